@@ -1,0 +1,27 @@
+"""Settings of the variant with two image and two text sources."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic.dataclasses import dataclass
+
+from fusion.config import STRICT, RunConfig, setting
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sources:
+    clip_image: str = setting("clip_image", "source of the first image embeddings", "sources")
+    siglip_image: str = setting("siglip_image", "source of the second image embeddings", "sources")
+    siglip_text: str = setting("siglip_text", "source of the first text embeddings", "sources")
+    qwen_text: str = setting("qwen_text", "source of the second text embeddings", "sources")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config(RunConfig):
+    variant: ClassVar[str] = "all_embeddings"
+
+    sources: Sources = Sources()
+    hidden: tuple[int, ...] = setting(
+        (1024, 512, 256), "features of the hidden layers of each expert", "model", min_length=1
+    )

@@ -1,0 +1,54 @@
+"""Two image and two text sources: hierarchical attention and a gated mixture of experts, or plain concatenation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fusion.all_embeddings.config import Config
+from fusion.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOfExperts
+
+IMAGES = ("clip_image", "siglip_image")
+TEXTS = ("siglip_text", "qwen_text")
+N_TOKENS = 2
+GATE_WIDTH = 128
+
+
+class FusionNetwork(nn.Module):
+    """Images look at each other, texts too, then images at texts and the reverse; three experts price the row."""
+
+    def __init__(self, config: Config, dims: Mapping[str, int]) -> None:
+        super().__init__()
+        width, dropout = config.width, config.dropout
+        self.branches = nn.ModuleDict({role: Branch(dim, width, N_TOKENS, dropout) for role, dim in dims.items()})
+        self.among_images = Attention(width, config.n_heads, dropout)
+        self.among_texts = Attention(width, config.n_heads, dropout)
+        self.image_to_text = Attention(width, config.n_heads, dropout)
+        self.text_to_image = Attention(width, config.n_heads, dropout)
+        self.mixture = MixtureOfExperts(2 * width, config.hidden, config.n_experts, GATE_WIDTH, dropout)
+
+    def forward(self, inputs: Inputs, present: Inputs) -> Tensor:
+        priced: Tensor = self.mixture(self._fused(inputs, present))
+        return priced
+
+    def explain(self, inputs: Inputs, present: Inputs) -> dict[str, Tensor]:
+        return {"gate": self.mixture.gate(self._fused(inputs, present))}
+
+    def _fused(self, inputs: Inputs, present: Inputs) -> Tensor:
+        images = self._tokens(IMAGES, inputs, present)
+        texts = self._tokens(TEXTS, inputs, present)
+        images, texts = self.among_images(images, images), self.among_texts(texts, texts)
+        looked = self.image_to_text(images, texts), self.text_to_image(texts, images)
+        return torch.cat([tokens.mean(1) for tokens in looked], dim=1)
+
+    def _tokens(self, roles: tuple[str, ...], inputs: Inputs, present: Inputs) -> Tensor:
+        return torch.cat([self.branches[role](inputs[role], present[role]) for role in roles], dim=1)
+
+
+def build_network(config: Config, dims: Mapping[str, int]) -> nn.Module:
+    """The network that `--model` names."""
+    if config.model == "concat":
+        return ConcatNetwork(dims, config.width, config.hidden, config.dropout)
+    return FusionNetwork(config, dims)

@@ -1,0 +1,275 @@
+"""Settings of a run: one frozen, validated dataclass, from flags, environment, a file and defaults, in this order.
+
+Every field is a flag (`batch_size` is `--batch-size`), an environment variable (`FUSION_BATCH_SIZE`) and a key of the
+`--config` file. A variant adds its sources and the shape of its model in its own `config.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any, ClassVar, Literal, TypeVar, get_origin, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fusion import storage
+from fusion.errors import ConfigError, UsageError
+
+C = TypeVar("C")
+STRICT = ConfigDict(extra="forbid")
+Variable = Mapping[str, str]
+
+
+def setting(default: Any, help: str, group: str, **constraints: Any) -> Any:
+    """A field of a config: its default, its help with the unit, the heading it stands under, its allowed range."""
+    return Field(default, description=help, json_schema_extra={"group": group}, **constraints)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StoreConfig:
+    """What every command needs: where things are, and how long to wait for them."""
+
+    variant: ClassVar[str] = ""
+
+    output: str = setting("output", "bucket or folder that runs and submissions are written to", "where")
+    run_id: str | None = setting(
+        None,
+        "name of the run; by default made from the variant and its settings",
+        "where",
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
+    )
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", "machine", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    store_timeout: float = setting(60.0, "seconds to retry a store that does not answer", "machine", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig(StoreConfig):
+    """Settings of a training run that all variants share; the defaults are the published recipe."""
+
+    data: str = setting("data", "bucket or folder with train.csv, test.csv and embeddings/", "where")
+
+    text_column: str = setting("catalog_content", "column whose equal texts are near-duplicates", "data")
+    group_column: str | None = setting(None, "column whose equal values must stay on one side of the split", "data")
+    max_missing: float = setting(
+        0.05, "largest share of rows a source may lack before the run refuses", "data", ge=0, le=1
+    )
+    drop_bad_prices: bool = setting(False, "drop rows whose price is missing, NaN, zero or negative", "data")
+    val_fraction: float = setting(0.2, "share of the rows that validate", "data", gt=0, lt=1)
+    folds: int | None = setting(None, "number of folds; replaces --val-fraction", "data", ge=2)
+    fold: int = setting(0, "which of the --folds validates, from 0", "data", ge=0)
+
+    model: Literal["concat", "fusion"] = setting("fusion", "concat is the base, fusion the default model", "model")
+    width: int = setting(512, "features that each source is brought to", "model", ge=1)
+    n_heads: int = setting(8, "attention heads", "model", ge=1)
+    n_experts: int = setting(3, "experts in the mixture", "model", ge=1)
+    dropout: float = setting(0.25, "share of features dropped in training", "model", ge=0, lt=1)
+    modality_dropout: float = setting(0.05, "share of sources hidden from a row in training", "model", ge=0, lt=1)
+
+    loss: str = setting("weighted_smape", "name of the loss, see fusion/loss_functions.py", "training")
+    epochs: int = setting(1000, "passes over the training rows, at most", "training", ge=1)
+    batch_size: int = setting(256, "rows a step, over all ranks together", "training", ge=1)
+    lr: float = setting(1e-3, "learning rate of AdamW", "training", gt=0)
+    weight_decay: float = setting(1e-4, "weight decay of AdamW", "training", ge=0)
+    clip: float = setting(1.0, "largest norm of the gradient", "training", gt=0)
+    lr_patience: int = setting(3, "epochs without progress before the learning rate falls", "training", ge=0)
+    lr_factor: float = setting(0.5, "factor by which it falls", "training", gt=0, lt=1)
+    min_lr: float = setting(1e-6, "where it stops falling", "training", ge=0)
+    patience: int = setting(15, "epochs without a better validation SMAPE before training stops", "training", ge=1)
+    seed: int = setting(41, "seed of the split, the weights, the row order and dropout", "training", ge=0)
+    precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the training step", "machine")
+
+    def __post_init__(self) -> None:
+        if self.folds is not None and self.fold >= self.folds:
+            raise ValueError(f"--fold is {self.fold}, expected one of 0..{self.folds - 1} for --folds {self.folds}")
+        if self.width % self.n_heads:
+            raise ValueError(f"--width {self.width} cannot be divided into --n-heads {self.n_heads}")
+
+    def bindings(self) -> dict[str, str]:
+        """Role to name of the source bound to it, in the model's order."""
+        return dict(asdict(self)["sources"])
+
+    def name(self) -> str:
+        """The run's id: as given, else the variant and a digest of all settings that change the result."""
+        if self.run_id:
+            return self.run_id
+        places = ("output", "run_id", "device", "store_timeout")
+        settings = {key: value for key, value in asdict(self).items() if key not in places}
+        return f"{self.variant.replace('_', '-')}-{digest(settings)[:8]}"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ReadRunConfig(StoreConfig):
+    """Settings of a command that uses a finished run; everything else comes from that run."""
+
+    run_dir: str | None = setting(None, "the run to use; by default the variant's best under --output", "where")
+    data: str | None = setting(None, "bucket or folder of the input; by default the run's", "where")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateConfig(ReadRunConfig):
+    by: tuple[str, ...] = setting((), "columns of train.csv to group by, besides prices and presence", "evaluation")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PredictConfig(ReadRunConfig):
+    name: str = setting(
+        "test", "name that the submission is published under", "submission", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$"
+    )
+    date: str | None = setting(
+        None, "logical date YYYY-MM-DD; by default today in UTC", "submission", pattern=r"^\d{4}-\d{2}-\d{2}$"
+    )
+
+
+def digest(value: object) -> str:
+    """sha256 of a value's canonical JSON, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def to_json(config: RunConfig) -> str:
+    return json.dumps(asdict(config), indent=2) + "\n"
+
+
+def from_json(config_class: type[C], text: str | bytes, origin: str) -> C:
+    """The config that `to_json` wrote; a key it does not know is an error.
+
+    Raises:
+        ConfigError: naming the file, the key and what is allowed.
+    """
+    return _validate(config_class, json.loads(text), dict.fromkeys(_flags(config_class), origin))
+
+
+def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:
+    """Settings from flags, else environment, else the `--config` file, else defaults.
+
+    Raises:
+        UsageError: an unknown flag, with the nearest one that exists.
+        ConfigError: a value out of range, with where it came from and what is allowed.
+    """
+    flags = _flags(config_class)
+    given = vars(_parser(flags, prog, description).parse_args(argv))
+    file = given.pop("config", None) or os.environ.get("FUSION_CONFIG")
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in (
+        (f"in {file}", _read_file(file, flags) if file else {}),
+        ("in the environment", {key: os.environ[_variable(key)] for key in flags if _variable(key) in os.environ}),
+        ("", given),
+    ):
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+    return _validate(config_class, _nest(values, flags), origins)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        known = [option for action in self._actions for option in action.option_strings]
+        wrong = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
+        near = difflib.get_close_matches(wrong, known, n=1) if wrong not in known else []
+        remedy = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(message, f"{remedy}`{self.prog} --help` lists all flags")
+
+
+def _parser(flags: Mapping[str, Any], prog: str, description: str) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [flags]",
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every flag can also be set in the environment (--lr: FUSION_LR) or in the --config file.",
+    )
+    groups: dict[str, Any] = {}
+    for key, field in flags.items():
+        group = field.json_schema_extra["group"]
+        groups.setdefault(group, parser.add_argument_group(group)) if group not in groups else None
+        groups[group].add_argument(_flag(key), **_argument(key, field))
+    groups["where"].add_argument("--config", metavar="FILE", help="JSON or TOML file with any of these settings")
+    return parser
+
+
+def _argument(key: str, field: Any) -> dict[str, Any]:
+    text = field.description.replace("%", "%%")
+    if field.annotation is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": f"{text} (default: no)"}
+    default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    options: dict[str, Any] = {"help": f"{text} (default: {'none' if default in (None, '') else default})"}
+    choices = getattr(field.annotation, "__args__", ()) if field.annotation is not None else ()
+    literal = choices and all(isinstance(choice, str) for choice in choices)
+    options["metavar"] = "|".join(choices) if literal else key.rsplit(".", maxsplit=1)[-1].upper()
+    if get_origin(field.annotation) is tuple:
+        options["nargs"] = "+"
+    return options
+
+
+def _flags(config_class: type[Any]) -> dict[str, Any]:
+    """Dotted key to field, nested dataclasses opened up: `sources.clip_image`."""
+    hints = get_type_hints(config_class)
+    flags: dict[str, Any] = {}
+    for name, field in config_class.__pydantic_fields__.items():
+        if is_dataclass(hints[name]):
+            flags |= {f"{name}.{key}": inner for key, inner in _flags(hints[name]).items()}
+        else:
+            flags[name] = field
+    return flags
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _variable(key: str) -> str:
+    return "FUSION_" + key.replace(".", "_").upper()
+
+
+def _read_file(url: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    text = storage.read(url).decode()
+    try:
+        loaded = tomllib.loads(text) if url.endswith(".toml") else json.loads(text)
+        values = _flatten(loaded)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{url} is neither JSON nor TOML with settings: {error}", "mend the file") from error
+    for key in values:
+        if key not in flags:
+            near = difflib.get_close_matches(key, flags, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(flags)}"
+            raise ConfigError(f"{url} sets {key!r}, which is no setting of this command", hint)
+    return values
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _nest(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in flags and get_origin(flags[key].annotation) is tuple and isinstance(value, str):
+            value = value.split(",")
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
+
+
+def _validate(config_class: type[C], values: Mapping[str, Any], origins: Mapping[str, str]) -> C:
+    try:
+        return TypeAdapter(config_class).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        if not key:
+            raise ConfigError(reason, "change one of the two") from error
+        where = origins.get(key, "")
+        found = f"{_flag(key)} is {first['input']!r}" + (f" ({where})" if where else "")
+        raise ConfigError(f"{found}: {reason[0].lower()}{reason[1:]}", f"give {_flag(key)} an allowed value") from error

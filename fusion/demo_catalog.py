@@ -1,0 +1,264 @@
+"""A made-up product catalog with a known answer, to try every command without any data of one's own.
+
+    python -c "from pathlib import Path; from fusion.demo_catalog import generate; generate(Path('demo'))"
+
+Each product has 12 visual and 12 textual latent factors, 4 of them shared. Its log price is a nonlinear function of
+both plus noise, so the best possible score is known. Each embedding source encodes the latents of its modality, with
+the oddities of real encoders: constant columns, scales of their own, placeholder images, missing and broken rows,
+near-duplicate products.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from fusion.errors import ConfigError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+DIMS: Mapping[str, int] = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
+N_LATENTS, N_OWN, N_BLIND, N_STRUCTURAL = 12, 8, 2, 3  # latents: those of the modality first, then the shared
+COPY_SHARE, PLACEHOLDER_SHARE, COPY_NOISE = 0.04, 0.0125, 0.02
+DECAY, SALIENCE = 0.7, 0.9  # what a latent adds to the price, and to an image or a text, relative to the one before it
+ENCODER_NOISE = 0.05  # std per column, where tanh spans -1 to 1
+LOG_MEDIAN, LOG_STD, LOWEST, HIGHEST = math.log(18.0), 1.05, 1.0, 600.0  # US dollars
+QUANTITIES = np.array([1, 2, 3, 4, 6, 12])
+
+NOUNS: Mapping[str, tuple[str, ...]] = {
+    "kitchen": ("Saucepan", "Chopping Board", "Whisk", "Mixing Bowl"),
+    "grocery": ("Olive Oil", "Green Tea", "Granola", "Pasta Sauce"),
+    "garden": ("Watering Can", "Pruner", "Planter", "Hose Nozzle"),
+    "office": ("Notebook", "Desk Lamp", "Stapler", "Pen Set"),
+    "toys": ("Puzzle", "Building Blocks", "Plush Bear", "Kite"),
+    "beauty": ("Hand Cream", "Shampoo", "Face Mask", "Soap Bar"),
+    "pets": ("Dog Bowl", "Cat Tree", "Leash", "Bird Feeder"),
+    "sports": ("Yoga Mat", "Water Bottle", "Jump Rope", "Headband"),
+}
+VOCABULARY: tuple[tuple[str, ...], ...] = (
+    ("Alder", "Brightwell", "Corvina", "Dunmore", "Elmstead", "Farrow", "Glenhaven", "Harrow"),
+    ("Basic", "Everyday", "Classic", "Select", "Premium", "Signature"),
+    ("Coast", "Meadow", "Summit", "Harbour", "Ember"),
+    ("white", "sage", "navy", "amber", "charcoal"),
+    ("mini", "small", "medium", "large", "family"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What the rows of `test.csv` sold for, in its order; all three arrays are [n_test].
+
+    `prices` (dollars) include the noise. `medians` do not: SMAPE is symmetric in log price, and so is the noise, so no
+    prediction can be expected to score better than they do.
+    """
+
+    sample_ids: Ints
+    prices: Floats
+    medians: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class _Catalog:
+    """Every product, training rows first; a copy has the latents and the text of its original."""
+
+    n_train: int
+    sample_ids: Ints
+    origins: Ints
+    no_image: NDArray[np.bool_]
+    visual: Floats
+    textual: Floats
+    prices: Floats
+    medians: Floats
+    texts: pd.DataFrame
+
+    def sides(self) -> Iterator[tuple[str, Ints]]:
+        rows = np.arange(len(self.sample_ids))
+        yield from (("train", rows[: self.n_train]), ("test", rows[self.n_train :]))
+
+
+def generate(
+    folder: Path,
+    *,
+    n_products: int = 6000,
+    dims: Mapping[str, int] = DIMS,
+    n_test: int | None = None,
+    noise: float = 0.35,
+    missing: float = 0.02,
+    seed: int = 0,
+) -> Truth:
+    """Write `train.csv`, `test.csv`, `test_truth.csv` and `embeddings/<split>/<source>.parquet` below `folder`.
+
+    `n_products` counts both splits, `n_test` is a sixth of it by default. A source of `dims` is visual when its name
+    contains "image", else textual. `noise` is the std of the log price, `missing` the share of ids absent from each
+    source. One row of each split is in no source, and three rows a source hold a NaN. Same arguments, same bytes.
+    """
+    n_test = n_products // 6 if n_test is None else n_test
+    _check(n_products, n_test, dims, noise, missing)
+    catalog = _catalog(n_products, n_products - n_test, noise, np.random.default_rng([seed, 0]))
+    folder.mkdir(parents=True, exist_ok=True)
+    truth = _write_tables(folder, catalog)
+    for modality in (True, False):
+        names = [name for name in dims if ("image" in name) == modality]
+        for place, name in enumerate(names):
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            _write_source(folder, name, catalog, _embed(name, dims[name], place, catalog, rng), missing, rng)
+    return truth
+
+
+def _check(n_products: int, n_test: int, dims: Mapping[str, int], noise: float, missing: float) -> None:
+    if not 4 <= n_test <= n_products - 4:
+        raise ConfigError(f"{n_test} test rows of {n_products} products", "leave at least 4 rows to each split")
+    if noise < 0 or not 0 <= missing < 0.5:
+        raise ConfigError(f"noise={noise}, missing={missing}", "choose noise >= 0 and 0 <= missing < 0.5")
+    if not dims or min(dims.values()) < 1:
+        raise ConfigError(f"sources {dict(dims)}", "name at least one source, each with a dim of 1 or more")
+
+
+def _catalog(n: int, n_train: int, noise: float, rng: Generator) -> _Catalog:
+    sides = (np.arange(n_train), np.arange(n_train, n))
+    origins = np.concatenate([_origins(side, rng) for side in sides])
+    no_image = np.concatenate([_placeholders(len(side), rng) for side in sides])[origins]
+    shared = rng.standard_normal((n, N_LATENTS - N_OWN))
+    visual, textual = (np.hstack([rng.standard_normal((n, N_OWN)), shared])[origins] for _ in "vt")
+    log_median = _log_prices(visual, textual)
+    copied = origins != np.arange(n)
+    error = noise * rng.standard_normal(n)[origins] + COPY_NOISE * copied * rng.standard_normal(n)
+    return _Catalog(
+        n_train=n_train,
+        sample_ids=100_000 + rng.choice(20 * n, n, replace=False).astype(np.int64),
+        origins=origins,
+        no_image=no_image,
+        visual=visual,
+        textual=textual,
+        prices=_dollars(log_median + error),
+        medians=_dollars(log_median),
+        texts=_texts(textual, rng.permutation(n)[origins]),
+    )
+
+
+def _origins(side: Ints, rng: Generator) -> Ints:
+    """For each row the row it copies, or itself. Copies stay in their split, else the medians would not be the best."""
+    origins, order = side.copy(), rng.permutation(len(side))
+    n_copies = round(COPY_SHARE * len(side))
+    origins[order[:n_copies]] = side[rng.choice(order[n_copies:], n_copies)]
+    return origins
+
+
+def _placeholders(n: int, rng: Generator) -> NDArray[np.bool_]:
+    return rng.permutation(n) < math.ceil(PLACEHOLDER_SHARE * n)
+
+
+def _log_prices(visual: Floats, textual: Floats) -> Floats:
+    """[n, 12] and [n, 12] -> [n] log dollars: in part linear, in part bent, in part a product of both sides."""
+    weights = np.random.default_rng(41).standard_normal((4, N_LATENTS))
+    weights *= DECAY ** np.arange(N_LATENTS)
+    weights /= np.linalg.norm(weights, axis=1, keepdims=True)
+    (look, size), (brand, kind) = weights[:2] @ visual.T, weights[2:] @ textual.T
+    score = look + brand + 0.3 * (size + kind) + 0.35 * (np.abs(look) + np.abs(brand))
+    score += 1.8 * np.tanh(1.5 * size) * np.tanh(1.5 * kind)
+    standard: Floats = (score - score.mean()) / score.std()
+    return LOG_MEDIAN + LOG_STD * standard
+
+
+def _dollars(log_price: Floats) -> Floats:
+    return np.round(np.clip(np.exp(log_price), LOWEST, HIGHEST), 2)
+
+
+def _levels(latent: Floats, n_levels: int) -> Ints:
+    """[n] standard normal -> [n] levels from 0 to n_levels - 1, each about as frequent."""
+    share = 1 / (1 + np.exp(-1.7 * latent))
+    return np.minimum(n_levels * share, n_levels - 1).astype(np.int64)
+
+
+def _texts(textual: Floats, models: Ints) -> pd.DataFrame:
+    """[n, 12] latents and [n] model numbers, unique per product -> catalog_content, category and quantity, n rows."""
+    categories = np.array(list(NOUNS))[textual[:, :N_OWN].argmax(axis=1)]
+    nouns = [NOUNS[name][level] for name, level in zip(categories, _levels(textual[:, 3], 4), strict=True)]
+    quantities = QUANTITIES[_levels(textual[:, 5], len(QUANTITIES))]
+    words = [np.array(w)[_levels(textual[:, (5 * i + 1) % N_LATENTS], len(w))] for i, w in enumerate(VOCABULARY)]
+    template = "{} {} {}, {} series, pack of {}. Colour: {}. Size: {}. Model F-{:05d}."
+    columns = (words[0], words[1], nouns, words[2], quantities, words[3], words[4], models)
+    contents = [template.format(*row) for row in zip(*columns, strict=True)]
+    return pd.DataFrame({"catalog_content": contents, "category": categories, "quantity": quantities})
+
+
+def _write_tables(folder: Path, catalog: _Catalog) -> Truth:
+    products = catalog.texts[["catalog_content", "category"]].copy()
+    products.insert(0, "sample_id", catalog.sample_ids)
+    products.insert(1, "price", catalog.prices)
+    _write_csv(products[: catalog.n_train], folder / "train.csv")
+    test = products[catalog.n_train :].assign(median=catalog.medians[catalog.n_train :])
+    _write_csv(test.drop(columns=["price", "median"]), folder / "test.csv")
+    _write_csv(test[["sample_id", "price", "median"]], folder / "test_truth.csv")
+    return Truth(*(test[column].to_numpy().copy() for column in ("sample_id", "price", "median")))
+
+
+def _write_csv(table: pd.DataFrame, path: Path) -> None:
+    table.to_csv(path, index=False, float_format="%.2f", lineterminator="\n")
+
+
+def _embed(name: str, dim: int, place: int, catalog: _Catalog, rng: Generator) -> NDArray[np.float16]:
+    """[n, dim], what the `place`-th source of its modality sees: all latents but two, and no placeholders."""
+    visual = "image" in name
+    latents = catalog.visual if visual else catalog.textual
+    mixing = rng.standard_normal((N_LATENTS, dim), dtype=np.float32) / math.sqrt(N_LATENTS)
+    mixing *= 0.8 * SALIENCE ** np.arange(N_LATENTS, dtype=np.float32)[:, None]
+    first = N_OWN - N_BLIND * (1 + place % 2)
+    mixing[first : first + N_BLIND] = 0
+    bias = 0.2 * rng.standard_normal(dim, dtype=np.float32)
+    values = np.tanh(latents.astype(np.float32) @ mixing + bias)
+    values += ENCODER_NOISE * rng.standard_normal(values.shape, dtype=np.float32)
+    values *= 10 ** rng.uniform(-1.0, 0.7)
+    if name.startswith("qwen") and dim > 2 * N_STRUCTURAL:
+        values[:, -N_STRUCTURAL:] = _structural(catalog.texts)
+    _flatten_columns(values, rng)
+    if visual:
+        values[catalog.no_image] = values[catalog.no_image][:1]
+    embedded: NDArray[np.float16] = values.astype(np.float16)[catalog.origins]
+    return embedded
+
+
+def _structural(texts: pd.DataFrame) -> Floats:
+    """[n, 3]: characters, digits and pieces of each product."""
+    content = texts["catalog_content"].str
+    return np.column_stack([content.len(), content.count(r"\d"), texts["quantity"]]).astype(np.float64)
+
+
+def _flatten_columns(values: NDArray[np.float32], rng: Generator) -> None:
+    """Make two columns constant and one nearly so, in place, as dead units of encoders are."""
+    width = values.shape[1] - N_STRUCTURAL
+    if width < 2:
+        return
+    columns = rng.permutation(width)[:3]
+    values[:, columns] = values[0, columns]
+    values[:, columns[2:]] *= 1 + 1e-3 * rng.standard_normal((len(values), 1), dtype=np.float32)
+
+
+def _write_source(
+    folder: Path, name: str, catalog: _Catalog, values: NDArray[np.float16], missing: float, rng: Generator
+) -> None:
+    """Write both splits, each without its last row, without a share of the others, and in an order of its own."""
+    for (split, rows), n_broken in zip(catalog.sides(), (2, 1), strict=True):
+        n_absent = max(1, round(missing * len(rows)))
+        kept = rng.permutation(rows[:-1])[n_absent - 1 :]
+        broken = rng.choice(kept, n_broken, replace=False)
+        values[broken, rng.integers(values.shape[1], size=n_broken)] = np.nan
+        _write_parquet(folder / "embeddings" / split / f"{name}.parquet", catalog.sample_ids[kept], values[kept])
+
+
+def _write_parquet(path: Path, sample_ids: Ints, values: NDArray[np.float16]) -> None:
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"sample_id": sample_ids, "embedding": vectors})
+    pq.write_table(table, path, compression="none", use_dictionary=False, row_group_size=2048)

@@ -1,0 +1,146 @@
+"""The group of ranks this process belongs to: torchrun's, or a group of one.
+
+Nothing else asks whether it is distributed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from fusion.errors import ConfigError, FusionError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among all ranks and among those of its node, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, n: int) -> slice:
+        """This rank's contiguous part of `n` rows; the parts of all ranks are disjoint and cover every row once.
+
+        >>> [World(rank, 3, rank, 3, torch.device("cpu")).share(8) for rank in range(3)]
+        [slice(0, 2, None), slice(2, 5, None), slice(5, 8, None)]
+        """
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all ranks, in float64: the same numbers on every rank."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=_control())
+        return cast(list[float], total.tolist())
+
+    def gather(self, part: np.ndarray) -> np.ndarray:
+        """The parts of all ranks, one after the other in the order of the ranks, on every rank."""
+        return np.concatenate(self.exchange(part))
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Runs `action` on rank 0 only; its result, or its error, on every rank."""
+        return self.together(lambda: action() if self.is_main else None, keep=0)  # type: ignore[return-value]
+
+    def together(self, action: Callable[[], T], keep: int | None = None) -> T:
+        """Runs `action` on every rank; when it fails on one, the same error is raised on all.
+
+        Returns this rank's result, or that of rank `keep`.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:  # told to all ranks below, then raised
+            failure = error
+        shared = result if keep is None or keep == self.rank else None
+        answers = self.exchange((_portable(failure, self.rank), None if keep is None else shared))
+        if failure is not None:
+            raise failure
+        for other, _ in answers:
+            if other is not None:
+                raise other
+        return cast(T, result if keep is None else answers[keep][1])
+
+    def exchange(self, value: T) -> list[T]:
+        """The values of all ranks, in the order of the ranks, on every rank."""
+        answers: list[T | None] = [None] * self.size
+        dist.all_gather_object(answers, value, group=_control())
+        return cast(list[T], answers)
+
+
+def _control() -> dist.ProcessGroup | None:
+    # Small control messages travel over gloo, also where gradients travel over nccl.
+    return _groups.get("control")
+
+
+_groups: dict[str, dist.ProcessGroup] = {}
+
+
+def _portable(failure: Exception | None, rank: int) -> Exception | None:
+    if failure is None or isinstance(failure, FusionError):
+        return failure
+    return RuntimeError(f"rank {rank} failed: {type(failure).__name__}: {failure}")
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Joins torchrun's group, or makes a group of one; leaves it at the end.
+
+    Raises:
+        ConfigError: a cuda device is asked for and there is none.
+    """
+    place = _place(device)
+    backend = "nccl" if place.device.type == "cuda" else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    if backend == "nccl":
+        torch.cuda.set_device(place.device)
+        _groups["control"] = dist.new_group(backend="gloo")
+    try:
+        yield place
+        _wait_for_all(place)
+    finally:
+        _groups.clear()
+        dist.destroy_process_group()
+
+
+def _wait_for_all(place: World) -> None:
+    # gloo can abort a rank whose peer has already torn its connections down.
+    dist.barrier(group=_control())
+    time.sleep(0.05 if place.size > 1 else 0)
+
+
+def _place(device: str) -> World:
+    rank, size, local_rank, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    return World(rank, size, local_rank, local_size, _device(device, local_rank))
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {name} but torch {torch.__version__} finds no GPU", "use --device cpu or auto")
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)

@@ -1,0 +1,330 @@
+"""Embeddings of a split as rows aligned by `sample_id`: planned from the ids, then streamed into contiguous tensors.
+
+Rank 0 reads schemas and ids and decides which row of which file goes where. Then the ranks of a node read disjoint row
+groups in parallel, straight into one tensor a role that they share, so each vector is read once a node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from fusion import log, storage
+from fusion.distributed import World
+from fusion.errors import DataError
+from fusion.tables import report_duplicates
+
+STREAM_ROWS = 2048  # rows decoded at a time
+STREAM_BYTES = 1 << 24  # bytes fetched at a time, so that a file with one huge row group needs no more memory
+N_THREADS = 4
+
+
+@dataclass(frozen=True)
+class RowStore:
+    """Embeddings of N rows, resident; batches are gathered by row.
+
+    Attributes:
+        values: role to [N, D_role], float16 or float32; zeros where the role is missing.
+        present: role to [N] bool.
+    """
+
+    values: dict[str, Tensor]
+    present: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.present.values())))
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return {role: values.shape[1] for role, values in self.values.items()}
+
+    def batch(self, rows: Tensor, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Inputs ({role: [B, D_role]} float32) and presence ({role: [B]} bool) of the rows with these positions."""
+        rows = rows.to(next(iter(self.present.values())).device)
+        inputs = {role: values.index_select(0, rows).to(device).float() for role, values in self.values.items()}
+        return inputs, {role: present.index_select(0, rows).to(device) for role, present in self.present.items()}
+
+    def resident_on(self, device: torch.device) -> RowStore:
+        """The same rows in the device's memory, or as they are where they would fill more than half of what is free."""
+        n_bytes = sum(values.nbytes for values in self.values.values())
+        if device.type != "cuda" or n_bytes > torch.cuda.mem_get_info(device)[0] // 2:
+            return self
+        return RowStore(_moved(self.values, device), _moved(self.present, device))
+
+    def any_present(self) -> Tensor:
+        """[N] bool: the row has at least one embedding."""
+        return torch.stack(list(self.present.values())).any(0)
+
+    def digest(self) -> str:
+        """sha256 of all values and of what is present: the same for the same rows, whatever files they came from."""
+        total = hashlib.sha256()
+        for role in sorted(self.values):
+            total.update(role.encode())
+            total.update(self.present[role].numpy().tobytes())
+            total.update(self.values[role].numpy().data.cast("B"))
+        return total.hexdigest()
+
+
+def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {role: tensor.to(device) for role, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive row groups of one file, and the row that each of their vectors goes to (-1: to none)."""
+
+    url: str
+    row_groups: list[int]
+    targets: np.ndarray
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """What is known of a source before its vectors are read."""
+
+    role: str
+    dim: int
+    dtype: torch.dtype
+    pieces: list[Piece]
+
+
+def load(
+    data: str, split: str, bindings: Mapping[str, str], ids: pd.Index, world: World, *, max_missing: float = 1.0
+) -> RowStore:
+    """Embeddings of the rows `ids`, in this order.
+
+    Args:
+        bindings: role to the name of its source.
+        max_missing: largest share of the rows that a source may lack.
+
+    Raises:
+        DataError: a source that is missing, unreadable, inconsistent, or lacks too many rows; ids that occur twice.
+    """
+    plans = world.on_main(
+        lambda: [_plan(data, split, role, name, ids, world.local_size) for role, name in bindings.items()]
+    )
+    shape = {plan.role: (len(ids), plan.dim) for plan in plans}
+    values = {plan.role: _tensor(shape[plan.role], plan.dtype, world) for plan in plans}
+    present = {plan.role: _tensor((len(ids),), torch.bool, world) for plan in plans}
+    world.together(lambda: _fill(plans, values, present, world))
+    store = RowStore(values, present)
+    world.on_main(lambda: _report(plans, bindings, store, ids, max_missing))
+    return store
+
+
+def _plan(data: str, split: str, role: str, name: str, ids: pd.Index, n_readers: int) -> SourcePlan:
+    files = _files(data, split, role, name)
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        headers = list(pool.map(_read_header, files))
+    source = f"source {name!r} in {storage.join(data, 'embeddings', split)}"
+    dim, dtype = headers[0].dim, headers[0].dtype
+    for header in headers:
+        if (header.dim, header.dtype) != (dim, dtype):
+            raise DataError(
+                f"{header.url} has vectors of {header.dim} x {header.dtype}, {headers[0].url} of {dim} x {dtype}",
+                "write all files of a source with the same encoder and type",
+            )
+    found = pd.Index(np.concatenate([header.ids for header in headers]))
+    report_duplicates(source, found)
+    targets = ids.get_indexer(found)
+    if (targets < 0).any():
+        log.info(event="ids_not_in_table", role=role, rows=int((targets < 0).sum()))
+    bounds = np.cumsum([len(header.ids) for header in headers])[:-1]
+    pieces = [
+        piece
+        for header, part in zip(headers, np.split(targets, bounds), strict=True)
+        for piece in _pieces(header, part, N_THREADS * n_readers)
+    ]
+    return SourcePlan(role, dim, torch.float16 if dtype == "float16" else torch.float32, pieces)
+
+
+def _files(data: str, split: str, role: str, name: str) -> list[str]:
+    folder = storage.join(data, "embeddings", split)
+    single = storage.join(folder, f"{name}.parquet")
+    if storage.exists(single):
+        return [single]
+    files = [url for url in storage.ls(storage.join(folder, name)) if url.endswith(".parquet")]
+    if not files:
+        there = ", ".join(url.rsplit("/", 1)[-1].removesuffix(".parquet") for url in storage.ls(folder)) or "nothing"
+        raise DataError(
+            f"no {single} and no {name}/*.parquet for the role {role}; {folder} holds {there}",
+            f"name the source with --sources.{role.replace('_', '-')} NAME",
+        )
+    return files
+
+
+@dataclass(frozen=True)
+class _Header:
+    url: str
+    dim: int
+    dtype: str
+    ids: np.ndarray
+    group_rows: list[int]
+
+
+def _read_header(url: str) -> _Header:
+    def read() -> _Header:
+        with storage.open_read(url) as raw, _damage_named(url), _parquet(raw) as file:
+            _check_columns(url, file.schema_arrow)
+            if file.metadata.num_rows == 0:
+                raise DataError(f"{url} has no rows", "write the embeddings again")
+            ids = file.read(columns=["sample_id"]).column(0).cast(pa.string())
+            if ids.null_count:
+                raise DataError(f"{url} has {ids.null_count} rows without a sample_id", "give every row an id")
+            dim, dtype = _dim_and_dtype(url, file)
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+            return _Header(url, dim, dtype, ids.to_numpy(), groups)
+
+    return storage.retrying(url, read)
+
+
+def _parquet(raw: BinaryIO) -> pq.ParquetFile:
+    return pq.ParquetFile(raw, buffer_size=STREAM_BYTES, pre_buffer=False)
+
+
+@contextmanager
+def _damage_named(url: str) -> Iterator[None]:
+    """Turns what pyarrow says of broken bytes into an error that names the file; what the store says passes."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if storage.is_answer(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{url} is no complete Parquet file: {reason}", "write or upload the file again") from error
+
+
+def _check_columns(url: str, schema: pa.Schema) -> None:
+    wanted = {"sample_id": "int64 or string", "embedding": "a list of float16, float32 or float64"}
+    for column, kind in wanted.items():
+        if column not in schema.names:
+            raise DataError(f"{url} has no column {column!r}; it has {schema.names}", "add or rename the column")
+        found = schema.field(column).type
+        if not (_is_vector(found) if column == "embedding" else _is_id(found)):
+            raise DataError(f"column {column!r} of {url} is {found}, expected {kind}", "write the column as expected")
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
+    return any(is_list(kind) for is_list in lists) and pa.types.is_floating(kind.value_type)
+
+
+def _dim_and_dtype(url: str, file: pq.ParquetFile) -> tuple[int, str]:
+    kind = file.schema_arrow.field("embedding").type
+    dtype = {"halffloat": "float16", "float": "float32", "double": "float64"}[str(kind.value_type)]
+    if pa.types.is_fixed_size_list(kind):
+        return kind.list_size, dtype
+    for batch in file.iter_batches(STREAM_ROWS, columns=["embedding"]):
+        lengths = pc.list_value_length(batch.column(0)).drop_null()
+        if len(lengths):
+            return lengths[0].as_py(), dtype
+    raise DataError(f"every embedding in {url} is null", "write the embeddings again")
+
+
+def _pieces(header: _Header, targets: np.ndarray, n_pieces: int) -> Iterator[Piece]:
+    starts = np.concatenate([[0], np.cumsum(header.group_rows)])
+    for groups in np.array_split(np.arange(len(header.group_rows)), min(n_pieces, len(header.group_rows))):
+        first, last = int(groups[0]), int(groups[-1])
+        yield Piece(header.url, groups.tolist(), targets[starts[first] : starts[last + 1]])
+
+
+def _tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Tensor:
+    """Zeros that all ranks of a node see; every rank calls this in the same order."""
+    if world.local_size == 1:
+        return torch.zeros(shape, dtype=dtype)
+    token = world.on_main(lambda: os.urandom(8).hex())
+    path = os.path.join(tempfile.gettempdir(), f"fusion-{token}.rows")
+    size = int(np.prod(shape))
+    if world.local_rank == 0:
+        with open(path, "wb") as file:
+            file.truncate(size * dtype.itemsize)
+    world.together(lambda: None)
+    shared = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
+    world.together(lambda: None)
+    if world.local_rank == 0:
+        os.unlink(path)  # the mappings keep it alive, and nothing is left behind when the job dies
+    return shared
+
+
+def _fill(
+    plans: Iterable[SourcePlan], values: Mapping[str, Tensor], present: Mapping[str, Tensor], world: World
+) -> None:
+    tasks = [(plan, piece) for plan in plans for piece in plan.pieces][world.local_rank :: world.local_size]
+
+    def read(task: tuple[SourcePlan, Piece]) -> None:
+        plan, piece = task
+        target = values[plan.role].numpy(), present[plan.role].numpy()
+        storage.retrying(piece.url, lambda: _read_piece(plan, piece, *target))
+
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        list(pool.map(read, tasks))
+
+
+def _read_piece(plan: SourcePlan, piece: Piece, values: np.ndarray, present: np.ndarray) -> None:
+    start = 0
+    with storage.open_read(piece.url) as raw, _damage_named(piece.url), _parquet(raw) as file:
+        for batch in file.iter_batches(STREAM_ROWS, piece.row_groups, columns=["embedding"], use_threads=False):
+            vectors, rows = _vectors(piece.url, batch.column(0), plan.dim)
+            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and counts as not finite
+                vectors = vectors.astype(values.dtype, copy=False)
+            targets = piece.targets[start + rows]
+            good = (targets >= 0) & np.isfinite(vectors).all(1)
+            values[targets[good]] = vectors if good.all() else vectors[good]
+            present[targets[good]] = True
+            start += len(batch)
+
+
+def _vectors(url: str, column: pa.Array, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """[M, D] vectors that are not null, and [M] their positions in the column."""
+    rows = np.arange(len(column))
+    if column.null_count:
+        rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+        column = column.drop_null()
+    if not pa.types.is_fixed_size_list(column.type):
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+        if (lengths != dim).any():
+            other = lengths[lengths != dim][0]
+            raise DataError(f"{url} has vectors of {dim} and of {other} numbers", "write vectors of one length")
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), dim), rows
+
+
+def _report(
+    plans: Iterable[SourcePlan], bindings: Mapping[str, str], store: RowStore, ids: pd.Index, max_missing: float
+) -> None:
+    for plan in plans:
+        found = np.zeros(len(ids), bool)
+        for piece in plan.pieces:
+            found[piece.targets[piece.targets >= 0]] = True
+        present = store.present[plan.role].numpy()
+        role, name = plan.role, bindings[plan.role]
+        broken, missing = ids[found & ~present], ids[~found]
+        log.info(event="loaded", role=role, source=name, rows=int(present.sum()), missing=len(missing), dim=plan.dim)
+        if len(broken):
+            log.warning(event="not_finite", role=role, rows=len(broken), first=",".join(broken[:5]))
+        if len(ids) - present.sum() > max_missing * len(ids):
+            raise DataError(
+                f"source {name!r} ({role}) has usable embeddings for {int(present.sum())} of {len(ids)} rows, without: "
+                f"{', '.join(ids[~present][:5])}",
+                f"complete the source, or accept more than {max_missing:.0%} missing rows with --max-missing",
+            )
+    none = int((~store.any_present()).sum())
+    if none:
+        log.warning(event="rows_without_any_embedding", rows=none, predicted="the training median")

@@ -1,0 +1,79 @@
+"""What can go wrong for a user, each with its exit code, and how a command ends with it.
+
+A user error carries two lines: what is wrong, and what to do about it. All else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command, after sysexits.h where it has one."""
+
+    DONE = 0
+    USAGE = 64
+    DATA = 65
+    UNREACHABLE = 69
+    BUG = 70
+    STOPPED = 75
+    CREDENTIALS = 77
+    CONFIG = 78
+    STALLED = 124
+
+
+class FusionError(Exception):
+    """An error with an exit code, one sentence for what is wrong and one for what to do.
+
+    >>> print(DataError("train.csv has no column 'price'", "add the column").report())
+    error: train.csv has no column 'price'
+    to do: add the column
+    """
+
+    code = ExitCode.BUG
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message, remedy)  # both, so that the error survives pickling between ranks
+        self.message, self.remedy = message, remedy
+
+    def __str__(self) -> str:
+        return self.message
+
+    def report(self) -> str:
+        return f"error: {self.message}\nto do: {self.remedy}"
+
+
+class UsageError(FusionError):
+    """A flag or argument that no command knows."""
+
+    code = ExitCode.USAGE
+
+
+class DataError(FusionError):
+    """Input that cannot be used as it is: a file, a column, a value, a missing object."""
+
+    code = ExitCode.DATA
+
+
+class UnreachableError(FusionError):
+    """The store did not answer, also after retries."""
+
+    code = ExitCode.UNREACHABLE
+
+
+class CredentialsError(FusionError):
+    """The store answered, and refused: no, wrong or expired credentials, or no permission."""
+
+    code = ExitCode.CREDENTIALS
+
+
+class ConfigError(FusionError):
+    """A known setting with a value that is not allowed, or that contradicts another."""
+
+    code = ExitCode.CONFIG
+
+
+class DivergedError(FusionError):
+    """A loss or metric that is not finite: nothing that follows could be trusted."""
+
+    code = ExitCode.BUG

@@ -1,0 +1,275 @@
+"""The blocks that models are made of, and `PriceModel`, which makes a trainable model of a variant's network.
+
+B is the number of rows, D a source's dimension, W the width, T the tokens a source is given, E the number of experts.
+No block mixes rows: no batch normalisation, and attention runs over the tokens of one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Inputs = Mapping[str, Tensor]
+
+LARGEST_INPUT = 8.0  # standard deviations
+MIN_PRICE, MAX_PRICE = 0.01, 1e7  # dollars
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Random numbers of one step: drawn for all rows of the global batch, of which this rank keeps its own."""
+
+    generator: torch.Generator
+    rows: slice
+    n_rows: int
+
+
+_draws: ContextVar[_Draws | None] = ContextVar("draws", default=None)
+
+
+@contextmanager
+def random_rows(seed: int, rows: slice, n_rows: int, device: torch.device) -> Iterator[None]:
+    """Inside, what is drawn for a row depends on `seed` and its place in the global batch, not on the ranks.
+
+    Args:
+        rows: this rank's part of the global batch of `n_rows`.
+    """
+    token = _draws.set(_Draws(torch.Generator(device).manual_seed(seed), rows, n_rows))
+    try:
+        yield
+    finally:
+        _draws.reset(token)
+
+
+def uniform(like: Tensor) -> Tensor:
+    """Random numbers in [0, 1) of the shape of `like` [B, …]."""
+    draws = _draws.get()
+    if draws is None:
+        return torch.rand(like.shape, device=like.device)
+    shape = (draws.n_rows, *like.shape[1:])
+    return torch.rand(shape, generator=draws.generator, device=like.device)[draws.rows]
+
+
+class RowDropout(nn.Module):
+    """Dropout whose mask belongs to the row: the same with any number of ranks (see `random_rows`)."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return x * (uniform(x) >= self.p) / (1 - self.p)
+
+
+class Branch(nn.Module):
+    """A source's vector to T tokens: projection, norm, GELU, dropout; then each token adds its own view of the result.
+
+    Rows without the source get learned tokens instead.
+
+    Shape:
+        x [B, D], present [B] bool -> [B, T, W]
+    """
+
+    def __init__(self, dim: int, width: int, n_tokens: int, dropout: float) -> None:
+        super().__init__()
+        self.project = nn.Sequential(nn.Linear(dim, width), nn.LayerNorm(width), nn.GELU(), RowDropout(dropout))
+        self.views = nn.Linear(width, n_tokens * width)
+        self.norm = nn.LayerNorm(width)
+        self.absent = nn.Parameter(torch.randn(n_tokens, width) * 0.02)
+
+    def forward(self, x: Tensor, present: Tensor) -> Tensor:
+        hidden = self.project(x)
+        tokens = self.norm(hidden.unsqueeze(1) + self.views(hidden).view(len(x), *self.absent.shape))
+        return torch.where(present.view(-1, 1, 1), tokens, self.absent.to(tokens.dtype))
+
+
+class Attention(nn.Module):
+    """Tokens look at the tokens of a context: pre-norm multi-head attention with a residual connection.
+
+    Shape:
+        x [B, N, W], context [B, M, W] -> [B, N, W]
+    """
+
+    def __init__(self, width: int, n_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm_x, self.norm_context = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key_value, self.out = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
+        self.dropout = RowDropout(dropout)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        query, key, value = self._heads(x, context)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        seen: Tensor = self.dropout(self.out(mixed))
+        return x + seen
+
+    def weights(self, x: Tensor, context: Tensor) -> Tensor:
+        """[B, heads, N, M] how much each token takes from each token of the context; rows sum to 1."""
+        query, key, _ = self._heads(x, context)
+        weights: Tensor = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+        return weights
+
+    def _heads(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = self.key_value(self.norm_context(context)).chunk(2, dim=-1)
+        split = [part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in (key, value)]
+        return self.query(self.norm_x(x)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2), split[0], split[1]
+
+
+class Experts(nn.Module):
+    """E networks of the same shape computed as one batched product, each with one output.
+
+    Shape:
+        x [B, I] -> [B, E]
+    """
+
+    def __init__(self, dim: int, hidden: tuple[int, ...], n_experts: int, dropout: float) -> None:
+        super().__init__()
+        sizes = (dim, *hidden)
+        self.layers = nn.ModuleList(_ExpertLinear(n_experts, i, o) for i, o in pairwise(sizes))
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in hidden)
+        self.last = _ExpertLinear(n_experts, sizes[-1], 1)
+        self.dropout = RowDropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.unsqueeze(1).expand(-1, self.last.weight.shape[0], -1)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            hidden = self.dropout(F.gelu(norm(layer(hidden))))
+        outputs: Tensor = self.last(hidden)
+        return outputs.squeeze(-1)
+
+
+class _ExpertLinear(nn.Module):
+    """One linear map an expert: [B, E, I] -> [B, E, O]."""
+
+    def __init__(self, n_experts: int, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        bound = dim_in**-0.5
+        self.weight = nn.Parameter(torch.empty(n_experts, dim_in, dim_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n_experts, 1, dim_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x.transpose(0, 1), self.weight).transpose(0, 1)
+
+
+class MixtureOfExperts(nn.Module):
+    """A gate that sees the input weighs the experts' outputs (Jacobs et al. 1991, all experts computed).
+
+    Shape:
+        x [B, I] -> [B]
+    """
+
+    def __init__(self, dim: int, hidden: tuple[int, ...], n_experts: int, gate_width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.gate_network = nn.Sequential(nn.Linear(dim, gate_width), nn.GELU(), nn.Linear(gate_width, n_experts))
+        self.experts = Experts(dim, hidden, n_experts, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        mixed: Tensor = (self._gate(x) * self.experts(x)).sum(-1)
+        return mixed
+
+    def gate(self, x: Tensor) -> Tensor:
+        """[B, E] weight of each expert; rows sum to 1."""
+        return self._gate(self.norm(x))
+
+    def _gate(self, x: Tensor) -> Tensor:
+        weights: Tensor = self.gate_network(x).softmax(-1)
+        return weights
+
+
+class ConcatNetwork(nn.Module):
+    """The base model of every variant: one token a source, concatenated, and a plain network.
+
+    Shape:
+        {role: [B, D_role]}, {role: [B] bool} -> [B]
+    """
+
+    def __init__(self, dims: Mapping[str, int], width: int, hidden: tuple[int, ...], dropout: float) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict({role: Branch(dim, width, 1, dropout) for role, dim in dims.items()})
+        self.head = Experts(width * len(dims), hidden, 1, dropout)
+
+    def forward(self, inputs: Inputs, present: Inputs) -> Tensor:
+        tokens = [branch(inputs[role], present[role]).squeeze(1) for role, branch in self.branches.items()]
+        outputs: Tensor = self.head(torch.cat(tokens, dim=1))
+        return outputs.squeeze(-1)
+
+
+class PriceModel(nn.Module):
+    """A variant's network between standardised inputs and a price, with everything that prediction needs in its state.
+
+    Inputs are standardised with the training rows' mean and deviation; columns that are constant but for rounding
+    count for nothing. The output starts at the median of the training targets, and a row without any embedding gets
+    exactly that. In training, sources are hidden from rows at random, so that a missing one means something.
+
+    Args:
+        network: `forward({role: [B, D_role]}, {role: [B] bool}) -> [B]`, and optionally
+            `explain(same) -> {name: [B, …]}`.
+        dims: role to D_role.
+        modality_dropout: probability that a source is hidden from a row.
+    """
+
+    def __init__(self, network: nn.Module, dims: Mapping[str, int], modality_dropout: float) -> None:
+        super().__init__()
+        self.network, self.dims, self.modality_dropout = network, dict(dims), modality_dropout
+        for role, dim in dims.items():
+            self.register_buffer(f"mean_{role}", torch.zeros(dim))
+            self.register_buffer(f"scale_{role}", torch.ones(dim))
+        self.register_buffer("target_median", torch.zeros(()))
+        self.register_buffer("target_scale", torch.ones(()))
+
+    def calibrate(self, statistics: Mapping[str, tuple[Tensor, Tensor]], targets: Tensor) -> None:
+        """Sets the inputs' {role: (mean [D], deviation [D])} and, from training targets [N], where outputs start."""
+        for role, (mean, deviation) in statistics.items():
+            usable = deviation > 1e-4 * deviation.median() + 1e-6 * mean.abs()
+            self.get_buffer(f"mean_{role}").copy_(mean)
+            self.get_buffer(f"scale_{role}").copy_(torch.where(usable, 1 / deviation.clamp_min(1e-30), 0.0))
+        self.get_buffer("target_median").copy_(targets.median())
+        self.get_buffer("target_scale").copy_(targets.std().clamp_min(1e-3) if len(targets) > 1 else torch.ones(()))
+
+    def forward(self, inputs: Inputs, present: Inputs) -> Tensor:
+        """[B] log1p(price)."""
+        present = self._hidden(present)
+        output = self.network(self._standardised(inputs, present), present)
+        output = output.float() * self.get_buffer("target_scale") + self.get_buffer("target_median")
+        known = torch.stack(list(present.values())).any(0)
+        return torch.where(known, output, self.get_buffer("target_median"))
+
+    def explain(self, inputs: Inputs, present: Inputs) -> dict[str, Tensor]:
+        """What the network tells about its inner choices, such as {"gate": [B, E]}; empty when it tells nothing."""
+        explain = getattr(self.network, "explain", None)
+        return explain(self._standardised(inputs, present), present) if explain else {}
+
+    def _standardised(self, inputs: Inputs, present: Inputs) -> dict[str, Tensor]:
+        scaled = {}
+        for role, x in inputs.items():
+            x = (x - self.get_buffer(f"mean_{role}")) * self.get_buffer(f"scale_{role}")
+            scaled[role] = torch.where(present[role].unsqueeze(-1), x.clamp(-LARGEST_INPUT, LARGEST_INPUT), 0.0)
+        return scaled
+
+    def _hidden(self, present: Inputs) -> Inputs:
+        if not self.training or self.modality_dropout == 0:
+            return present
+        stacked = torch.stack(list(present.values()), dim=1)
+        kept = stacked & (uniform(stacked) >= self.modality_dropout)
+        kept = torch.where(kept.any(1, keepdim=True), kept, stacked)  # never hide all there is
+        return dict(zip(present, kept.unbind(1), strict=True))
+
+
+def to_price(target: Tensor) -> Tensor:
+    """Dollars, float64, finite and above zero, from any log1p(price)."""
+    return torch.expm1(target.double().clamp(max=20)).clamp(MIN_PRICE, MAX_PRICE)

@@ -1,0 +1,59 @@
+"""One line an event: `2026-01-02T03:04:05Z info run=… rank=0/8 epoch=3 loss=…`, flushed, on standard error.
+
+Rank 0 says everything, other ranks only warnings. What was said is kept, so that a run can store its log.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+
+@dataclass
+class _Context:
+    run: str = "-"
+    rank: int = 0
+    world_size: int = 1
+    lines: list[str] = field(default_factory=list)
+
+
+_context = _Context()
+
+
+def configure(run: str, rank: int, world_size: int) -> None:
+    """Says whose lines these are from now on."""
+    _context.run, _context.rank, _context.world_size = run, rank, world_size
+
+
+def info(**fields: object) -> None:
+    if _context.rank == 0:
+        _emit("info", fields)
+
+
+def warning(**fields: object) -> None:
+    _emit("warning", fields)
+
+
+def error(**fields: object) -> None:
+    _emit("error", fields)
+
+
+def text() -> str:
+    """All lines of this process so far."""
+    return "".join(f"{line}\n" for line in _context.lines)
+
+
+def _emit(level: str, fields: dict[str, object]) -> None:
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    who = {"run": _context.run, "rank": f"{_context.rank}/{_context.world_size}"}
+    line = " ".join([now, level, *(f"{key}={_format(value)}" for key, value in (who | fields).items())])
+    _context.lines.append(line)
+    print(line, file=sys.stderr, flush=True)
+
+
+def _format(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    shown = str(value)
+    return f'"{shown}"' if " " in shown else shown

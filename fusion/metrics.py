@@ -1,0 +1,138 @@
+"""The metrics that training, evaluation and reports share: one formula for each, in one place.
+
+Every function takes lists, NumPy arrays and torch tensors of any real dtype, and computes in float64. Shapes have to
+agree: `[N]` against `[N, 1]` is an error, because NumPy would broadcast the two to `[N, N]`. A NaN in the input gives a
+NaN metric.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+_EPSILON = float(np.finfo(np.float64).eps)  # the smallest true value that scikit-learn's MAPE divides by
+
+
+def row_smape(y_true: object, y_pred: object) -> FloatArray:
+    """SMAPE of each row in percent, 0 to 200, shape `[N]`: `100 * |p - a| / ((|a| + |p|) / 2)`, where 0/0 counts as 0.
+
+    Makridakis (1993), "Accuracy measures: theoretical and practical concerns". ValueError if the shapes differ.
+    """
+    true, pred = _aligned(y_true, y_pred)
+    # A power of two changes no digit, and brings 1e300 and 1e-300 to where sums neither overflow nor underflow.
+    _, exponent = np.frexp(np.maximum(np.abs(true), np.abs(pred)))
+    true, pred = np.ldexp(true, -exponent), np.ldexp(pred, -exponent)
+    total = np.abs(true) + np.abs(pred)
+    with np.errstate(invalid="ignore"):  # an infinite price has no SMAPE: NaN, without a warning
+        smape: FloatArray = np.divide(200 * np.abs(pred - true), total, out=np.zeros_like(total), where=total != 0)
+    return smape
+
+
+def compute_smape(y_true: object, y_pred: object) -> float:
+    """The mean of `row_smape` in percent, 0 to 200. ValueError if the shapes differ or there are no rows."""
+    return float(_required(row_smape(y_true, y_pred)).mean())
+
+
+def compute_metrics(y_true: object, y_pred: object) -> dict[str, float]:
+    """SMAPE and MAPE in percent, MAE and RMSE in the unit of the input, and R².
+
+    MAPE and R² follow scikit-learn: MAPE divides by `max(|a|, 2.2e-16)`; R² of constant true values is 1 for a perfect
+    prediction and otherwise 0, and of a single row NaN. ValueError if the shapes differ or there are no rows.
+    """
+    true, pred = _aligned(y_true, y_pred)
+    smape = compute_smape(true, pred)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        scaled_true, scaled_pred, exponent = _scaled(true, pred)
+        error = np.abs(scaled_pred - scaled_true)
+        return {
+            "smape": smape,
+            "mae": float(np.ldexp(error.mean(), exponent)),
+            "rmse": float(np.ldexp(np.sqrt(np.mean(error**2)), exponent)),
+            "mape": _mape(true, pred),
+            "r2": _r2(scaled_true, scaled_pred),
+        }
+
+
+def group_metrics(y_true: object, y_pred: object) -> dict[str, float]:
+    """`compute_metrics`, and in the unit of the input `median_error`, `bias`, `mean_true` and `mean_pred`.
+
+    The median error is the median of |p - a|, the bias the mean of p - a. A group without rows has NaN everywhere.
+    ValueError if the shapes differ.
+    """
+    true, pred = _aligned(y_true, y_pred)
+    if true.size == 0:
+        return dict.fromkeys(_GROUP_METRICS, float("nan"))
+    metrics = compute_metrics(true, pred)
+    with np.errstate(over="ignore", invalid="ignore"):
+        true, pred, exponent = _scaled(true, pred)
+        centres = {
+            "median_error": np.median(np.abs(pred - true)),
+            "bias": np.mean(pred - true),
+            "mean_true": true.mean(),
+            "mean_pred": pred.mean(),
+        }
+        return metrics | {name: float(np.ldexp(value, exponent)) for name, value in centres.items()}
+
+
+def bootstrap_interval(
+    values: FloatArray, n_resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (Efron, 1979) of the mean of `values`, one value a row, shape `[N]`.
+
+    The same seed gives the same interval. No rows give (NaN, NaN). ValueError if `n_resamples` < 1 or `level` is not
+    in (0, 1).
+    """
+    if n_resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"expected n_resamples >= 1 and 0 < level < 1, however: {n_resamples=}, {level=}")
+    rows = _as_float64(values).reshape(-1)
+    if rows.size == 0:
+        return float("nan"), float("nan")
+    generator = np.random.default_rng(seed)
+    # One resample at a time: memory stays at N, where a matrix of all of them would be n_resamples times that.
+    means = [rows[generator.integers(0, rows.size, rows.size)].mean() for _ in range(n_resamples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+_GROUP_METRICS = ("smape", "mae", "rmse", "mape", "r2", "median_error", "bias", "mean_true", "mean_pred")
+
+
+def _as_float64(values: object) -> FloatArray:
+    if hasattr(values, "detach"):  # a tensor: recognised by what it can do, so that metrics need no torch
+        values = values.detach().cpu().double().numpy()  # NumPy has no bfloat16
+    return np.asarray(values, dtype=np.float64)
+
+
+def _aligned(y_true: object, y_pred: object) -> tuple[FloatArray, FloatArray]:
+    true, pred = _as_float64(y_true), _as_float64(y_pred)
+    if true.shape != pred.shape:
+        raise ValueError(f"y_true and y_pred must have the same shape, however: {true.shape} and {pred.shape}")
+    return true.reshape(-1), pred.reshape(-1)
+
+
+def _required(rows: FloatArray) -> FloatArray:
+    if rows.size == 0:
+        raise ValueError("a metric needs at least one row, however: y_true and y_pred have shape (0,)")
+    return rows
+
+
+def _scaled(true: FloatArray, pred: FloatArray) -> tuple[FloatArray, FloatArray, int]:
+    """Both divided by 2**exponent, so that the largest is about 1 and its square can neither overflow nor vanish."""
+    _, exponent = np.frexp(max(np.abs(true).max(), np.abs(pred).max()))
+    return np.ldexp(true, -exponent), np.ldexp(pred, -exponent), int(exponent)
+
+
+def _mape(true: FloatArray, pred: FloatArray) -> float:
+    half_error = np.abs(pred / 2 - true / 2)  # half a difference of finite numbers is always finite
+    return float(200 * np.mean(half_error / np.maximum(np.abs(true), _EPSILON)))
+
+
+def _r2(true: FloatArray, pred: FloatArray) -> float:
+    if true.size < 2:
+        return float("nan")
+    residual = np.sum((true - pred) ** 2)
+    if true.min() == true.max():
+        return 1.0 if residual == 0 else 0.0
+    return float(1 - residual / np.sum((true - true.mean()) ** 2))

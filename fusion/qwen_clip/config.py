@@ -1,0 +1,25 @@
+"""Settings of the variant with one image and one text source."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic.dataclasses import dataclass
+
+from fusion.config import STRICT, RunConfig, setting
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sources:
+    clip_image: str = setting("clip_image", "source of the image embeddings", "sources")
+    qwen_text: str = setting("qwen_text", "source of the text embeddings", "sources")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config(RunConfig):
+    variant: ClassVar[str] = "qwen_clip"
+
+    sources: Sources = Sources()
+    hidden: tuple[int, ...] = setting(
+        (512, 256, 128), "features of the hidden layers of each expert", "model", min_length=1
+    )

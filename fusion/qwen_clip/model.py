@@ -1,0 +1,45 @@
+"""One image and one text source: cross-attention and a gated mixture of experts, or plain concatenation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fusion.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOfExperts
+from fusion.qwen_clip.config import Config
+
+N_TOKENS = 4
+GATE_WIDTH = 512
+
+
+class FusionNetwork(nn.Module):
+    """Four tokens a source; image tokens look at text tokens and the reverse; three experts price the row."""
+
+    def __init__(self, config: Config, dims: Mapping[str, int]) -> None:
+        super().__init__()
+        width, dropout = config.width, config.dropout
+        self.branches = nn.ModuleDict({role: Branch(dim, width, N_TOKENS, dropout) for role, dim in dims.items()})
+        self.image_to_text = Attention(width, config.n_heads, dropout)
+        self.text_to_image = Attention(width, config.n_heads, dropout)
+        self.mixture = MixtureOfExperts(2 * width, config.hidden, config.n_experts, GATE_WIDTH, dropout)
+
+    def forward(self, inputs: Inputs, present: Inputs) -> Tensor:
+        priced: Tensor = self.mixture(self._fused(inputs, present))
+        return priced
+
+    def explain(self, inputs: Inputs, present: Inputs) -> dict[str, Tensor]:
+        return {"gate": self.mixture.gate(self._fused(inputs, present))}
+
+    def _fused(self, inputs: Inputs, present: Inputs) -> Tensor:
+        image, text = (self.branches[role](inputs[role], present[role]) for role in ("clip_image", "qwen_text"))
+        looked = self.image_to_text(image, text), self.text_to_image(text, image)
+        return torch.cat([tokens.mean(1) for tokens in looked], dim=1)
+
+
+def build_network(config: Config, dims: Mapping[str, int]) -> nn.Module:
+    """The network that `--model` names."""
+    if config.model == "concat":
+        return ConcatNetwork(dims, config.width, config.hidden, config.dropout)
+    return FusionNetwork(config, dims)

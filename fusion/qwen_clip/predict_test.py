@@ -1,0 +1,23 @@
+"""Predict test.csv with a run of qwen_clip: `python -m fusion.qwen_clip.predict_test --output s3://bucket/output`."""
+
+import sys
+from collections.abc import Sequence
+
+from fusion.command import run
+from fusion.config import PredictConfig
+from fusion.qwen_clip.config import Config
+
+
+def _job(settings: PredictConfig) -> None:
+    from fusion.prediction import predict_test
+    from fusion.qwen_clip.model import build_network
+
+    predict_test(settings, Config, build_network)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(PredictConfig, _job, argv, module="fusion.qwen_clip.predict_test", doc=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Whole objects by URL: `s3://…`, `gs://…`, `file:///…` or a path. Read, write atomically, list, hash.
+
+Every function tries again while the store does not answer, up to `patience` seconds, and turns what the store says
+into an error that names the URL and the cause.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from fusion.errors import CredentialsError, DataError, FusionError, UnreachableError
+
+T = TypeVar("T")
+
+_DENIED = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "Forbidden", "NoCredentials")
+_SILENT = ("EndpointConnection", "ConnectTimeout", "ReadTimeout", "ConnectionClosed", "HTTPClient", "ClientConnect")
+_patience = 60.0
+
+
+def set_patience(seconds: float) -> None:
+    """Seconds for which a store that does not answer is asked again."""
+    global _patience  # noqa: PLW0603 (a process waits equally long for every store)
+    _patience = seconds
+
+
+def join(url: str, *parts: str) -> str:
+    return "/".join([url.rstrip("/"), *parts])
+
+
+def read(url: str) -> bytes:
+    """The object's bytes.
+
+    Raises:
+        DataError: it does not exist.
+        CredentialsError: the store refuses.
+        UnreachableError: the store does not answer.
+    """
+    return retrying(url, lambda: _cat(url))
+
+
+def write(url: str, data: bytes) -> None:
+    """Writes all of the object or nothing: readers see the previous bytes or these, never a part.
+
+    Raises:
+        DataError, CredentialsError, UnreachableError: as for `read`.
+    """
+    retrying(url, lambda: _put(url, data))
+
+
+def exists(url: str) -> bool:
+    return retrying(url, lambda: bool(_locate(url)[0].exists(_locate(url)[1])))
+
+
+def ls(url: str) -> list[str]:
+    """URLs directly below `url`, sorted; none when there is no such folder."""
+    return retrying(url, lambda: _ls(url))
+
+
+def open_read(url: str) -> BinaryIO:
+    """A seekable file for reading parts of an object, without read-ahead."""
+    fs, path = _locate(url)
+    return cast(BinaryIO, retrying(url, lambda: fs.open(path, "rb", cache_type="none")))
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def retrying(url: str, action: Callable[[], T]) -> T:
+    """Result of `action`, tried again while the store is silent; its failure as an error that names `url`."""
+    attempts = Retrying(
+        stop=stop_after_delay(_patience),
+        wait=wait_random_exponential(0.2, max=5),
+        retry=retry_if_exception(is_silence),
+        reraise=True,
+    )
+    try:
+        return attempts(action)
+    except Exception as error:
+        raise _explained(url, error) from error
+
+
+def _locate(url: str) -> tuple[Any, str]:
+    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    return fs, path
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in fs.protocol
+
+
+def _cat(url: str) -> bytes:
+    fs, path = _locate(url)
+    return bytes(fs.cat_file(path))
+
+
+def _put(url: str, data: bytes) -> None:
+    fs, path = _locate(url)
+    if not _is_local(fs):
+        _put_object(fs, path, data)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _put_object(fs: Any, path: str, data: bytes) -> None:
+    try:
+        fs.pipe_file(path, data)  # a put is atomic
+    except PermissionError:
+        fs.ls(path.split("/")[0])  # some stores refuse a write to a bucket that does not exist: then say that
+        raise
+
+
+def _ls(url: str) -> list[str]:
+    fs, path = _locate(url)
+    try:
+        names = fs.ls(path, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(
+        join(url, name.rstrip("/").rsplit("/", 1)[-1]) for name in names if name.strip("/") != path.strip("/")
+    )
+
+
+def _named(error: BaseException, names: tuple[str, ...]) -> bool:
+    chain = [error, error.__cause__, error.__context__]
+    said = " ".join(f"{type(link).__name__} {link}" for link in chain if link is not None)
+    return any(name in said for name in names)
+
+
+def is_silence(error: BaseException) -> bool:
+    """Whether the store did not answer, so that asking again may help."""
+    if isinstance(error, FusionError | FileNotFoundError | PermissionError) or _named(error, _DENIED):
+        return False
+    return isinstance(error, ConnectionError | TimeoutError) or _named(error, (*_SILENT, "SlowDown", "InternalError"))
+
+
+def is_answer(error: BaseException) -> bool:
+    """Whether an error comes from the store, or its silence, and not from the bytes that were read."""
+    missing = isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError)
+    return missing or is_silence(error) or _named(error, _DENIED)
+
+
+def _explained(url: str, error: Exception) -> Exception:
+    cause = f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, FusionError):
+        return error
+    if isinstance(error, PermissionError) or _named(error, _DENIED):
+        return CredentialsError(
+            f"no access to {url} ({cause})", "check credentials, their expiry and their permissions"
+        )
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return DataError(f"{url} does not exist ({cause})", "check the bucket and path; --data and --output name them")
+    if is_silence(error):
+        return UnreachableError(f"{url} does not answer ({cause})", "check endpoint and network, then run it again")
+    return error

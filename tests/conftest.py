@@ -1,0 +1,92 @@
+"""What the tests share: a small catalog, a small model, a real S3 server, commands as a user types them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import fsspec
+import pytest
+
+from fusion.demo_catalog import generate
+from tests.s3_server import KEY, SECRET, S3Server
+
+DIMS = {"clip_image": 12, "siglip_image": 10, "siglip_text": 8, "qwen_text": 14}
+SMALL = [
+    "--width",
+    "16",
+    "--n-heads",
+    "2",
+    "--hidden",
+    "16",
+    "8",
+    "--batch-size",
+    "64",
+    "--lr",
+    "0.01",
+    "--device",
+    "cpu",
+]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_command(*arguments: str, env: Mapping[str, str] | None = None, ranks: int = 0) -> Done:
+    """Runs `python -m …` as a user would, or `torchrun … -m …` when `ranks` are given."""
+    launcher = [sys.executable, "-m"]
+    if ranks:
+        launcher += ["torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--standalone", "-m"]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("FUSION_", "AWS_"))}
+    environment = {**clean, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run([*launcher, *arguments], check=False, capture_output=True, text=True, env=environment)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated catalog of 603 products; tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("catalog")
+    generate(folder, n_products=603, dims=DIMS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """URL of a new bucket; the environment of the test finds it."""
+    for key, value in s3.environment().items():
+        monkeypatch.setenv(key, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    name = "b" + "".join(letter for letter in request.node.name.lower() if letter.isalnum())[:50]
+    boto3.client("s3", aws_access_key_id=KEY, aws_secret_access_key=SECRET).create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+def upload(folder: Path, url: str) -> None:
+    """Copies every file below a folder to the bucket."""
+    client, bucket = boto3.client("s3"), url.removeprefix("s3://")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            client.upload_file(str(path), bucket, str(path.relative_to(folder)))
+
+
+def small(*flags: str) -> Sequence[str]:
+    return [*SMALL, *flags]

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from fusion.distributed import World, world
+from fusion.embeddings import RowStore, load
+from fusion.errors import DataError
+from tests.conftest import upload
+
+DIM = 5
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    with world("cpu") as place:
+        yield place
+
+
+def vectors(n: int, dtype: str = "float32", dim: int = DIM) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((n, dim)).astype(dtype)
+
+
+def write(path: Path, ids: Sequence[object], values: np.ndarray, *, fixed: bool = True, rows: int = 1000) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = pa.array(values.reshape(-1))
+    if fixed:
+        column = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    else:
+        column = pa.ListArray.from_arrays(pa.array(np.arange(len(values) + 1) * values.shape[1], pa.int32()), flat)
+    pq.write_table(pa.table({"sample_id": pa.array(ids), "embedding": column}), path, row_group_size=rows)
+
+
+def source(folder: Path, name: str = "s") -> Path:
+    return folder / "embeddings" / "train" / f"{name}.parquet"
+
+
+def read(folder: Path | str, n: int, place: World, max_missing: float = 1.0) -> RowStore:
+    ids = pd.Index([str(i) for i in range(n)])
+    return load(str(folder), "train", {"a": "s"}, ids, place, max_missing=max_missing)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_every_type_and_row_order(tmp_path: Path, alone: World, dtype: str, fixed: bool) -> None:
+    values, order = vectors(50, dtype), np.random.default_rng(1).permutation(50)
+    write(source(tmp_path), order.tolist(), values[order], fixed=fixed, rows=7)
+    store = read(tmp_path, 50, alone)
+    assert store.values["a"].dtype == (torch.float16 if dtype == "float16" else torch.float32)
+    assert store.dims == {"a": DIM}
+    np.testing.assert_array_equal(store.values["a"].numpy(), values.astype(store.values["a"].numpy().dtype))
+    assert store.present["a"].all()
+
+
+def test_text_ids_and_several_files(tmp_path: Path, alone: World) -> None:
+    values = vectors(30)
+    for part in range(3):
+        rows = slice(part * 10, part * 10 + 10)
+        path = tmp_path / "embeddings" / "train" / "s" / f"part-{part}.parquet"
+        write(path, [str(i) for i in range(30)][rows], values[rows], rows=4)
+    np.testing.assert_array_equal(read(tmp_path, 30, alone).values["a"].numpy(), values)
+
+
+def test_missing_null_and_broken_rows(tmp_path: Path, alone: World, capsys: pytest.CaptureFixture[str]) -> None:
+    values = vectors(20)
+    values[3, 1], values[4, 0] = np.nan, np.inf
+    listed: list[list[float] | None] = [row.tolist() for row in values]
+    listed[5] = None
+    path = source(tmp_path)
+    path.parent.mkdir(parents=True)
+    column = pa.array(listed[:18], pa.list_(pa.float32(), DIM))
+    pq.write_table(pa.table({"sample_id": [*range(15), 100, 101, 102], "embedding": column}), path)
+    store = read(tmp_path, 20, alone)
+    assert np.flatnonzero(~store.present["a"].numpy()).tolist() == [3, 4, 5, *range(15, 20)]
+    assert not store.values["a"][~store.present["a"]].any()
+    np.testing.assert_array_equal(store.values["a"][6:15].numpy(), values[6:15])
+    said = capsys.readouterr().err
+    assert "event=not_finite role=a rows=3 first=3,4,5" in said
+    assert "event=ids_not_in_table role=a rows=3" in said
+    assert "missing=5" in said
+    assert "event=rows_without_any_embedding rows=8" in said
+
+
+def test_a_float64_beyond_float32_counts_as_not_finite(tmp_path: Path, alone: World) -> None:
+    values = vectors(4, "float64")
+    values[2, 0] = 1e300
+    write(source(tmp_path), list(range(4)), values)
+    assert read(tmp_path, 4, alone).present["a"].tolist() == [True, True, False, True]
+
+
+def test_too_many_missing(tmp_path: Path, alone: World) -> None:
+    write(source(tmp_path), list(range(18)), vectors(18))
+    read(tmp_path, 20, alone, max_missing=0.1)
+    with pytest.raises(DataError, match=r"18 of 20 rows, without: 18, 19") as caught:
+        read(tmp_path, 20, alone, max_missing=0.05)
+    assert "--max-missing" in caught.value.remedy
+
+
+def test_an_id_twice(tmp_path: Path, alone: World) -> None:
+    write(source(tmp_path), [0, 1, 2, 2, 0, 99], vectors(6))
+    with pytest.raises(DataError, match=r"2 ids occur more than once in source 's'.*: 2, 0"):
+        read(tmp_path, 5, alone)
+
+
+def test_files_of_a_source_that_differ(tmp_path: Path, alone: World) -> None:
+    folder = tmp_path / "embeddings" / "train" / "s"
+    write(folder / "0.parquet", [0], vectors(1))
+    write(folder / "1.parquet", [1], vectors(1, dim=7))
+    with pytest.raises(DataError, match=r"1\.parquet has vectors of 7 x float32, .*0\.parquet of 5 x float32"):
+        read(tmp_path, 2, alone)
+    write(folder / "1.parquet", [1], vectors(1, "float16"))
+    with pytest.raises(DataError, match=r"5 x float16, .* 5 x float32"):
+        read(tmp_path, 2, alone)
+
+
+def test_ragged_vectors(tmp_path: Path, alone: World) -> None:
+    path = source(tmp_path)
+    path.parent.mkdir(parents=True)
+    column = pa.array([[1.0, 2.0], [1.0, 2.0, 3.0]], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"sample_id": [0, 1], "embedding": column}), path)
+    with pytest.raises(DataError, match="vectors of 2 and of 3 numbers"):
+        read(tmp_path, 2, alone)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda data: b"", "no complete Parquet file"),
+        (lambda data: data[: len(data) // 2], "no complete Parquet file"),
+        (lambda data: b"sample_id,embedding\n1,2\n", "no complete Parquet file"),
+        (lambda data: data[:40] + bytes(200) + data[240:], "no complete Parquet file"),
+    ],
+    ids=["empty", "truncated", "text", "overwritten"],
+)
+def test_a_damaged_file(tmp_path: Path, alone: World, damage: object, expected: str) -> None:
+    write(source(tmp_path), list(range(50)), vectors(50))
+    source(tmp_path).write_bytes(damage(source(tmp_path).read_bytes()))  # type: ignore[operator]
+    with pytest.raises(DataError, match=expected):
+        read(tmp_path, 50, alone)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"id": [1], "embedding": [[1.0]]}, r"no column 'sample_id'; it has \['id', 'embedding'\]"),
+        ({"sample_id": [1], "vector": [[1.0]]}, "no column 'embedding'"),
+        ({"sample_id": [1.5], "embedding": [[1.0]]}, "'sample_id' .* is double, expected int64 or string"),
+        ({"sample_id": [1], "embedding": [1.0]}, "'embedding' .* is double, expected a list"),
+        ({"sample_id": [1], "embedding": [["x"]]}, "'embedding' .* is list<.*string>, expected a list"),
+        ({"sample_id": [None, 1], "embedding": [[1.0], [1.0]]}, "1 rows without a sample_id"),
+    ],
+)
+def test_wrong_columns(tmp_path: Path, alone: World, table: dict[str, list[object]], expected: str) -> None:
+    path = source(tmp_path)
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table(table), path)
+    with pytest.raises(DataError, match=expected):
+        read(tmp_path, 2, alone)
+
+
+def test_a_file_without_rows(tmp_path: Path, alone: World) -> None:
+    write(source(tmp_path), pa.array([], pa.int64()), vectors(0))
+    with pytest.raises(DataError, match="has no rows"):
+        read(tmp_path, 2, alone)
+
+
+def test_a_source_that_does_not_exist_lists_those_that_do(tmp_path: Path, alone: World) -> None:
+    write(source(tmp_path, "other"), [0], vectors(1))
+    with pytest.raises(DataError, match=r"for the role a; .* holds other") as caught:
+        read(tmp_path, 1, alone)
+    assert "--sources.a NAME" in caught.value.remedy
+
+
+def test_the_digest_sees_values_and_not_the_order_of_rows(tmp_path: Path, alone: World) -> None:
+    values = vectors(20)
+    write(source(tmp_path), list(range(20)), values)
+    before = read(tmp_path, 20, alone).digest()
+    write(source(tmp_path), list(range(20))[::-1], values[::-1], rows=3)
+    assert read(tmp_path, 20, alone).digest() == before
+    values[7, 2] += 1
+    write(source(tmp_path), list(range(20)), values)
+    assert read(tmp_path, 20, alone).digest() != before
+
+
+def test_the_same_rows_from_s3(tmp_path: Path, alone: World, bucket: str) -> None:
+    values = vectors(500)
+    write(source(tmp_path), list(range(500)), values, rows=64)
+    upload(tmp_path, bucket)
+    np.testing.assert_array_equal(read(bucket, 500, alone).values["a"].numpy(), values)
+
+
+PEAK = """
+import resource, sys
+import pandas as pd
+from fusion.distributed import world
+from fusion.embeddings import load
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with world("cpu") as place:
+    load(sys.argv[1], "train", {"a": "small"}, pd.Index(["0"]), place)
+    before = peak()
+    store = load(sys.argv[1], "train", {"a": "s"}, pd.Index([str(i) for i in range(40000)]), place)
+    print((peak() - before) / store.values["a"].nbytes)
+"""
+
+
+@pytest.mark.parametrize("rows", [2048, 40000], ids=["row groups", "one huge row group"])
+def test_peak_memory_is_bounded(tmp_path: Path, rows: int) -> None:
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+    write(source(tmp_path, "small"), [0], vectors(1))
+    write(source(tmp_path), list(range(40000)), vectors(40000, dim=1024), rows=rows)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.6

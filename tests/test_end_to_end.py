@@ -1,0 +1,242 @@
+"""The main job as users run it: train, evaluate, predict, on a folder and on S3, on one rank and on several."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fusion import storage
+from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.metrics import compute_metrics, compute_smape
+from fusion.runs import read_pointer
+from tests.conftest import SMALL, Done, run_command, upload
+from tests.s3_server import S3Server
+
+VARIANTS = ["qwen_clip", "all_embeddings"]
+
+
+def chain(variant: str, data: str, output: str, *flags: str, env: Mapping[str, str] | None = None) -> list[Done]:
+    jobs = [
+        [f"fusion.{variant}.train", "--data", data, "--output", output, *SMALL, "--epochs", "3", *flags],
+        [f"fusion.{variant}.evaluate_by_groups", "--output", output, "--by", "category"],
+        [f"fusion.{variant}.predict_test", "--output", output, "--date", "2026-01-02"],
+    ]
+    return [run_command(*job, env=env) for job in jobs]
+
+
+def submission(output: str) -> pd.DataFrame:
+    current = read_pointer(output, "submissions", "test", "current")
+    assert current is not None
+    content = storage.read(f"{output}/submissions/{current['submission']}/submission.csv")
+    return pd.DataFrame([line.split(",") for line in content.decode().splitlines()[1:]], columns=["sample_id", "price"])
+
+
+def check_submission(output: str, data: Path) -> None:
+    rows, wanted = submission(output), pd.read_csv(data / "test.csv", dtype="str")["sample_id"]
+    assert rows["sample_id"].tolist() == wanted.tolist()
+    prices = rows["price"].astype(float)
+    assert np.isfinite(prices).all() and (prices > 0).all()
+    assert rows["price"].str.fullmatch(r"\d+\.\d{4}").all()
+    assert prices.nunique() > len(prices) / 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_train_evaluate_predict(variant: str, catalog: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    trained, evaluated, predicted = chain(variant, str(catalog), output)
+    assert [step.code for step in (trained, evaluated, predicted)] == [0, 0, 0], trained.err + evaluated.err
+    best = read_pointer(output, "runs", variant, "best")
+    assert best is not None
+    run = Path(output, "runs", best["run_id"])
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    folder = f"checkpoints/{best['checkpoint']}"
+    assert names == {
+        "config.json",
+        "run.json",
+        "split.parquet",
+        "attempts/1/start.json",
+        "attempts/1/exit.json",
+        "attempts/1/log.txt",
+        *(f"{folder}/{name}" for name in ("model.safetensors", "state.pt", "MANIFEST.json")),
+        *(f"metrics/{name}" for name in ("train.jsonl", "epochs.csv", "groups.csv", "groups.parquet")),
+        *(f"metrics/{name}" for name in ("summary.json", "predictions.parquet")),
+    }
+    check_metrics(run, catalog, best["smape"])
+    check_submission(output, catalog)
+    assert "by category" in evaluated.out and "95% interval" in evaluated.out and "Worst rows" in evaluated.out
+    assert "event=rows_without_any_embedding" in trained.err
+
+
+def check_metrics(run: Path, data: Path, smape: float) -> None:
+    """What was reported is what the stored predictions of the stored validation rows give, with the table's prices."""
+    split = pd.read_parquet(run / "split.parquet")
+    rows = pd.read_parquet(run / "metrics" / "predictions.parquet")
+    assert set(rows["sample_id"]) == set(split.loc[split["side"] == "validation", "sample_id"])
+    prices = pd.read_csv(data / "train.csv", dtype={"sample_id": "str"}).set_index("sample_id")["price"]
+    assert (rows["price"].to_numpy() == prices[rows["sample_id"]].to_numpy()).all()
+    summary = json.loads((run / "metrics" / "summary.json").read_text())
+    for name, value in compute_metrics(rows["price"], rows["predicted"]).items():
+        assert summary[name] == pytest.approx(value, rel=1e-6)
+    assert summary["smape"] == pytest.approx(smape, rel=1e-5)
+    assert summary["count"] == len(rows)
+    groups = pd.read_csv(run / "metrics" / "groups.csv")
+    for name in ("price_bin", "price_range", "present", "category"):
+        assert groups.loc[groups["by"] == name, "count"].sum() == len(rows)
+    gates = pd.DataFrame(summary["gates"]).set_index("price_bin")
+    np.testing.assert_allclose(gates.sum(axis=1), 1, atol=1e-4)
+
+
+def test_the_chain_on_s3(bucket: str, s3: S3Server, catalog: Path) -> None:
+    upload(catalog, bucket)
+    steps = chain("all_embeddings", bucket, f"{bucket}/out", env=s3.environment())
+    assert [step.code for step in steps] == [0, 0, 0], "".join(step.err for step in steps)
+    check_submission(f"{bucket}/out", catalog)
+
+
+def test_the_environment_says_where_things_are(bucket: str, s3: S3Server, catalog: Path) -> None:
+    upload(catalog, bucket)
+    places = {"FUSION_DATA": bucket, "FUSION_OUTPUT": f"{bucket}/out", "FUSION_EPOCHS": "1"}
+    assert run_command("fusion.qwen_clip.train", *SMALL, env=s3.environment() | places).code == 0
+    assert read_pointer(f"{bucket}/out", "runs", "qwen_clip", "best") is not None
+
+
+def test_training_learns(catalog: Path, tmp_path: Path) -> None:
+    flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--loss", "smape", "--epochs", "25"]
+    assert train.main(flags) == 0
+    best = read_pointer(str(tmp_path), "runs", "all_embeddings", "best")
+    assert best is not None
+    split = pd.read_parquet(tmp_path / "runs" / best["run_id"] / "split.parquet")
+    sides = dict(list(split.groupby("side")["price"]))
+    naive = compute_smape(sides["validation"], np.full(len(sides["validation"]), sides["train"].median()))
+    assert best["smape"] < 0.85 * naive
+
+
+def test_shuffled_input_files_give_the_same_run(catalog: Path, tmp_path: Path) -> None:
+    shuffled = tmp_path / "shuffled"
+    shutil.copytree(catalog, shuffled)
+    rng = np.random.default_rng(9)
+    for path in shuffled.rglob("*.*"):
+        if path.suffix == ".csv" and path.stem in ("train", "test"):
+            table = pd.read_csv(path, dtype="str")
+            table.iloc[rng.permutation(len(table))].to_csv(path, index=False)
+        elif path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+            table.iloc[rng.permutation(len(table))].to_parquet(path, index=False)
+    results = []
+    for data in (catalog, shuffled):
+        output = str(tmp_path / f"out-{data.name}")
+        flags = ["--data", str(data), "--output", output, *SMALL, "--epochs", "2", "--run-id", "r"]
+        assert train.main(flags) == predict_test.main(["--output", output]) == 0
+        model = next(Path(output).rglob("model.safetensors")).read_bytes()
+        results.append((model, dict(submission(output).to_numpy().tolist())))
+    assert results[0] == results[1]
+
+
+@pytest.fixture(scope="module")
+def by_ranks(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same run, with dropout, on 1, 2 and 3 ranks; evaluated and predicted on as many."""
+    outputs = {}
+    for ranks in (1, 2, 3):
+        output = outputs[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
+        where = ["--output", str(output)]
+        flags = ["--data", str(catalog), *where, *SMALL, "--epochs", "2", "--run-id", "r", "--batch-size", "61"]
+        for job in (["train", *flags], ["evaluate_by_groups", *where], ["predict_test", *where]):
+            done = run_command(f"fusion.all_embeddings.{job[0]}", *job[1:], ranks=ranks)
+            assert done.code == 0, done.err
+    return outputs
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_gives_the_same_result(by_ranks: dict[int, Path], ranks: int) -> None:
+    one, many = by_ranks[1], by_ranks[ranks]
+    curves = [pd.read_csv(output / "runs/r/metrics/epochs.csv")[["step", "loss", "smape"]] for output in (one, many)]
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)
+    tables = [pd.read_parquet(output / "runs/r/metrics/predictions.parquet") for output in (one, many)]
+    assert tables[0]["sample_id"].tolist() == tables[1]["sample_id"].tolist()
+    np.testing.assert_allclose(tables[0]["predicted"], tables[1]["predicted"], rtol=1e-4)
+    ours, theirs = (submission(str(output)) for output in (one, many))
+    assert ours["sample_id"].tolist() == theirs["sample_id"].tolist()
+    np.testing.assert_allclose(ours["price"].astype(float), theirs["price"].astype(float), rtol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_same_weights_predict_the_same_on_any_number_of_ranks(
+    by_ranks: dict[int, Path], catalog: Path, tmp_path: Path, ranks: int
+) -> None:
+    where = ["--run-dir", str(by_ranks[1] / "runs" / "r"), "--output", str(tmp_path)]
+    assert run_command("fusion.all_embeddings.predict_test", *where, ranks=ranks).code == 0
+    np.testing.assert_allclose(
+        submission(str(tmp_path))["price"].astype(float),
+        submission(str(by_ranks[1]))["price"].astype(float),
+        rtol=1e-6,
+        atol=1.01e-4,  # one unit of the last digit that a submission has
+    )
+
+
+def test_a_finished_run_is_left_alone(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1"]
+    assert train.main(flags) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert train.main(flags) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert "event=finished_before" in capsys.readouterr().err
+
+
+def test_a_second_prediction_publishes_nothing_new(catalog: Path, tmp_path: Path) -> None:
+    where = ["--output", str(tmp_path)]
+    assert train.main(["--data", str(catalog), *where, *SMALL, "--epochs", "1"]) == 0
+    assert predict_test.main([*where, "--date", "2026-01-02"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert predict_test.main([*where, "--date", "2026-01-02"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_rows_without_any_embedding_get_the_training_median(catalog: Path, tmp_path: Path) -> None:
+    where = ["--output", str(tmp_path)]
+    assert train.main(["--data", str(catalog), *where, *SMALL, "--epochs", "1"]) == 0
+    assert predict_test.main(where) == 0
+    wanted = set(pd.read_csv(catalog / "test.csv", dtype="str")["sample_id"])
+    for path in (catalog / "embeddings" / "test").glob("*.parquet"):
+        rows = pd.read_parquet(path)
+        usable = [np.isfinite(np.asarray(vector, np.float32)).all() for vector in rows["embedding"]]
+        wanted -= set(rows["sample_id"].astype("str")[usable])
+    assert wanted
+    split = pd.read_parquet(next(tmp_path.rglob("split.parquet")))
+    prices = submission(str(tmp_path)).set_index("sample_id")["price"].astype(float)
+    train_rows = split[split["side"] == "train"]
+    for sample_id in wanted:
+        assert prices[sample_id] == pytest.approx(train_rows["price"].median(), rel=0.02)
+
+
+def test_a_leak_is_warned_of(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(catalog, data)
+    where = ["--output", str(tmp_path / "out")]
+    assert train.main(["--data", str(data), *where, *SMALL, "--epochs", "1"]) == 0
+    test = pd.read_csv(data / "test.csv")
+    for price, warned in ((20, None), (1e5, "event=validation_too_good")):
+        test.assign(price=price).to_csv(data / "test.csv", index=False)
+        assert predict_test.main(where) == 0
+        said = capsys.readouterr().err
+        assert "event=test_prices" in said
+        assert warned is None or warned in said
+
+
+def test_evaluation_covers_validation_rows_even_when_prices_leave_every_bin(catalog: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(catalog, data)
+    table = pd.read_csv(data / "train.csv")
+    table["price"] = np.where(np.arange(len(table)) % 2, 1e6, 0.004)
+    table.to_csv(data / "train.csv", index=False)
+    where = ["--output", str(tmp_path / "out")]
+    assert train.main(["--data", str(data), *where, *SMALL, "--epochs", "1"]) == 0
+    assert evaluate_by_groups.main(where) == 0
+    groups = pd.read_csv(next(tmp_path.rglob("groups.csv"))).set_index(["by", "group"])
+    assert groups.loc[("price_bin", "20-30"), "count"] == 0
+    assert groups.loc[("price_bin", "500+"), "count"] + groups.loc[("price_bin", "0-5"), "count"] > 0

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fusion.config import RunConfig
+from fusion.errors import DataError
+from fusion.splits import near_duplicate_groups, split_rows
+from fusion.tables import Table
+
+
+def make(n: int = 1000, **columns: object) -> Table:
+    rng = np.random.default_rng(0)
+    ids = pd.Index(sorted(str(i) for i in range(n)), name="sample_id")
+    frame = pd.DataFrame({"price": rng.lognormal(3, 1, n), "catalog_content": [f"text {i}" for i in ids]}, index=ids)
+    return Table(frame.assign(**columns), np.arange(n))
+
+
+def noise(n: int = 1000, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, 4)).astype(np.float32)
+
+
+def sides(table: Table, vectors: dict[str, np.ndarray] | None = None, **settings: object) -> pd.DataFrame:
+    return split_rows(table, vectors or {"image": noise(len(table))}, RunConfig(**settings))  # type: ignore[arg-type]
+
+
+def test_four_fifths_train_and_every_price_quantile_is_on_both_sides() -> None:
+    split = sides(make())
+    assert (split["side"] == "validation").sum() == 200
+    decile = pd.qcut(split["price"], 10, labels=False)
+    assert split[split["side"] == "validation"].groupby(decile).size().tolist() == [20] * 10
+    assert len(sides(make(), val_fraction=0.35).query("side == 'validation'")) == 350
+
+
+def test_a_seed_gives_one_split_and_another_seed_another() -> None:
+    pd.testing.assert_frame_equal(sides(make()), sides(make()))
+    assert (sides(make())["side"] != sides(make(), seed=42)["side"]).any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"folds": 5, "fold": 2}])
+def test_near_duplicates_stay_on_one_side(settings: dict[str, int]) -> None:
+    rng = np.random.default_rng(2)
+    table = make(catalog_content=[f"text {i}" for i in rng.integers(0, 700, 1000)])
+    image = noise()[rng.integers(0, 800, 1000)]
+    split = sides(table, {"image": image}, **settings).assign(text=table.frame["catalog_content"].to_numpy())
+    split["image"] = [row.tobytes() for row in image]
+    assert split.groupby("text")["side"].nunique().max() == 1
+    assert split.groupby("image")["side"].nunique().max() == 1
+    assert set(split["side"]) == {"train", "validation"}
+
+
+def test_groups_connect_through_texts_vectors_and_columns() -> None:
+    table = make(6, catalog_content=["a", "a", "c", "d", "e", "f"], brand=["", "", "", "x", "x", ""])
+    image = noise(6)
+    image[2] = image[1]
+    groups = near_duplicate_groups(table, {"image": image}, RunConfig(group_column="brand"))
+    assert groups.tolist() == [0, 0, 0, 1, 1, 2]
+    assert near_duplicate_groups(table, {"image": image}, RunConfig()).tolist() == [0, 0, 0, 1, 2, 3]
+
+
+def test_a_placeholder_is_no_duplicate(capsys: pytest.CaptureFixture[str]) -> None:
+    image = noise()
+    image[:51] = image[0]
+    image[100:150] = image[100]
+    groups = near_duplicate_groups(make(), {"image": image}, RunConfig())
+    assert len(set(groups[:51])) == 51
+    assert len(set(groups[100:150])) == 1
+    assert "event=placeholder column=image rows=51" in capsys.readouterr().err
+
+
+def test_a_group_column_has_no_placeholders() -> None:
+    groups = near_duplicate_groups(make(brand=["x"] * 100 + [""] * 900), {}, RunConfig(group_column="brand"))
+    assert len(set(groups[:100])) == 1
+
+
+def test_missing_vectors_and_texts_are_no_duplicates() -> None:
+    table = make(10, catalog_content=[""] * 10)
+    assert len(set(near_duplicate_groups(table, {"image": np.zeros((10, 4), np.float32)}, RunConfig()))) == 10
+
+
+def test_folds_validate_every_row_once() -> None:
+    folds = [sides(make(), folds=5, fold=k)["side"] == "validation" for k in range(5)]
+    assert (np.sum(folds, axis=0) == 1).all()
+
+
+def test_an_unknown_group_column() -> None:
+    with pytest.raises(DataError, match="no column 'brand'"):
+        sides(make(), group_column="brand")
+
+
+def test_too_few_groups() -> None:
+    with pytest.raises(DataError, match="1 groups of rows cannot be split into 5 parts"):
+        sides(make(brand=["x"] * 1000), group_column="brand")
+
+
+@pytest.mark.parametrize("n", [5, 6, 11, 23])
+def test_small_tables_split(n: int) -> None:
+    split = sides(make(n))
+    assert 1 <= (split["side"] == "validation").sum() <= n // 2
+
+
+def test_the_command_stores_what_it_used(tmp_path: Path) -> None:
+    from fusion.splits import to_parquet
+
+    (tmp_path / "split.parquet").write_bytes(to_parquet(sides(make())))
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "split.parquet"), sides(make()))

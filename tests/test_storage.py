@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from fusion import storage
+from fusion.errors import CredentialsError, DataError, UnreachableError
+from tests.s3_server import READER_KEY, READER_SECRET, WRITER_KEY, WRITER_SECRET, S3Server
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else str(request.getfixturevalue("bucket"))
+
+
+def test_what_is_written_is_read(place: str) -> None:
+    url = storage.join(place, "a", "b", "object")
+    assert not storage.exists(url)
+    storage.write(url, b"first")
+    storage.write(url, b"second")
+    assert storage.exists(url)
+    assert storage.read(url) == b"second"
+    with storage.open_read(url) as file:
+        file.seek(3)
+        assert file.read(2) == b"on"
+
+
+def test_ls_lists_what_is_directly_below(place: str) -> None:
+    for name in ("runs/b/x", "runs/a/x", "runs/c"):
+        storage.write(storage.join(place, name), b"1")
+    assert storage.ls(storage.join(place, "runs")) == [storage.join(place, "runs", name) for name in "abc"]
+    assert storage.ls(storage.join(place, "nothing")) == []
+
+
+def test_a_missing_object_is_named(place: str) -> None:
+    url = storage.join(place, "missing.csv")
+    with pytest.raises(DataError, match=r"missing\.csv does not exist"):
+        storage.read(url)
+
+
+def test_a_failed_local_write_leaves_the_previous_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = str(tmp_path / "object")
+    storage.write(url, b"before")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        storage.write(url, b"after")
+    assert storage.read(url) == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+
+
+def test_a_missing_bucket(bucket: str) -> None:
+    with pytest.raises(DataError, match="s3://no-such-bucket/x"):
+        storage.read("s3://no-such-bucket/x")
+    with pytest.raises(DataError, match="s3://no-such-bucket/x"):
+        storage.write("s3://no-such-bucket/x", b"")
+
+
+@pytest.mark.parametrize(("key", "secret"), [(WRITER_KEY, "wrong"), ("unknown", WRITER_SECRET)])
+def test_wrong_credentials(bucket: str, key: str, secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _use(monkeypatch, key, secret)
+    for action in (lambda: storage.read(f"{bucket}/x"), lambda: storage.write(f"{bucket}/x", b"")):
+        with pytest.raises(CredentialsError, match=bucket):
+            action()
+
+
+def test_no_credentials_at_all(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(CredentialsError, match=bucket):
+        storage.write(f"{bucket}/x", b"")
+
+
+def test_a_reader_may_not_write(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write(f"{bucket}/x", b"1")
+    _use(monkeypatch, READER_KEY, READER_SECRET)
+    assert storage.read(f"{bucket}/x") == b"1"
+    with pytest.raises(CredentialsError, match="no access"):
+        storage.write(f"{bucket}/x", b"2")
+
+
+def test_a_stopped_server_is_unreachable_and_a_restarted_one_is_not(
+    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write(f"{bucket}/x", b"1")
+    monkeypatch.setattr(storage, "_patience", 0.5)
+    s3.stop()
+    try:
+        with pytest.raises(UnreachableError, match="/x does not answer"):
+            storage.read(f"{bucket}/x")
+    finally:
+        s3.start()
+    monkeypatch.setattr(storage, "_patience", 30)
+    assert storage.read(f"{bucket}/x") == b"1"
+
+
+def _use(monkeypatch: pytest.MonkeyPatch, key: str, secret: str) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -24,7 +24,6 @@ from fusion.errors import ConfigError, UsageError
 
 C = TypeVar("C")
 STRICT = ConfigDict(extra="forbid")
-Variable = Mapping[str, str]
 
 
 def setting(default: Any, help: str, group: str, **constraints: Any) -> Any:
@@ -92,8 +91,12 @@ class RunConfig(StoreConfig):
             raise ValueError(f"--width {self.width} cannot be divided into --n-heads {self.n_heads}")
 
     def bindings(self) -> dict[str, str]:
-        """Role to name of the source bound to it, in the model's order."""
-        return dict(asdict(self)["sources"])
+        """Role to name of the source bound to it, in the model's order.
+
+        `{fold}` in a name stands for the fold: an encoder tuned on prices needs one set of embeddings a fold, made
+        without the rows that validate there, or validation reports what the encoder remembers.
+        """
+        return {role: name.replace("{fold}", str(self.fold)) for role, name in asdict(self)["sources"].items()}
 
     def name(self) -> str:
         """The run's id: as given, else the variant and a digest of all settings that change the result."""
@@ -142,7 +145,9 @@ def from_json(config_class: type[C], text: str | bytes, origin: str) -> C:
     Raises:
         ConfigError: naming the file, the key and what is allowed.
     """
-    return _validate(config_class, json.loads(text), dict.fromkeys(_flags(config_class), origin))
+    values, flags = json.loads(text), _flags(config_class)
+    _check_keys(origin, _flatten(values), flags)
+    return _validate(config_class, values, dict.fromkeys(flags, f"in {origin}"))
 
 
 def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:
@@ -236,12 +241,16 @@ def _read_file(url: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         values = _flatten(loaded)
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{url} is neither JSON nor TOML with settings: {error}", "mend the file") from error
+    _check_keys(url, values, flags)
+    return values
+
+
+def _check_keys(origin: str, values: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
     for key in values:
         if key not in flags:
             near = difflib.get_close_matches(key, flags, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(flags)}"
-            raise ConfigError(f"{url} sets {key!r}, which is no setting of this command", hint)
-    return values
+            raise ConfigError(f"{origin} sets {key!r}, which is no setting here", hint)
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:

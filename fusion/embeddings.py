@@ -100,16 +100,25 @@ class SourcePlan:
     dim: int
     dtype: torch.dtype
     pieces: list[Piece]
+    n_unknown: int  # ids that the table does not have
 
 
 def load(
-    data: str, split: str, bindings: Mapping[str, str], ids: pd.Index, world: World, *, max_missing: float = 1.0
+    data: str,
+    split: str,
+    bindings: Mapping[str, str],
+    ids: pd.Index,
+    world: World,
+    *,
+    max_missing: float = 1.0,
+    partial: bool = False,
 ) -> RowStore:
     """Embeddings of the rows `ids`, in this order.
 
     Args:
         bindings: role to the name of its source.
         max_missing: largest share of the rows that a source may lack.
+        partial: `ids` are only some of the table's, so that others in a source are no surprise.
 
     Raises:
         DataError: a source that is missing, unreadable, inconsistent, or lacks too many rows; ids that occur twice.
@@ -122,7 +131,7 @@ def load(
     present = {plan.role: _tensor((len(ids),), torch.bool, world) for plan in plans}
     world.together(lambda: _fill(plans, values, present, world))
     store = RowStore(values, present)
-    world.on_main(lambda: _report(plans, bindings, store, ids, max_missing))
+    world.on_main(lambda: _report(plans, bindings, store, ids, max_missing, partial))
     return store
 
 
@@ -141,15 +150,14 @@ def _plan(data: str, split: str, role: str, name: str, ids: pd.Index, n_readers:
     found = pd.Index(np.concatenate([header.ids for header in headers]))
     report_duplicates(source, found)
     targets = ids.get_indexer(found)
-    if (targets < 0).any():
-        log.info(event="ids_not_in_table", role=role, rows=int((targets < 0).sum()))
     bounds = np.cumsum([len(header.ids) for header in headers])[:-1]
     pieces = [
         piece
         for header, part in zip(headers, np.split(targets, bounds), strict=True)
         for piece in _pieces(header, part, N_THREADS * n_readers)
     ]
-    return SourcePlan(role, dim, torch.float16 if dtype == "float16" else torch.float32, pieces)
+    stored = torch.float16 if dtype == "float16" else torch.float32
+    return SourcePlan(role, dim, stored, pieces, n_unknown=int((targets < 0).sum()))
 
 
 def _files(data: str, split: str, role: str, name: str) -> list[str]:
@@ -307,16 +315,22 @@ def _vectors(url: str, column: pa.Array, dim: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _report(
-    plans: Iterable[SourcePlan], bindings: Mapping[str, str], store: RowStore, ids: pd.Index, max_missing: float
+    plans: Iterable[SourcePlan],
+    bindings: Mapping[str, str],
+    store: RowStore,
+    ids: pd.Index,
+    max_missing: float,
+    partial: bool,
 ) -> None:
     for plan in plans:
+        role, name, present = plan.role, bindings[plan.role], store.present[plan.role].numpy()
         found = np.zeros(len(ids), bool)
         for piece in plan.pieces:
             found[piece.targets[piece.targets >= 0]] = True
-        present = store.present[plan.role].numpy()
-        role, name = plan.role, bindings[plan.role]
         broken, missing = ids[found & ~present], ids[~found]
         log.info(event="loaded", role=role, source=name, rows=int(present.sum()), missing=len(missing), dim=plan.dim)
+        if plan.n_unknown and not partial:
+            log.info(event="ids_not_in_table", role=role, rows=plan.n_unknown)
         if len(broken):
             log.warning(event="not_finite", role=role, rows=len(broken), first=",".join(broken[:5]))
         if len(ids) - present.sum() > max_missing * len(ids):

@@ -44,7 +44,7 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         data = settings.data or config.data
         model, chosen = load_best(run, config, build_network, place)
         table = place.on_main(lambda: _validation_rows(run, data, config.drop_bad_prices, settings.by))
-        store = load(data, "train", config.bindings(), table.ids, place)
+        store = load(data, "train", config.bindings(), table.ids, place, partial=True)
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")
         rows, resident = torch.arange(len(table)), store.resident_on(place.device)
         prices = predict_rows(model, resident, rows, place)

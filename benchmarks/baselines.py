@@ -1,0 +1,78 @@
+"""What a run's SMAPE is worth: the median price and ridge on the run's own split, and near-copies that a split missed.
+
+    python benchmarks/baselines.py OUTPUT/runs/RUN_ID [--data URL]
+
+Ridge works on the log price from all sources, standardised and concatenated; its strength is chosen by cross-validation
+among the training rows. Validation rows are then told apart by how close their text vector (cosine) comes to one in
+training: listings that differ in size or colour are no exact duplicates, and stay on both sides of a split unless
+--group-column names what they share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler, normalize
+
+from fusion import storage
+from fusion.distributed import world
+from fusion.embeddings import load
+from fusion.metrics import bootstrap_interval, row_smape
+from fusion.tables import read_table
+
+CLOSE = (0.8, 0.9, 0.95)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="URL of an evaluated run")
+    parser.add_argument("--data", help="folder or bucket of the input (default: the run's)")
+    options = parser.parse_args()
+    config = json.loads(storage.read(storage.join(options.run, "config.json")))
+    data = options.data or config["data"]
+    table = read_table(data, "train", priced=True, drop_bad_prices=True)
+    with world("cpu") as place:
+        store = load(data, "train", config["sources"], table.ids, place)
+    split = _parquet(options.run, "split.parquet").set_index("sample_id").loc[table.ids]
+    ours = _parquet(options.run, "metrics/predictions.parquet").set_index("sample_id")
+    training, validation = (split["side"] == side for side in ("train", "validation"))
+    inputs = np.hstack([values.float().numpy() for values in store.values.values()])
+    guesses = {
+        "median price": np.full(int(validation.sum()), np.median(table.prices[training])),
+        "ridge": _ridge(inputs[training], table.prices[training], inputs[validation]),
+        "this run": ours.loc[table.ids[validation], "predicted"].to_numpy(),
+    }
+    role = next((role for role in config["sources"] if "text" in role), next(iter(config["sources"])))
+    vectors = normalize(store.values[role].float().numpy())
+    nearest = (vectors[validation] @ vectors[training].T).max(1)
+    _print(table.prices[validation], guesses, nearest, role)
+
+
+def _ridge(inputs: np.ndarray, prices: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 6, 11)))
+    return np.asarray(np.exp(model.fit(inputs, np.log(prices)).predict(wanted)))
+
+
+def _print(prices: np.ndarray, guesses: dict[str, np.ndarray], nearest: np.ndarray, role: str) -> None:
+    parts = {"all validation rows": nearest <= 2}
+    parts |= {f"nearest training {role} below {cosine}": nearest < cosine for cosine in reversed(CLOSE)}
+    for name, rows in parts.items():
+        print(f"{name}: {rows.sum()} rows")
+        for guess, predicted in guesses.items():
+            errors = row_smape(prices[rows], predicted[rows])
+            low, high = bootstrap_interval(errors)
+            print(f"  {guess:14s} SMAPE {errors.mean():.2f} ({low:.2f} - {high:.2f})")
+
+
+def _parquet(run: str, name: str) -> pd.DataFrame:
+    return pd.read_parquet(io.BytesIO(storage.read(storage.join(run, name))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from fusion.all_embeddings.config import Config
+from fusion.config import EvaluateConfig, from_json, parse, to_json
+from fusion.errors import ConfigError, UsageError
+
+
+def read(*flags: str) -> Config:
+    return parse(Config, flags, prog="train", description="")
+
+
+def test_the_defaults_are_the_published_recipe() -> None:
+    config = Config()
+    assert (config.width, config.n_heads, config.n_experts, config.hidden) == (512, 8, 3, (1024, 512, 256))
+    assert (config.dropout, config.batch_size, config.epochs, config.lr) == (0.25, 256, 1000, 1e-3)
+    assert (config.weight_decay, config.clip, config.patience) == (1e-4, 1.0, 15)
+    assert (config.lr_patience, config.lr_factor, config.min_lr) == (3, 0.5, 1e-6)
+    assert (config.val_fraction, config.seed, config.loss) == (0.2, 41, "weighted_smape")
+
+
+def test_flag_before_environment_before_file_before_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('epochs = 5\nlr = 0.5\nseed = 1\n[sources]\nclip_image = "from_file"\n')
+    monkeypatch.setenv("FUSION_EPOCHS", "6")
+    monkeypatch.setenv("FUSION_LR", "0.25")
+    monkeypatch.setenv("FUSION_SOURCES_QWEN_TEXT", "from_environment")
+    config = read("--epochs", "7", "--config", str(file))
+    assert (config.epochs, config.lr, config.seed, config.batch_size) == (7, 0.25, 1, 256)
+    assert config.bindings()["clip_image"] == "from_file"
+    assert config.bindings()["qwen_text"] == "from_environment"
+    monkeypatch.setenv("FUSION_CONFIG", str(file))
+    assert read().seed == 1
+
+
+def test_lists_and_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read("--hidden", "8", "4").hidden == (8, 4)
+    assert read("--drop-bad-prices").drop_bad_prices
+    monkeypatch.setenv("FUSION_DROP_BAD_PRICES", "true")
+    monkeypatch.setenv("FUSION_HIDDEN", "16,8")
+    assert read().drop_bad_prices and read().hidden == (16, 8)
+    assert not read("--no-drop-bad-prices").drop_bad_prices
+    monkeypatch.setenv("FUSION_BY", "brand,category")
+    assert parse(EvaluateConfig, [], prog="", description="").by == ("brand", "category")
+
+
+def test_json_round_trip_and_reuse_as_a_config_file(tmp_path: Path) -> None:
+    config = read("--epochs", "3", "--sources.clip-image", "x", "--hidden", "8")
+    assert from_json(Config, to_json(config), "config.json") == config
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert read("--config", str(tmp_path / "config.json")) == config
+
+
+def test_json_with_a_key_that_nobody_knows() -> None:
+    values = json.loads(to_json(Config())) | {"learning_rate": 1}
+    with pytest.raises(ConfigError, match="learning_rate"):
+        from_json(Config, json.dumps(values), "config.json")
+
+
+def test_a_config_is_frozen_and_validated() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Config().epochs = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        Config(epochs=0)
+
+
+def test_flags_are_never_abbreviated() -> None:
+    with pytest.raises(UsageError, match="--epoch"):
+        read("--epoch", "3")
+
+
+def test_the_run_id_follows_what_changes_the_result() -> None:
+    assert read().name() == read("--output", "elsewhere", "--device", "cpu").name()
+    assert read().name() != read("--seed", "1").name()
+    assert read().name().startswith("all-embeddings-")
+    assert read("--run-id", "mine").name() == "mine"
+
+
+def test_sources_can_differ_by_fold() -> None:
+    flags = ["--folds", "5", "--fold", "3", "--sources.clip-image", "clip_without_{fold}"]
+    assert read(*flags).bindings()["clip_image"] == "clip_without_3"

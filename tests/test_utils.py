@@ -1,0 +1,116 @@
+"""The names that users import, with the signatures that they write against."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fusion
+from fusion.errors import DataError, DivergedError
+from fusion.utils import (
+    EarlyStopping,
+    compute_metrics,
+    compute_smape,
+    load_checkpoint,
+    save_checkpoint,
+    set_seed,
+)
+
+
+def test_the_package_exports_what_it_names() -> None:
+    for name in fusion.__all__:
+        assert getattr(fusion, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fusion.nothing  # noqa: B018
+
+
+def test_metrics_are_the_same_as_the_packages() -> None:
+    assert compute_smape([1], [3]) == pytest.approx(100.0)
+    assert set(compute_metrics([1, 2], [2, 2])) == {"smape", "mae", "rmse", "mape", "r2"}
+
+
+def test_set_seed_repeats_every_generator() -> None:
+    def draw() -> tuple[float, float, float]:
+        set_seed(7)
+        return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+    assert draw() == draw()
+
+
+@pytest.mark.parametrize(("mode", "scores"), [("min", [5, 4, 4.5, 4.2, 3, 3, 3]), ("max", [1, 2, 1.5, 1.8, 3, 3, 3])])
+def test_early_stopping(mode: str, scores: list[float]) -> None:
+    stop = EarlyStopping(patience=2, mode=mode)
+    assert [stop(score) for score in scores] == [False, False, False, True, False, False, True]
+
+
+def test_early_stopping_wants_more_than_min_delta() -> None:
+    stop = EarlyStopping(patience=1, min_delta=0.5)
+    assert [stop(score) for score in (3.0, 2.4, 2.0)] == [False, False, True]
+
+
+def test_early_stopping_refuses_nan_and_unknown_modes() -> None:
+    with pytest.raises(DivergedError, match="the score is nan"):
+        EarlyStopping()(float("nan"))
+    with pytest.raises(ValueError, match="expected 'min' or 'max'"):
+        EarlyStopping(mode="lowest")
+
+
+def parts() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_a_checkpoint_round_trip(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    path = f"{tmp_path if place == 'local' else request.getfixturevalue('bucket')}/deep/model.pt"
+    model, optimizer, scheduler = parts()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    save_checkpoint(model, optimizer, scheduler, 4, {"smape": 12.5}, path)
+    other = parts()
+    assert load_checkpoint(path, *other) == (4, {"smape": 12.5})
+    assert torch.equal(other[0].state_dict()["weight"], model.state_dict()["weight"])
+    assert other[1].state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+    assert other[2].state_dict() == scheduler.state_dict()
+    alone = nn.Linear(3, 1)
+    load_checkpoint(path, alone)
+    assert torch.equal(alone.weight, model.weight)
+
+
+class Evil:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (self.command,)
+
+
+def test_a_checkpoint_is_never_executed(tmp_path: Path) -> None:
+    path, marker = tmp_path / "evil.pt", tmp_path / "executed"
+    torch.save({"model": Evil(f"touch {marker}")}, path)
+    with pytest.raises(DataError, match="is no checkpoint"):
+        load_checkpoint(str(path), nn.Linear(3, 1))
+    assert not marker.exists()
+    torch.load(path, weights_only=False)  # the file does what it says where it is trusted
+    assert marker.exists()
+
+
+def test_a_checkpoint_that_cannot_be_used(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.pt")
+    save_checkpoint(nn.Linear(3, 1), None, None, 1, {}, path)
+    model, optimizer, _ = parts()
+    with pytest.raises(DataError, match="was saved without optimizer"):
+        load_checkpoint(path, model, optimizer)
+    Path(path).write_bytes(Path(path).read_bytes()[:100])
+    with pytest.raises(DataError, match="is no checkpoint"):
+        load_checkpoint(path, model)
+    with pytest.raises(DataError, match="does not exist"):
+        load_checkpoint(str(tmp_path / "nothing.pt"), model)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ Ints = NDArray[np.int64]
 DIMS: Mapping[str, int] = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
 N_LATENTS, N_OWN, N_BLIND, N_STRUCTURAL = 12, 8, 2, 3  # latents: those of the modality first, then the shared
 COPY_SHARE, PLACEHOLDER_SHARE, COPY_NOISE = 0.04, 0.0125, 0.02
-DECAY, SALIENCE = 0.7, 0.9  # what a latent adds to the price, and to an image or a text, relative to the one before it
+DECAY, SALIENCE = 0.6, 0.8  # what a latent adds to the price, and to an image or a text, relative to the one before it
 ENCODER_NOISE = 0.05  # std per column, where tanh spans -1 to 1
 LOG_MEDIAN, LOG_STD, LOWEST, HIGHEST = math.log(18.0), 1.05, 1.0, 600.0  # US dollars
 QUANTITIES = np.array([1, 2, 3, 4, 6, 12])
@@ -82,10 +82,6 @@ class _Catalog:
     medians: Floats
     texts: pd.DataFrame
 
-    def sides(self) -> Iterator[tuple[str, Ints]]:
-        rows = np.arange(len(self.sample_ids))
-        yield from (("train", rows[: self.n_train]), ("test", rows[self.n_train :]))
-
 
 def generate(
     folder: Path,
@@ -108,11 +104,9 @@ def generate(
     catalog = _catalog(n_products, n_products - n_test, noise, np.random.default_rng([seed, 0]))
     folder.mkdir(parents=True, exist_ok=True)
     truth = _write_tables(folder, catalog)
-    for modality in (True, False):
-        names = [name for name in dims if ("image" in name) == modality]
-        for place, name in enumerate(names):
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            _write_source(folder, name, catalog, _embed(name, dims[name], place, catalog, rng), missing, rng)
+    for place, name in enumerate(sorted(dims, key=lambda name: "image" in name)):
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        _write_source(folder, name, catalog, _embed(name, dims[name], place, catalog, rng), missing, rng)
     return truth
 
 
@@ -128,23 +122,15 @@ def _check(n_products: int, n_test: int, dims: Mapping[str, int], noise: float, 
 def _catalog(n: int, n_train: int, noise: float, rng: Generator) -> _Catalog:
     sides = (np.arange(n_train), np.arange(n_train, n))
     origins = np.concatenate([_origins(side, rng) for side in sides])
-    no_image = np.concatenate([_placeholders(len(side), rng) for side in sides])[origins]
+    no_image = np.concatenate([rng.permutation(len(side)) < PLACEHOLDER_SHARE * len(side) for side in sides])[origins]
     shared = rng.standard_normal((n, N_LATENTS - N_OWN))
-    visual, textual = (np.hstack([rng.standard_normal((n, N_OWN)), shared])[origins] for _ in "vt")
-    log_median = _log_prices(visual, textual)
-    copied = origins != np.arange(n)
-    error = noise * rng.standard_normal(n)[origins] + COPY_NOISE * copied * rng.standard_normal(n)
-    return _Catalog(
-        n_train=n_train,
-        sample_ids=100_000 + rng.choice(20 * n, n, replace=False).astype(np.int64),
-        origins=origins,
-        no_image=no_image,
-        visual=visual,
-        textual=textual,
-        prices=_dollars(log_median + error),
-        medians=_dollars(log_median),
-        texts=_texts(textual, rng.permutation(n)[origins]),
-    )
+    visual, textual = (np.hstack([rng.standard_normal((n, N_OWN)), shared])[origins] for _ in range(2))
+    log_median, is_copy = _log_prices(visual, textual), origins != np.arange(n)
+    error = noise * rng.standard_normal(n)[origins] + COPY_NOISE * is_copy * rng.standard_normal(n)
+    prices, medians = _dollars(log_median + error), _dollars(log_median)
+    sample_ids = 100_000 + rng.choice(20 * n, n, replace=False).astype(np.int64)
+    texts = _texts(textual, rng.permutation(n)[origins])
+    return _Catalog(n_train, sample_ids, origins, no_image, visual, textual, prices, medians, texts)
 
 
 def _origins(side: Ints, rng: Generator) -> Ints:
@@ -155,10 +141,6 @@ def _origins(side: Ints, rng: Generator) -> Ints:
     return origins
 
 
-def _placeholders(n: int, rng: Generator) -> NDArray[np.bool_]:
-    return rng.permutation(n) < math.ceil(PLACEHOLDER_SHARE * n)
-
-
 def _log_prices(visual: Floats, textual: Floats) -> Floats:
     """[n, 12] and [n, 12] -> [n] log dollars: in part linear, in part bent, in part a product of both sides."""
     weights = np.random.default_rng(41).standard_normal((4, N_LATENTS))
@@ -166,7 +148,7 @@ def _log_prices(visual: Floats, textual: Floats) -> Floats:
     weights /= np.linalg.norm(weights, axis=1, keepdims=True)
     (look, size), (brand, kind) = weights[:2] @ visual.T, weights[2:] @ textual.T
     score = look + brand + 0.3 * (size + kind) + 0.35 * (np.abs(look) + np.abs(brand))
-    score += 1.8 * np.tanh(1.5 * size) * np.tanh(1.5 * kind)
+    score += 0.9 * np.tanh(1.5 * size) * np.tanh(1.5 * kind)
     standard: Floats = (score - score.mean()) / score.std()
     return LOG_MEDIAN + LOG_STD * standard
 
@@ -182,11 +164,11 @@ def _levels(latent: Floats, n_levels: int) -> Ints:
 
 
 def _texts(textual: Floats, models: Ints) -> pd.DataFrame:
-    """[n, 12] latents and [n] model numbers, unique per product -> catalog_content, category and quantity, n rows."""
+    """[n, 12] latents and [n] model numbers, one per original -> catalog_content, category and quantity, n rows."""
     categories = np.array(list(NOUNS))[textual[:, :N_OWN].argmax(axis=1)]
-    nouns = [NOUNS[name][level] for name, level in zip(categories, _levels(textual[:, 3], 4), strict=True)]
-    quantities = QUANTITIES[_levels(textual[:, 5], len(QUANTITIES))]
-    words = [np.array(w)[_levels(textual[:, (5 * i + 1) % N_LATENTS], len(w))] for i, w in enumerate(VOCABULARY)]
+    nouns = [NOUNS[name][level] for name, level in zip(categories, _levels(textual[:, 5], 4), strict=True)]
+    quantities = QUANTITIES[_levels(textual[:, 6], len(QUANTITIES))]
+    words = [np.array(w)[_levels(textual[:, i], len(w))] for i, w in enumerate(VOCABULARY)]
     template = "{} {} {}, {} series, pack of {}. Colour: {}. Size: {}. Model F-{:05d}."
     columns = (words[0], words[1], nouns, words[2], quantities, words[3], words[4], models)
     contents = [template.format(*row) for row in zip(*columns, strict=True)]
@@ -209,11 +191,11 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 
 def _embed(name: str, dim: int, place: int, catalog: _Catalog, rng: Generator) -> NDArray[np.float16]:
-    """[n, dim], what the `place`-th source of its modality sees: all latents but two, and no placeholders."""
+    """[n, dim]: all latents but two seen through a random map; one vector for all that have no image."""
     visual = "image" in name
     latents = catalog.visual if visual else catalog.textual
     mixing = rng.standard_normal((N_LATENTS, dim), dtype=np.float32) / math.sqrt(N_LATENTS)
-    mixing *= 0.8 * SALIENCE ** np.arange(N_LATENTS, dtype=np.float32)[:, None]
+    mixing *= SALIENCE ** np.arange(N_LATENTS, dtype=np.float32)[:, None]
     first = N_OWN - N_BLIND * (1 + place % 2)
     mixing[first : first + N_BLIND] = 0
     bias = 0.2 * rng.standard_normal(dim, dtype=np.float32)
@@ -221,18 +203,13 @@ def _embed(name: str, dim: int, place: int, catalog: _Catalog, rng: Generator) -
     values += ENCODER_NOISE * rng.standard_normal(values.shape, dtype=np.float32)
     values *= 10 ** rng.uniform(-1.0, 0.7)
     if name.startswith("qwen") and dim > 2 * N_STRUCTURAL:
-        values[:, -N_STRUCTURAL:] = _structural(catalog.texts)
+        text, quantity = catalog.texts["catalog_content"].str, catalog.texts["quantity"]
+        values[:, -N_STRUCTURAL:] = np.column_stack([text.len(), text.count(r"\d"), quantity])
     _flatten_columns(values, rng)
     if visual:
         values[catalog.no_image] = values[catalog.no_image][:1]
     embedded: NDArray[np.float16] = values.astype(np.float16)[catalog.origins]
     return embedded
-
-
-def _structural(texts: pd.DataFrame) -> Floats:
-    """[n, 3]: characters, digits and pieces of each product."""
-    content = texts["catalog_content"].str
-    return np.column_stack([content.len(), content.count(r"\d"), texts["quantity"]]).astype(np.float64)
 
 
 def _flatten_columns(values: NDArray[np.float32], rng: Generator) -> None:
@@ -249,7 +226,8 @@ def _write_source(
     folder: Path, name: str, catalog: _Catalog, values: NDArray[np.float16], missing: float, rng: Generator
 ) -> None:
     """Write both splits, each without its last row, without a share of the others, and in an order of its own."""
-    for (split, rows), n_broken in zip(catalog.sides(), (2, 1), strict=True):
+    train, test = np.split(np.arange(len(values)), [catalog.n_train])
+    for split, rows, n_broken in (("train", train, 2), ("test", test, 1)):
         n_absent = max(1, round(missing * len(rows)))
         kept = rng.permutation(rows[:-1])[n_absent - 1 :]
         broken = rng.choice(kept, n_broken, replace=False)

@@ -28,8 +28,8 @@ from fusion.distributed import World
 from fusion.errors import DataError
 from fusion.tables import report_duplicates
 
-STREAM_ROWS = 2048  # rows decoded at a time
-STREAM_BYTES = 1 << 24  # bytes fetched at a time, so that a file with one huge row group needs no more memory
+STREAM_ROWS = 512  # rows decoded at a time: stays in the cache, and needs little memory besides the tensors
+STREAM_BYTES = 1 << 22  # bytes fetched at a time, so that a file with one huge row group needs no more memory
 N_THREADS = 4
 
 

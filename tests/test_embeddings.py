@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -200,24 +199,25 @@ def test_the_same_rows_from_s3(tmp_path: Path, alone: World, bucket: str) -> Non
 
 
 PEAK = """
-import resource, sys
+import sys
 import pandas as pd
 from fusion.distributed import world
 from fusion.embeddings import load
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():
+    status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 with world("cpu") as place:
     load(sys.argv[1], "train", {"a": "small"}, pd.Index(["0"]), place)
     before = peak()
-    store = load(sys.argv[1], "train", {"a": "s"}, pd.Index([str(i) for i in range(40000)]), place)
+    store = load(sys.argv[1], "train", {"a": "s"}, pd.Index([str(i) for i in range(120000)]), place)
     print((peak() - before) / store.values["a"].nbytes)
 """
 
 
-@pytest.mark.parametrize("rows", [2048, 40000], ids=["row groups", "one huge row group"])
+@pytest.mark.parametrize("rows", [2048, 120000], ids=["row groups", "one huge row group"])
 def test_peak_memory_is_bounded(tmp_path: Path, rows: int) -> None:
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
     write(source(tmp_path, "small"), [0], vectors(1))
-    write(source(tmp_path), list(range(40000)), vectors(40000, dim=1024), rows=rows)
+    write(source(tmp_path), list(range(120000)), vectors(120000, dim=1024), rows=rows)
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.6
+    assert 1 <= float(done.stdout) < 1.6

@@ -186,6 +186,16 @@ def test_training_that_diverges(catalog: Path, tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.rglob("MANIFEST.json"))
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusion.training._Fit.train_epoch", lambda *_: float("nan"))
+    assert train.main(["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "2"]) == 70
+    end = json.loads(next(tmp_path.rglob("exit.json")).read_text())
+    assert end["code"] == 70 and "loss nan" in end["error"]
+    assert not list(tmp_path.rglob("MANIFEST.json"))
+
+
 def test_an_unknown_column_to_group_by(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--output", str(tmp_path)]
     assert train.main(["--data", str(catalog), *where, *SMALL, "--epochs", "1"]) == 0

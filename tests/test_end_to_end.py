@@ -117,6 +117,22 @@ def test_training_learns(catalog: Path, tmp_path: Path) -> None:
     assert best["smape"] < 0.85 * naive
 
 
+def test_nothing_of_a_validation_row_or_its_copies_reaches_the_weights(catalog: Path, tmp_path: Path) -> None:
+    data, models = tmp_path / "data", []
+    shutil.copytree(catalog, data)
+    for output in (tmp_path / "before", tmp_path / "after"):
+        assert train.main(["--data", str(data), "--output", str(output), *SMALL, "--epochs", "1"]) == 0
+        models.append(next(output.rglob("model.safetensors")).read_bytes())
+        sides = pd.read_parquet(next(output.rglob("split.parquet"))).set_index("sample_id")["side"]
+        for path in (data / "embeddings" / "train").glob("*.parquet"):
+            rows = pd.read_parquet(path)
+            side = sides[rows["sample_id"].astype("str")].to_numpy()
+            assert pd.Series(side).groupby([vector.tobytes() for vector in rows["embedding"]]).nunique().max() == 1
+            rows.loc[side == "validation", "embedding"] = rows["embedding"] * 2
+            rows.to_parquet(path, index=False)
+    assert models[0] == models[1]
+
+
 def test_shuffled_input_files_give_the_same_run(catalog: Path, tmp_path: Path) -> None:
     shuffled = tmp_path / "shuffled"
     shutil.copytree(catalog, shuffled)

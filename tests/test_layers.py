@@ -112,6 +112,21 @@ def test_a_branch_is_not_linear_and_its_settings_count() -> None:
     torch.testing.assert_close(branch(x, there).mean(-1), torch.zeros(10, 2), atol=1e-5, rtol=0)  # normed
 
 
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_a_branch_is_projection_norm_gelu_dropout_and_then_a_residual_view(dropout: float) -> None:
+    torch.manual_seed(0)
+    branch, there = Branch(6, 16, 2, dropout), torch.ones(200, dtype=torch.bool)
+    x, linear = torch.randn(200, 6), branch.project[0]
+    active = nn.functional.gelu(nn.functional.layer_norm(linear(x), (16,)))
+    with random_rows(3, slice(0, 200), 200, CPU):
+        kept = RowDropout(dropout)(active)
+    for hidden, training in ((active, False), (kept, True)):
+        tokens = hidden.unsqueeze(1) + branch.views(hidden).view(200, 2, 16)
+        with random_rows(3, slice(0, 200), 200, CPU):
+            found = branch.train(training)(x, there)
+        torch.testing.assert_close(found, nn.functional.layer_norm(tokens, (16,)))
+
+
 def test_a_missing_source_is_replaced_by_what_was_learned(model: PriceModel) -> None:
     model.eval()
     inputs, present = batch_for(model, missing=0.0)
@@ -150,6 +165,21 @@ def test_constant_columns_do_no_harm() -> None:
     torch.testing.assert_close(model(inputs, present), before)
     inputs[role][:, 2] += 0.5
     assert (model(inputs, present) - before).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(("value", "noise"), [(0.0, 1e-9), (3.0, 1e-6)], ids=["std 1e-9", "rounding of 3"])
+def test_near_constant_columns_do_no_harm(value: float, noise: float) -> None:
+    model = build("all", "fusion").eval()
+    role, dim = "clip_image", model.dims["clip_image"]
+    rows = torch.randn(100, dim)
+    rows[:, 0] = value + noise * torch.randn(100)
+    assert rows[:, 0].std() > 0
+    model.calibrate({role: (rows.mean(0), rows.std(0))}, torch.randn(100))
+    inputs, present = batch_for(model, missing=0.0)
+    inputs[role] = rows[:32].clone()
+    before = model(inputs, present)
+    inputs[role][:, 0] += 0.5
+    torch.testing.assert_close(model(inputs, present), before)
 
 
 def test_modality_dropout_never_hides_all_there_is() -> None:

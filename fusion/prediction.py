@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +18,8 @@ from fusion import checkpoint, log, storage
 from fusion.config import PredictConfig, RunConfig
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
-from fusion.errors import ConfigError, DataError
-from fusion.layers import PriceModel, to_price
+from fusion.errors import DataError, DivergedError
+from fusion.layers import MIN_PRICE, PriceModel, to_price
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.runs import find_run, read_config, read_pointer, write_pointer
 from fusion.tables import Table, read_table
@@ -119,10 +120,10 @@ def submission_csv(ids: list[str], prices: np.ndarray) -> bytes:
     """`sample_id,price` in the given order, prices in dollars to a hundredth of a cent.
 
     Raises:
-        ConfigError: never for prices of a `PriceModel`; for any that is not finite and above zero.
+        DivergedError: never for prices of a `PriceModel`; for any that is not finite, or below a cent.
     """
-    if not (np.isfinite(prices) & (prices > 0)).all():
-        raise ConfigError("a predicted price is not a finite number above zero", "train the model again")
+    if not (np.isfinite(prices) & (prices >= MIN_PRICE)).all():
+        raise DivergedError("a predicted price is not a finite number of at least a cent", "train the model again")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["sample_id", "price"])
@@ -137,7 +138,7 @@ def warn_of_leak(table: Table, prices: np.ndarray, chosen: checkpoint.Checkpoint
     """
     if "price" not in table.frame.columns:
         return
-    truth = np.array([float(price or "nan") for price in table.frame["price"].astype("str")])
+    truth = pd.to_numeric(table.frame["price"], errors="coerce").to_numpy(np.float64)
     priced = np.isfinite(truth) & (truth > 0)
     if not priced.any():
         return

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fusion.checkpoint import Checkpoint
+from fusion.errors import DivergedError
+from fusion.prediction import submission_csv, warn_of_leak
+from fusion.tables import Table
+
+
+def test_a_submission_is_plain_text_in_the_given_order() -> None:
+    content = submission_csv(["b", "007", "a,1"], np.array([0.01, 1e7, 12.34567]))
+    assert content == b'sample_id,price\nb,0.0100\n007,10000000.0000\n"a,1",12.3457\n'
+
+
+@pytest.mark.parametrize("price", [0.0, 0.00001, -1.0, float("nan"), float("inf")])
+def test_a_price_that_is_none_is_never_published(price: float) -> None:
+    with pytest.raises(DivergedError, match="not a finite number of at least a cent"):
+        submission_csv(["a", "b"], np.array([1.0, price]))
+
+
+def test_test_prices_that_are_no_numbers_are_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    frame = pd.DataFrame({"price": ["10", "free", "", "1,200"]}, index=pd.Index(list("abcd")))
+    warn_of_leak(Table(frame, np.arange(4)), np.full(4, 10.0), Checkpoint("run/checkpoints/step-1", {"smape": 26.0}))
+    assert "event=test_prices rows=1 " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1.3, False), (3.0, True)])
+def test_only_a_test_far_worse_than_validation_is_warned_of(
+    factor: float, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = np.full(100, 10.0)
+    table = Table(pd.DataFrame({"price": truth}, index=pd.Index([str(i) for i in range(100)])), np.arange(100))
+    warn_of_leak(table, truth * factor, Checkpoint("run/checkpoints/step-1", {"smape": 26.0}))
+    said = capsys.readouterr().err
+    assert "event=test_prices" in said
+    assert ("event=validation_too_good" in said) == warned

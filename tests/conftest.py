@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from fusion.demo_catalog import generate
 from tests.s3_server import KEY, SECRET, S3Server
 
 DIMS = {"clip_image": 12, "siglip_image": 10, "siglip_text": 8, "qwen_text": 14}
+BUCKET = "fusion-tests"
 SMALL = [
     "--width",
     "16",
@@ -65,28 +66,28 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     server = S3Server(tmp_path_factory.mktemp("s3"))
+    where = {"endpoint_url": server.endpoint, "aws_access_key_id": KEY, "aws_secret_access_key": SECRET}
+    boto3.client("s3", region_name="us-east-1", **where).create_bucket(Bucket=BUCKET)
     yield server
     server.stop()
 
 
 @pytest.fixture
 def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """URL of a new bucket; the environment of the test finds it."""
+    """URL of an empty place in a bucket; the environment of the test finds it.
+
+    One bucket for all tests: the server sets disk space aside for each.
+    """
     for key, value in s3.environment().items():
         monkeypatch.setenv(key, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    name = "b" + "".join(letter for letter in request.node.name.lower() if letter.isalnum())[:50]
-    boto3.client("s3", aws_access_key_id=KEY, aws_secret_access_key=SECRET).create_bucket(Bucket=name)
-    return f"s3://{name}"
+    place = "".join(letter if letter.isalnum() else "-" for letter in request.node.nodeid.split("/")[-1])
+    return f"s3://{BUCKET}/{place}"
 
 
 def upload(folder: Path, url: str) -> None:
-    """Copies every file below a folder to the bucket."""
-    client, bucket = boto3.client("s3"), url.removeprefix("s3://")
+    """Copies every file below a folder to the place in the bucket."""
+    place = url.removeprefix(f"s3://{BUCKET}/")
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            client.upload_file(str(path), bucket, str(path.relative_to(folder)))
-
-
-def small(*flags: str) -> Sequence[str]:
-    return [*SMALL, *flags]
+            boto3.client("s3").upload_file(str(path), BUCKET, f"{place}/{path.relative_to(folder)}")

@@ -6,10 +6,12 @@ into an error that names the URL and the cause.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
@@ -21,6 +23,7 @@ T = TypeVar("T")
 
 _DENIED = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "Forbidden", "NoCredentials")
 _SILENT = ("EndpointConnection", "ConnectTimeout", "ReadTimeout", "ConnectionClosed", "HTTPClient", "ClientConnect")
+_TEMPORARY = ".tmp"
 _patience = 60.0
 
 
@@ -52,6 +55,47 @@ def write(url: str, data: bytes) -> None:
         DataError, CredentialsError, UnreachableError: as for `read`.
     """
     retrying(url, lambda: _put(url, data))
+
+
+def create(url: str, data: bytes) -> bool:
+    """Writes the object unless one exists; false when another one does.
+
+    An object with the same bytes counts as written: an earlier try may have succeeded without saying so.
+    """
+    return retrying(url, lambda: _create(url, data)) or read(url) == data
+
+
+def read_version(url: str) -> tuple[bytes, str] | None:
+    """The object's bytes and a tag that changes with them; None when it does not exist."""
+    return retrying(url, lambda: _read_version(url))
+
+
+def replace(url: str, data: bytes, version: str) -> bool:
+    """Writes the object if it still has this version; false when somebody else was faster."""
+    return retrying(url, lambda: _replace(url, data, version)) or read(url) == data
+
+
+def remove(url: str) -> None:
+    """Removes the object, or everything below the folder; nothing happens when there is none."""
+
+    def rm() -> None:
+        fs, path = _locate(url)
+        with suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
+
+    retrying(url, rm)
+
+
+def honours_conditions(folder: str) -> bool:
+    """Whether the store refuses to create an object twice, found out with one that is removed again.
+
+    A store that does not cannot tell two writers of one run apart.
+    """
+    url = join(folder, f".probe-{uuid.uuid4().hex}")
+    try:
+        return create(url, b"1") and not retrying(url, lambda: _create(url, b"2"))
+    finally:
+        remove(url)
 
 
 def exists(url: str) -> bool:
@@ -106,17 +150,76 @@ def _put(url: str, data: bytes) -> None:
     if not _is_local(fs):
         _put_object(fs, path, data)
         return
+    with _temporary(path, data) as temporary:
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _temporary(path: str, data: bytes) -> Iterator[str]:
+    """A complete file beside `path`, to be moved or linked there; gone at the end."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    temporary = f"{path}.{uuid.uuid4().hex}{_TEMPORARY}"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
     finally:
-        if os.path.exists(temporary):
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _create(url: str, data: bytes) -> bool:
+    fs, path = _locate(url)
+    if not _is_local(fs):
+        return _conditionally(lambda: fs.pipe_file(path, data, mode="create"))
+    with _temporary(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _read_version(url: str) -> tuple[bytes, str] | None:
+    fs, path = _locate(url)
+    try:
+        # The tag first: if the object changes in between, the older tag makes `replace` fail, as it must.
+        tag = "" if _is_local(fs) else str(fs.info(path).get("ETag", ""))
+        data = bytes(fs.cat_file(path))
+    except FileNotFoundError:
+        return None
+    return data, tag or sha256(data)
+
+
+def _replace(url: str, data: bytes, version: str) -> bool:
+    fs, path = _locate(url)
+    if "s3" in fs.protocol:
+        return _conditionally(lambda: fs.pipe_file(path, data, IfMatch=version))
+    if not _is_local(fs):
+        fs.pipe_file(path, data)  # a store without conditions: one writer is assumed
+        return True
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        current = _read_version(url)
+        if current is None or current[1] != version:
+            return False
+        _put(url, data)
+        return True
+    finally:
+        os.close(folder)
+
+
+def _conditionally(put: Callable[[], None]) -> bool:
+    try:
+        put()
+    except OSError as error:  # s3fs: FileExistsError or EINVAL, by version
+        if isinstance(error, FileExistsError) or _named(error, ("PreconditionFailed", "ConditionalRequestConflict")):
+            return False
+        raise
+    return True
 
 
 def _put_object(fs: Any, path: str, data: bytes) -> None:
@@ -133,9 +236,8 @@ def _ls(url: str) -> list[str]:
         names = fs.ls(path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(
-        join(url, name.rstrip("/").rsplit("/", 1)[-1]) for name in names if name.strip("/") != path.strip("/")
-    )
+    found = (name.rstrip("/") for name in names if name.strip("/") != path.strip("/"))
+    return sorted(join(url, name.rsplit("/", 1)[-1]) for name in found if not name.endswith(_TEMPORARY))
 
 
 def _named(error: BaseException, names: tuple[str, ...]) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -104,3 +105,46 @@ def _use(monkeypatch: pytest.MonkeyPatch, key: str, secret: str) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_an_object_is_created_once(place: str) -> None:
+    url = storage.join(place, "deep", "lock")
+    assert storage.create(url, b"first")
+    assert storage.create(url, b"first")  # the same bytes: perhaps an answer was lost
+    assert not storage.create(url, b"second")
+    assert storage.read(url) == b"first"
+
+
+def test_an_object_is_replaced_only_by_who_knows_its_version(place: str) -> None:
+    url = storage.join(place, "pointer")
+    assert storage.read_version(url) is None
+    storage.write(url, b"1")
+    before = storage.read_version(url)
+    assert before is not None and before[0] == b"1"
+    assert storage.replace(url, b"2", before[1])
+    assert not storage.replace(url, b"3", before[1])
+    assert storage.read(url) == b"2"
+    storage.remove(url)
+    assert not storage.exists(url)
+    storage.remove(url)
+
+
+def test_of_many_writers_one_wins(place: str) -> None:
+    url = storage.join(place, "race")
+    storage.write(url, b"start")
+    version = storage.read_version(url)
+    assert version is not None
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: storage.replace(url, b"%d" % i, version[1]), range(8)))
+        created = list(pool.map(lambda i: storage.create(f"{url}2", b"%d" % i), range(8)))
+    assert sum(won) == sum(created) == 1
+
+
+def test_conditions_are_honoured_and_a_store_without_them_is_found_out(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert storage.honours_conditions(place)
+    assert storage.ls(place) == []
+    monkeypatch.setattr(storage, "_conditionally", lambda put: True)
+    monkeypatch.setattr(storage, "_create", lambda url, data: True)
+    assert not storage.honours_conditions(place)

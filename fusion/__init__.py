@@ -18,10 +18,10 @@ _EXPORTS = {
     "get_loss_function": "loss_functions",
     "compute_smape": "metrics",
     "compute_metrics": "metrics",
-    "EarlyStopping": "utils",
-    "set_seed": "utils",
-    "save_checkpoint": "utils",
-    "load_checkpoint": "utils",
+    "EarlyStopping": "fitting",
+    "set_seed": "fitting",
+    "save_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint",
 }
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 (names, spread from the table above)
 

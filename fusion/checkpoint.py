@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any
@@ -34,27 +36,97 @@ class Checkpoint:
     def name(self) -> str:
         return self.url.rsplit("/", 1)[-1]
 
+    @property
+    def smape(self) -> float:
+        """Validation SMAPE of its weights; infinite before the first validation."""
+        return float("inf") if self.manifest["smape"] is None else float(self.manifest["smape"])
 
-def commit(
-    run: str, step: int, tensors: Mapping[str, Tensor], dims: Mapping[str, int], state: object, facts: Mapping[str, Any]
-) -> Checkpoint:
-    """Writes `checkpoints/step-…` of a run; it exists from the moment its manifest is written.
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is to be remembered of one moment, in this process's own memory.
+
+    Attributes:
+        step: optimizer steps taken.
+        weights: the model's state dict at its best validation so far.
+        state: what training needs to go on; tensors and plain values.
+        facts: what else the manifest says: epoch, smape, finished.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+    facts: dict[str, Any]
+
+
+class Writer:
+    """Commits snapshots in the background, one at a time, and prunes what is no longer needed.
 
     Args:
-        tensors: the model's state dict.
-        dims: role to dimension; stored in the weights' file, so that it can be used alone.
-        state: what training needs to go on; tensors and plain values.
-        facts: what else the manifest says, such as the validation SMAPE.
+        may_publish: raises when this process has lost the right to.
+        keep: newest committed checkpoints that stay; the best, and the one resumed from, stay too.
     """
-    folder = storage.join(run, "checkpoints", f"step-{step:08d}")
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def __init__(
+        self, run: str, dims: Mapping[str, int], lineage: Mapping[str, Any], may_publish: Callable[[], None], keep: int
+    ) -> None:
+        self.run, self.dims, self.lineage, self.may_publish, self.keep = run, dims, lineage, may_publish, keep
+        self.resumed_from: str | None = None
+        self.seconds = 0.0  # what the last commit took
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._flight: Future[Checkpoint] | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._flight is not None and not self._flight.done()
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Starts writing; waits first for the one in flight, and raises what went wrong with it."""
+        self.wait()
+        self._flight = self._pool.submit(self._write, snapshot)
+
+    def wait(self) -> Checkpoint | None:
+        """Waits for the one in flight, if any; it is committed, or its error is raised."""
+        flight, self._flight = self._flight, None
+        return flight.result() if flight else None
+
+    def _write(self, snapshot: Snapshot) -> Checkpoint:
+        started = time.monotonic()
+        made = commit(self.run, snapshot, self.dims, self.lineage, self.may_publish)
+        self.seconds = time.monotonic() - started
+        log.info(event="committed", checkpoint=made.url, smape=made.smape, seconds=self.seconds)
+        prune(self.run, self.keep, self.resumed_from)
+        return made
+
+
+def commit(
+    run: str,
+    snapshot: Snapshot,
+    dims: Mapping[str, int],
+    lineage: Mapping[str, Any],
+    may_publish: Callable[[], None],
+) -> Checkpoint:
+    """Writes `checkpoints/step-…` of a run; it exists from the moment its manifest is written, which is last."""
+    folder = storage.join(run, "checkpoints", f"step-{snapshot.step:08d}")
+    contiguous = {name: tensor.contiguous() for name, tensor in snapshot.weights.items()}
     files = {
         MODEL: safetensors.torch.save(contiguous, {"dims": json.dumps(dict(dims))}),
-        STATE: _torch_bytes(state),
+        STATE: _torch_bytes(snapshot.state),
     }
-    manifest = {"schema": 1, "step": step, **facts, "files": write_files(folder, files)}
-    storage.write(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=2) + "\n").encode())
+    manifest = {"schema": 1, "step": snapshot.step, **snapshot.facts, **lineage, "files": write_files(folder, files)}
+    may_publish()
+    storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=2) + "\n").encode())
     return Checkpoint(folder, manifest)
+
+
+def prune(run: str, keep: int, resumed_from: str | None) -> None:
+    """Removes committed checkpoints but the `keep` newest, the best and the one resumed from: each manifest first."""
+    found = committed(run)
+    kept = {checkpoint.url for checkpoint in [*found[-keep:], *([_best_of(found)] if found else [])]}
+    for checkpoint in found:
+        if checkpoint.url not in kept and checkpoint.url != resumed_from:
+            storage.remove(storage.join(checkpoint.url, MANIFEST))
+            storage.remove(checkpoint.url)
 
 
 def write_files(folder: str, files: Mapping[str, bytes]) -> list[dict[str, Any]]:
@@ -68,22 +140,42 @@ def committed(run: str) -> list[Checkpoint]:
     """All checkpoints of a run that have a manifest, oldest first."""
     found = []
     for folder in storage.ls(storage.join(run, "checkpoints")):
-        url = storage.join(folder, MANIFEST)
-        if storage.exists(url):
-            found.append(Checkpoint(folder, json.loads(storage.read(url))))
+        data = storage.read_version(storage.join(folder, MANIFEST))
+        if data is not None:
+            found.append(Checkpoint(folder, json.loads(data[0])))
     return found
 
 
 def best(run: str) -> Checkpoint:
-    """The committed checkpoint with the lowest validation SMAPE.
+    """The committed checkpoint with the lowest validation SMAPE, the newest of equals.
 
     Raises:
         DataError: the run has none.
     """
-    found = committed(run)
+    found = [checkpoint for checkpoint in committed(run) if checkpoint.manifest["smape"] is not None]
     if not found:
         raise DataError(f"{run} has no committed checkpoint", "let its training finish, or name another with --run-dir")
-    return min(found, key=lambda checkpoint: float(checkpoint.manifest["smape"]))
+    return _best_of(found)
+
+
+def _best_of(found: Sequence[Checkpoint]) -> Checkpoint:
+    return min(reversed(found), key=lambda checkpoint: checkpoint.smape)
+
+
+def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
+    """The newest committed checkpoint whose files are as they were written, with its weights and its state.
+
+    A damaged one is named in the log and passed over.
+    """
+    for checkpoint in reversed(committed(run)):
+        try:
+            weights = safetensors.torch.load(read_file(checkpoint, MODEL))
+            state = torch.load(io.BytesIO(read_file(checkpoint, STATE)), map_location="cpu", weights_only=True)
+        except DataError as error:
+            log.warning(event="checkpoint_damaged", checkpoint=checkpoint.url, reason=error.message)
+            continue
+        return checkpoint, weights, state
+    return None
 
 
 def read_file(checkpoint: Checkpoint, name: str) -> bytes:

@@ -22,6 +22,10 @@ from pydantic.dataclasses import dataclass
 from fusion import storage
 from fusion.errors import ConfigError, UsageError
 
+# Settings that say where and how a run is computed, not what it computes.
+HOW = {"output", "run_id", "device", "store_timeout", "grace", "stall_timeout", "fresh"}
+HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep"}
+
 C = TypeVar("C")
 STRICT = ConfigDict(extra="forbid")
 
@@ -82,6 +86,19 @@ class RunConfig(StoreConfig):
     min_lr: float = setting(1e-6, "where it stops falling", "training", ge=0)
     patience: int = setting(15, "epochs without a better validation SMAPE before training stops", "training", ge=1)
     seed: int = setting(41, "seed of the split, the weights, the row order and dropout", "training", ge=0)
+    checkpoint_seconds: float = setting(60.0, "seconds between checkpoints, at most one in flight", "stopping", ge=0)
+    checkpoint_steps: int = setting(0, "steps between checkpoints; 0 goes by time alone", "stopping", ge=0)
+    keep: int = setting(2, "committed checkpoints that a run keeps", "stopping", ge=1)
+    grace: float = setting(
+        60.0, "seconds that the cluster gives between its stop signal and the kill", "stopping", gt=0
+    )
+    stall_timeout: float = setting(
+        600.0,
+        "seconds without a step after which a rank dumps its stacks and ends with 124; 0: never",
+        "stopping",
+        ge=0,
+    )
+    fresh: bool = setting(False, "refuse to go on with a run that exists", "stopping")
     precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the training step", "machine")
 
     def __post_init__(self) -> None:
@@ -102,8 +119,7 @@ class RunConfig(StoreConfig):
         """The run's id: as given, else the variant and a digest of all settings that change the result."""
         if self.run_id:
             return self.run_id
-        places = ("output", "run_id", "device", "store_timeout")
-        settings = {key: value for key, value in asdict(self).items() if key not in places}
+        settings = {key: value for key, value in asdict(self).items() if key not in HOW}
         return f"{self.variant.replace('_', '-')}-{digest(settings)[:8]}"
 
 

@@ -73,6 +73,18 @@ class ConfigError(FusionError):
     code = ExitCode.CONFIG
 
 
+class StopRequested(FusionError):
+    """Stopped on request, with everything that was done committed."""
+
+    code = ExitCode.STOPPED
+
+
+class SupersededError(FusionError):
+    """A newer attempt at the same run has begun: this one may publish nothing more."""
+
+    code = ExitCode.CONFIG
+
+
 class DivergedError(FusionError):
     """A loss or metric that is not finite: nothing that follows could be trusted."""
 

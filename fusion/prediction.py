@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -21,7 +20,7 @@ from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, DivergedError
 from fusion.layers import MIN_PRICE, PriceModel, to_price
 from fusion.metrics import bootstrap_interval, row_smape
-from fusion.runs import find_run, read_config, read_pointer, write_pointer
+from fusion.runs import as_json, find_run, move_pointer, read_config
 from fusion.tables import Table, read_table
 
 C = TypeVar("C", bound=RunConfig)
@@ -109,10 +108,9 @@ def _publish(
         files = checkpoint.write_files(folder, {"submission.csv": content})
         model = next(entry for entry in chosen.manifest["files"] if entry["key"] == checkpoint.MODEL)
         facts = {"schema": 1, "rows": len(table), "date": date, "run": run, "checkpoint": chosen.name}
-        manifest = facts | {"model_sha256": model["sha256"], "files": files}
-        storage.write(storage.join(folder, checkpoint.MANIFEST), (json.dumps(manifest, indent=2) + "\n").encode())
-    if (read_pointer(settings.output, "submissions", settings.name, "current") or {}).get("submission") != key:
-        write_pointer(settings.output, "submissions", settings.name, "current", target={"submission": key})
+        manifest = as_json(facts | {"model_sha256": model["sha256"], "files": files})
+        storage.create(storage.join(folder, checkpoint.MANIFEST), manifest)
+    move_pointer(settings.output, "submissions", settings.name, "current", target={"submission": key})
     log.info(event="published", rows=len(table), submission=storage.join(folder, "submission.csv"))
 
 

@@ -6,60 +6,67 @@ import json
 import os
 import platform
 import subprocess
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from fusion import __version__, log, storage
-from fusion.config import ReadRunConfig, RunConfig, digest, from_json, to_json
-from fusion.errors import ConfigError, DataError, ExitCode, FusionError
+from fusion import __version__, checkpoint, log, storage
+from fusion.config import HOW, ReadRunConfig, RunConfig, digest, from_json, to_json
+from fusion.errors import ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
 
 C = TypeVar("C", bound=RunConfig)
-
-# Settings that say where and how a run is computed, not what it computes.
-_PLACES = ("data", "output", "run_id", "device", "store_timeout")
 
 
 def run_url(config: RunConfig) -> str:
     return storage.join(config.output, "runs", config.name())
 
 
-def start_run(config: RunConfig) -> bool:
-    """Writes `config.json`, the first thing a run writes; true when the run has finished before.
+def start_run(config: RunConfig) -> None:
+    """Writes `config.json`, the first thing a run writes.
 
     Raises:
-        ConfigError: the run exists with other settings.
+        ConfigError: the run exists with other settings, or exists at all and --fresh was given.
     """
     url = storage.join(run_url(config), "config.json")
     if not storage.exists(url):
         storage.write(url, to_json(config).encode())
-        return False
+        return
+    if config.fresh:
+        raise ConfigError(
+            f"run {config.name()} exists in {config.output}", "choose another --run-id, or leave out --fresh"
+        )
     before, now = asdict(from_json(type(config), storage.read(url), url)), asdict(config)
-    changed = [key for key in now if key not in _PLACES and before[key] != now[key]]
+    changed = [key for key in now if key not in HOW | {"data"} and before[key] != now[key]]
     if changed:
         key = changed[0]
         raise ConfigError(
             f"run {config.name()} exists with {key}={before[key]!r}, now it is {now[key]!r}",
             "give this run another --run-id, or the settings it was started with",
         )
-    return any(json.loads(end).get("code") == ExitCode.DONE for end in _ends(run_url(config)))
-
-
-def _ends(run: str) -> Iterator[bytes]:
-    for attempt in storage.ls(storage.join(run, "attempts")):
-        end = storage.join(attempt, "exit.json")
-        if storage.exists(end):
-            yield storage.read(end)
 
 
 def describe_run(config: RunConfig, data_digest: str, dims: Mapping[str, int], world_size: int) -> None:
-    """Writes `run.json`: what this run was made from and with."""
+    """Writes `run.json`: what this run was made from and with; an existing one must be of the same data.
+
+    Raises:
+        DataError: the data are not those that the run was started with.
+    """
     import numpy
     import torch
 
+    url = storage.join(run_url(config), "run.json")
+    if storage.exists(url):
+        before = json.loads(storage.read(url))["data_sha256"]
+        if before != data_digest:
+            raise DataError(
+                f"the data have changed since run {config.name()} began: sha256 {data_digest[:12]}, was {before[:12]}",
+                "train on the new data under another --run-id",
+            )
+        return
     facts = {
         "run_id": config.name(),
         "variant": config.variant,
@@ -74,30 +81,84 @@ def describe_run(config: RunConfig, data_digest: str, dims: Mapping[str, int], w
             "torch": torch.__version__,
             "numpy": numpy.__version__,
         },
-        "started": _now(),
+        "started": now(),
     }
-    storage.write(storage.join(run_url(config), "run.json"), _json(facts))
+    storage.write(url, as_json(facts))
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to publish under a run. The newest attempt has it; `check` tells an older one that it has lost it."""
+
+    url: str
+    attempt: int
+    token: str
+
+    def check(self) -> None:
+        """Raises SupersededError when a newer attempt has begun."""
+        held = json.loads(storage.read(self.url))
+        if held["token"] != self.token:
+            raise SupersededError(
+                f"attempt {held['attempt']} of this run began while this one, {self.attempt}, was still running",
+                "let the newer one finish; two jobs that run at once need a --run-id each",
+            )
+
+
+def take_lease(run: str) -> Lease:
+    """Makes this the newest attempt of the run."""
+    url, token = storage.join(run, "lease.json"), uuid.uuid4().hex
+    while True:
+        held = storage.read_version(url)
+        number = 1 if held is None else 1 + int(json.loads(held[0])["attempt"])
+        data = as_json({"attempt": number, "token": token, "started": now()})
+        if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
+            return Lease(url, number, token)
 
 
 @contextmanager
-def attempt(run: str) -> Iterator[None]:
+def attempt(run: str) -> Iterator[Lease]:
     """Records the start and the end of one try at a run, with its log, whichever way it ends."""
-    number = 1 + len(storage.ls(storage.join(run, "attempts")))
-    folder = storage.join(run, "attempts", str(number))
-    storage.write(storage.join(folder, "start.json"), _json({"attempt": number, "started": _now()}))
-    end: dict[str, Any] = {"attempt": number, "code": ExitCode.BUG}
+    if not storage.honours_conditions(run):
+        log.warning(event="store_ignores_conditions", so="nothing keeps two attempts at this run from mixing")
+    lease = take_lease(run)
+    folder = storage.join(run, "attempts", str(lease.attempt))
+    storage.write(storage.join(folder, "start.json"), as_json({"attempt": lease.attempt, "started": now()}))
+    end: dict[str, Any] = {"attempt": lease.attempt, "code": ExitCode.BUG}
     try:
-        yield
-        end["code"] = ExitCode.DONE
+        try:
+            yield lease
+            end["code"] = ExitCode.DONE
+        except StopRequested:
+            _check_progress(run, lease.attempt)
+            raise
     except FusionError as error:
         end |= {"code": error.code, "error": error.message, "to_do": error.remedy}
         raise
-    except Exception as error:
+    except BaseException as error:
         end |= {"error": f"{type(error).__name__}: {error}"}
         raise
     finally:
+        end |= {"step": _newest_step(run), "ended": now()}
         storage.write(storage.join(folder, "log.txt"), log.text().encode())
-        storage.write(storage.join(folder, "exit.json"), _json(end | {"ended": _now()}))
+        storage.write(storage.join(folder, "exit.json"), as_json(end))
+
+
+def _newest_step(run: str) -> int:
+    return max((int(found.manifest["step"]) for found in checkpoint.committed(run)), default=-1)
+
+
+def _check_progress(run: str, number: int) -> None:
+    """Turns the third stop in a row without a newer checkpoint into an error: running again would not help."""
+    step = _newest_step(run)
+    for earlier in (number - 1, number - 2):
+        url = storage.join(run, "attempts", str(earlier), "exit.json")
+        end = json.loads(storage.read(url)) if earlier > 0 and storage.exists(url) else {}
+        if end.get("code") != ExitCode.STOPPED or end.get("step") != step:
+            return
+    raise FusionError(
+        f"stopped three times in a row without a newer checkpoint than step {step}",
+        "give the job more time before it is stopped, or lower --checkpoint-seconds",
+    )
 
 
 def find_run(settings: ReadRunConfig, variant: str) -> str:
@@ -135,17 +196,30 @@ def read_pointer(output: str, *parts: str) -> dict[str, Any] | None:
     return cast(dict[str, Any], json.loads(storage.read(url))) if storage.exists(url) else None
 
 
-def write_pointer(output: str, *parts: str, target: Mapping[str, Any]) -> None:
-    storage.write(storage.join(output, "pointers", *parts) + ".json", _json(dict(target)))
+def move_pointer(output: str, *parts: str, target: Mapping[str, Any], better: str | None = None) -> None:
+    """Points to `target`, by compare-and-swap.
+
+    Args:
+        better: name of a figure; the pointer moves only when that of `target` is lower.
+    """
+    url = storage.join(output, "pointers", *parts) + ".json"
+    while True:
+        held = storage.read_version(url)
+        current = {} if held is None else json.loads(held[0])
+        if all(current.get(key) == value for key, value in target.items()):
+            return
+        if better and current and current[better] <= target[better]:
+            return
+        data = as_json({**target, "updated": now()})
+        if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
+            return
 
 
-def point_to_run(config: RunConfig, checkpoint: str, smape: float) -> None:
+def point_to_run(config: RunConfig, checkpoint_name: str, smape: float) -> None:
     """Makes the run its variant's latest, and its best when its validation SMAPE is the lowest so far."""
-    target = {"run_id": config.name(), "checkpoint": checkpoint, "smape": smape, "updated": _now()}
-    write_pointer(config.output, "runs", config.variant, "latest", target=target)
-    best = read_pointer(config.output, "runs", config.variant, "best")
-    if best is None or smape < best["smape"]:
-        write_pointer(config.output, "runs", config.variant, "best", target=target)
+    target = {"run_id": config.name(), "checkpoint": checkpoint_name, "smape": smape}
+    move_pointer(config.output, "runs", config.variant, "latest", target=target)
+    move_pointer(config.output, "runs", config.variant, "best", target=target, better="smape")
 
 
 def _revision() -> str:
@@ -158,9 +232,9 @@ def _revision() -> str:
         return "unknown"
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _json(value: object) -> bytes:
+def as_json(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()

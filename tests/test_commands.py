@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from tests.conftest import SMALL, Done, run_command, upload
@@ -179,7 +180,7 @@ def test_the_same_run_id_with_other_settings(catalog: Path, tmp_path: Path, caps
 
 
 def test_training_that_diverges(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusion.training.compute_smape", lambda *_: float("nan"))
+    monkeypatch.setattr("fusion.fitting.compute_smape", lambda *_: float("nan"))
     assert train.main(["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1"]) == 70
     end = json.loads(next(tmp_path.rglob("exit.json")).read_text())
     assert end["code"] == 70 and "not both finite" in end["error"]
@@ -189,7 +190,7 @@ def test_training_that_diverges(catalog: Path, tmp_path: Path, monkeypatch: pyte
 def test_a_loss_that_is_not_finite_stops_the_run(
     catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusion.training._Fit.train_epoch", lambda *_: float("nan"))
+    monkeypatch.setattr("fusion.fitting.Fit._train_batch", lambda *_: torch.tensor(float("nan")))
     assert train.main(["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "2"]) == 70
     end = json.loads(next(tmp_path.rglob("exit.json")).read_text())
     assert end["code"] == 70 and "loss nan" in end["error"]

@@ -59,6 +59,7 @@ def test_train_evaluate_predict(variant: str, catalog: Path, tmp_path: Path) -> 
     assert names == {
         "config.json",
         "run.json",
+        "lease.json",
         "split.parquet",
         "attempts/1/start.json",
         "attempts/1/exit.json",

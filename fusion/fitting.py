@@ -1,0 +1,231 @@
+"""The moving parts of a training, and how they are saved and restored so that going on is exact.
+
+Row order is a function of (seed, epoch), dropout of (seed, step, row), and the position is a count of global batches:
+nothing of an iterator or a random generator needs to be remembered, and any number of ranks can go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fusion.checkpoint import Snapshot
+from fusion.config import RunConfig
+from fusion.distributed import World
+from fusion.embeddings import RowStore
+from fusion.errors import DivergedError
+from fusion.layers import PriceModel, random_rows
+from fusion.loss_functions import get_loss_function
+from fusion.metrics import compute_smape
+from fusion.prediction import predict_rows
+
+AGREE_STEPS = 10  # steps between two moments at which the ranks add up their losses and may stop or save
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Rows to train on and to validate on.
+
+    Attributes:
+        targets: [N] log1p(price), float32.
+        train, validation: positions in the store, int64. Rows without any embedding are not trained on.
+        prices: [n_validation] dollars, float64.
+    """
+
+    store: RowStore
+    targets: Tensor
+    train: Tensor
+    validation: Tensor
+    prices: np.ndarray
+
+
+class EarlyStopping:
+    """Called with the score of each epoch; true when `patience` epochs in a row were not better by `min_delta`.
+
+    >>> stop = EarlyStopping(patience=2)
+    >>> [stop(score) for score in (3.0, 2.0, 2.5, 2.0)]
+    [False, False, False, True]
+    """
+
+    def __init__(self, patience: int = 7, min_delta: float = 0, mode: str = "min") -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode is {mode!r}, expected 'min' or 'max'")
+        self.patience, self.min_delta, self.mode = patience, min_delta, mode
+        self.best: float | None = None
+        self.n_worse = 0
+
+    def __call__(self, score: float) -> bool:
+        if not math.isfinite(score):
+            raise DivergedError(f"the score is {score}", "look for the first epoch whose loss is not finite")
+        gain = 0.0 if self.best is None else (self.best - score if self.mode == "min" else score - self.best)
+        if self.best is None or gain > self.min_delta:
+            self.best, self.n_worse = score, 0
+        else:
+            self.n_worse += 1
+        return self.n_worse >= self.patience
+
+    @property
+    def stopped(self) -> bool:
+        return self.n_worse >= self.patience
+
+
+class Fit:
+    """Model, optimizer, scheduler, early stopping, history and position of one training.
+
+    Attributes:
+        epoch: epochs completed and validated.
+        batch: batches of the next epoch that are done.
+        step: optimizer steps taken.
+        loss_sum: loss summed over the rows of those batches, all ranks together.
+        history: one entry an epoch.
+        best: state dict at the lowest validation SMAPE so far.
+    """
+
+    def __init__(self, config: RunConfig, model: PriceModel, data: TrainingData, place: World) -> None:
+        self.config, self.model, self.data, self.place = config, model, data, place
+        self.store, self.targets = data.store.resident_on(place.device), data.targets.to(place.device)
+        self.replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.loss = get_loss_function(config.loss)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.min_lr
+        )
+        self.stopping = EarlyStopping(config.patience)
+        self.epoch = self.batch = self.step = 0
+        self.loss_sum, self.smape = 0.0, float("inf")
+        self.history: list[dict[str, Any]] = []
+        self.best = _copy(model.state_dict())
+        self._unshared = torch.zeros((), device=place.device)
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.config.epochs or self.stopping.stopped
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def run_epoch(self) -> Iterator[None]:
+        """Goes through what is left of the epoch; pauses at steps where the ranks agree, the same for any number."""
+        self.model.train()
+        batches = self._batches()
+        every = min(AGREE_STEPS, self.config.checkpoint_steps or AGREE_STEPS)
+        for batch in batches[self.batch :]:
+            self._unshared += self._train_batch(batch) * len(batch)
+            self.step += 1
+            self.batch += 1
+            if self.batch < len(batches) and self.step % every == 0:
+                yield
+
+    def share_loss(self, *flags: float) -> list[float]:
+        """Adds the ranks' losses up; each flag summed over the ranks."""
+        total, *shared = self.place.sum([self._unshared.item(), *flags])
+        self.loss_sum += total
+        self._unshared.zero_()
+        return shared
+
+    def end_epoch(self, seconds: float) -> dict[str, Any]:
+        """Validates, and moves on to the next epoch; what there is to say of this one.
+
+        Raises:
+            DivergedError: the loss or the SMAPE is not finite.
+        """
+        loss, smape = self.loss_sum / len(self.data.train), self._validate()
+        if not np.isfinite([loss, smape]).all():
+            raise DivergedError(
+                f"loss {loss} and validation SMAPE {smape} after epoch {self.epoch + 1} are not both finite",
+                "lower --lr, or use --precision fp32",
+            )
+        self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
+        facts = {"epoch": self.epoch, "step": self.step, "loss": loss, "smape": smape, "lr": self.lr}
+        self.history.append(facts | {"seconds": seconds})
+        if smape < self.smape:
+            self.smape, self.best = smape, _copy(self.model.state_dict())
+        self.scheduler.step(smape)
+        self.stopping(smape)
+        return facts
+
+    def snapshot(self) -> Snapshot:
+        """Everything that going on needs, copied to this process's memory."""
+        smape = self.smape if math.isfinite(self.smape) else None
+        state = {
+            "weights": _copy(self.model.state_dict()),
+            "optimizer": _copy(self.optimizer.state_dict()),
+            "scheduler": self.scheduler.state_dict(),
+            "stopping": {"best": self.stopping.best, "n_worse": self.stopping.n_worse},
+            "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step, "loss_sum": self.loss_sum},
+            "smape": self.smape,
+            "history": [dict(entry) for entry in self.history],
+        }
+        return Snapshot(self.step, self.best, state, {"epoch": self.epoch, "smape": smape, "finished": self.finished})
+
+    def restore(self, best: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Takes up where the snapshot was made."""
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.stopping.best, self.stopping.n_worse = state["stopping"]["best"], state["stopping"]["n_worse"]
+        for name, value in state["position"].items():
+            setattr(self, name, value)
+        self.smape, self.history, self.best = state["smape"], state["history"], best
+
+    def _batches(self) -> tuple[Tensor, ...]:
+        """Global batches of the next epoch: the same for any number of ranks."""
+        order = torch.Generator().manual_seed(mixed(self.config.seed, "order", self.epoch + 1))
+        shuffled = self.data.train[torch.randperm(len(self.data.train), generator=order)]
+        return torch.split(shuffled, self.config.batch_size)
+
+    def _train_batch(self, batch: Tensor) -> Tensor:
+        """This rank's part of the loss of a global batch [B]; over all ranks they add up to the mean over rows."""
+        part = self.place.share(len(batch))
+        weight = (part.stop - part.start) / len(batch)
+        if not weight:  # fewer rows than ranks: this one computes a row that counts for nothing
+            part = slice(0, 1)
+        rows = batch[part]
+        inputs, present = self.store.batch(rows, self.place.device)
+        seed = mixed(self.config.seed, "step", self.step)
+        device, bf16 = self.place.device, self.config.precision == "bf16"
+        with random_rows(seed, part, len(batch), device), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            prediction = self.replica(inputs, present)
+        loss: Tensor = self.loss(prediction, self.targets[rows.to(device)]) * weight
+        torch.autograd.backward(loss * self.place.size)  # the mean over ranks is taken, the rows want the sum
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def _validate(self) -> float:
+        predicted = predict_rows(self.model, self.store, self.data.validation, self.place)
+        return compute_smape(self.data.prices, predicted)
+
+
+def _copy(value: Any) -> Any:
+    """Tensors copied to the CPU, through dicts and lists; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy(inner) for key, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list) else value
+
+
+def set_seed(seed: int) -> None:
+    """Seeds Python, NumPy and torch on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def mixed(*parts: object) -> int:
+    """A seed of 32 bits that is another for any other parts."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")

@@ -1,0 +1,34 @@
+"""Stop requests: a signal sets a flag, training reads it between steps, commits, and ends with 75."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# What Kubernetes and Slurm send before they kill, and what users of Slurm's --signal choose.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+_received: list[int] = []
+
+
+def requested() -> bool:
+    """Whether this process was asked to stop."""
+    return bool(_received)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Inside, a stop signal is remembered instead of killing the process."""
+    _received.clear()
+    before = {number: signal.signal(number, _remember) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _remember(number: int, _: FrameType | None) -> None:
+    _received.append(number)

@@ -1,0 +1,21 @@
+"""Training on several ranks, of which the last is asked to stop at the step in FUSION_TEST_STOP_AT."""
+
+import os
+import signal
+import sys
+
+from fusion import training
+from fusion.all_embeddings import train
+
+agree = training.Saver.agree
+
+
+def stop_at(saver: training.Saver, **options: bool) -> None:
+    last = saver.place.rank == saver.place.size - 1
+    if last and saver.fit.step >= int(os.environ["FUSION_TEST_STOP_AT"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    agree(saver, **options)
+
+
+training.Saver.agree = stop_at  # type: ignore[method-assign]
+sys.exit(train.main())

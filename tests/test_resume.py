@@ -1,0 +1,227 @@
+"""Stopped, killed, damaged, doubled: the same command goes on, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fusion import checkpoint, storage
+from fusion.all_embeddings import predict_test, train
+from fusion.errors import SupersededError
+from fusion.runs import take_lease
+from tests.conftest import SMALL, upload
+
+ROOT = Path(__file__).parent.parent
+
+
+def flags(catalog: Path | str, output: Path | str, *more: str) -> list[str]:
+    where = ["--data", str(catalog), "--output", str(output), "--run-id", "r"]
+    return [*where, *SMALL, "--epochs", "4", "--checkpoint-steps", "3", *more]
+
+
+def model_bytes(output: Path) -> bytes:
+    return checkpoint.read_file(checkpoint.best(str(output / "runs" / "r")), checkpoint.MODEL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert train.main(flags(catalog, output)) == 0
+    return output
+
+
+def stopped_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """A stop request arrives at the first agreement at or after the step."""
+    import fusion.training
+
+    original = fusion.training.Saver.agree
+
+    def agree(self: fusion.training.Saver, **options: bool) -> None:
+        if self.fit.step >= step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, **options)
+
+    monkeypatch.setattr(fusion.training.Saver, "agree", agree)
+
+
+@pytest.mark.parametrize("step", [2, 8, 14])
+def test_stopped_and_resumed_is_the_same(
+    step: int, catalog: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stopped_at(patch, step)
+        assert train.main(flags(catalog, tmp_path)) == 75
+    end = json.loads((tmp_path / "runs/r/attempts/1/exit.json").read_text())
+    assert end["code"] == 75 and end["step"] >= step
+    assert train.main(flags(catalog, tmp_path)) == 0
+    assert model_bytes(tmp_path) == model_bytes(undisturbed)
+    columns = ["epoch", "step", "loss", "smape", "lr"]
+    ours, theirs = (pd.read_csv(place / "runs/r/metrics/epochs.csv")[columns] for place in (tmp_path, undisturbed))
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (1, 2)])
+def test_another_number_of_ranks_goes_on(
+    before: int, after: int, catalog: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    from tests.conftest import run_command
+
+    output = tmp_path / "out"
+    stop = {"PYTHONPATH": str(ROOT), "FUSION_TEST_STOP_AT": "9"}
+    first = run_command("tests.stopping_train", *flags(catalog, output), ranks=before, env=stop)
+    assert first.code != 0 and "stopped on request at step 9" in first.err
+    second = run_command("fusion.all_embeddings.train", *flags(catalog, output), ranks=after)
+    assert second.code == 0, second.err
+    assert "event=resumed" in second.err and " step=9" in second.err
+    curves = [pd.read_csv(place / "runs/r/metrics/epochs.csv")[["loss", "smape"]] for place in (output, undisturbed)]
+    pd.testing.assert_frame_equal(curves[0], curves[1], rtol=1e-5)
+
+
+def test_three_stops_without_progress_are_a_bug(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped_at(monkeypatch, 2)
+    assert train.main(flags(catalog, tmp_path)) == 75
+    monkeypatch.setattr("fusion.fitting.AGREE_STEPS", 1)
+    codes = []
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr("fusion.fitting.Fit.run_epoch", lambda self: iter([None]))  # asked to stop before any step
+            codes.append(train.main(flags(catalog, tmp_path)))
+    assert codes == [75, 70, 75]  # the count starts anew after the error
+    assert "stopped three times in a row without a newer checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over(
+    damage: str,
+    catalog: Path,
+    tmp_path: Path,
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 12)
+        assert train.main(flags(catalog, tmp_path)) == 75
+    newest = checkpoint.committed(str(tmp_path / "runs/r"))[-1]
+    state = Path(newest.url, checkpoint.STATE)
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "no manifest":
+        Path(newest.url, checkpoint.MANIFEST).unlink()
+    else:
+        state.write_bytes(content if damage == "flip" else content[:1000])
+    capsys.readouterr()
+    assert train.main(flags(catalog, tmp_path)) == 0
+    said = capsys.readouterr().err
+    assert ("event=checkpoint_damaged" in said) == (damage != "no manifest")
+    assert "event=resumed" in said and newest.name not in said.split("event=resumed")[1].splitlines()[0]
+    assert model_bytes(tmp_path) == model_bytes(undisturbed)
+
+
+def test_an_older_attempt_cannot_publish(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While this attempt trains, another one takes the lease."""
+    original = checkpoint.commit
+
+    def commit(run: str, *arguments: object) -> checkpoint.Checkpoint:
+        take_lease(run)
+        return original(run, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "commit", commit)
+    assert train.main(flags(catalog, tmp_path)) == 78
+    assert checkpoint.committed(str(tmp_path / "runs/r")) == []
+    assert not (tmp_path / "pointers").exists()
+
+
+def test_the_lease_belongs_to_the_newest(bucket: str) -> None:
+    first = take_lease(f"{bucket}/run")
+    first.check()
+    second = take_lease(f"{bucket}/run")
+    assert (first.attempt, second.attempt) == (1, 2)
+    second.check()
+    with pytest.raises(SupersededError, match="attempt 2 of this run began while this one, 1"):
+        first.check()
+
+
+def test_two_jobs_at_once(catalog: Path, tmp_path: Path, undisturbed: Path) -> None:
+    command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags(catalog, tmp_path)]
+    jobs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [job.communicate()[1] for job in jobs]
+    codes = sorted(job.returncode for job in jobs)
+    assert codes in ([0, 78], [0, 0]), said  # 0 twice: one had finished before the other looked
+    assert model_bytes(tmp_path) == model_bytes(undisturbed)
+
+
+def test_retention_keeps_the_newest_and_the_best(catalog: Path, tmp_path: Path) -> None:
+    assert train.main(flags(catalog, tmp_path, "--keep", "1", "--checkpoint-steps", "1")) == 0
+    left = checkpoint.committed(str(tmp_path / "runs/r"))
+    assert 1 <= len(left) <= 2
+    assert left[-1].manifest["finished"]
+    folders = {path.name for path in (tmp_path / "runs/r/checkpoints").iterdir()}
+    assert folders == {made.name for made in left}
+
+
+def test_fresh_refuses_a_run_that_exists(catalog: Path, tmp_path: Path, undisturbed: Path) -> None:
+    assert train.main(flags(catalog, undisturbed, "--fresh")) == 78
+    assert train.main(flags(catalog, tmp_path, "--fresh", "--epochs", "1")) == 0
+
+
+def test_changed_data_are_another_run(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(catalog, data)
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 6)
+        assert train.main(flags(data, tmp_path)) == 75
+    table = pd.read_csv(data / "train.csv")
+    table.assign(price=table["price"] + 0.01).to_csv(data / "train.csv", index=False)
+    assert train.main(flags(data, tmp_path)) == 65
+    assert "the data have changed since run r began" in capsys.readouterr().err
+
+
+def test_a_real_sigterm_ends_with_75_and_a_checkpoint(catalog: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags(catalog, tmp_path, "--epochs", "10000")]
+    command += ["--patience", "10000"]
+    job = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not checkpoint.committed(str(tmp_path / "runs/r")):
+        time.sleep(0.05)
+        assert job.poll() is None
+    started = time.monotonic()
+    job.send_signal(signal.SIGUSR1 if os.getpid() % 2 else signal.SIGTERM)
+    assert job.wait(30) == 75
+    assert time.monotonic() - started < 10
+    end = json.loads((tmp_path / "runs/r/attempts/1/exit.json").read_text())
+    assert end["step"] == checkpoint.committed(str(tmp_path / "runs/r"))[-1].manifest["step"]
+
+
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 15), (2, 10)])
+def test_killed_anywhere_on_s3(ranks: int, kills: int, bucket: str, catalog: Path) -> None:
+    upload(catalog, f"{bucket}")
+    command = [sys.executable, str(ROOT / "benchmarks" / "kill_anywhere.py"), "--data", bucket]
+    command += ["--output", f"{bucket}/out", "--kills", str(kills), "--ranks", str(ranks), "--seed", "1"]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] >= kills
+
+
+def test_a_prediction_killed_before_its_pointer_is_repeated(catalog: Path, tmp_path: Path, undisturbed: Path) -> None:
+    where = ["--run-dir", str(undisturbed / "runs/r"), "--output", str(tmp_path), "--date", "2026-01-02"]
+    assert predict_test.main(where) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.csv")}
+    storage.remove(str(tmp_path / "pointers"))
+    assert predict_test.main(where) == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.csv")} == before
+    assert (tmp_path / "pointers/submissions/test/current.json").exists()

@@ -18,21 +18,8 @@ from tests.s3_server import KEY, SECRET, S3Server
 
 DIMS = {"clip_image": 12, "siglip_image": 10, "siglip_text": 8, "qwen_text": 14}
 BUCKET = "fusion-tests"
-SMALL = [
-    "--width",
-    "16",
-    "--n-heads",
-    "2",
-    "--hidden",
-    "16",
-    "8",
-    "--batch-size",
-    "64",
-    "--lr",
-    "0.01",
-    "--device",
-    "cpu",
-]
+SMALL = ["--width", "16", "--n-heads", "2", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
+SMALL += ["--device", "cpu"]
 
 
 @dataclass(frozen=True)

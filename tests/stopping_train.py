@@ -17,5 +17,6 @@ def stop_at(saver: training.Saver, **options: bool) -> None:
     agree(saver, **options)
 
 
-training.Saver.agree = stop_at  # type: ignore[method-assign]
-sys.exit(train.main())
+if __name__ == "__main__":
+    training.Saver.agree = stop_at  # type: ignore[method-assign]
+    sys.exit(train.main())

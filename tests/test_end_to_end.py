@@ -155,47 +155,6 @@ def test_shuffled_input_files_give_the_same_run(catalog: Path, tmp_path: Path) -
     assert results[0] == results[1]
 
 
-@pytest.fixture(scope="module")
-def by_ranks(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The same run, with dropout, on 1, 2 and 3 ranks; evaluated and predicted on as many."""
-    outputs = {}
-    for ranks in (1, 2, 3):
-        output = outputs[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
-        where = ["--output", str(output)]
-        flags = ["--data", str(catalog), *where, *SMALL, "--epochs", "2", "--run-id", "r", "--batch-size", "61"]
-        for job in (["train", *flags], ["evaluate_by_groups", *where], ["predict_test", *where]):
-            done = run_command(f"fusion.all_embeddings.{job[0]}", *job[1:], ranks=ranks)
-            assert done.code == 0, done.err
-    return outputs
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_gives_the_same_result(by_ranks: dict[int, Path], ranks: int) -> None:
-    one, many = by_ranks[1], by_ranks[ranks]
-    curves = [pd.read_csv(output / "runs/r/metrics/epochs.csv")[["step", "loss", "smape"]] for output in (one, many)]
-    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)
-    tables = [pd.read_parquet(output / "runs/r/metrics/predictions.parquet") for output in (one, many)]
-    assert tables[0]["sample_id"].tolist() == tables[1]["sample_id"].tolist()
-    np.testing.assert_allclose(tables[0]["predicted"], tables[1]["predicted"], rtol=1e-4)
-    ours, theirs = (submission(str(output)) for output in (one, many))
-    assert ours["sample_id"].tolist() == theirs["sample_id"].tolist()
-    np.testing.assert_allclose(ours["price"].astype(float), theirs["price"].astype(float), rtol=1e-4)
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_the_same_weights_predict_the_same_on_any_number_of_ranks(
-    by_ranks: dict[int, Path], catalog: Path, tmp_path: Path, ranks: int
-) -> None:
-    where = ["--run-dir", str(by_ranks[1] / "runs" / "r"), "--output", str(tmp_path)]
-    assert run_command("fusion.all_embeddings.predict_test", *where, ranks=ranks).code == 0
-    np.testing.assert_allclose(
-        submission(str(tmp_path))["price"].astype(float),
-        submission(str(by_ranks[1]))["price"].astype(float),
-        rtol=1e-6,
-        atol=1.01e-4,  # one unit of the last digit that a submission has
-    )
-
-
 def test_a_finished_run_is_left_alone(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1"]
     assert train.main(flags) == 0

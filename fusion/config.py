@@ -14,7 +14,7 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, ClassVar, Literal, TypeVar, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -26,6 +26,9 @@ from fusion.errors import ConfigError, UsageError
 HOW = {"output", "run_id", "device", "store_timeout", "grace", "stall_timeout", "fresh"}
 HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep"}
 
+# The headings of --help, in their order.
+GROUPS = ("where", "sources", "data", "model", "training", "evaluation", "submission", "stopping", "machine")
+
 C = TypeVar("C")
 STRICT = ConfigDict(extra="forbid")
 
@@ -33,6 +36,12 @@ STRICT = ConfigDict(extra="forbid")
 def setting(default: Any, help: str, group: str, **constraints: Any) -> Any:
     """A field of a config: its default, its help with the unit, the heading it stands under, its allowed range."""
     return Field(default, description=help, json_schema_extra={"group": group}, **constraints)
+
+
+LOSSES_HELP = (
+    "weighted_smape, smape, focal_smape, hybrid_focal_smape, weighted_huber, quantile_huber, adaptive_huber, "
+    "focal_huber, huber, mse or mae, see fusion/loss_functions.py"
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -75,7 +84,7 @@ class RunConfig(StoreConfig):
     dropout: float = setting(0.25, "share of features dropped in training", "model", ge=0, lt=1)
     modality_dropout: float = setting(0.05, "share of sources hidden from a row in training", "model", ge=0, lt=1)
 
-    loss: str = setting("weighted_smape", "name of the loss, see fusion/loss_functions.py", "training")
+    loss: str = setting("weighted_smape", LOSSES_HELP, "training")
     epochs: int = setting(1000, "passes over the training rows, at most", "training", ge=1)
     batch_size: int = setting(256, "rows a step, over all ranks together", "training", ge=1)
     lr: float = setting(1e-3, "learning rate of AdamW", "training", gt=0)
@@ -207,27 +216,31 @@ def _parser(flags: Mapping[str, Any], prog: str, description: str) -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Every flag can also be set in the environment (--lr: FUSION_LR) or in the --config file.",
     )
-    groups: dict[str, Any] = {}
+    found = {field.json_schema_extra["group"] for field in flags.values()}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in found}
     for key, field in flags.items():
-        group = field.json_schema_extra["group"]
-        groups.setdefault(group, parser.add_argument_group(group)) if group not in groups else None
-        groups[group].add_argument(_flag(key), **_argument(key, field))
+        groups[field.json_schema_extra["group"]].add_argument(_flag(key), **_argument(key, field))
     groups["where"].add_argument("--config", metavar="FILE", help="JSON or TOML file with any of these settings")
     return parser
 
 
 def _argument(key: str, field: Any) -> dict[str, Any]:
-    text = field.description.replace("%", "%%")
-    if field.annotation is bool:
+    text, kind = field.description.replace("%", "%%"), field.annotation
+    if kind is bool:
         return {"action": argparse.BooleanOptionalAction, "help": f"{text} (default: no)"}
-    default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-    options: dict[str, Any] = {"help": f"{text} (default: {'none' if default in (None, '') else default})"}
-    choices = getattr(field.annotation, "__args__", ()) if field.annotation is not None else ()
-    literal = choices and all(isinstance(choice, str) for choice in choices)
-    options["metavar"] = "|".join(choices) if literal else key.rsplit(".", maxsplit=1)[-1].upper()
-    if get_origin(field.annotation) is tuple:
-        options["nargs"] = "+"
-    return options
+    if field.default not in (None, ()):
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text += f" (default: {default})"
+    if get_origin(kind) is Literal:
+        return {"help": text, "metavar": "|".join(get_args(kind))}
+    names = {int: "N", float: "X"} | dict.fromkeys(("data", "output", "run_dir"), "URL")
+    options = {"help": text, "metavar": names.get(key) or names.get(_element(kind), "NAME")}
+    return options | ({"nargs": "+"} if get_origin(kind) is tuple else {})
+
+
+def _element(kind: Any) -> Any:
+    """int of `int`, `int | None` and `tuple[int, ...]`."""
+    return next(iter(get_args(kind)), kind)
 
 
 def _flags(config_class: type[Any]) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def test_help_is_quick_and_explains_every_flag(job: str) -> None:
     done = run_command(f"fusion.all_embeddings.{job}", "--help")
     assert time.monotonic() - started < 2
     assert done.code == 0
-    assert "--output OUTPUT" in done.out and "(default: output)" in done.out and "--config FILE" in done.out
+    assert "--output URL" in done.out and "(default: output)" in done.out and "--config FILE" in done.out
 
 
 def test_ranks_that_fail_together_say_it_once(catalog: Path, tmp_path: Path) -> None:

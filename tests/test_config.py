@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from fusion.all_embeddings.config import Config
-from fusion.config import EvaluateConfig, from_json, parse, to_json
+from fusion.config import LOSSES_HELP, EvaluateConfig, from_json, parse, to_json
 from fusion.errors import ConfigError, UsageError
+from fusion.loss_functions import LOSSES
 
 
 def read(*flags: str) -> Config:
@@ -79,6 +80,10 @@ def test_the_run_id_follows_what_changes_the_result() -> None:
     assert read().name() != read("--seed", "1").name()
     assert read().name().startswith("all-embeddings-")
     assert read("--run-id", "mine").name() == "mine"
+
+
+def test_help_names_every_loss() -> None:
+    assert set(LOSSES) == set(LOSSES_HELP.split(", see")[0].replace(" or ", ", ").split(", "))
 
 
 def test_sources_can_differ_by_fold() -> None:

@@ -47,6 +47,8 @@ def start_run(config: RunConfig) -> None:
             f"run {config.name()} exists with {key}={before[key]!r}, now it is {now[key]!r}",
             "give this run another --run-id, or the settings it was started with",
         )
+    if not storage.exists(storage.join(run_url(config), "run.json")):
+        storage.write(url, to_json(config).encode())  # it never read its data: perhaps --data was wrong
 
 
 def describe_run(config: RunConfig, data_digest: str, dims: Mapping[str, int], world_size: int) -> None:

@@ -176,6 +176,13 @@ def test_fresh_refuses_a_run_that_exists(catalog: Path, tmp_path: Path, undistur
     assert train.main(flags(catalog, tmp_path, "--fresh", "--epochs", "1")) == 0
 
 
+def test_a_wrong_place_of_the_data_can_be_corrected(catalog: Path, tmp_path: Path) -> None:
+    assert train.main(flags(tmp_path / "nothing", tmp_path)) == 65
+    assert train.main(flags(catalog, tmp_path)) == 0
+    assert json.loads((tmp_path / "runs/r/config.json").read_text())["data"] == str(catalog)
+    assert predict_test.main(["--output", str(tmp_path)]) == 0
+
+
 def test_changed_data_are_another_run(
     catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

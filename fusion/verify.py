@@ -1,0 +1,466 @@
+"""Checks that what lies in the bucket is what was written: hashes, schemas, lineage and content, all recomputed.
+
+    python -m fusion.verify s3://bucket/output/runs/all-embeddings-1f2e3d4c
+    python -m fusion.verify s3://bucket/output/pointers/submissions/test/current.json
+
+URL is a run, one of its checkpoint folders, a submission's folder, or the pointer to a submission. One line for each
+thing that was checked, `ok` or `BAD`; a `note` says what could not be compared, and is no error. The last line is OK or
+how many things are wrong, the exit code 0 or 65. It only reads, executes nothing of what it reads, and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import re
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+import fsspec
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fusion import storage
+from fusion.config import digest
+from fusion.errors import CredentialsError, DataError, ExitCode, FusionError, UsageError
+
+T = TypeVar("T")
+
+# Named here again: fusion.checkpoint would load torch.
+_MANIFEST, _MODEL, _STATE, _SUBMISSION = "MANIFEST.json", "model.safetensors", "state.pt", "submission.csv"
+_POINTERS = "pointers/submissions/"
+_PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")
+_KINDS = "a run, a checkpoint folder, a submission folder, or pointers/submissions/<name>/current.json"
+_NOT_READABLE = (DataError, CredentialsError, ImportError, ValueError)  # not: a store that is silent, which is 69
+
+_Count = Annotated[int, Field(ge=0)]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class _File:
+    key: _Name
+    bytes: _Count
+    sha256: _Sha256
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    schema: Literal[1]
+    files: list[_File]
+
+    def sha256_of(self, key: str) -> str:
+        return next((entry.sha256 for entry in self.files if entry.key == key), "")
+
+
+@dataclass(frozen=True)
+class _CheckpointManifest(_Manifest):
+    step: _Count
+    epoch: _Count
+    smape: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    finished: bool
+    config_sha256: _Sha256
+    data_sha256: _Sha256
+    revision: str
+
+
+@dataclass(frozen=True)
+class _SubmissionManifest(_Manifest):
+    rows: PositiveInt
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    run: str
+    checkpoint: _Name
+    model_sha256: _Sha256
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    submission: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/\d{4}-\d{2}-\d{2}/[0-9a-f]{12}$")]
+
+
+@dataclass(frozen=True)
+class _RunConfig:
+    data: str
+
+
+@dataclass(frozen=True)
+class _RunFacts:
+    run_id: _Name
+    variant: str
+    config_sha256: _Sha256
+    data_sha256: _Sha256
+    dims: dict[str, PositiveInt]
+
+
+_M = TypeVar("_M", bound=_Manifest)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check came to; as text, its line of the report.
+
+    >>> print(Finding("BAD", "rows: expected 3, found 2"))
+    BAD  rows: expected 3, found 2
+    """
+
+    verdict: Literal["ok", "BAD", "note"]
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict:<5}{self.what}"
+
+
+class _Report:
+    def __init__(self, say: Callable[[Finding], None]) -> None:
+        self.findings: list[Finding] = []
+        self.say = say
+
+    @property
+    def n_wrong(self) -> int:
+        return sum(finding.verdict == "BAD" for finding in self.findings)
+
+    def add(self, *findings: Finding) -> None:
+        for finding in findings:
+            self.findings.append(finding)
+            self.say(finding)
+
+    def ok(self, what: str) -> None:
+        self.add(Finding("ok", what))
+
+    def note(self, what: str) -> None:
+        self.add(Finding("note", what))
+
+    def bad(self, what: str, expected: object, found: object) -> None:
+        self.add(Finding("BAD", f"{what}: expected {expected}, found {found}"))
+
+    def expect(self, what: str, expected: object, found: object) -> None:
+        if found == expected:
+            self.ok(f"{what}: {found}")
+        else:
+            self.bad(what, expected, found)
+
+
+def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = lambda _: None) -> list[Finding]:
+    """All findings about a run, a checkpoint, a submission or the submission that a pointer names.
+
+    Args:
+        data: folder or bucket whose `test.csv` has a submission's ids; by default the one its run was trained from.
+        say: told each finding as it is made.
+
+    Raises:
+        DataError: there is no such thing at `url`.
+        CredentialsError, UnreachableError: as for `fusion.storage.read`.
+    """
+    url, report = url.rstrip("/"), _Report(say)
+    manifest = None if url.endswith(".json") else _read(storage.join(url, _MANIFEST))
+    if url.endswith(".json") and _POINTERS in url and storage.exists(url):
+        _check_pointer(report, url, data)
+    elif manifest is not None and b'"rows"' in manifest:
+        _check_submission(report, url, data)
+    elif manifest is not None:
+        _check_checkpoint(report, url)
+    elif any(storage.exists(storage.join(url, name)) for name in ("config.json", "run.json")):
+        _check_run(report, url)
+    else:
+        raise DataError(f"{url} does not exist, or has neither {_MANIFEST} nor config.json", f"name {_KINDS}")
+    return report.findings
+
+
+def _check_pointer(report: _Report, url: str, data: str | None) -> None:
+    output, _, rest = url.rpartition(_POINTERS)
+    pointer = _parsed(report, rest, _read(url), _Pointer)
+    if pointer is None:
+        return
+    report.expect(f"{rest}: name of the submission", rest.split("/")[0], pointer.submission.split("/")[0])
+    _check_submission(report, f"{output}submissions/{pointer.submission}", data)
+
+
+def _check_run(report: _Report, url: str) -> None:
+    settings = _read(storage.join(url, "config.json"))
+    config = _parsed(report, "config.json", settings, _RunConfig)
+    facts = _parsed(report, "run.json", _read(storage.join(url, "run.json")), _RunFacts)
+    if settings and config and facts and digest(json.loads(settings)) != facts.config_sha256:
+        report.note("config.json: not the settings of run.json's config_sha256; its data or how it ran may differ")
+    _check_split(report, _read(storage.join(url, "split.parquet")))
+    folders = storage.ls(storage.join(url, "checkpoints"))
+    committed = [folder for folder in folders if storage.exists(storage.join(folder, _MANIFEST))]
+    for folder in folders:
+        if folder in committed:
+            _check_checkpoint_of_run(report, folder, facts)
+        else:
+            report.note(f"{_base(folder)}: not committed, so it does not count")
+    if not committed:
+        report.note("no committed checkpoint")
+
+
+def _check_checkpoint_of_run(report: _Report, folder: str, facts: _RunFacts | None) -> None:
+    part = _Report(lambda _: None)
+    manifest = _check_checkpoint(part, folder)
+    if manifest is not None and facts is not None:
+        for name in ("config_sha256", "data_sha256"):
+            part.expect(f"{_base(folder)}: {name} of run.json", getattr(facts, name), getattr(manifest, name))
+    if part.n_wrong and not storage.exists(storage.join(folder, _MANIFEST)):
+        report.note(f"{_base(folder)}: removed while it was read")
+    else:
+        report.add(*part.findings)
+
+
+def _check_checkpoint(report: _Report, folder: str) -> _CheckpointManifest | None:
+    name = _base(folder)
+    manifest, contents = _check_files(report, folder, _CheckpointManifest, {_MODEL, _STATE})
+    if manifest is not None and name.startswith("step-"):
+        report.expect(f"{name}: step of the manifest", name, f"step-{manifest.step:08d}")
+    if _MODEL in contents:
+        _check_header(report, f"{name}/{_MODEL}", contents[_MODEL])
+    return manifest
+
+
+def _check_files(
+    report: _Report, folder: str, kind: type[_M], required: set[str]
+) -> tuple[_M | None, dict[str, bytes]]:
+    """The manifest, if it is one, and the bytes of every file in it that is there, whole or not."""
+    name, contents = _base(folder), dict[str, bytes]()
+    manifest = _parsed(report, f"{name}/{_MANIFEST}", _read(storage.join(folder, _MANIFEST)), kind)
+    if manifest is None:
+        return None, contents
+    keys = {entry.key for entry in manifest.files}
+    if required - keys:
+        report.bad(f"{name}/{_MANIFEST}", " and ".join(sorted(required)), " and ".join(sorted(keys)) or "no files")
+    for entry in manifest.files:
+        data = _read(storage.join(folder, entry.key))
+        found = "no such file" if data is None else _measure(len(data), storage.sha256(data))
+        report.expect(f"{name}/{entry.key}", _measure(entry.bytes, entry.sha256), found)
+        contents |= {} if data is None else {entry.key: data}
+    return manifest, contents
+
+
+def _measure(n_bytes: int, sha256: str) -> str:
+    return f"{n_bytes} bytes, sha256 {sha256[:12]}…{sha256[-4:]}"
+
+
+def _check_header(report: _Report, what: str, data: bytes) -> None:
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        tensors = deserialize(data)  # type: ignore[no-untyped-call]
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # its length comes first
+        dims = TypeAdapter(dict[str, PositiveInt]).validate_json(header["__metadata__"]["dims"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        report.bad(f"{what}: header", "tensors, and in its metadata the dims of every role", _first_line(error))
+        return
+    report.ok(f"{what}: {len(tensors)} tensors, dims {', '.join(f'{role} {dim}' for role, dim in dims.items())}")
+
+
+def _check_split(report: _Report, data: bytes | None) -> None:
+    import pandas as pd
+    from pyarrow import ArrowException
+
+    if data is None:
+        report.bad("split.parquet", "sample_id and side", "no such file")
+        return
+    try:
+        split = pd.read_parquet(io.BytesIO(data), columns=["sample_id", "side"])
+    except (ArrowException, ValueError, OSError) as error:
+        report.bad("split.parquet", "Parquet with sample_id and side", _first_line(error))
+        return
+    sides = Counter(map(str, split["side"]))
+    if set(sides) == {"train", "validation"}:
+        report.ok(f"split.parquet: {sides['train']} rows train, {sides['validation']} validate")
+    else:
+        report.bad("split.parquet: sides", "train and validation", " and ".join(sorted(sides)) or "no rows")
+    _check_once(report, "split.parquet: ids", list(map(str, split["sample_id"])))
+
+
+def _check_submission(report: _Report, folder: str, data: str | None) -> None:
+    manifest, contents = _check_files(report, folder, _SubmissionManifest, {_SUBMISSION})
+    if manifest is None:
+        return
+    if _SUBMISSION in contents:
+        content = contents[_SUBMISSION]
+        report.expect("folder's digest", storage.sha256(content)[:12], _base(folder))
+        ids = _check_csv(report, content, manifest.rows)
+        _compare_ids(report, ids, manifest.run, data)
+    _compare_model(report, manifest)
+
+
+def _check_csv(report: _Report, content: bytes, n_rows: int) -> list[str]:
+    """Checks header, rows and prices of a submission; its ids."""
+    try:
+        header, *rows = [*csv.reader(io.StringIO(content.decode(), newline=""), strict=True)] or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        report.bad(_SUBMISSION, "CSV in UTF-8", _first_line(error))
+        return []
+    report.expect(f"{_SUBMISSION}: header", "sample_id,price", ",".join(header))
+    report.expect(f"{_SUBMISSION}: rows", n_rows, len(rows))
+    ids = [row[0] if row else "" for row in rows]
+    _check_once(report, f"{_SUBMISSION}: ids", ids)
+    wrong = [",".join(row) for row in rows if len(row) != 2 or not _is_price(row[1])]
+    if wrong:
+        report.bad(f"{_SUBMISSION}: prices", "plain finite numbers above 0", f"{len(wrong)} others: {_some(wrong)}")
+    else:
+        report.ok(f"{_SUBMISSION}: prices are plain finite numbers above 0")
+    return ids
+
+
+def _is_price(text: str) -> bool:
+    return _PLAIN.fullmatch(text) is not None and 0 < float(text) < math.inf
+
+
+def _check_once(report: _Report, what: str, ids: Sequence[str]) -> None:
+    twice = [sample_id for sample_id, count in Counter(ids).items() if count > 1 or not sample_id]
+    if twice:
+        report.bad(what, "each once, none empty", f"{len(twice)} others: {_some(twice)}")
+    else:
+        report.ok(f"{what}: each once")
+
+
+def _compare_ids(report: _Report, ids: list[str], run: str, data: str | None) -> None:
+    """Compares with the ids of `test.csv` as it is now, in its order."""
+    from fusion.tables import read_table
+
+    try:
+        if data is None:
+            config = storage.read(storage.join(run, "config.json"))
+            data = TypeAdapter(_RunConfig).validate_json(config).data
+        table = read_table(data, "test", priced=False)
+    except _NOT_READABLE as error:
+        report.note(f"ids not compared: {_first_line(error)}")
+        return
+    what, wanted = f"{_SUBMISSION}: ids of test.csv in {data}", list(table.ids[table.file_order])
+    if ids == wanted:
+        report.ok(f"{what}: all {len(wanted)}, in its order")
+    else:
+        report.bad(what, f"its {len(wanted)}, in its order", _difference(wanted, ids))
+
+
+def _difference(wanted: Sequence[str], ids: Sequence[str]) -> str:
+    missing, others = list(set(wanted) - set(ids)), list(set(ids) - set(wanted))
+    if not missing and not others:
+        return "the same ids, in another order or more than once"
+    return f"{len(missing)} missing ({_some(missing)}), {len(others)} others ({_some(others)})"
+
+
+def _compare_model(report: _Report, manifest: _SubmissionManifest) -> None:
+    folder = storage.join(manifest.run, "checkpoints", manifest.checkpoint)
+    try:
+        data = storage.read_version(storage.join(folder, _MANIFEST))
+    except _NOT_READABLE as error:
+        report.note(f"model not compared: {_first_line(error)}")
+        return
+    if data is None:
+        report.note(f"model not compared: {folder} is no longer there")
+        return
+    made = _parsed(report, f"{manifest.checkpoint}/{_MANIFEST} of {manifest.run}", data[0], _CheckpointManifest)
+    if made is not None:
+        report.expect(f"model_sha256, as in {manifest.checkpoint}", made.sha256_of(_MODEL), manifest.model_sha256)
+
+
+def _parsed(report: _Report, what: str, data: bytes | None, kind: type[T]) -> T | None:
+    """The JSON as `kind`, and that it is: one finding."""
+    if data is None:
+        report.bad(what, "JSON", "no such file")
+        return None
+    try:
+        value = TypeAdapter(kind).validate_json(data, strict=True)
+    except ValidationError as error:
+        report.bad(what, *_reason(error.errors()[0]))
+        return None
+    report.ok(what)
+    return value
+
+
+def _reason(first: Mapping[str, Any]) -> tuple[str, str]:
+    """What was expected and what was found, of one of pydantic's errors."""
+    if first["type"] == "json_invalid":
+        return "JSON", first["msg"]
+    key = ".".join(map(str, first["loc"])) or "an object"
+    if first["type"] == "missing":
+        return key, "nothing of that name"
+    return f"{key} for which {first['msg'][0].lower()}{first['msg'][1:]}", repr(first["input"])[:80]
+
+
+def _read(url: str) -> bytes | None:
+    try:
+        return storage.read(url)
+    except DataError:
+        return None
+
+
+def _base(url: str) -> str:
+    return url.rsplit("/", 1)[-1]
+
+
+def _some(values: Sequence[str]) -> str:
+    return ", ".join(sorted(values)[:3]) or "none"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, f"see {self.prog} --help")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m fusion.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    environment = os.environ.get
+    parser.add_argument("url", metavar="URL", help=f"{_KINDS}; a path or an fsspec URL")
+    parser.add_argument(
+        "--data",
+        default=environment("FUSION_DATA"),
+        help="bucket or folder whose test.csv a submission was made for (default: that of its run)",
+    )
+    parser.add_argument(
+        "--store-timeout",
+        metavar="S",
+        type=float,
+        default=environment("FUSION_STORE_TIMEOUT", "60"),
+        help="seconds to retry a store that does not answer (default: 60)",
+    )
+    arguments = parser.parse_args(argv)
+    if not arguments.store_timeout >= 0:
+        parser.error(f"--store-timeout is {arguments.store_timeout}, expected 0 or more")
+    try:
+        fsspec.get_filesystem_class(fsspec.utils.get_protocol(arguments.url))
+    except (ValueError, ImportError) as error:
+        parser.error(f"{arguments.url} is no usable URL ({error})")
+    return arguments
+
+
+def _job(arguments: argparse.Namespace) -> int:
+    storage.set_patience(arguments.store_timeout)
+    found = verify(arguments.url, arguments.data, say=lambda finding: print(finding, flush=True))
+    n_wrong = sum(finding.verdict == "BAD" for finding in found)
+    print(f"{n_wrong} thing{'s are' if n_wrong > 1 else ' is'} wrong" if n_wrong else "OK")
+    return ExitCode.DATA if n_wrong else ExitCode.DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with `argv`; gives its exit code. `--help` raises SystemExit, as argparse does."""
+    try:
+        return _job(_parse(argv))
+    except FusionError as error:
+        print(error.report(), file=sys.stderr)
+        return error.code
+    except Exception:
+        traceback.print_exc()
+        return ExitCode.BUG
+
+
+if __name__ == "__main__":
+    sys.exit(main())

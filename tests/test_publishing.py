@@ -1,0 +1,87 @@
+"""A consumer that reads the pointer at any moment gets a complete, verified submission."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusion import checkpoint, storage
+from fusion.all_embeddings import train
+from fusion.config import PredictConfig
+from fusion.errors import DataError
+from fusion.prediction import _publish
+from fusion.runs import read_pointer
+from fusion.tables import read_table
+from fusion.verify import verify
+from tests.conftest import SMALL
+
+N_PUBLICATIONS, AT_ONCE = 20, 5
+
+
+def publisher(catalog: Path, output: str) -> Callable[[int], None]:
+    """Publishes a submission of its own for every number, with a run on S3."""
+    run = f"{output}/runs/r"
+    flags = ["--data", str(catalog), "--output", output, "--run-id", "r", *SMALL, "--epochs", "1"]
+    assert train.main(flags) == 0
+    chosen, table = checkpoint.best(run), read_table(str(catalog), "test", priced=False)
+    settings = PredictConfig(output=output, date="2026-01-02")
+
+    def publish(number: int) -> None:
+        prices = np.random.default_rng(number).uniform(1, 100, len(table))
+        _publish(settings, run, chosen, table, prices)
+
+    return publish
+
+
+def look_at(output: str) -> list[str]:
+    """The lines about the submission that the pointer names; none before the first publication."""
+    try:
+        return [str(finding) for finding in verify(f"{output}/pointers/submissions/test/current.json")]
+    except DataError:
+        return []
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong order of writes would be seen for longer."""
+    original = storage.write
+
+    def write(url: str, data: bytes) -> None:
+        time.sleep(0.1)
+        original(url, data)
+
+    monkeypatch.setattr(storage, "write", write)
+
+
+def test_whoever_reads_the_pointer_gets_a_whole_submission(
+    bucket: str, catalog: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = f"{bucket}/out"
+    publish, looks = publisher(catalog, output), list[list[str]]()
+    slow_down(monkeypatch)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        jobs = [pool.submit(publish, number) for number in range(N_PUBLICATIONS)]
+        while not all(job.done() for job in jobs):
+            looks.append(look_at(output))
+    looks.append(look_at(output))
+    assert [job.exception() for job in jobs if job.exception()] == []
+    while not looks[0]:
+        looks.pop(0)
+    assert all(looks), "a pointer that was there is there for good"
+    assert [line for look in looks for line in look if not line.startswith("ok ")] == []
+    seen = {line for look in looks for line in look if line.startswith("ok   folder's digest: ")}
+    assert len(seen) > 1, "publications and looks did not overlap"
+    check_all(output)
+
+
+def check_all(output: str) -> None:
+    """Every publication is whole, and the pointer names one of them."""
+    folders = storage.ls(f"{output}/submissions/test/2026-01-02")
+    assert len(folders) == N_PUBLICATIONS
+    assert [finding for folder in folders for finding in verify(folder) if finding.verdict != "ok"] == []
+    current = read_pointer(output, "submissions", "test", "current")
+    assert current is not None and f"{output}/submissions/{current['submission']}" in folders

@@ -1,0 +1,307 @@
+"""What is in order is said to be; what is damaged is named, whatever the damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pandas as pd
+import pytest
+
+from fusion import checkpoint, storage
+from fusion.all_embeddings import predict_test, train
+from fusion.verify import main
+from tests.conftest import SMALL, run_command, upload
+
+Capture = pytest.CaptureFixture[str]
+POINTER = "pointers/submissions/test/current.json"
+PLACES = {"weights": "model.safetensors", "state": "state.pt", "submission": "submission.csv"}
+
+
+@pytest.fixture(scope="module")
+def made(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output with a run and its submission."""
+    output = tmp_path_factory.mktemp("made")
+    flags = ["--data", str(catalog), "--output", str(output), "--run-id", "r", *SMALL]
+    assert train.main([*flags, "--epochs", "2", "--checkpoint-steps", "3"]) == 0
+    assert predict_test.main(["--output", str(output), "--run-id", "r", "--date", "2026-01-02"]) == 0
+    return output
+
+
+@pytest.fixture
+def output(made: Path, tmp_path: Path) -> Path:
+    """A copy to damage; its submission names the original run."""
+    shutil.copytree(made, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def newest(output: Path) -> Path:
+    return Path(checkpoint.committed(str(output / "runs/r"))[-1].url)
+
+
+def submission(output: Path) -> Path:
+    return output / "submissions" / json.loads((output / POINTER).read_text())["submission"]
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def republish(folder: Path, content: bytes) -> Path:
+    """The submission with other content, and digests that fit it."""
+    other = folder.with_name(storage.sha256(content)[:12])
+    folder.rename(other)
+    (other / "submission.csv").write_bytes(content)
+    entry = {"key": "submission.csv", "bytes": len(content), "sha256": storage.sha256(content)}
+    edit(other / "MANIFEST.json", files=[entry])
+    return other
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def wrong_lines(capsys: Capture, url: Path | str, code: int = 65) -> list[str]:
+    """Runs the command; the lines that begin with BAD."""
+    capsys.readouterr()
+    assert main([str(url)]) == code
+    lines = capsys.readouterr().out.splitlines()
+    wrong = [line for line in lines if line.startswith("BAD  ")]
+    assert {line[:5] for line in lines[:-1]} <= {"ok   ", "BAD  ", "note "}
+    assert lines[-1].startswith(f"{len(wrong)} thing" if wrong else "OK")
+    return wrong
+
+
+def test_what_was_written_is_in_order(made: Path, capsys: Capture) -> None:
+    for url in (made / "runs/r", newest(made), submission(made), f"{made}/{POINTER}", f"{made}/runs/r/"):
+        assert wrong_lines(capsys, url, code=0) == []
+    assert main([f"{made}/{POINTER}"]) == 0
+    said = capsys.readouterr().out
+    assert "not compared" not in said
+    for what in ("header: sample_id,price", "ids: each once", "prices are plain", "in its order", "model_sha256"):
+        assert what in said
+
+
+@pytest.mark.parametrize("what", PLACES)
+@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
+def test_a_damaged_file_is_named(what: str, harm: Callable[[Path], None], output: Path, capsys: Capture) -> None:
+    folder = submission(output) if what == "submission" else newest(output)
+    harm(folder / PLACES[what])
+    first = wrong_lines(capsys, folder)[0]
+    assert first.startswith(f"BAD  {folder.name}/{PLACES[what]}: expected ") and ", found " in first
+    assert ("no such file" in first) == (harm is Path.unlink)
+    assert wrong_lines(capsys, f"{output}/{POINTER}" if what == "submission" else output / "runs/r")[0] == first
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("{a},{p}\n", "{b},{p}\n", "submission.csv: ids: expected each once, none empty, found 1 others: {b}"),
+        ("{a},{p}\n", ",{p}\n", "submission.csv: ids: expected each once, none empty, found 1 others: "),
+        ("{a},{p}\n", "{a},nan\n", "prices: expected plain finite numbers above 0, found 1 others: {a},nan"),
+        ("{a},{p}\n", "{a},0.0000\n", "found 1 others: {a},0.0000"),
+        ("{a},{p}\n", "{a},-1\n", "found 1 others: {a},-1"),
+        ("{a},{p}\n", "{a},1e3\n", "found 1 others: {a},1e3"),
+        ("{a},{p}\n", "{a},{p},1\n", "found 1 others: {a},{p},1"),
+        ("{a},{p}\n", "", "rows: expected"),
+        ("{a},{p}\n", "tensor({a}),{p}\n", "1 missing ({a}), 1 others (tensor({a}))"),
+        ("sample_id,price\n", "id,price\n", "header: expected sample_id,price, found id,price"),
+        ("sample_id,price\n", "sample_id,price\n\n", "found 1 others"),
+    ],
+)
+def test_a_wrong_submission_is_named_though_its_digests_fit(
+    old: str, new: str, said: str, output: Path, capsys: Capture
+) -> None:
+    folder = submission(output)
+    content = (folder / "submission.csv").read_text()
+    (a, p), (b, _) = (line.split(",") for line in content.splitlines()[1:3])
+    old, new, said = (text.format(a=a, b=b, p=p) for text in (old, new, said))
+    wrong = wrong_lines(capsys, republish(folder, content.replace(old, new, 1).encode()))
+    assert any(said in line for line in wrong), wrong
+    assert not any("sha256" in line for line in wrong)
+
+
+def test_the_order_of_rows_is_that_of_test_csv(output: Path, capsys: Capture) -> None:
+    folder = submission(output)
+    header, *rows = (folder / "submission.csv").read_text().splitlines(keepends=True)
+    (line,) = wrong_lines(capsys, republish(folder, "".join([header, *rows[::-1]]).encode()))
+    assert "found the same ids, in another order" in line
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model_sha256": "0" * 64}, "BAD  model_sha256, as in step-"),
+        ({"schema": 2}, "expected schema for which input should be 1, found 2"),
+        ({"rows": 1}, "BAD  submission.csv: rows: expected 1, found "),
+        ({"rows": "many"}, "expected rows for which"),
+        ({"files": []}, "expected submission.csv, found no files"),
+        ({"files": [{"key": "../x", "bytes": 1, "sha256": "0" * 64}]}, "expected files.0.key for which"),
+        ({"files": [{"key": "submission.csv", "bytes": 1}]}, "expected files.0.sha256, found nothing of that name"),
+    ],
+)
+def test_a_manifest_that_says_otherwise(values: dict[str, Any], said: str, output: Path, capsys: Capture) -> None:
+    edit(submission(output) / "MANIFEST.json", **values)
+    (line,) = wrong_lines(capsys, f"{output}/{POINTER}")
+    assert said in line
+
+
+def test_a_submission_in_a_folder_of_another_digest(output: Path, capsys: Capture) -> None:
+    other = submission(output).rename(submission(output).with_name("0" * 12))
+    (line,) = wrong_lines(capsys, other)
+    assert line.startswith("BAD  folder's digest: expected ") and line.endswith("found 000000000000")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"data_sha256": "1" * 64}, "data_sha256 of run.json: expected"),
+        ({"config_sha256": "1" * 64}, "config_sha256 of run.json: expected"),
+        ({"step": 1}, "step of the manifest: expected step-"),
+        ({"files": []}, "expected model.safetensors and state.pt, found no files"),
+        ({"finished": "yes"}, "expected finished for which input should be a valid boolean, found 'yes'"),
+    ],
+)
+def test_a_checkpoint_of_another_origin(values: dict[str, Any], said: str, output: Path, capsys: Capture) -> None:
+    edit(newest(output) / "MANIFEST.json", **values)
+    (line,) = wrong_lines(capsys, output / "runs/r")
+    assert newest(output).name in line and said in line
+
+
+def test_weights_without_dims_though_their_digests_fit(output: Path, capsys: Capture) -> None:
+    path = newest(output) / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dims"', b'"dime"', 1))
+    content = path.read_bytes()
+    entry = {"key": path.name, "bytes": len(content), "sha256": storage.sha256(content)}
+    manifest = json.loads((newest(output) / "MANIFEST.json").read_text())
+    edit(newest(output) / "MANIFEST.json", files=[entry, *manifest["files"][1:]])
+    (line,) = wrong_lines(capsys, newest(output))
+    assert "model.safetensors: header: expected tensors, and in its metadata the dims of every role" in line
+
+
+def one_side(path: Path) -> None:
+    pd.read_parquet(path).assign(side="train").to_parquet(path, index=False)
+
+
+def doubled(path: Path) -> None:
+    rows = pd.read_parquet(path)
+    pd.concat([rows, rows.head(1)]).to_parquet(path, index=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "said"),
+    [
+        ("split.parquet", one_side, "sides: expected train and validation, found train"),
+        ("split.parquet", doubled, "ids: expected each once"),
+        ("split.parquet", truncate, "expected Parquet with sample_id and side"),
+        ("split.parquet", Path.unlink, "found no such file"),
+        ("config.json", truncate, "expected JSON, found Invalid JSON"),
+        ("run.json", truncate, "expected JSON, found Invalid JSON"),
+        ("run.json", Path.unlink, "found no such file"),
+    ],
+)
+def test_a_run_without_what_it_began_with(
+    name: str, harm: Callable[[Path], None], said: str, output: Path, capsys: Capture
+) -> None:
+    harm(output / "runs/r" / name)
+    (line,) = wrong_lines(capsys, output / "runs/r")
+    assert line.startswith(f"BAD  {name}") and said in line
+
+
+def test_what_is_no_error_is_said(output: Path, capsys: Capture) -> None:
+    path, run = newest(output), output / "runs/r"
+    edit(submission(output) / "MANIFEST.json", run=str(run))
+    (path / "MANIFEST.json").unlink()
+    edit(run / "config.json", data=str(output / "nowhere"))
+    assert main([str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f"note {path.name}: not committed" in said and "note config.json: not the settings" in said
+    shutil.rmtree(run / "checkpoints")
+    assert main([f"{output}/{POINTER}"]) == 0
+    said = capsys.readouterr().out
+    assert "note model not compared: " in said and "note ids not compared: neither " in said
+    assert main([str(run)]) == 0
+    assert "note no committed checkpoint" in capsys.readouterr().out
+
+
+def test_the_ids_can_be_those_of_other_data(catalog: Path, output: Path, capsys: Capture) -> None:
+    pd.read_csv(catalog / "test.csv", dtype="str").iloc[1:].to_csv(output / "test.csv", index=False)
+    assert main([f"{output}/{POINTER}", "--data", str(output)]) == 65
+    assert "found 0 missing (none), 1 others (" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_pruned_meanwhile(output: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    original, gone = storage.read, newest(output)
+
+    def read(url: str) -> bytes:
+        if url == f"{gone}/{checkpoint.STATE}" and gone.exists():
+            shutil.rmtree(gone)
+        return original(url)
+
+    monkeypatch.setattr(storage, "read", read)
+    assert main([str(output / "runs/r")]) == 0
+    assert f"note {gone.name}: removed while it was read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("url", ["nothing", "runs", POINTER.replace("test", "other"), "runs/r/run.json"])
+def test_what_is_none_of_them(url: str, made: Path, capsys: Capture) -> None:
+    assert main([f"{made}/{url}"]) == 65
+    said = capsys.readouterr()
+    error, to_do = said.err.splitlines()
+    assert error.startswith(f"error: {made}/{url} ") and to_do.startswith("to do: ") and not said.out
+
+
+def test_a_pointer_that_names_nothing(output: Path, capsys: Capture) -> None:
+    shutil.rmtree(submission(output))
+    (line,) = wrong_lines(capsys, f"{output}/{POINTER}")
+    assert line.endswith("MANIFEST.json: expected JSON, found no such file")
+    edit(output / POINTER, submission="../../secret")
+    (line,) = wrong_lines(capsys, f"{output}/{POINTER}")
+    assert line.startswith("BAD  test/current.json: expected submission for which")
+
+
+@pytest.mark.parametrize("flags", [[], ["x", "--stor", "1"], ["x", "--store-timeout", "-1"], ["no-such://x"]])
+def test_usage(flags: list[str], capsys: Capture) -> None:
+    assert main(flags) == 64
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_on_s3(made: Path, bucket: str, capsys: Capture) -> None:
+    upload(made, f"{bucket}/out")
+    url = f"{bucket}/out/submissions/{submission(made).relative_to(made / 'submissions')}"
+    for place in (f"{bucket}/out/runs/r", f"{bucket}/out/{POINTER}", url):
+        assert wrong_lines(capsys, place, code=0) == []
+    content = storage.read(f"{url}/submission.csv")
+    storage.write(f"{url}/submission.csv", content[:-1])
+    assert f"BAD  {url[-12:]}/submission.csv: expected {len(content)} bytes" in wrong_lines(capsys, url)[0]
+    assert main(["s3://no-such-bucket/out/runs/r"]) == 65
+
+
+def test_a_silent_store_and_refused_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for key, value, code in (("AWS_SECRET_ACCESS_KEY", "x", 77), ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1", 69)):
+        monkeypatch.setenv(key, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        assert main([f"{bucket}/out/runs/r", "--store-timeout", "0"]) == code
+        assert len(capsys.readouterr().err.splitlines()) == 2
+    storage.set_patience(60)
+
+
+def test_the_command_loads_no_torch(made: Path) -> None:
+    done = run_command("fusion.verify", f"{made}/{POINTER}")
+    assert done.code == 0 and done.out.endswith("\nOK\n") and not done.err
+    program = "import sys, fusion.verify as v; code = v.main(sys.argv[1:]); sys.exit(code or 'torch' in sys.modules)"
+    command = [sys.executable, "-c", program, str(made / "runs/r")]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0

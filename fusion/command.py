@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from fusion import storage
@@ -26,15 +29,19 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
         job(config)
         return ExitCode.DONE
     except FusionError as error:
-        _say(error.report())
+        _tell(error, "")
         return error.code
-    except Exception:
-        traceback.print_exc()
-        _say("error: this is a bug in fusion, see the traceback above\nto do: report it with the log of the run")
+    except Exception as error:
+        message = f"this is a bug in fusion: {type(error).__name__}: {error}"
+        _tell(FusionError(message, "report it with the log of the run"), traceback.format_exc())
         return ExitCode.BUG
 
 
-def _say(report: str) -> None:
-    # Ranks of one run fail together and for the same reason: one of them speaks.
-    if os.environ.get("RANK", "0") == "0":
-        print(report, file=sys.stderr, flush=True)
+def _tell(error: FusionError, trace: str) -> None:
+    """To the launcher that started this rank, which says it once; without one, on standard error."""
+    rank, folder = os.environ.get("RANK", "0"), os.environ.get("FUSION_EXIT_DIR")
+    if folder:
+        told = {"code": error.code, "error": error.message, "to_do": error.remedy, "time": time.time()}
+        Path(folder, f"{rank}.json").write_text(json.dumps(told | {"traceback": trace}))
+    elif trace or rank == "0":  # what users can mend goes wrong on all ranks alike: one of them speaks
+        print(f"{trace}{error.report()}", file=sys.stderr, flush=True)

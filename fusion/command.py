@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,6 +43,8 @@ def _tell(error: FusionError, trace: str) -> None:
     rank, folder = os.environ.get("RANK", "0"), os.environ.get("FUSION_EXIT_DIR")
     if folder:
         told = {"code": error.code, "error": error.message, "to_do": error.remedy, "time": time.time()}
-        Path(folder, f"{rank}.json").write_text(json.dumps(told | {"traceback": trace}))
-    elif trace or rank == "0":  # what users can mend goes wrong on all ranks alike: one of them speaks
+        with suppress(OSError):  # a full disk: then say it here
+            Path(folder, f"{rank}.json").write_text(json.dumps(told | {"traceback": trace}))
+            return
+    if trace or folder or rank == "0":  # what users can mend goes wrong on all ranks alike: one of them speaks
         print(f"{trace}{error.report()}", file=sys.stderr, flush=True)

@@ -1,0 +1,138 @@
+"""A rank for the tests of the launcher: `python -m fusion.launch tests.worker BEHAVIOUR FOLDER [CODE]`.
+
+Every rank leaves its pid in FOLDER as `<rank>.pid` when it is ready, and a line a signal in `<rank>.signals`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+RANK = int(os.environ.get("RANK", "0"))
+ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _ready(folder: Path) -> None:
+    part = folder / f"{RANK}.part"
+    part.write_text(str(os.getpid()))
+    part.rename(folder / f"{RANK}.pid")
+
+
+def _listen(folder: Path) -> list[int]:
+    """The signals that arrive from now on."""
+    got: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        got.append(number)
+        with (folder / f"{RANK}.signals").open("a") as lines:
+            lines.write(f"{signal.Signals(number).name}\n")
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, note)
+    return got
+
+
+def reduce(folder: Path, code: int) -> int:
+    """Sums over all ranks until one was asked to stop, as training does; then `code`."""
+    import torch
+    import torch.distributed as dist
+
+    got = _listen(folder)
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    for step in range(100_000):
+        stop = torch.tensor(float(bool(got)))
+        dist.all_reduce(stop)
+        if step == 0:
+            _ready(folder)
+        if stop:
+            break
+        time.sleep(0.01)
+    dist.barrier()
+    dist.destroy_process_group()
+    return code
+
+
+def reduce_at_second_try(folder: Path, code: int) -> int:
+    """Sums over all ranks once; then rank 1 dies with `code`, in the first attempt only."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    total = torch.ones(())
+    dist.all_reduce(total)
+    print(f"attempt {ATTEMPT} sum {int(total)}")
+    if ATTEMPT == 0 and RANK == 1:
+        os._exit(code)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def stop(folder: Path, code: int) -> int:
+    """Waits for a stop signal, then a little for a second one; then `code`."""
+    got = _listen(folder)
+    _ready(folder)
+    while not got:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    return code
+
+
+def deaf(folder: Path, code: int) -> int:
+    _listen(folder)
+    _ready(folder)
+    time.sleep(120)
+    return code
+
+
+def end(folder: Path, code: int) -> int:
+    """Rank 1, or the only one, ends with `code`, or by signal -`code`; the others with 0."""
+    _ready(folder)
+    with (folder / "starts").open("a") as lines:
+        lines.write(f"{RANK}\n")
+    if int(os.environ["WORLD_SIZE"]) > RANK + 1:
+        return 0
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    return code
+
+
+def hang(folder: Path, code: int) -> int:
+    """Rank 1 ends with `code`, the others never."""
+    return end(folder, code) if RANK == 1 else deaf(folder, code)
+
+
+def bug(folder: Path, code: int) -> int:
+    raise RuntimeError("no reason")
+
+
+def report(folder: Path, code: int) -> int:
+    """What fusion.command does with an error: every rank reports; rank 1 is the cause, though by its clock the last."""
+    error, code = {
+        0: ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer", 70),
+        1: ("train.csv is empty", code),
+    }.get(RANK, ("expected 2 values, got 1", 70))
+    told = {"code": code, "error": error, "to_do": "fill it", "time": 100.0 + (RANK == 1)}
+    (Path(os.environ["FUSION_EXIT_DIR"]) / f"{RANK}.json").write_text(json.dumps(told))
+    return code
+
+
+def arguments(folder: Path, code: int) -> int:
+    print(json.dumps(sys.argv[1:]), file=sys.stderr)
+    print("a line without its end", end="")
+    return code
+
+
+BEHAVIOURS: dict[str, Callable[[Path, int], int]] = {
+    behaviour.__name__: behaviour
+    for behaviour in (reduce, reduce_at_second_try, stop, deaf, end, hang, bug, report, arguments)
+}
+
+if __name__ == "__main__":
+    sys.exit(BEHAVIOURS[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0))

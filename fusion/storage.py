@@ -9,21 +9,34 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from fusion.errors import CredentialsError, DataError, FusionError, UnreachableError
 
 T = TypeVar("T")
 
-_DENIED = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "Forbidden", "NoCredentials")
-_SILENT = ("EndpointConnection", "ConnectTimeout", "ReadTimeout", "ConnectionClosed", "HTTPClient", "ClientConnect")
+_DENIED = (
+    *("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "Forbidden"),
+    *("NoCredentials", "(400) when calling the Head"),  # the latter: an expired token, to a request without a body
+)
+_SILENT = (
+    *("EndpointConnection", "ConnectTimeout", "ReadTimeout", "ConnectionClosed", "HTTPClient", "ClientConnect"),
+    *("ClientPayload", "ResponseStreaming", "ResponseParser"),  # an answer that broke off, or is no XML
+)
+_BUSY = (
+    *("SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttl"),
+    *("(500)", "(502)", "(503)", "(504)"),  # what the answer to a HEAD, which has no body, says instead
+)
 _TEMPORARY = ".tmp"
+# One attempt a request: `retrying` alone tries again, so that `patience` is what a command waits.
+_S3 = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}}
 _patience = 60.0
 
 
@@ -110,7 +123,12 @@ def ls(url: str) -> list[str]:
 def open_read(url: str) -> BinaryIO:
     """A seekable file for reading parts of an object, without read-ahead."""
     fs, path = _locate(url)
-    return cast(BinaryIO, retrying(url, lambda: fs.open(path, "rb", cache_type="none")))
+    file = retrying(url, lambda: fs.open(path, "rb", cache_type="none"))
+    cache = getattr(file, "cache", None)
+    if cache is not None:  # not a local file: each part is asked for again by itself, not the whole from its start
+        fetch = cache.fetcher
+        cache.fetcher = lambda start, end: retrying(url, lambda: fetch(start, end))
+    return cast(BinaryIO, file)
 
 
 def sha256(data: bytes) -> str:
@@ -120,7 +138,7 @@ def sha256(data: bytes) -> str:
 def retrying(url: str, action: Callable[[], T]) -> T:
     """Result of `action`, tried again while the store is silent; its failure as an error that names `url`."""
     attempts = Retrying(
-        stop=stop_after_delay(_patience),
+        stop=_silent_for(_patience),
         wait=wait_random_exponential(0.2, max=5),
         retry=retry_if_exception(is_silence),
         reraise=True,
@@ -131,8 +149,22 @@ def retrying(url: str, action: Callable[[], T]) -> T:
         raise _explained(url, error) from error
 
 
+def _silent_for(seconds: float) -> Callable[[RetryCallState], bool]:
+    """Stops that long after the first failure: the time that a large object took before it does not count."""
+    failures: list[float] = []
+
+    def stop(state: RetryCallState) -> bool:
+        failures.append(time.monotonic())
+        return failures[-1] - failures[0] >= seconds
+
+    return stop
+
+
 def _locate(url: str) -> tuple[Any, str]:
-    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    settings = _S3 | fsspec.config.conf.get("s3", {}) if url.startswith("s3://") else {}
+    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **settings)
+    if settings:
+        fs.retries = 1
     return fs, path
 
 
@@ -250,7 +282,7 @@ def is_silence(error: BaseException) -> bool:
     """Whether the store did not answer, so that asking again may help."""
     if isinstance(error, FusionError | FileNotFoundError | PermissionError) or _named(error, _DENIED):
         return False
-    return isinstance(error, ConnectionError | TimeoutError) or _named(error, (*_SILENT, "SlowDown", "InternalError"))
+    return isinstance(error, ConnectionError | TimeoutError) or _named(error, _SILENT + _BUSY)
 
 
 def is_answer(error: BaseException) -> bool:

@@ -41,7 +41,7 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
         StopRequested: a signal came; what was done is committed.
         SupersededError: a newer attempt at the run began.
     """
-    with stopping.listening(), world(config.device) as place, watched(config.stall_timeout) as watchdog:
+    with stopping.listening(), world(config.device) as place:
         log.configure(config.name(), place.rank, place.size)
         get_loss_function(config.loss)  # an unknown name is found out before anything is read
         if place.on_main(lambda: _is_finished(config)):
@@ -50,7 +50,7 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
             )
             return
         with attempt(run_url(config)) if place.is_main else nullcontext() as lease:
-            _train(config, build_network, place, lease, watchdog)
+            _train(config, build_network, place, lease)
 
 
 def _is_finished(config: RunConfig) -> bool:
@@ -61,9 +61,8 @@ def _is_finished(config: RunConfig) -> bool:
     return bool(done)
 
 
-def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease | None, watchdog: Watchdog) -> None:
+def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease | None) -> None:
     data = read_data(config, place)
-    watchdog.beat()
     set_seed(config.seed)
     model = PriceModel(build_network(config, data.store.dims), data.store.dims, config.modality_dropout)
     model.calibrate({role: _statistics(data, role) for role in data.store.dims}, data.targets[data.train])
@@ -71,21 +70,26 @@ def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease
     fit = Fit(config, model.to(place.device), data, place)
     saver = Saver(config, fit, lease)
     saver.resume()
-    while not fit.finished:
-        started = time.monotonic()
-        for _ in fit.run_epoch():
-            watchdog.beat()
-            saver.agree()
-        saver.agree(may_save=False)
-        facts = fit.end_epoch(time.monotonic() - started)
-        watchdog.beat()
-        seconds = time.monotonic() - started
-        log.info(**facts, rows_s=len(data.train) / seconds, eta_s=seconds * (config.epochs - fit.epoch))
-        if not fit.finished:
-            saver.agree()
+    with watched(config.stall_timeout) as watchdog:  # from here on: reading has time limits of its own
+        while not fit.finished:
+            _run_epoch(fit, saver, watchdog)
     if fit.stopping.stopped:
         log.info(event="early_stop", epoch=fit.epoch, smape=fit.smape)
     saver.finish()
+
+
+def _run_epoch(fit: Fit, saver: Saver, watchdog: Watchdog) -> None:
+    started = time.monotonic()
+    for _ in fit.run_epoch():
+        watchdog.beat()
+        saver.agree()
+    saver.agree(may_save=False)
+    facts = fit.end_epoch(time.monotonic() - started)
+    watchdog.beat()
+    seconds = time.monotonic() - started
+    log.info(**facts, rows_s=len(fit.data.train) / seconds, eta_s=seconds * (fit.config.epochs - fit.epoch))
+    if not fit.finished:
+        saver.agree()
 
 
 class Saver:

@@ -113,6 +113,10 @@ class Fit:
         return self.epoch >= self.config.epochs or self.stopping.stopped
 
     @property
+    def n_batches(self) -> int:
+        return math.ceil(len(self.data.train) / self.config.batch_size)
+
+    @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 

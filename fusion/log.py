@@ -1,11 +1,14 @@
 """One line an event: `2026-01-02T03:04:05Z info run=… rank=0/8 epoch=3 loss=…`, flushed, on standard error.
 
-Rank 0 says everything, other ranks only warnings. What was said is kept, so that a run can store its log.
+On a terminal there is also a progress bar. Rank 0 says everything, other ranks only warnings. What was said is kept, so
+that a run can store its log.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -37,6 +40,20 @@ def warning(**fields: object) -> None:
 
 def error(**fields: object) -> None:
     _emit("error", fields)
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on rank 0's terminal, gone at the end, to be told how much is done; elsewhere nothing."""
+    if _context.rank or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(label, total=total)
+        yield lambda done: bars.update(task, completed=done)
 
 
 def text() -> str:

@@ -80,9 +80,11 @@ def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease
 
 def _run_epoch(fit: Fit, saver: Saver, watchdog: Watchdog) -> None:
     started = time.monotonic()
-    for _ in fit.run_epoch():
-        watchdog.beat()
-        saver.agree()
+    with log.progress(f"epoch {fit.epoch + 1}", fit.n_batches) as show:
+        for _ in fit.run_epoch():
+            show(fit.batch)
+            watchdog.beat()
+            saver.agree()
     saver.agree(may_save=False)
     facts = fit.end_epoch(time.monotonic() - started)
     watchdog.beat()

@@ -115,7 +115,7 @@ def commit(
     }
     manifest = {"schema": 1, "step": snapshot.step, **snapshot.facts, **lineage, "files": write_files(folder, files)}
     may_publish()
-    storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=2) + "\n").encode())
+    storage.create(storage.join(folder, MANIFEST), storage.as_json(manifest))
     return Checkpoint(folder, manifest)
 
 

@@ -20,15 +20,24 @@ C = TypeVar("C", bound=StoreConfig)
 
 
 def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | None, *, module: str, doc: str) -> int:
-    """Exit code of `job` with the settings in `argv`, the environment and the config file.
+    """Exit code of `job` with the settings in `argv`, the environment and the config file."""
 
-    A `FusionError` prints what is wrong and what to do. Anything else is a bug: its traceback, and 70.
-    """
-    try:
+    def parsed_job() -> ExitCode:
         config = parse(config_class, argv, prog=f"python -m {module}", description=doc)
         storage.set_patience(config.store_timeout)
         job(config)
         return ExitCode.DONE
+
+    return guarded(parsed_job)
+
+
+def guarded(job: Callable[[], ExitCode]) -> int:
+    """Exit code of `job`.
+
+    A `FusionError` prints what is wrong and what to do. Anything else is a bug: its traceback, and 70.
+    """
+    try:
+        return job()
     except FusionError as error:
         _tell(error, "")
         return error.code

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fusion import storage
-from fusion.errors import ConfigError, UsageError
+from fusion.errors import ConfigError, Parser
 
 # Settings that say where and how a run is computed, not what it computes.
 HOW = {"output", "run_id", "device", "store_timeout", "grace", "stall_timeout", "fresh"}
@@ -197,17 +197,8 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
     return _validate(config_class, _nest(values, flags), origins)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        known = [option for action in self._actions for option in action.option_strings]
-        wrong = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
-        near = difflib.get_close_matches(wrong, known, n=1) if wrong not in known else []
-        remedy = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(message, f"{remedy}`{self.prog} --help` lists all flags")
-
-
-def _parser(flags: Mapping[str, Any], prog: str, description: str) -> _Parser:
-    parser = _Parser(
+def _parser(flags: Mapping[str, Any], prog: str, description: str) -> Parser:
+    parser = Parser(
         prog=prog,
         usage=f"{prog} [flags]",
         description=description,

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 from uuid import uuid4
 
 import numpy as np
@@ -35,7 +35,8 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from fusion import safe_pickle, storage
-from fusion.errors import DataError, ExitCode, FusionError, UsageError
+from fusion.command import guarded
+from fusion.errors import DataError, ExitCode, Parser, UsageError
 
 ROW_GROUP: Final = 8192
 _STACK_IDS: Final = "save the ids as one array of int64 or of fixed-width text, not of Python objects"
@@ -260,13 +261,8 @@ def convert(arguments: argparse.Namespace) -> str:
     return f"wrote {len(found.ids)} rows of {found.dim} {found.dtype} to {arguments.to}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, f"see {self.prog} --help")
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m fusion.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -287,12 +283,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with `argv`; gives its exit code. `--help` raises SystemExit, as argparse does."""
-    try:
+
+    def job() -> ExitCode:
         print(convert(_parse(argv)))
-    except FusionError as error:
-        print(error.report(), file=sys.stderr)
-        return error.code
-    return ExitCode.DONE
+        return ExitCode.DONE
+
+    return guarded(job)
 
 
 if __name__ == "__main__":

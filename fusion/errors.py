@@ -5,7 +5,10 @@ A user error carries two lines: what is wrong, and what to do about it. All else
 
 from __future__ import annotations
 
+import argparse
+import difflib
 from enum import IntEnum
+from typing import NoReturn
 
 
 class ExitCode(IntEnum):
@@ -47,6 +50,17 @@ class UsageError(FusionError):
     """A flag or argument that no command knows."""
 
     code = ExitCode.USAGE
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of a command; what it does not understand is a `UsageError`, with the nearest flag that exists."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        wrong = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
+        near = difflib.get_close_matches(wrong, known, n=1) if wrong not in known else []
+        remedy = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(message, f"{remedy}`{self.prog} --help` lists all flags")
 
 
 class DataError(FusionError):

@@ -19,8 +19,7 @@ from fusion.distributed import world
 from fusion.embeddings import load
 from fusion.errors import DataError
 from fusion.metrics import bootstrap_interval, group_metrics, row_smape
-from fusion.prediction import BuildNetwork, C, check_dims, explain_rows, load_best, predict_rows
-from fusion.runs import find_run, read_config
+from fusion.prediction import BuildNetwork, C, check_dims, explain_rows, load_best, open_run, predict_rows
 from fusion.tables import Table, read_table
 
 BINS = (0, 5, 10, 15, 20, 30, 50, 100, 200, 500, np.inf)
@@ -38,10 +37,7 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         DataError: no such run, a --by column that does not exist, rows of the split that are no longer there.
     """
     with world(settings.device) as place:
-        run = place.on_main(lambda: find_run(settings, config_class.variant))
-        config = place.on_main(lambda: read_config(run, config_class))
-        log.configure(run.rsplit("/", 1)[-1], place.rank, place.size)
-        data = settings.data or config.data
+        run, config, data = open_run(settings, config_class, place)
         model, chosen = load_best(run, config, build_network, place)
         table = place.on_main(lambda: _validation_rows(run, data, config.drop_bad_prices, settings.by))
         store = load(data, "train", config.bindings(), table.ids, place, partial=True)
@@ -51,8 +47,7 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         told = explain_rows(model, resident, rows, place)
         present = pd.DataFrame({role: there.numpy() for role, there in store.present.items()}, index=table.ids)
         rows_seen = _predictions(table, prices, present)
-        evaluation = evaluate(rows_seen, settings.by, told.get("gate"))
-        place.on_main(lambda: _write(run, chosen, evaluation, rows_seen))
+        place.on_main(lambda: _write(run, chosen, evaluate(rows_seen, settings.by, told.get("gate")), rows_seen))
 
 
 @dataclass(frozen=True)
@@ -191,7 +186,7 @@ def _summary(run: str, chosen: checkpoint.Checkpoint, evaluation: Evaluation) ->
         "gates": _records(evaluation.gates.rename_axis("price_bin").reset_index()),
         "distributions": _records(evaluation.distributions),
     }
-    return (json.dumps(summary, indent=2) + "\n").encode()
+    return storage.as_json(summary)
 
 
 def _records(frame: pd.DataFrame) -> Any:

@@ -22,9 +22,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from fusion.errors import ExitCode, FusionError, UsageError
+from fusion.errors import ExitCode, FusionError, Parser, UsageError
 from fusion.meeting import Meeting, NodesMeeting
 from fusion.ranks import Ending, Group, Rank, Stop
 
@@ -102,13 +101,8 @@ def _say(report: str) -> None:
         print(report, file=sys.stderr, flush=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, "python -m fusion.launch --help lists every flag; the command's own follow its name")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m fusion.launch", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m fusion.launch", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     nproc = _variable("PET_NPROC_PER_NODE") or "auto"

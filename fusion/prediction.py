@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fusion import checkpoint, log, storage
-from fusion.config import PredictConfig, RunConfig
+from fusion.config import PredictConfig, ReadRunConfig, RunConfig
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, DivergedError
 from fusion.layers import MIN_PRICE, PriceModel, to_price
 from fusion.metrics import bootstrap_interval, row_smape
-from fusion.runs import as_json, find_run, move_pointer, read_config
+from fusion.runs import find_run, move_pointer, read_config
 from fusion.tables import Table, read_table
 
 C = TypeVar("C", bound=RunConfig)
@@ -51,6 +51,14 @@ def _chunks(
         for chunk in torch.split(rows[place.share(len(rows))], CHUNK):
             if len(chunk):
                 yield store.batch(chunk, place.device)
+
+
+def open_run(settings: ReadRunConfig, config_class: type[C], place: World) -> tuple[str, C, str]:
+    """URL of the run to use, its settings, and where its data are; from here on the log carries its name."""
+    run = place.on_main(lambda: find_run(settings, config_class.variant))
+    config = place.on_main(lambda: read_config(run, config_class))
+    log.configure(run.rsplit("/", 1)[-1], place.rank, place.size)
+    return run, config, settings.data or config.data
 
 
 def load_best(
@@ -84,10 +92,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         DataError: no such run, bad input, or dimensions other than the model's.
     """
     with world(settings.device) as place:
-        run = place.on_main(lambda: find_run(settings, config_class.variant))
-        config = place.on_main(lambda: read_config(run, config_class))
-        log.configure(run.rsplit("/", 1)[-1], place.rank, place.size)
-        data = settings.data or config.data
+        run, config, data = open_run(settings, config_class, place)
         model, chosen = load_best(run, config, build_network, place)
         table = place.on_main(lambda: read_table(data, "test", priced=False))
         store = load(data, "test", config.bindings(), table.ids, place, max_missing=config.max_missing)
@@ -108,7 +113,7 @@ def _publish(
         files = checkpoint.write_files(folder, {"submission.csv": content})
         model = next(entry for entry in chosen.manifest["files"] if entry["key"] == checkpoint.MODEL)
         facts = {"schema": 1, "rows": len(table), "date": date, "run": run, "checkpoint": chosen.name}
-        manifest = as_json(facts | {"model_sha256": model["sha256"], "files": files})
+        manifest = storage.as_json(facts | {"model_sha256": model["sha256"], "files": files})
         storage.create(storage.join(folder, checkpoint.MANIFEST), manifest)
     move_pointer(settings.output, "submissions", settings.name, "current", target={"submission": key})
     log.info(event="published", rows=len(table), submission=storage.join(folder, "submission.csv"))

@@ -85,7 +85,7 @@ def describe_run(config: RunConfig, data_digest: str, dims: Mapping[str, int], w
         },
         "started": now(),
     }
-    storage.write(url, as_json(facts))
+    storage.write(url, storage.as_json(facts))
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def take_lease(run: str) -> Lease:
     while True:
         held = storage.read_version(url)
         number = 1 if held is None else 1 + int(json.loads(held[0])["attempt"])
-        data = as_json({"attempt": number, "token": token, "started": now()})
+        data = storage.as_json({"attempt": number, "token": token, "started": now()})
         if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
             return Lease(url, number, token)
 
@@ -124,7 +124,7 @@ def attempt(run: str) -> Iterator[Lease]:
         log.warning(event="store_ignores_conditions", so="nothing keeps two attempts at this run from mixing")
     lease = take_lease(run)
     folder = storage.join(run, "attempts", str(lease.attempt))
-    storage.write(storage.join(folder, "start.json"), as_json({"attempt": lease.attempt, "started": now()}))
+    storage.write(storage.join(folder, "start.json"), storage.as_json({"attempt": lease.attempt, "started": now()}))
     end: dict[str, Any] = {"attempt": lease.attempt, "code": ExitCode.BUG}
     try:
         try:
@@ -142,7 +142,7 @@ def attempt(run: str) -> Iterator[Lease]:
     finally:
         end |= {"step": _newest_step(run), "ended": now()}
         storage.write(storage.join(folder, "log.txt"), log.text().encode())
-        storage.write(storage.join(folder, "exit.json"), as_json(end))
+        storage.write(storage.join(folder, "exit.json"), storage.as_json(end))
 
 
 def _newest_step(run: str) -> int:
@@ -154,7 +154,8 @@ def _check_progress(run: str, number: int) -> None:
     step = _newest_step(run)
     for earlier in (number - 1, number - 2):
         url = storage.join(run, "attempts", str(earlier), "exit.json")
-        end = json.loads(storage.read(url)) if earlier > 0 and storage.exists(url) else {}
+        found = storage.read_version(url)
+        end = {} if found is None else json.loads(found[0])
         if end.get("code") != ExitCode.STOPPED or end.get("step") != step:
             return
     raise FusionError(
@@ -195,7 +196,8 @@ def read_config(run: str, config_class: type[C]) -> C:
 
 def read_pointer(output: str, *parts: str) -> dict[str, Any] | None:
     url = storage.join(output, "pointers", *parts) + ".json"
-    return cast(dict[str, Any], json.loads(storage.read(url))) if storage.exists(url) else None
+    held = storage.read_version(url)
+    return None if held is None else cast(dict[str, Any], json.loads(held[0]))
 
 
 def move_pointer(output: str, *parts: str, target: Mapping[str, Any], better: str | None = None) -> None:
@@ -212,7 +214,7 @@ def move_pointer(output: str, *parts: str, target: Mapping[str, Any], better: st
             return
         if better and current and current[better] <= target[better]:
             return
-        data = as_json({**target, "updated": now()})
+        data = storage.as_json({**target, "updated": now()})
         if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
             return
 
@@ -236,7 +238,3 @@ def _revision() -> str:
 
 def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def as_json(value: object) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

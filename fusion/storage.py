@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import time
 import uuid
@@ -129,6 +130,11 @@ def open_read(url: str) -> BinaryIO:
         fetch = cache.fetcher
         cache.fetcher = lambda start, end: retrying(url, lambda: fetch(start, end))
     return cast(BinaryIO, file)
+
+
+def as_json(value: object) -> bytes:
+    """JSON for people and programs to read."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def sha256(data: bytes) -> str:

@@ -66,8 +66,8 @@ def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease
     set_seed(config.seed)
     model = PriceModel(build_network(config, data.store.dims), data.store.dims, config.modality_dropout)
     model.calibrate({role: _statistics(data, role) for role in data.store.dims}, data.targets[data.train])
-    _log_start(config, model, data, place)
     fit = Fit(config, model.to(place.device), data, place)
+    _log_start(fit)
     saver = Saver(config, fit, lease)
     saver.resume()
     with watched(config.stall_timeout) as watchdog:  # from here on: reading has time limits of its own
@@ -183,13 +183,14 @@ class Saver:
         log.info(event="finished", checkpoint=made.url, smape=self.fit.smape, blocked=self.blocked / seconds)
 
 
-def _log_start(config: RunConfig, model: PriceModel, data: TrainingData, place: World) -> None:
+def _log_start(fit: Fit) -> None:
+    config, data = fit.config, fit.data
     median = float(np.expm1(data.targets[data.train].median().item()))
     log.info(
         event="start",
-        parameters=sum(p.numel() for p in model.parameters()),
-        steps_an_epoch=-(-len(data.train) // config.batch_size),
-        device=place.device,
+        parameters=sum(p.numel() for p in fit.model.parameters()),
+        steps_an_epoch=fit.n_batches,
+        device=fit.place.device,
         loss=config.loss,
         batch_size=config.batch_size,
         lr=config.lr,

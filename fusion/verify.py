@@ -18,18 +18,18 @@ import math
 import os
 import re
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import fsspec
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fusion import storage
+from fusion.command import guarded
 from fusion.config import digest
-from fusion.errors import CredentialsError, DataError, ExitCode, FusionError, UsageError
+from fusion.errors import CredentialsError, DataError, ExitCode, Parser
 
 T = TypeVar("T")
 
@@ -406,13 +406,8 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, f"see {self.prog} --help")
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m fusion.verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -442,7 +437,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _job(arguments: argparse.Namespace) -> int:
+def _job(arguments: argparse.Namespace) -> ExitCode:
     storage.set_patience(arguments.store_timeout)
     found = verify(arguments.url, arguments.data, say=lambda finding: print(finding, flush=True))
     n_wrong = sum(finding.verdict == "BAD" for finding in found)
@@ -452,14 +447,7 @@ def _job(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with `argv`; gives its exit code. `--help` raises SystemExit, as argparse does."""
-    try:
-        return _job(_parse(argv))
-    except FusionError as error:
-        print(error.report(), file=sys.stderr)
-        return error.code
-    except Exception:
-        traceback.print_exc()
-        return ExitCode.BUG
+    return guarded(lambda: _job(_parse(argv)))
 
 
 if __name__ == "__main__":

@@ -50,11 +50,17 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    server = S3Server(tmp_path_factory.mktemp("s3"))
+def start_s3(folder: Path) -> S3Server:
+    """A server with the bucket that tests use; whoever starts it stops it."""
+    server = S3Server(folder)
     where = {"endpoint_url": server.endpoint, "aws_access_key_id": KEY, "aws_secret_access_key": SECRET}
     boto3.client("s3", region_name="us-east-1", **where).create_bucket(Bucket=BUCKET)
+    return server
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    server = start_s3(tmp_path_factory.mktemp("s3"))
     yield server
     server.stop()
 

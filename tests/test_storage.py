@@ -8,7 +8,8 @@ import pytest
 
 from fusion import storage
 from fusion.errors import CredentialsError, DataError, UnreachableError
-from tests.s3_server import READER_KEY, READER_SECRET, WRITER_KEY, WRITER_SECRET, S3Server
+from tests.conftest import BUCKET, start_s3
+from tests.s3_server import READER_KEY, READER_SECRET, WRITER_KEY, WRITER_SECRET
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -87,18 +88,23 @@ def test_a_reader_may_not_write(bucket: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_stopped_server_is_unreachable_and_a_restarted_one_is_not(
-    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage.write(f"{bucket}/x", b"1")
-    monkeypatch.setattr(storage, "_patience", 0.5)
-    s3.stop()
+    server, bucket = start_s3(tmp_path), f"s3://{BUCKET}"  # of its own: a restarted server grants its writer more
+    for key, value in server.environment().items():
+        monkeypatch.setenv(key, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     try:
+        storage.write(f"{bucket}/x", b"1")
+        monkeypatch.setattr(storage, "_patience", 0.5)
+        server.stop()
         with pytest.raises(UnreachableError, match="/x does not answer"):
             storage.read(f"{bucket}/x")
+        server.start()
+        monkeypatch.setattr(storage, "_patience", 30)
+        assert storage.read(f"{bucket}/x") == b"1"
     finally:
-        s3.start()
-    monkeypatch.setattr(storage, "_patience", 30)
-    assert storage.read(f"{bucket}/x") == b"1"
+        server.stop()
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, key: str, secret: str) -> None:

@@ -1,12 +1,12 @@
-"""Kills a training and a prediction again and again, and compares what they end with to an undisturbed run.
+"""Kills training, evaluation and prediction again and again, and compares what they end with to an undisturbed run.
 
     python benchmarks/kill_anywhere.py --data DATA --output URL --kills 200 [--ranks 2] [--seed 0]
 
 SIGKILL strikes at a random moment, or at a random write to the store: just before it, in the middle of it, or just
 after it. Every write is such a boundary: the start of an attempt, each file of a checkpoint, its manifest, a pointer, a
-prune, the end of an epoch, the submission. One rank or all of them die. The same command then starts again, until it
-ends with 0; then a new run begins, until as many kills have struck as were asked for. Prints a line of JSON with the
-counts; exits 1 when a single byte of `model.safetensors` or `submission.csv` differs.
+prune, the end of an epoch, a part of a prediction, the submission. One rank or all of them die. The same command then
+starts again, until it ends with 0; then a new run begins, until as many kills have struck as were asked for. Prints a
+line of JSON with the counts; exits 1 when a byte of `model.safetensors`, the metrics or `submission.csv` differs.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Loaded before the ranks are forked, so that each starts at once. No thread runs yet.
-import fusion.prediction
+import fusion.evaluation
 import fusion.training  # noqa: F401
-from fusion import manifests, storage
-from fusion.all_embeddings import predict_test, train
+from fusion import manifests, parts, storage
+from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 
 SMALL = ["--width", "16", "--n-heads", "2", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu", "--epochs", "4", "--checkpoint-steps", "3", "--run-id", "r"]
@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    parts.PART_ROWS = 16
     rng, tally = random.Random(options.seed), Tally()
     expected = _finish(options, storage.join(options.output, "undisturbed"), lambda: None, Tally())
     while sum(tally.kills.values()) < options.kills:
@@ -80,15 +81,16 @@ def _plan(rng: random.Random, ranks: int) -> Kill:
     rank, group = rng.randrange(ranks), ranks == 1 or rng.random() < 0.5
     if rng.random() < 0.3:
         return Kill(seconds=rng.uniform(0.05, 1.5), rank=rank, group=group)
-    # Only rank 0 writes.
+    # Rank 0 writes the most: the others write parts of predictions only.
     return Kill(write=rng.randint(1, 30), when=rng.choice(["before", "inside", "after"]), group=group)
 
 
 def _finish(options: argparse.Namespace, output: str, plan: Callable[[], Kill | None], tally: Tally) -> dict[str, str]:
-    """Runs both commands until each ends with 0; digests of what they published."""
+    """Runs the commands until each ends with 0; digests of what they published."""
     where = ["--output", output]
     jobs = [
         (train.main, ["--data", options.data, *where, *SMALL]),
+        (evaluate_by_groups.main, where),
         (predict_test.main, [*where, "--date", "2026-01-02"]),
     ]
     for job, flags in jobs:
@@ -104,8 +106,9 @@ def _finish(options: argparse.Namespace, output: str, plan: Callable[[], Kill | 
     model = manifests.read_file(manifests.best(storage.join(output, "runs", "r")), manifests.MODEL)
     current = json.loads(storage.read(f"{output}/pointers/submissions/test/current.json"))["submission"]
     submission = storage.read(f"{output}/submissions/{current}/submission.csv")
-    digests = {"model": hashlib.sha256(model).hexdigest(), "submission": hashlib.sha256(submission).hexdigest()}
-    return {name: digest[:16] for name, digest in digests.items()}
+    metrics = storage.read(f"{output}/runs/r/metrics/{manifests.MANIFEST}")
+    made = {"model": model, "metrics": metrics, "submission": submission}
+    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in made.items()}
 
 
 def _attempt(job: Callable[[list[str]], int], flags: list[str], ranks: int, kill: Kill | None) -> tuple[list[int], str]:

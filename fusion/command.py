@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from fusion import storage
+from fusion import stopping, storage
 from fusion.config import StoreConfig, parse
 from fusion.errors import ExitCode, FusionError
 
@@ -25,7 +25,8 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
     def parsed_job() -> ExitCode:
         config = parse(config_class, argv, prog=f"python -m {module}", description=doc)
         storage.set_patience(config.store_timeout)
-        job(config)
+        with stopping.listening():
+            job(config)
         return ExitCode.DONE
 
     return guarded(parsed_job)

@@ -13,8 +13,11 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
+from datetime import date, datetime
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -150,9 +153,38 @@ class PredictConfig(ReadRunConfig):
     name: str = setting(
         "test", "name that the submission is published under", "submission", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$"
     )
-    date: str | None = setting(
-        None, "logical date YYYY-MM-DD; by default today in UTC", "submission", pattern=r"^\d{4}-\d{2}-\d{2}$"
+    date: str | None = setting(None, "logical date YYYY-MM-DD; by default today in --time-zone", "submission")
+    time_zone: str = setting("UTC", "time zone of today, such as Europe/Berlin", "submission")
+    min_rows: float = setting(
+        0.8, "smallest number of rows, as a share of the last submission's", "submission", ge=0, le=1
     )
+    max_change: float = setting(
+        30.0,
+        "largest SMAPE between prices of the same products in this submission and the last, in %",
+        "submission",
+        ge=0,
+    )
+    max_drift: float = setting(
+        1.5, "largest factor between a quartile of these prices and of the last submission's", "submission", ge=1
+    )
+    max_training_drift: float = setting(
+        3.0, "largest factor between a quartile of these prices and of the training prices", "submission", ge=1
+    )
+    force: bool = setting(False, "publish what does not pass these checks", "submission")
+
+    def __post_init__(self) -> None:
+        try:
+            ZoneInfo(self.time_zone)
+        except (ZoneInfoNotFoundError, ValueError) as error:
+            raise ValueError(f"--time-zone is {self.time_zone!r}, expected one such as Europe/Berlin") from error
+        with suppress(ValueError):
+            if self.date is None or self.date == date.fromisoformat(self.date).isoformat():
+                return
+        raise ValueError(f"--date is {self.date!r}, expected a day as YYYY-MM-DD")
+
+    def day(self) -> str:
+        """The logical date, YYYY-MM-DD."""
+        return self.date or datetime.now(ZoneInfo(self.time_zone)).date().isoformat()
 
 
 def digest(value: object) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor
 from fusion import log, storage
 from fusion.distributed import World
 from fusion.errors import DataError
+from fusion.inputs import source_files
 from fusion.tables import report_duplicates
 
 STREAM_ROWS = 512  # rows decoded at a time: stays in the cache, and needs little memory besides the tensors
@@ -136,7 +137,7 @@ def load(
 
 
 def _plan(data: str, split: str, role: str, name: str, ids: pd.Index, n_readers: int) -> SourcePlan:
-    files = _files(data, split, role, name)
+    files = source_files(data, split, role, name)
     with ThreadPoolExecutor(N_THREADS) as pool:
         headers = list(pool.map(_read_header, files))
     source = f"source {name!r} in {storage.join(data, 'embeddings', split)}"
@@ -158,21 +159,6 @@ def _plan(data: str, split: str, role: str, name: str, ids: pd.Index, n_readers:
     ]
     stored = torch.float16 if dtype == "float16" else torch.float32
     return SourcePlan(role, dim, stored, pieces, n_unknown=int((targets < 0).sum()))
-
-
-def _files(data: str, split: str, role: str, name: str) -> list[str]:
-    folder = storage.join(data, "embeddings", split)
-    single = storage.join(folder, f"{name}.parquet")
-    if storage.exists(single):
-        return [single]
-    files = [url for url in storage.ls(storage.join(folder, name)) if url.endswith(".parquet")]
-    if not files:
-        there = ", ".join(url.rsplit("/", 1)[-1].removesuffix(".parquet") for url in storage.ls(folder)) or "nothing"
-        raise DataError(
-            f"no {single} and no {name}/*.parquet for the role {role}; {folder} holds {there}",
-            f"name the source with --sources.{role.replace('_', '-')} NAME",
-        )
-    return files
 
 
 @dataclass(frozen=True)

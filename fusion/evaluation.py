@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from fusion import log, manifests, report, storage
+from fusion import log, manifests, report, storage, submission
 from fusion.config import EvaluateConfig
 from fusion.distributed import world
 from fusion.embeddings import load
 from fusion.errors import DataError
 from fusion.metrics import bootstrap_interval, group_metrics, row_smape
-from fusion.prediction import BuildNetwork, C, check_dims, explain_rows, load_best, open_run, predict_rows
+from fusion.parts import compute_parts
+from fusion.prediction import BuildNetwork, C, check_dims, load_model, open_run, parts_folder, pricing
 from fusion.tables import Table, read_table
 
 BINS = (0, 5, 10, 15, 20, 30, 50, 100, 200, 500, np.inf)
@@ -38,16 +38,20 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
     """
     with world(settings.device) as place:
         run, config, data = open_run(settings, config_class, place)
-        model, chosen = load_best(run, config, build_network, place)
+        chosen = place.on_main(lambda: manifests.best(run))
+        model = load_model(chosen, config, build_network, place)
+        origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
         table = place.on_main(lambda: _validation_rows(run, data, config.drop_bad_prices, settings.by))
         store = load(data, "train", config.bindings(), table.ids, place, partial=True)
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")
-        rows, resident = torch.arange(len(table)), store.resident_on(place.device)
-        prices = predict_rows(model, resident, rows, place)
-        told = explain_rows(model, resident, rows, place)
+        parts, price = parts_folder(storage.join(run, "metrics"), origin, place), pricing(model)
+        told = compute_parts(
+            lambda *batch: {**price(*batch), **model.explain(*batch)}, store.resident_on(place.device), place, parts
+        )
         present = pd.DataFrame({role: there.numpy() for role, there in store.present.items()}, index=table.ids)
-        rows_seen = _predictions(table, prices, present)
-        place.on_main(lambda: _write(run, chosen, evaluate(rows_seen, settings.by, told.get("gate")), rows_seen))
+        rows = _predictions(table, told["price"], present)
+        place.on_main(lambda: _write(run, chosen, evaluate(rows, settings.by, told.get("gate")), rows))
+        place.on_main(lambda: storage.remove(parts))
 
 
 @dataclass(frozen=True)
@@ -162,15 +166,27 @@ def _predictions(table: Table, prices: np.ndarray, present: pd.DataFrame) -> pd.
 
 def _write(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation, rows: pd.DataFrame) -> None:
     folder = storage.join(run, "metrics")
-    keep = ["sample_id", "price", "predicted", "present"]
-    for name, frame in {"groups": evaluation.groups, "predictions": rows[keep]}.items():
-        buffer = io.BytesIO()
-        frame.to_parquet(buffer, index=False)
-        storage.write(storage.join(folder, f"{name}.parquet"), buffer.getvalue())
-    storage.write(storage.join(folder, "groups.csv"), evaluation.groups.to_csv(index=False).encode())
-    storage.write(storage.join(folder, "summary.json"), _summary(run, chosen, evaluation))
+    files = {
+        "groups.parquet": _parquet(evaluation.groups),
+        "predictions.parquet": _parquet(rows[["sample_id", "price", "predicted", "present"]]),
+        "groups.csv": evaluation.groups.to_csv(index=False).encode(),
+        "summary.json": _summary(run, chosen, evaluation),
+    }
+    manifest = storage.as_json({"schema": 1, "checkpoint": chosen.name, "files": manifests.entries(files)})
+    url = storage.join(folder, manifests.MANIFEST)
+    held = storage.read_version(url)
+    if held is None or held[0] != manifest:
+        storage.remove(url)  # who reads while they are replaced sees that they are
+        manifests.write_files(folder, files)
+        storage.write(url, manifest)
     report.show(evaluation.groups, evaluation.worst, evaluation.best, evaluation.gates, evaluation.distributions)
     log.info(event="evaluated", rows=len(rows), written=folder)
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    return buffer.getvalue()
 
 
 def _summary(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation) -> bytes:

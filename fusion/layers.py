@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusion.metrics import MIN_PRICE
+
 Inputs = Mapping[str, Tensor]
 
+MAX_PRICE = 1e7  # dollars
 LARGEST_INPUT = 8.0  # standard deviations
-MIN_PRICE, MAX_PRICE = 0.01, 1e7  # dollars
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,10 @@ class Checkpoint:
         return self.url.rsplit("/", 1)[-1]
 
     @property
+    def model_sha256(self) -> str:
+        return str(next(entry["sha256"] for entry in self.manifest["files"] if entry["key"] == MODEL))
+
+    @property
     def smape(self) -> float:
         """Validation SMAPE of its weights; infinite before the first validation."""
         return float("inf") if self.manifest["smape"] is None else float(self.manifest["smape"])
@@ -40,6 +44,11 @@ def write_files(folder: str, files: Mapping[str, bytes]) -> list[dict[str, Any]]
     """Writes the files; what a manifest says of them."""
     for name, data in files.items():
         storage.write(storage.join(folder, name), data)
+    return entries(files)
+
+
+def entries(files: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """What a manifest says of the files: key, bytes, sha256."""
     return [{"key": name, "bytes": len(data), "sha256": storage.sha256(data)} for name, data in files.items()]
 
 

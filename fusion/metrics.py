@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
+MIN_PRICE = 0.01  # dollars; no price is predicted below it
 _EPSILON = float(np.finfo(np.float64).eps)  # the smallest true value that scikit-learn's MAPE divides by
 
 

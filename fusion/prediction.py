@@ -2,55 +2,43 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
-from fusion import checkpoint, log, manifests, storage
+from fusion import checkpoint, log, manifests, storage, submission
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
-from fusion.errors import DataError, DivergedError
-from fusion.layers import MIN_PRICE, PriceModel, to_price
+from fusion.errors import DataError
+from fusion.layers import PriceModel, to_price
 from fusion.metrics import bootstrap_interval, row_smape
-from fusion.runs import find_run, move_pointer, read_config
+from fusion.parts import Compute, compute_parts, compute_rows
+from fusion.runs import find_run, read_config
 from fusion.tables import Table, read_table
 
 C = TypeVar("C", bound=RunConfig)
 BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]
 
-CHUNK = 1024  # rows a forward pass
-
 
 def predict_rows(model: nn.Module, store: RowStore, rows: Tensor, place: World) -> np.ndarray:
     """Prices [n] in dollars, float64, of the store's rows [n], in their order: each computed once over all ranks."""
-    part = [to_price(model(*batch)).cpu().numpy() for batch in _chunks(model, store, rows, place)]
-    return place.gather(np.concatenate([np.empty(0), *part]))
+    part = compute_rows(pricing(model), store, rows[place.share(len(rows))], place.device)
+    return place.gather(part.get("price", np.empty(0)))
 
 
-def explain_rows(model: PriceModel, store: RowStore, rows: Tensor, place: World) -> dict[str, np.ndarray]:
-    """What the network tells of its inner choices, name to [n, …], such as the gate's weights."""
-    parts = [model.explain(*batch) for batch in _chunks(model, store, rows, place)]
-    names = place.on_main(lambda: list(parts[0]) if parts else [])
-    told = {name: [part[name].float().cpu().numpy() for part in parts] for name in names}
-    return {name: np.concatenate([part for parts in place.exchange(told[name]) for part in parts]) for name in names}
-
-
-def _chunks(
-    model: nn.Module, store: RowStore, rows: Tensor, place: World
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def pricing(model: nn.Module) -> Compute:
+    """What computes {"price": [B] in dollars, float64} with a model, which it sets to evaluate."""
     model.eval()
-    with torch.inference_mode():
-        for chunk in torch.split(rows[place.share(len(rows))], CHUNK):
-            if len(chunk):
-                yield store.batch(chunk, place.device)
+    return lambda inputs, present: {"price": to_price(model(inputs, present))}
+
+
+def parts_folder(parent: str, origin: submission.Origin, place: World) -> str:
+    """Where parts of what is made of `origin` are kept; another kind of device rounds differently."""
+    return storage.join(parent, f"parts-{origin.key()[:12]}-{place.device.type}")
 
 
 def open_run(settings: ReadRunConfig, config_class: type[C], place: World) -> tuple[str, C, str]:
@@ -61,18 +49,12 @@ def open_run(settings: ReadRunConfig, config_class: type[C], place: World) -> tu
     return run, config, settings.data or config.data
 
 
-def load_best(
-    run: str, config: C, build_network: BuildNetwork[C], place: World
-) -> tuple[PriceModel, manifests.Checkpoint]:
-    """The model of the run's best checkpoint, verified, on this rank's device."""
-    chosen, (tensors, dims) = place.on_main(lambda: _read(manifests.best(run)))
+def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetwork[C], place: World) -> PriceModel:
+    """The model of a checkpoint, verified, on this rank's device."""
+    tensors, dims = place.on_main(lambda: checkpoint.read_model(chosen))
     model = PriceModel(build_network(config, dims), dims, config.modality_dropout)
     model.load_state_dict(tensors)
-    return model.to(place.device), chosen
-
-
-def _read(chosen: manifests.Checkpoint) -> tuple[manifests.Checkpoint, tuple[dict[str, Tensor], dict[str, int]]]:
-    return chosen, checkpoint.read_model(chosen)
+    return model.to(place.device)
 
 
 def check_dims(found: Mapping[str, int], trained: Mapping[str, int], where: str) -> None:
@@ -86,50 +68,40 @@ def check_dims(found: Mapping[str, int], trained: Mapping[str, int], where: str)
 
 
 def predict_test(settings: PredictConfig, config_class: type[C], build_network: BuildNetwork[C]) -> None:
-    """Predicts `test.csv` with a run's best checkpoint and publishes the submission.
+    """Predicts `test.csv` with a run's best checkpoint and publishes the submission; an unchanged one is not repeated.
 
     Raises:
-        DataError: no such run, bad input, or dimensions other than the model's.
+        DataError: no such run, bad input, dimensions other than the model's, or prices that do not pass the checks.
+        StopRequested: a signal came; the parts that are done are kept.
     """
     with world(settings.device) as place:
         run, config, data = open_run(settings, config_class, place)
-        model, chosen = load_best(run, config, build_network, place)
+        chosen = place.on_main(lambda: manifests.best(run))
+        origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data))
+        if place.on_main(lambda: submission.reuse(settings, origin)):
+            return
+        model = load_model(chosen, config, build_network, place)
         table = place.on_main(lambda: read_table(data, "test", priced=False))
         store = load(data, "test", config.bindings(), table.ids, place, max_missing=config.max_missing)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
-        prices = predict_rows(model, store.resident_on(place.device), torch.arange(len(table)), place)
-        place.on_main(lambda: _publish(settings, run, chosen, table, prices))
+        parts = parts_folder(storage.join(settings.output, "submissions", settings.name, settings.day()), origin, place)
+        prices = compute_parts(pricing(model), store.resident_on(place.device), place, parts)["price"]
+        place.on_main(lambda: _publish(settings, origin, chosen, table, prices, parts))
 
 
-def _publish(settings: PredictConfig, run: str, chosen: manifests.Checkpoint, table: Table, prices: np.ndarray) -> None:
+def _publish(
+    settings: PredictConfig,
+    origin: submission.Origin,
+    chosen: manifests.Checkpoint,
+    table: Table,
+    prices: np.ndarray,
+    parts: str,
+) -> None:
+    content = submission.submission_csv(list(table.ids[table.file_order]), prices[table.file_order])
     warn_of_leak(table, prices, chosen)
-    content = submission_csv(list(table.ids[table.file_order]), prices[table.file_order])
-    date = settings.date or datetime.now(UTC).strftime("%Y-%m-%d")
-    key = f"{settings.name}/{date}/{storage.sha256(content)[:12]}"
-    folder = storage.join(settings.output, "submissions", key)
-    if not storage.exists(storage.join(folder, manifests.MANIFEST)):
-        files = manifests.write_files(folder, {"submission.csv": content})
-        model = next(entry for entry in chosen.manifest["files"] if entry["key"] == manifests.MODEL)
-        facts = {"schema": 1, "rows": len(table), "date": date, "run": run, "checkpoint": chosen.name}
-        manifest = storage.as_json(facts | {"model_sha256": model["sha256"], "files": files})
-        storage.create(storage.join(folder, manifests.MANIFEST), manifest)
-    move_pointer(settings.output, "submissions", settings.name, "current", target={"submission": key})
-    log.info(event="published", rows=len(table), submission=storage.join(folder, "submission.csv"))
-
-
-def submission_csv(ids: list[str], prices: np.ndarray) -> bytes:
-    """`sample_id,price` in the given order, prices in dollars to a hundredth of a cent.
-
-    Raises:
-        DivergedError: never for prices of a `PriceModel`; for any that is not finite, or below a cent.
-    """
-    if not (np.isfinite(prices) & (prices >= MIN_PRICE)).all():
-        raise DivergedError("a predicted price is not a finite number of at least a cent", "train the model again")
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["sample_id", "price"])
-    writer.writerows((sample_id, f"{price:.4f}") for sample_id, price in zip(ids, prices, strict=True))
-    return buffer.getvalue().encode()
+    submission.check(settings, pd.Series(prices, table.ids), origin.run)
+    submission.publish(settings, origin, content, len(table))
+    storage.remove(parts)
 
 
 def warn_of_leak(table: Table, prices: np.ndarray, chosen: manifests.Checkpoint) -> None:

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -52,8 +52,13 @@ def start_run(config: RunConfig) -> None:
         storage.write(url, to_json(config).encode())  # it never read its data: perhaps --data was wrong
 
 
-def describe_run(config: RunConfig, data_digest: str, dims: Mapping[str, int], world_size: int) -> None:
+def describe_run(
+    config: RunConfig, data_digest: str, dims: Mapping[str, int], quartiles: Sequence[float], world_size: int
+) -> None:
     """Writes `run.json`: what this run was made from and with; an existing one must be of the same data.
+
+    Args:
+        quartiles: of the prices, in dollars; predictions far from them are not published.
 
     Raises:
         DataError: the data are not those that the run was started with.
@@ -73,6 +78,7 @@ def describe_run(config: RunConfig, data_digest: str, dims: Mapping[str, int], w
         "config_sha256": digest(asdict(config)),
         "data_sha256": data_digest,
         "dims": dict(dims),
+        "price_quartiles": list(quartiles),
         "world_size": world_size,
         "revision": _revision(),
         "versions": {
@@ -198,19 +204,18 @@ def read_pointer(output: str, *parts: str) -> dict[str, Any] | None:
     return None if held is None else cast(dict[str, Any], json.loads(held[0]))
 
 
-def move_pointer(output: str, *parts: str, target: Mapping[str, Any], better: str | None = None) -> None:
-    """Points to `target`, by compare-and-swap.
-
-    Args:
-        better: name of a figure; the pointer moves only when that of `target` is lower.
-    """
+def move_pointer(
+    output: str,
+    *parts: str,
+    target: Mapping[str, Any],
+    unless: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+) -> None:
+    """Points to `target`, by compare-and-swap, unless what it points to now is to be kept."""
     url = storage.join(output, "pointers", *parts) + ".json"
     while True:
         held = storage.read_version(url)
         current = {} if held is None else json.loads(held[0])
-        if all(current.get(key) == value for key, value in target.items()):
-            return
-        if better and current and current[better] <= target[better]:
+        if current and (target.items() <= current.items() or unless(current)):
             return
         data = storage.as_json({**target, "updated": now()})
         if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
@@ -221,7 +226,9 @@ def point_to_run(config: RunConfig, checkpoint_name: str, smape: float) -> None:
     """Makes the run its variant's latest, and its best when its validation SMAPE is the lowest so far."""
     target = {"run_id": config.name(), "checkpoint": checkpoint_name, "smape": smape}
     move_pointer(config.output, "runs", config.variant, "latest", target=target)
-    move_pointer(config.output, "runs", config.variant, "best", target=target, better="smape")
+    move_pointer(
+        config.output, "runs", config.variant, "best", target=target, unless=lambda held: held["smape"] <= smape
+    )
 
 
 def _revision() -> str:
@@ -232,6 +239,13 @@ def _revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def code_digest() -> str:
+    """sha256 over the source files of this package."""
+    folder = Path(__file__).parent
+    files = sorted(folder.rglob("*.py"))
+    return digest({str(path.relative_to(folder)): storage.sha256(path.read_bytes()) for path in files})
 
 
 def now() -> str:

@@ -1,4 +1,4 @@
-"""Stop requests: a signal sets a flag, training reads it between steps, commits, and ends with 75."""
+"""Stop requests: a signal sets a flag, a command reads it between steps or parts, keeps what is done, ends with 75."""
 
 from __future__ import annotations
 

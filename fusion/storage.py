@@ -84,6 +84,20 @@ def read_version(url: str) -> tuple[bytes, str] | None:
     return retrying(url, lambda: _read_version(url))
 
 
+def version_of(url: str) -> str:
+    """A tag that changes with the object's bytes: the store's own, else the bytes' sha256.
+
+    Raises:
+        DataError, CredentialsError, UnreachableError: as for `read`.
+    """
+
+    def bytes_sha256() -> str:
+        with open_read(url) as file:
+            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+    return retrying(url, lambda: _tag(*_locate(url)) or bytes_sha256())
+
+
 def replace(url: str, data: bytes, version: str) -> bool:
     """Writes the object if it still has this version; false when somebody else was faster."""
     return retrying(url, lambda: _replace(url, data, version)) or read(url) == data
@@ -224,11 +238,19 @@ def _read_version(url: str) -> tuple[bytes, str] | None:
     fs, path = _locate(url)
     try:
         # The tag first: if the object changes in between, the older tag makes `replace` fail, as it must.
-        tag = "" if _is_local(fs) else str(fs.info(path).get("ETag", ""))
+        tag = _tag(fs, path)
         data = bytes(fs.cat_file(path))
     except FileNotFoundError:
         return None
     return data, tag or sha256(data)
+
+
+def _tag(fs: Any, path: str) -> str:
+    """The store's own tag of an object's version; empty where it has none."""
+    if _is_local(fs):
+        return ""
+    facts = fs.info(path)
+    return str(facts.get("ETag") or facts.get("etag") or "")
 
 
 def _replace(url: str, data: bytes, version: str) -> bool:

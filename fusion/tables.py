@@ -10,6 +10,7 @@ import pandas as pd
 
 from fusion import log, storage
 from fusion.errors import DataError
+from fusion.inputs import find_table
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def read_table(data: str, split: str, *, priced: bool, drop_bad_prices: bool = F
     Raises:
         DataError: no such file, unreadable, a column missing, ids empty or twice, prices missing or not positive.
     """
-    url = _find(data, split)
+    url = find_table(data, split)
     frame = _parse(url, storage.read(url))
     for column in ("sample_id", "price") if priced else ("sample_id",):
         if column not in frame.columns:
@@ -58,14 +59,6 @@ def read_table(data: str, split: str, *, priced: bool, drop_bad_prices: bool = F
     file_order = np.empty_like(order)
     file_order[order] = np.arange(len(order))
     return Table(frame.iloc[order].set_index("sample_id"), file_order)
-
-
-def _find(data: str, split: str) -> str:
-    candidates = [storage.join(data, f"{split}.{ending}") for ending in ("csv", "parquet")]
-    for url in candidates:
-        if storage.exists(url):
-            return url
-    raise DataError(f"neither {candidates[0]} nor {split}.parquet exists", "--data must name the folder that holds it")
 
 
 def _parse(url: str, content: bytes) -> pd.DataFrame:

@@ -41,7 +41,7 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
         StopRequested: a signal came; what was done is committed.
         SupersededError: a newer attempt at the run began.
     """
-    with stopping.listening(), world(config.device) as place:
+    with world(config.device) as place:
         log.configure(config.name(), place.rank, place.size)
         get_loss_function(config.loss)  # an unknown name is found out before anything is read
         if place.on_main(lambda: _is_finished(config)):
@@ -214,7 +214,8 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
 def _split(config: RunConfig, table: Table, store: RowStore, place: World) -> np.ndarray:
     """[N] bool: the row validates."""
     frame_digest = hashlib.sha256(pd.util.hash_pandas_object(table.frame).to_numpy().tobytes()).hexdigest()
-    describe_run(config, digest([frame_digest, store.digest()]), store.dims, place.size)
+    quartiles = np.quantile(table.prices, [0.25, 0.5, 0.75]).tolist()
+    describe_run(config, digest([frame_digest, store.digest()]), store.dims, quartiles, place.size)
     url = storage.join(run_url(config), "split.parquet")
     if not storage.exists(url):
         sides = split_rows(table, {role: values.numpy() for role, values in store.values.items()}, config)

@@ -66,7 +66,7 @@ def test_train_evaluate_predict(variant: str, catalog: Path, tmp_path: Path) -> 
         "attempts/1/log.txt",
         *(f"{folder}/{name}" for name in ("model.safetensors", "state.pt", "MANIFEST.json")),
         *(f"metrics/{name}" for name in ("train.jsonl", "epochs.csv", "groups.csv", "groups.parquet")),
-        *(f"metrics/{name}" for name in ("summary.json", "predictions.parquet")),
+        *(f"metrics/{name}" for name in ("summary.json", "predictions.parquet", "MANIFEST.json")),
     }
     check_metrics(run, catalog, best["smape"])
     check_submission(output, catalog)

@@ -6,7 +6,8 @@ import pytest
 
 from fusion.errors import DivergedError
 from fusion.manifests import Checkpoint
-from fusion.prediction import submission_csv, warn_of_leak
+from fusion.prediction import warn_of_leak
+from fusion.submission import submission_csv
 from fusion.tables import Table
 
 
@@ -17,7 +18,9 @@ def test_a_submission_is_plain_text_in_the_given_order() -> None:
 
 @pytest.mark.parametrize("price", [0.0, 0.00001, -1.0, float("nan"), float("inf")])
 def test_a_price_that_is_none_is_never_published(price: float) -> None:
-    with pytest.raises(DivergedError, match="not a finite number of at least a cent"):
+    with pytest.raises(
+        DivergedError, match="1 predicted prices are not finite numbers of at least a cent, the first: b"
+    ):
         submission_csv(["a", "b"], np.array([1.0, price]))
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusion import manifests, storage
+from fusion import manifests, storage, submission
 from fusion.all_embeddings import train
+from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
 from fusion.errors import DataError
-from fusion.prediction import _publish
-from fusion.runs import read_pointer
+from fusion.runs import read_config, read_pointer
 from fusion.tables import read_table
 from fusion.verify import verify
 from tests.conftest import SMALL
@@ -28,12 +28,14 @@ def publisher(catalog: Path, output: str) -> Callable[[int], None]:
     run = f"{output}/runs/r"
     flags = ["--data", str(catalog), "--output", output, "--run-id", "r", *SMALL, "--epochs", "1"]
     assert train.main(flags) == 0
-    chosen, table = manifests.best(run), read_table(str(catalog), "test", priced=False)
+    config, table = read_config(run, Config), read_table(str(catalog), "test", priced=False)
+    origin = submission.origin_of(run, manifests.best(run), config, str(catalog))
     settings = PredictConfig(output=output, date="2026-01-02")
 
     def publish(number: int) -> None:
         prices = np.random.default_rng(number).uniform(1, 100, len(table))
-        _publish(settings, run, chosen, table, prices)
+        content = submission.submission_csv(list(table.ids[table.file_order]), prices)
+        submission.publish(settings, origin, content, len(table))
 
     return publish
 

@@ -1,0 +1,81 @@
+"""Rows computed part by part: each part is kept once it is done, so that a stopped or killed job goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import Tensor
+
+from fusion import log, stopping, storage
+from fusion.distributed import World
+from fusion.embeddings import RowStore
+from fusion.errors import DataError, StopRequested
+
+# From inputs {role: [B, D_role]} and presence {role: [B]} to {name: [B, …]}.
+Compute = Callable[[dict[str, Tensor], dict[str, Tensor]], Mapping[str, Tensor]]
+Arrays = dict[str, np.ndarray]
+
+CHUNK = 1024  # rows a forward pass
+PART_ROWS = 8 * CHUNK
+_SHA256_LENGTH = 64
+
+
+def compute_rows(compute: Compute, store: RowStore, rows: Tensor, device: torch.device) -> Arrays:
+    """What `compute` says of the store's rows [n], name to [n, …], in their order; nothing for no rows."""
+    with torch.inference_mode():
+        chunks = [compute(*store.batch(chunk, device)) for chunk in torch.split(rows, CHUNK) if len(chunk)]
+        return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in (*chunks, {})[0]}
+
+
+def compute_parts(compute: Compute, store: RowStore, place: World, folder: str) -> Arrays:
+    """What `compute` says of all rows of the store, name to [N, …], in their order, on every rank.
+
+    The parts are the same for any number of ranks. One that is in `folder` is read instead of computed.
+
+    Raises:
+        StopRequested: one of the ranks was asked to stop.
+    """
+    parts = torch.split(torch.arange(len(store)), PART_ROWS)
+    kept = set(place.on_main(lambda: storage.ls(folder)))
+    if kept:
+        log.info(event="resumed", parts=f"{len(kept)}/{len(parts)}", folder=folder)
+    mine: dict[int, Arrays] = {}
+
+    def do(number: int) -> None:
+        url = storage.join(folder, f"{number:05d}")
+        found = _read(url) if url in kept else None
+        mine[number] = compute_rows(compute, store, parts[number], place.device) if found is None else found
+        if found is None:
+            _write(url, mine[number])
+
+    with log.progress("parts", len(parts)) as show:
+        for first in range(0, len(parts), place.size):
+            _stop_if_asked(place, first, len(parts))
+            place.together(lambda number=first + place.rank: do(number) if number < len(parts) else None)  # type: ignore[misc]
+            show(min(first + place.size, len(parts)))
+    everything = {number: part for answer in place.exchange(mine) for number, part in answer.items()}
+    return {name: np.concatenate([everything[number][name] for number in sorted(everything)]) for name in everything[0]}
+
+
+def _stop_if_asked(place: World, n_done: int, n_parts: int) -> None:
+    if any(place.exchange(stopping.requested())):
+        message = f"stopped on request, {n_done} of {n_parts} parts are done and kept"
+        raise StopRequested(message, "run the same command again to go on")
+
+
+def _write(url: str, arrays: Arrays) -> None:
+    data = safetensors.numpy.save(arrays)
+    storage.write(url, storage.sha256(data).encode() + data)
+
+
+def _read(url: str) -> Arrays | None:
+    """The part, or None when it is damaged, or gone because another attempt has published in the meantime."""
+    try:
+        content = storage.read(url)
+    except DataError:
+        return None
+    sha256, data = content[:_SHA256_LENGTH], content[_SHA256_LENGTH:]
+    return safetensors.numpy.load(data) if storage.sha256(data).encode() == sha256 else None

@@ -1,0 +1,27 @@
+"""A command with parts of 16 rows: `python -m tests.small_parts predict_test|evaluate_by_groups [flags]`.
+
+Asked to stop, or killed, by the signal in FUSION_TEST_SIGNAL as soon as the last rank has done its second part.
+"""
+
+import os
+import signal
+import sys
+from importlib import import_module
+
+from fusion import parts
+
+write = parts._write
+written: list[str] = []
+
+
+def strike(url: str, arrays: parts.Arrays) -> None:
+    write(url, arrays)
+    written.append(url)
+    last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+    if last and len(written) == 2 and "FUSION_TEST_SIGNAL" in os.environ:
+        os.kill(os.getpid(), signal.Signals[os.environ["FUSION_TEST_SIGNAL"]])
+
+
+if __name__ == "__main__":
+    parts.PART_ROWS, parts._write = 16, strike
+    sys.exit(import_module(f"fusion.all_embeddings.{sys.argv[1]}").main(sys.argv[2:]))

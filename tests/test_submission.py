@@ -1,0 +1,219 @@
+"""Nightly predictions: published once a day, again only when something has changed, and never when it looks wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+
+from fusion import manifests, storage, submission
+from fusion.all_embeddings import predict_test, train
+from fusion.all_embeddings.config import Config
+from fusion.config import PredictConfig
+from fusion.runs import read_pointer
+from fusion.verify import verify
+from tests.conftest import SMALL
+
+Night = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def trained(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and a run on them, in `data` and `output`."""
+    place = tmp_path_factory.mktemp("trained")
+    shutil.copytree(catalog, place / "data")
+    flags = ["--data", str(place / "data"), "--output", str(place / "output"), "--run-id", "r", *SMALL]
+    assert train.main([*flags, "--epochs", "4"]) == 0
+    return place
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def night(place: Path) -> Night:
+    def predict(date: str, *flags: str) -> int:
+        where = ["--output", str(place / "output"), "--data", str(place / "data"), "--device", "cpu"]
+        return predict_test.main([*where, "--date", date, *flags])
+
+    return predict
+
+
+def publications(place: Path) -> list[str]:
+    """`<date>/<digest>` of all that are committed."""
+    found = (place / "output/submissions/test").glob("*/*/MANIFEST.json")
+    return sorted(f"{path.parent.parent.name}/{path.parent.name}" for path in found)
+
+
+def current(place: Path) -> str:
+    pointer = read_pointer(str(place / "output"), "submissions", "test", "current")
+    assert pointer is not None
+    return str(pointer["submission"]).removeprefix("test/")
+
+
+def test_the_same_date_twice_is_one_publication(place: Path, night: Night, capsys: pytest.CaptureFixture[str]) -> None:
+    assert night("2026-03-01") == 0
+    before = publications(place)
+    files = {path: path.stat().st_mtime_ns for path in (place / "output").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert night("2026-03-01") == 0
+    said = capsys.readouterr().err
+    assert "event=published_before" in said and "event=model" not in said, "nothing was computed"
+    assert publications(place) == before == [current(place)]
+    assert {path: path.stat().st_mtime_ns for path in (place / "output").rglob("*") if path.is_file()} == files
+
+
+def test_an_unchanged_night_publishes_the_same_rows_without_a_model(
+    place: Path, night: Night, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert night("2026-03-01") == 0
+    capsys.readouterr()
+    assert night("2026-03-02") == 0
+    assert "event=model" not in capsys.readouterr().err
+    first, second = publications(place)
+    assert (first[:10], second[:10], first[11:]) == ("2026-03-01", "2026-03-02", second[11:])
+    assert current(place) == second
+    findings = verify(str(place / "output/pointers/submissions/test/current.json"))
+    assert [finding for finding in findings if finding.verdict != "ok"] == []
+
+
+def test_a_backfill_leaves_the_current_one(place: Path, night: Night) -> None:
+    assert night("2026-03-02") == 0
+    assert night("2026-02-27") == 0
+    assert [name[:10] for name in publications(place)] == ["2026-02-27", "2026-03-02"]
+    assert current(place)[:10] == "2026-03-02"
+
+
+def test_what_has_changed_is_predicted_again(
+    place: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert night("2026-03-01") == 0
+    source = place / "data/embeddings/test/clip_image.parquet"
+    frame = pd.read_parquet(source)
+    frame.iloc[1:].to_parquet(source, index=False)
+    assert night("2026-03-01") == 0
+    assert len(publications(place)) == 2, "one embedding fewer: other prices, on the same day"
+    monkeypatch.setattr(submission, "code_digest", lambda: "0" * 64)
+    capsys.readouterr()
+    assert night("2026-03-02") == 0
+    assert "event=model" in capsys.readouterr().err, "other code: computed again"
+
+
+def test_the_library_tells_without_torch_whether_there_is_anything_to_do(place: Path, night: Night) -> None:
+    settings = PredictConfig(output=str(place / "output"), data=str(place / "data"), date="2026-03-01")
+    assert submission.published(settings, Config) is None
+    assert night("2026-03-01") == 0
+    assert submission.published(settings, Config) == f"{place}/output/submissions/test/{current(place)}/submission.csv"
+
+
+def half_the_rows(place: Path) -> None:
+    table = pd.read_csv(place / "data/test.csv", dtype="str")
+    table.iloc[::2].to_csv(place / "data/test.csv", index=False)
+
+
+def shuffled_ids(place: Path) -> None:
+    for source in (place / "data/embeddings/test").glob("*.parquet"):
+        frame = pd.read_parquet(source)
+        order = np.random.default_rng(5).permutation(len(frame))
+        frame.assign(sample_id=frame["sample_id"].to_numpy()[order]).to_parquet(source, index=False)
+
+
+def all_alike(place: Path) -> None:
+    for source in (place / "data/embeddings/test").glob("*.parquet"):
+        frame = pd.read_parquet(source)
+        same = [list(frame["embedding"].dropna().iloc[0])] * len(frame)
+        frame.assign(embedding=pd.Series(same, frame.index)).to_parquet(source, index=False)
+
+
+def a_model_of_nan(place: Path) -> None:
+    """A committed checkpoint, by its hashes whole, whose weights are not finite."""
+    made = manifests.best(str(place / "output/runs/r"))
+    path = Path(made.url, manifests.MODEL)
+    header = json.loads(path.read_bytes()[8:][: int.from_bytes(path.read_bytes()[:8], "little")])
+    tensors = {name: tensor * float("nan") for name, tensor in safetensors.torch.load_file(path).items()}
+    files = {
+        manifests.MODEL: safetensors.torch.save(tensors, header["__metadata__"]),
+        manifests.STATE: Path(made.url, manifests.STATE).read_bytes(),
+    }
+    manifest = made.manifest | {"files": manifests.write_files(made.url, files)}
+    storage.write(f"{made.url}/{manifests.MANIFEST}", storage.as_json(manifest))
+
+
+POISON: dict[str, tuple[Callable[[Path], None], int, str]] = {
+    "half the rows": (half_the_rows, 65, "50 rows, the last submission has 100 (--min-rows 0.8)"),
+    "shuffled ids": (shuffled_ids, 65, "as if embeddings belonged to other ids (--max-change 30)"),
+    "all rows alike": (all_alike, 65, "% quantile is"),
+    "NaN model": (a_model_of_nan, 70, "100 predicted prices are not finite numbers of at least a cent, the first:"),
+}
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_what_looks_wrong_is_not_published(
+    what: str, place: Path, night: Night, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison, code, message = POISON[what]
+    assert night("2026-03-01") == 0
+    before, pointed = publications(place), current(place)
+    poison(place)
+    capsys.readouterr()
+    assert night("2026-03-02") == code
+    lines = capsys.readouterr().err.splitlines()[-2:]
+    assert lines[0].startswith("error: ") and message in lines[0] and lines[1].startswith("to do: ")
+    assert (publications(place), current(place)) == (before, pointed)
+    forced = night("2026-03-02", "--force")
+    assert forced == (0 if code == 65 else 70), "what is not finite is never published"
+    assert (current(place) == pointed) == (code == 70)
+
+
+def test_thresholds_can_be_chosen(place: Path, night: Night) -> None:
+    assert night("2026-03-01") == 0
+    half_the_rows(place)
+    assert night("2026-03-02", "--min-rows", "0.4") == 0
+
+
+def test_prices_far_from_the_training_prices_are_not_published(
+    place: Path, night: Night, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.loads((place / "output/runs/r/run.json").read_text())
+    facts["price_quartiles"] = [value * 5 for value in facts["price_quartiles"]]
+    (place / "output/runs/r/run.json").write_text(json.dumps(facts))
+    assert night("2026-03-01") == 65
+    assert "the training prices'" in capsys.readouterr().err
+    assert publications(place) == []
+
+
+def test_a_damaged_last_submission_does_not_stop_the_next(
+    place: Path, night: Night, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert night("2026-03-01") == 0
+    (place / "output/submissions/test" / current(place) / "submission.csv").write_text("sample_id,price\n")
+    half_the_rows(place)
+    assert night("2026-03-02") == 0
+    assert "event=last_submission_damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--date", "2026-02-30"], "--date is '2026-02-30', expected a day as YYYY-MM-DD"),
+        (["--date", "yesterday"], "--date is 'yesterday', expected a day as YYYY-MM-DD"),
+        (["--time-zone", "Mars/Phobos"], "--time-zone is 'Mars/Phobos', expected one such as Europe/Berlin"),
+    ],
+)
+def test_days_that_are_none(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict_test.main(flags) == 78
+    assert message in capsys.readouterr().err
+
+
+def test_today_is_that_of_the_time_zone() -> None:
+    east, west = (PredictConfig(time_zone=f"Etc/GMT{sign}12").day() for sign in ("-", "+"))
+    assert east > west, "24 hours apart"

@@ -42,15 +42,14 @@ def source_files(data: str, split: str, role: str, name: str) -> list[str]:
     return files
 
 
-def inputs_digest(data: str, split: str, bindings: Mapping[str, str]) -> str:
-    """sha256 over the versions of the table and of every source file, found out without reading a bucket's vectors.
+def sources_digest(data: str, split: str, bindings: Mapping[str, str]) -> str:
+    """sha256 over the versions of every source file, which a bucket tells without sending the vectors.
 
     Args:
         bindings: role to the name of its source.
 
     Raises:
-        DataError: the table or a source does not exist.
+        DataError: a source does not exist.
     """
     files = {role: source_files(data, split, role, name) for role, name in bindings.items()}
-    versions = {role: [storage.version_of(url) for url in urls] for role, urls in files.items()}
-    return digest({"table": storage.version_of(find_table(data, split)), **versions})
+    return digest({role: [storage.version_of(url) for url in urls] for role, urls in files.items()})

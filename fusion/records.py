@@ -43,6 +43,7 @@ class CheckpointManifest(Manifest):
     config_sha256: Sha256
     data_sha256: Sha256
     revision: str
+    split_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class SubmissionManifest(Manifest):
     run: str
     checkpoint: Name
     model_sha256: Sha256
+    data: str = ""
+    table_sha256: str = ""
+    inputs_sha256: str = ""
+    code_sha256: str = ""
 
 
 @dataclass(frozen=True)

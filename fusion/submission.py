@@ -18,7 +18,7 @@ import pandas as pd
 from fusion import log, manifests, storage
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.errors import DataError, DivergedError
-from fusion.inputs import inputs_digest
+from fusion.inputs import find_table, sources_digest
 from fusion.manifests import MANIFEST, SUBMISSION
 from fusion.metrics import MIN_PRICE, compute_smape
 from fusion.runs import code_digest, find_run, move_pointer, read_config, read_pointer
@@ -32,7 +32,8 @@ class Origin:
 
     Attributes:
         data: URL of the input.
-        inputs_sha256: of the versions of `test.csv` and of all its embeddings.
+        table_sha256: of the bytes of `test.csv`.
+        inputs_sha256: of `table_sha256` and the versions of all embeddings.
         code_sha256: of this package.
     """
 
@@ -40,6 +41,7 @@ class Origin:
     checkpoint: str
     model_sha256: str
     data: str
+    table_sha256: str
     inputs_sha256: str
     code_sha256: str
 
@@ -59,8 +61,9 @@ def origin_of(run: str, chosen: manifests.Checkpoint, config: RunConfig, data: s
     Raises:
         DataError: the table or a source of the split does not exist.
     """
-    inputs = inputs_digest(data, split, config.bindings())
-    return Origin(run, chosen.name, chosen.model_sha256, data, inputs, code_digest())
+    table = storage.sha256(storage.read(find_table(data, split)))
+    inputs = digest([table, sources_digest(data, split, config.bindings())])
+    return Origin(run, chosen.name, chosen.model_sha256, data, table, inputs, code_digest())
 
 
 def published(settings: PredictConfig, config_class: type[C]) -> str | None:

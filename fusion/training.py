@@ -106,6 +106,7 @@ class Saver:
         if lease is not None:
             facts = json.loads(storage.read(storage.join(self.run, "run.json")))
             lineage = {key: facts[key] for key in ("config_sha256", "data_sha256", "revision")}
+            lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, "split.parquet")))
             self.writer = checkpoint.Writer(self.run, fit.data.store.dims, lineage, lease.check, config.keep)
 
     def resume(self) -> None:

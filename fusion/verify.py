@@ -30,6 +30,7 @@ from fusion import storage
 from fusion.command import guarded
 from fusion.config import digest
 from fusion.errors import CredentialsError, DataError, ExitCode, Parser
+from fusion.inputs import find_table
 from fusion.manifests import MANIFEST, MODEL, STATE, SUBMISSION
 from fusion.records import (
     CheckpointManifest,
@@ -141,16 +142,21 @@ def _check_run(report: _Report, url: str) -> None:
     committed = [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST))]
     for folder in folders:
         if folder in committed:
-            _check_checkpoint_of_run(report, folder, facts)
+            _check_checkpoint_of_run(report, url, folder, facts)
         else:
             report.note(f"{_base(folder)}: not committed, so it does not count")
     if not committed:
         report.note("no committed checkpoint")
+    if storage.exists(storage.join(url, "metrics", MANIFEST)):
+        _check_files(report, storage.join(url, "metrics"), Manifest, set())
 
 
-def _check_checkpoint_of_run(report: _Report, folder: str, facts: RunFacts | None) -> None:
+def _check_checkpoint_of_run(report: _Report, run: str, folder: str, facts: RunFacts | None) -> None:
     part = _Report(lambda _: None)
     manifest = _check_checkpoint(part, folder)
+    split = _read(storage.join(run, "split.parquet"))
+    if manifest is not None and manifest.split_sha256 and split is not None:
+        part.expect(f"{_base(folder)}: split_sha256 of split.parquet", storage.sha256(split), manifest.split_sha256)
     if manifest is not None and facts is not None:
         for name in ("config_sha256", "data_sha256"):
             part.expect(f"{_base(folder)}: {name} of run.json", getattr(facts, name), getattr(manifest, name))
@@ -234,7 +240,7 @@ def _check_submission(report: _Report, folder: str, data: str | None) -> None:
         content = contents[SUBMISSION]
         report.expect("folder's digest", storage.sha256(content)[:12], _base(folder))
         ids = _check_csv(report, content, manifest.rows)
-        _compare_ids(report, ids, manifest.run, data)
+        _compare_ids(report, ids, manifest, data)
     _compare_model(report, manifest)
 
 
@@ -269,23 +275,29 @@ def _check_once(report: _Report, what: str, ids: Sequence[str]) -> None:
         report.ok(f"{what}: each once")
 
 
-def _compare_ids(report: _Report, ids: list[str], run: str, data: str | None) -> None:
-    """Compares with the ids of `test.csv` as it is now, in its order."""
+def _compare_ids(report: _Report, ids: list[str], manifest: SubmissionManifest, data: str | None) -> None:
+    """Compares with the ids of the `test.csv` it was made from, or of the one in `data`, in their order."""
     from fusion.tables import read_table
 
     try:
-        if data is None:
-            config = storage.read(storage.join(run, "config.json"))
-            data = TypeAdapter(DataOfRun).validate_json(config).data
-        table = read_table(data, "test", priced=False)
+        where = data or manifest.data or _data_of(manifest.run)
+        found = storage.sha256(storage.read(find_table(where, "test")))
+        table = read_table(where, "test", priced=False)
     except _NOT_READABLE as error:
         report.note(f"ids not compared: {_first_line(error)}")
         return
-    what, wanted = f"{SUBMISSION}: ids of test.csv in {data}", list(table.ids[table.file_order])
+    if not data and manifest.table_sha256 not in ("", found):
+        report.note(f"ids not compared: test.csv in {where} has changed since; --data names a folder with the old one")
+        return
+    what, wanted = f"{SUBMISSION}: ids of test.csv in {where}", list(table.ids[table.file_order])
     if ids == wanted:
         report.ok(f"{what}: all {len(wanted)}, in its order")
     else:
         report.bad(what, f"its {len(wanted)}, in its order", _difference(wanted, ids))
+
+
+def _data_of(run: str) -> str:
+    return TypeAdapter(DataOfRun).validate_json(storage.read(storage.join(run, "config.json"))).data
 
 
 def _difference(wanted: Sequence[str], ids: Sequence[str]) -> str:

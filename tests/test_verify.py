@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from fusion import manifests, storage
-from fusion.all_embeddings import predict_test, train
+from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.verify import main
 from tests.conftest import SMALL, run_command, upload
 
@@ -30,6 +30,7 @@ def made(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("made")
     flags = ["--data", str(catalog), "--output", str(output), "--run-id", "r", *SMALL]
     assert train.main([*flags, "--epochs", "2", "--checkpoint-steps", "3"]) == 0
+    assert evaluate_by_groups.main(["--output", str(output), "--run-id", "r"]) == 0
     assert predict_test.main(["--output", str(output), "--run-id", "r", "--date", "2026-01-02"]) == 0
     return output
 
@@ -133,6 +134,30 @@ def test_a_wrong_submission_is_named_though_its_digests_fit(
     assert not any("sha256" in line for line in wrong)
 
 
+@pytest.mark.parametrize("name", ["groups.csv", "summary.json", "predictions.parquet"])
+def test_damaged_metrics_are_named(name: str, output: Path, capsys: Capture) -> None:
+    flip(output / "runs/r/metrics" / name)
+    (line,) = wrong_lines(capsys, output / "runs/r")
+    assert line.startswith(f"BAD  metrics/{name}: expected ")
+
+
+def test_another_split_than_the_one_trained_with_is_named(output: Path, capsys: Capture) -> None:
+    split = output / "runs/r/split.parquet"
+    frame = pd.read_parquet(split)
+    frame.iloc[::-1].to_parquet(split, index=False)
+    assert all("split_sha256 of split.parquet" in line for line in wrong_lines(capsys, output / "runs/r"))
+
+
+def test_a_test_csv_that_has_changed_since_is_no_damage(catalog: Path, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(catalog, tmp_path / "data")
+    where = ["--run-dir", str(made / "runs/r"), "--output", str(tmp_path), "--data", str(tmp_path / "data")]
+    assert predict_test.main(where) == 0
+    table = (tmp_path / "data/test.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "data/test.csv").write_text("".join(table[:-1]))
+    assert main([f"{tmp_path}/{POINTER}"]) == 0
+    assert main([f"{tmp_path}/{POINTER}", "--data", str(tmp_path / "data")]) == 65
+
+
 def test_the_order_of_rows_is_that_of_test_csv(output: Path, capsys: Capture) -> None:
     folder = submission(output)
     header, *rows = (folder / "submission.csv").read_text().splitlines(keepends=True)
@@ -216,13 +241,14 @@ def test_a_run_without_what_it_began_with(
     name: str, harm: Callable[[Path], None], said: str, output: Path, capsys: Capture
 ) -> None:
     harm(output / "runs/r" / name)
-    (line,) = wrong_lines(capsys, output / "runs/r")
+    line, *others = wrong_lines(capsys, output / "runs/r")
     assert line.startswith(f"BAD  {name}") and said in line
+    assert all("split_sha256" in other for other in others), "of each checkpoint"
 
 
 def test_what_is_no_error_is_said(output: Path, capsys: Capture) -> None:
     path, run = newest(output), output / "runs/r"
-    edit(submission(output) / "MANIFEST.json", run=str(run))
+    edit(submission(output) / "MANIFEST.json", run=str(run), data=str(output / "nowhere"))
     (path / "MANIFEST.json").unlink()
     edit(run / "config.json", data=str(output / "nowhere"))
     assert main([str(run)]) == 0

@@ -82,8 +82,9 @@ def published(settings: PredictConfig, config_class: type[C]) -> str | None:
 def reuse(settings: PredictConfig, origin: Origin) -> str | None:
     """As `published`, for a known origin."""
     for folder, manifest in _candidates(settings):
-        if origin.same_as(manifest):
-            return publish(settings, origin, _read_verified(folder, manifest), manifest["rows"])
+        content = _read_verified(folder, manifest) if origin.same_as(manifest) else None
+        if content is not None:
+            return publish(settings, origin, content, manifest["rows"])
     return None
 
 
@@ -106,8 +107,12 @@ def _current(settings: PredictConfig) -> tuple[str, dict[str, Any]] | None:
     return folder, json.loads(storage.read(storage.join(folder, MANIFEST)))
 
 
-def _read_verified(folder: str, manifest: dict[str, Any]) -> bytes:
-    return manifests.read_file(manifests.Checkpoint(folder, manifest), SUBMISSION)
+def _read_verified(folder: str, manifest: dict[str, Any]) -> bytes | None:
+    try:
+        return manifests.read_file(manifests.Checkpoint(folder, manifest), SUBMISSION)
+    except DataError as error:
+        log.warning(event="submission_damaged", reason=error.message, so="it is neither reused nor compared with")
+        return None
 
 
 def publish(settings: PredictConfig, origin: Origin, content: bytes, n_rows: int) -> str:
@@ -115,8 +120,11 @@ def publish(settings: PredictConfig, origin: Origin, content: bytes, n_rows: int
     key = f"{settings.name}/{settings.day()}/{storage.sha256(content)[:12]}"
     folder = storage.join(settings.output, "submissions", key)
     new = not storage.exists(storage.join(folder, MANIFEST))
+    held = storage.read_version(storage.join(folder, SUBMISSION))
+    if held is None or held[0] != content:  # there, it would be a damaged one: its digest is in its name
+        manifests.write_files(folder, {SUBMISSION: content})
     if new:
-        files = manifests.write_files(folder, {SUBMISSION: content})
+        files = manifests.entries({SUBMISSION: content})
         facts = {"schema": 1, "rows": n_rows, "date": settings.day(), **asdict(origin), "files": files}
         storage.create(storage.join(folder, MANIFEST), storage.as_json(facts))
     move_pointer(
@@ -203,12 +211,8 @@ def _quartiles(prices: pd.Series) -> list[float]:
 
 def _last_prices(settings: PredictConfig) -> pd.Series | None:
     last = _current(settings)
-    if last is None:
-        return None
-    try:
-        content = _read_verified(*last)
-    except DataError as error:
-        log.warning(event="last_submission_damaged", reason=error.message, so="prices are not compared with it")
+    content = _read_verified(*last) if last else None
+    if content is None:
         return None
     frame = pd.read_csv(io.BytesIO(content), dtype={"sample_id": "str"}, keep_default_na=False)
     return frame.set_index("sample_id")["price"]

@@ -159,7 +159,7 @@ class PredictConfig(ReadRunConfig):
         0.8, "smallest number of rows, as a share of the last submission's", "submission", ge=0, le=1
     )
     max_change: float = setting(
-        30.0,
+        50.0,
         "largest SMAPE between prices of the same products in this submission and the last, in %",
         "submission",
         ge=0,

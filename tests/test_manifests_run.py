@@ -40,7 +40,7 @@ def config_class(module: str) -> type[Any]:
     """The settings of `fusion.<variant>.<command>`."""
     variant, command = module.rsplit(".", 1)
     shared = {"evaluate_by_groups": EvaluateConfig, "predict_test": PredictConfig}
-    return shared.get(command) or importlib.import_module(f"{variant}.config").Config  # type: ignore[no-any-return]
+    return shared.get(command) or importlib.import_module(f"{variant}.config").Config
 
 
 @each_workload

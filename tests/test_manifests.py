@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -200,6 +202,18 @@ def test_drains_wait_for_trainings_but_not_on_spot_nodes(work: Workload) -> None
     trains = work.labels["app.kubernetes.io/component"] == "train"
     assert selects(spec["selector"], work.labels) == (trains and work.source != "overlays/spot")
     assert isinstance(spec["minAvailable"], int)  # the only form that works for pods of Jobs
+
+
+@pytest.mark.parametrize("below", ["spot", "jobset"])
+def test_overlays_stack(below: str, tmp_path: Path) -> None:
+    """As the header of overlays/kueue says."""
+    shutil.copytree(K8S, tmp_path / "k8s", symlinks=True)
+    kueue = tmp_path / "k8s" / "overlays" / "kueue"
+    text = (kueue / "kustomization.yaml").read_text()
+    (kueue / "kustomization.yaml").write_text(text.replace("../../base/train-all-embeddings", f"../{below}"))
+    (job,) = (found for found in yaml.safe_load_all(rendered(kueue)) if found["kind"] in ("Job", "JobSet"))
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "fusion"
+    assert job["spec"] == next(work.owner["spec"] for work in workloads() if work.source == f"overlays/{below}")
 
 
 def test_no_object_reads_a_kubernetes_token() -> None:

@@ -197,11 +197,10 @@ def test_the_network_policy_of_all_covers_it(work: Workload) -> None:
 
 
 @each_workload
-def test_drains_wait_for_trainings_but_not_on_spot_nodes(work: Workload) -> None:
+def test_the_disruption_budget_is_for_trainings_and_holds_up_no_drain(work: Workload) -> None:
     spec = one("config", "PodDisruptionBudget")["spec"]
-    trains = work.labels["app.kubernetes.io/component"] == "train"
-    assert selects(spec["selector"], work.labels) == (trains and work.source != "overlays/spot")
-    assert isinstance(spec["minAvailable"], int)  # the only form that works for pods of Jobs
+    assert selects(spec["selector"], work.labels) == (work.labels["app.kubernetes.io/component"] == "train")
+    assert spec["minAvailable"] == 0  # a number is the only form that works for pods of Jobs
 
 
 @pytest.mark.parametrize("below", ["spot", "jobset"])

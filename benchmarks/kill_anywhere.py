@@ -29,7 +29,7 @@ from typing import Any
 # Loaded before the ranks are forked, so that each starts at once. No thread runs yet.
 import fusion.prediction
 import fusion.training  # noqa: F401
-from fusion import checkpoint, storage
+from fusion import manifests, storage
 from fusion.all_embeddings import predict_test, train
 
 SMALL = ["--width", "16", "--n-heads", "2", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
@@ -101,7 +101,7 @@ def _finish(options: argparse.Namespace, output: str, plan: Callable[[], Kill | 
                 raise RuntimeError(f"an attempt that nobody killed ended with {codes}")
             if not any(codes):
                 break
-    model = checkpoint.read_file(checkpoint.best(storage.join(output, "runs", "r")), checkpoint.MODEL)
+    model = manifests.read_file(manifests.best(storage.join(output, "runs", "r")), manifests.MODEL)
     current = json.loads(storage.read(f"{output}/pointers/submissions/test/current.json"))["submission"]
     submission = storage.read(f"{output}/submissions/{current}/submission.csv")
     digests = {"model": hashlib.sha256(model).hexdigest(), "submission": hashlib.sha256(submission).hexdigest()}

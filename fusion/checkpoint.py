@@ -1,7 +1,6 @@
-"""What a run must remember: immutable folders of weights and training state, a manifest of hashes written last.
+"""What a run must remember: weights and training state, written in the background and committed by a manifest.
 
-A folder without `MANIFEST.json` does not exist. Whoever reads one verifies every hash. Weights are safetensors; nothing
-here is ever unpickled but tensors and plain values.
+Weights are safetensors; nothing here is ever unpickled but tensors and plain values.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pickle import UnpicklingError
@@ -21,25 +20,7 @@ from torch import Tensor, nn
 
 from fusion import log, storage
 from fusion.errors import DataError
-
-MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "MANIFEST.json"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A committed, complete checkpoint: its folder and what its manifest says."""
-
-    url: str
-    manifest: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
-
-    @property
-    def smape(self) -> float:
-        """Validation SMAPE of its weights; infinite before the first validation."""
-        return float("inf") if self.manifest["smape"] is None else float(self.manifest["smape"])
+from fusion.manifests import MANIFEST, MODEL, STATE, Checkpoint, best_of, committed, read_file, write_files
 
 
 @dataclass(frozen=True)
@@ -122,44 +103,11 @@ def commit(
 def prune(run: str, keep: int, resumed_from: str | None) -> None:
     """Removes committed checkpoints but the `keep` newest, the best and the one resumed from: each manifest first."""
     found = committed(run)
-    kept = {checkpoint.url for checkpoint in [*found[-keep:], *([_best_of(found)] if found else [])]}
+    kept = {checkpoint.url for checkpoint in [*found[-keep:], *([best_of(found)] if found else [])]}
     for checkpoint in found:
         if checkpoint.url not in kept and checkpoint.url != resumed_from:
             storage.remove(storage.join(checkpoint.url, MANIFEST))
             storage.remove(checkpoint.url)
-
-
-def write_files(folder: str, files: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    """Writes the files; what a manifest says of them."""
-    for name, data in files.items():
-        storage.write(storage.join(folder, name), data)
-    return [{"key": name, "bytes": len(data), "sha256": storage.sha256(data)} for name, data in files.items()]
-
-
-def committed(run: str) -> list[Checkpoint]:
-    """All checkpoints of a run that have a manifest, oldest first."""
-    found = []
-    for folder in storage.ls(storage.join(run, "checkpoints")):
-        data = storage.read_version(storage.join(folder, MANIFEST))
-        if data is not None:
-            found.append(Checkpoint(folder, json.loads(data[0])))
-    return found
-
-
-def best(run: str) -> Checkpoint:
-    """The committed checkpoint with the lowest validation SMAPE, the newest of equals.
-
-    Raises:
-        DataError: the run has none.
-    """
-    found = [checkpoint for checkpoint in committed(run) if checkpoint.manifest["smape"] is not None]
-    if not found:
-        raise DataError(f"{run} has no committed checkpoint", "let its training finish, or name another with --run-dir")
-    return _best_of(found)
-
-
-def _best_of(found: Sequence[Checkpoint]) -> Checkpoint:
-    return min(reversed(found), key=lambda checkpoint: checkpoint.smape)
 
 
 def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
@@ -176,23 +124,6 @@ def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | N
             continue
         return checkpoint, weights, state
     return None
-
-
-def read_file(checkpoint: Checkpoint, name: str) -> bytes:
-    """A file of the checkpoint, verified.
-
-    Raises:
-        DataError: its bytes are not those that were written.
-    """
-    data = storage.read(storage.join(checkpoint.url, name))
-    expected = next(entry for entry in checkpoint.manifest["files"] if entry["key"] == name)
-    if storage.sha256(data) != expected["sha256"]:
-        raise DataError(
-            f"{checkpoint.url}/{name} is damaged: sha256 {storage.sha256(data)[:12]} of {len(data)} bytes, "
-            f"its manifest says {expected['sha256'][:12]} of {expected['bytes']}",
-            "use another checkpoint, or train again",
-        )
-    return data
 
 
 def read_model(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, int]]:

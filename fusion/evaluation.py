@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fusion import checkpoint, log, report, storage
+from fusion import log, manifests, report, storage
 from fusion.config import EvaluateConfig
 from fusion.distributed import world
 from fusion.embeddings import load
@@ -160,7 +160,7 @@ def _predictions(table: Table, prices: np.ndarray, present: pd.DataFrame) -> pd.
     return table.frame.assign(predicted=prices, present=described).reset_index()
 
 
-def _write(run: str, chosen: checkpoint.Checkpoint, evaluation: Evaluation, rows: pd.DataFrame) -> None:
+def _write(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation, rows: pd.DataFrame) -> None:
     folder = storage.join(run, "metrics")
     keep = ["sample_id", "price", "predicted", "present"]
     for name, frame in {"groups": evaluation.groups, "predictions": rows[keep]}.items():
@@ -173,7 +173,7 @@ def _write(run: str, chosen: checkpoint.Checkpoint, evaluation: Evaluation, rows
     log.info(event="evaluated", rows=len(rows), written=folder)
 
 
-def _summary(run: str, chosen: checkpoint.Checkpoint, evaluation: Evaluation) -> bytes:
+def _summary(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation) -> bytes:
     overall = evaluation.groups.iloc[0].drop(["by", "group"]).to_dict()
     columns = ["sample_id", "price", "predicted", "present", "smape"]
     summary: Mapping[str, Any] = {

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fusion import checkpoint, log, storage
+from fusion import checkpoint, log, manifests, storage
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
@@ -63,15 +63,15 @@ def open_run(settings: ReadRunConfig, config_class: type[C], place: World) -> tu
 
 def load_best(
     run: str, config: C, build_network: BuildNetwork[C], place: World
-) -> tuple[PriceModel, checkpoint.Checkpoint]:
+) -> tuple[PriceModel, manifests.Checkpoint]:
     """The model of the run's best checkpoint, verified, on this rank's device."""
-    chosen, (tensors, dims) = place.on_main(lambda: _read(checkpoint.best(run)))
+    chosen, (tensors, dims) = place.on_main(lambda: _read(manifests.best(run)))
     model = PriceModel(build_network(config, dims), dims, config.modality_dropout)
     model.load_state_dict(tensors)
     return model.to(place.device), chosen
 
 
-def _read(chosen: checkpoint.Checkpoint) -> tuple[checkpoint.Checkpoint, tuple[dict[str, Tensor], dict[str, int]]]:
+def _read(chosen: manifests.Checkpoint) -> tuple[manifests.Checkpoint, tuple[dict[str, Tensor], dict[str, int]]]:
     return chosen, checkpoint.read_model(chosen)
 
 
@@ -101,20 +101,18 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         place.on_main(lambda: _publish(settings, run, chosen, table, prices))
 
 
-def _publish(
-    settings: PredictConfig, run: str, chosen: checkpoint.Checkpoint, table: Table, prices: np.ndarray
-) -> None:
+def _publish(settings: PredictConfig, run: str, chosen: manifests.Checkpoint, table: Table, prices: np.ndarray) -> None:
     warn_of_leak(table, prices, chosen)
     content = submission_csv(list(table.ids[table.file_order]), prices[table.file_order])
     date = settings.date or datetime.now(UTC).strftime("%Y-%m-%d")
     key = f"{settings.name}/{date}/{storage.sha256(content)[:12]}"
     folder = storage.join(settings.output, "submissions", key)
-    if not storage.exists(storage.join(folder, checkpoint.MANIFEST)):
-        files = checkpoint.write_files(folder, {"submission.csv": content})
-        model = next(entry for entry in chosen.manifest["files"] if entry["key"] == checkpoint.MODEL)
+    if not storage.exists(storage.join(folder, manifests.MANIFEST)):
+        files = manifests.write_files(folder, {"submission.csv": content})
+        model = next(entry for entry in chosen.manifest["files"] if entry["key"] == manifests.MODEL)
         facts = {"schema": 1, "rows": len(table), "date": date, "run": run, "checkpoint": chosen.name}
         manifest = storage.as_json(facts | {"model_sha256": model["sha256"], "files": files})
-        storage.create(storage.join(folder, checkpoint.MANIFEST), manifest)
+        storage.create(storage.join(folder, manifests.MANIFEST), manifest)
     move_pointer(settings.output, "submissions", settings.name, "current", target={"submission": key})
     log.info(event="published", rows=len(table), submission=storage.join(folder, "submission.csv"))
 
@@ -134,7 +132,7 @@ def submission_csv(ids: list[str], prices: np.ndarray) -> bytes:
     return buffer.getvalue().encode()
 
 
-def warn_of_leak(table: Table, prices: np.ndarray, chosen: checkpoint.Checkpoint) -> None:
+def warn_of_leak(table: Table, prices: np.ndarray, chosen: manifests.Checkpoint) -> None:
     """Warns when test rows that have prices are predicted far worse than validation promised.
 
     Embeddings whose encoder was tuned on training prices do that: the validation rows are no news to the encoder.

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from fusion import __version__, checkpoint, log, storage
+from fusion import __version__, log, manifests, storage
 from fusion.config import HOW, ReadRunConfig, RunConfig, digest, from_json, to_json
 from fusion.errors import ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
 
@@ -57,9 +58,6 @@ def describe_run(config: RunConfig, data_digest: str, dims: Mapping[str, int], w
     Raises:
         DataError: the data are not those that the run was started with.
     """
-    import numpy
-    import torch
-
     url = storage.join(run_url(config), "run.json")
     if storage.exists(url):
         before = json.loads(storage.read(url))["data_sha256"]
@@ -80,8 +78,8 @@ def describe_run(config: RunConfig, data_digest: str, dims: Mapping[str, int], w
         "versions": {
             "fusion": __version__,
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
+            "torch": metadata.version("torch"),
+            "numpy": metadata.version("numpy"),
         },
         "started": now(),
     }
@@ -146,7 +144,7 @@ def attempt(run: str) -> Iterator[Lease]:
 
 
 def _newest_step(run: str) -> int:
-    return max((int(found.manifest["step"]) for found in checkpoint.committed(run)), default=-1)
+    return max((int(found.manifest["step"]) for found in manifests.committed(run)), default=-1)
 
 
 def _check_progress(run: str, number: int) -> None:

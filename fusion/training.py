@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import checkpoint, log, stopping, storage
+from fusion import checkpoint, log, manifests, stopping, storage
 from fusion.config import RunConfig, digest
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
@@ -55,7 +55,7 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
 
 def _is_finished(config: RunConfig) -> bool:
     start_run(config)
-    done = [made for made in checkpoint.committed(run_url(config)) if made.manifest["finished"]]
+    done = [made for made in manifests.committed(run_url(config)) if made.manifest["finished"]]
     for made in done:
         point_to_run(config, made.name, made.smape)  # a run may have been killed before it did
     return bool(done)
@@ -177,7 +177,7 @@ class Saver:
         storage.write(storage.join(self.run, "metrics", "train.jsonl"), lines.encode())
         storage.write(storage.join(self.run, "metrics", "epochs.csv"), history.to_csv(index=False).encode())
         self._save(wait=True)  # after the metrics: a run with its last checkpoint is finished
-        made = checkpoint.committed(self.run)[-1]
+        made = manifests.committed(self.run)[-1]
         point_to_run(self.config, made.name, self.fit.smape)
         seconds = time.monotonic() - self.started
         log.info(event="finished", checkpoint=made.url, smape=self.fit.smape, blocked=self.blocked / seconds)

@@ -30,11 +30,10 @@ from fusion import storage
 from fusion.command import guarded
 from fusion.config import digest
 from fusion.errors import CredentialsError, DataError, ExitCode, Parser
+from fusion.manifests import MANIFEST, MODEL, STATE, SUBMISSION
 
 T = TypeVar("T")
 
-# Named here again: fusion.checkpoint would load torch.
-_MANIFEST, _MODEL, _STATE, _SUBMISSION = "MANIFEST.json", "model.safetensors", "state.pt", "submission.csv"
 _POINTERS = "pointers/submissions/"
 _PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")
 _KINDS = "a run, a checkpoint folder, a submission folder, or pointers/submissions/<name>/current.json"
@@ -160,7 +159,7 @@ def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = l
         CredentialsError, UnreachableError: as for `fusion.storage.read`.
     """
     url, report = url.rstrip("/"), _Report(say)
-    manifest = None if url.endswith(".json") else _read(storage.join(url, _MANIFEST))
+    manifest = None if url.endswith(".json") else _read(storage.join(url, MANIFEST))
     if url.endswith(".json") and _POINTERS in url and storage.exists(url):
         _check_pointer(report, url, data)
     elif manifest is not None and b'"rows"' in manifest:
@@ -170,7 +169,7 @@ def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = l
     elif any(storage.exists(storage.join(url, name)) for name in ("config.json", "run.json")):
         _check_run(report, url)
     else:
-        raise DataError(f"{url} does not exist, or has neither {_MANIFEST} nor config.json", f"name {_KINDS}")
+        raise DataError(f"{url} does not exist, or has neither {MANIFEST} nor config.json", f"name {_KINDS}")
     return report.findings
 
 
@@ -191,7 +190,7 @@ def _check_run(report: _Report, url: str) -> None:
         report.note("config.json: not the settings of run.json's config_sha256; its data or how it ran may differ")
     _check_split(report, _read(storage.join(url, "split.parquet")))
     folders = storage.ls(storage.join(url, "checkpoints"))
-    committed = [folder for folder in folders if storage.exists(storage.join(folder, _MANIFEST))]
+    committed = [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST))]
     for folder in folders:
         if folder in committed:
             _check_checkpoint_of_run(report, folder, facts)
@@ -207,7 +206,7 @@ def _check_checkpoint_of_run(report: _Report, folder: str, facts: _RunFacts | No
     if manifest is not None and facts is not None:
         for name in ("config_sha256", "data_sha256"):
             part.expect(f"{_base(folder)}: {name} of run.json", getattr(facts, name), getattr(manifest, name))
-    if part.n_wrong and not storage.exists(storage.join(folder, _MANIFEST)):
+    if part.n_wrong and not storage.exists(storage.join(folder, MANIFEST)):
         report.note(f"{_base(folder)}: removed while it was read")
     else:
         report.add(*part.findings)
@@ -215,11 +214,11 @@ def _check_checkpoint_of_run(report: _Report, folder: str, facts: _RunFacts | No
 
 def _check_checkpoint(report: _Report, folder: str) -> _CheckpointManifest | None:
     name = _base(folder)
-    manifest, contents = _check_files(report, folder, _CheckpointManifest, {_MODEL, _STATE})
+    manifest, contents = _check_files(report, folder, _CheckpointManifest, {MODEL, STATE})
     if manifest is not None and name.startswith("step-"):
         report.expect(f"{name}: step of the manifest", name, f"step-{manifest.step:08d}")
-    if _MODEL in contents:
-        _check_header(report, f"{name}/{_MODEL}", contents[_MODEL])
+    if MODEL in contents:
+        _check_header(report, f"{name}/{MODEL}", contents[MODEL])
     return manifest
 
 
@@ -228,12 +227,12 @@ def _check_files(
 ) -> tuple[_M | None, dict[str, bytes]]:
     """The manifest, if it is one, and the bytes of every file in it that is there, whole or not."""
     name, contents = _base(folder), dict[str, bytes]()
-    manifest = _parsed(report, f"{name}/{_MANIFEST}", _read(storage.join(folder, _MANIFEST)), kind)
+    manifest = _parsed(report, f"{name}/{MANIFEST}", _read(storage.join(folder, MANIFEST)), kind)
     if manifest is None:
         return None, contents
     keys = {entry.key for entry in manifest.files}
     if required - keys:
-        report.bad(f"{name}/{_MANIFEST}", " and ".join(sorted(required)), " and ".join(sorted(keys)) or "no files")
+        report.bad(f"{name}/{MANIFEST}", " and ".join(sorted(required)), " and ".join(sorted(keys)) or "no files")
     for entry in manifest.files:
         data = _read(storage.join(folder, entry.key))
         found = "no such file" if data is None else _measure(len(data), storage.sha256(data))
@@ -280,11 +279,11 @@ def _check_split(report: _Report, data: bytes | None) -> None:
 
 
 def _check_submission(report: _Report, folder: str, data: str | None) -> None:
-    manifest, contents = _check_files(report, folder, _SubmissionManifest, {_SUBMISSION})
+    manifest, contents = _check_files(report, folder, _SubmissionManifest, {SUBMISSION})
     if manifest is None:
         return
-    if _SUBMISSION in contents:
-        content = contents[_SUBMISSION]
+    if SUBMISSION in contents:
+        content = contents[SUBMISSION]
         report.expect("folder's digest", storage.sha256(content)[:12], _base(folder))
         ids = _check_csv(report, content, manifest.rows)
         _compare_ids(report, ids, manifest.run, data)
@@ -296,17 +295,17 @@ def _check_csv(report: _Report, content: bytes, n_rows: int) -> list[str]:
     try:
         header, *rows = [*csv.reader(io.StringIO(content.decode(), newline=""), strict=True)] or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
-        report.bad(_SUBMISSION, "CSV in UTF-8", _first_line(error))
+        report.bad(SUBMISSION, "CSV in UTF-8", _first_line(error))
         return []
-    report.expect(f"{_SUBMISSION}: header", "sample_id,price", ",".join(header))
-    report.expect(f"{_SUBMISSION}: rows", n_rows, len(rows))
+    report.expect(f"{SUBMISSION}: header", "sample_id,price", ",".join(header))
+    report.expect(f"{SUBMISSION}: rows", n_rows, len(rows))
     ids = [row[0] if row else "" for row in rows]
-    _check_once(report, f"{_SUBMISSION}: ids", ids)
+    _check_once(report, f"{SUBMISSION}: ids", ids)
     wrong = [",".join(row) for row in rows if len(row) != 2 or not _is_price(row[1])]
     if wrong:
-        report.bad(f"{_SUBMISSION}: prices", "plain finite numbers above 0", f"{len(wrong)} others: {_some(wrong)}")
+        report.bad(f"{SUBMISSION}: prices", "plain finite numbers above 0", f"{len(wrong)} others: {_some(wrong)}")
     else:
-        report.ok(f"{_SUBMISSION}: prices are plain finite numbers above 0")
+        report.ok(f"{SUBMISSION}: prices are plain finite numbers above 0")
     return ids
 
 
@@ -334,7 +333,7 @@ def _compare_ids(report: _Report, ids: list[str], run: str, data: str | None) ->
     except _NOT_READABLE as error:
         report.note(f"ids not compared: {_first_line(error)}")
         return
-    what, wanted = f"{_SUBMISSION}: ids of test.csv in {data}", list(table.ids[table.file_order])
+    what, wanted = f"{SUBMISSION}: ids of test.csv in {data}", list(table.ids[table.file_order])
     if ids == wanted:
         report.ok(f"{what}: all {len(wanted)}, in its order")
     else:
@@ -351,16 +350,16 @@ def _difference(wanted: Sequence[str], ids: Sequence[str]) -> str:
 def _compare_model(report: _Report, manifest: _SubmissionManifest) -> None:
     folder = storage.join(manifest.run, "checkpoints", manifest.checkpoint)
     try:
-        data = storage.read_version(storage.join(folder, _MANIFEST))
+        data = storage.read_version(storage.join(folder, MANIFEST))
     except _NOT_READABLE as error:
         report.note(f"model not compared: {_first_line(error)}")
         return
     if data is None:
         report.note(f"model not compared: {folder} is no longer there")
         return
-    made = _parsed(report, f"{manifest.checkpoint}/{_MANIFEST} of {manifest.run}", data[0], _CheckpointManifest)
+    made = _parsed(report, f"{manifest.checkpoint}/{MANIFEST} of {manifest.run}", data[0], _CheckpointManifest)
     if made is not None:
-        report.expect(f"model_sha256, as in {manifest.checkpoint}", made.sha256_of(_MODEL), manifest.model_sha256)
+        report.expect(f"model_sha256, as in {manifest.checkpoint}", made.sha256_of(MODEL), manifest.model_sha256)
 
 
 def _parsed(report: _Report, what: str, data: bytes | None, kind: type[T]) -> T | None:

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from fusion import report
-from fusion.checkpoint import Checkpoint
 from fusion.evaluation import BIN_NAMES, RANGE_NAMES, Evaluation, _summary, evaluate, price_bins
+from fusion.manifests import Checkpoint
 from fusion.metrics import compute_metrics, row_smape
 
 

@@ -15,7 +15,7 @@ import boto3
 import fsspec
 import pytest
 
-from fusion import checkpoint, storage
+from fusion import manifests, storage
 from fusion.all_embeddings import predict_test, train
 from fusion.errors import UnreachableError
 from tests.conftest import BUCKET, SMALL, run_command, upload
@@ -60,7 +60,7 @@ class Place:
         manifests = {key: json.loads(data) for key, data in found.items() if "/checkpoints/" in key and _is_one(key)}
         (final,) = [key for key, manifest in manifests.items() if manifest["finished"]]
         (submission,) = [data for key, data in found.items() if key.endswith("submission.csv")]
-        return found[final.replace(checkpoint.MANIFEST, checkpoint.MODEL)], submission
+        return found[final.replace(manifests.MANIFEST, manifests.MODEL)], submission
 
 
 def _objects(prefix: str) -> Iterator[tuple[str, bytes]]:
@@ -84,7 +84,7 @@ def _direct() -> Iterator[boto3.client]:
 
 
 def _is_one(key: str) -> bool:
-    return key.endswith(f"/{checkpoint.MANIFEST}")
+    return key.endswith(f"/{manifests.MANIFEST}")
 
 
 def damaged(objects: dict[str, bytes]) -> list[str]:
@@ -92,7 +92,7 @@ def damaged(objects: dict[str, bytes]) -> list[str]:
     wrong = []
     for key in filter(_is_one, objects):
         for entry in json.loads(objects[key])["files"]:
-            name = key.replace(checkpoint.MANIFEST, entry["key"])
+            name = key.replace(manifests.MANIFEST, entry["key"])
             if hashlib.sha256(objects.get(name, b"")).hexdigest() != entry["sha256"]:
                 wrong.append(name)
     return wrong
@@ -140,8 +140,8 @@ def undisturbed(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     where = ["--output", str(output)]
     assert train.main([*where, "--data", str(catalog), *FLAGS]) == 0
     assert predict_test.main([*where, "--run-id", "r", "--date", DATE]) == 0
-    model = checkpoint.committed(str(output / "runs/r"))[-1].url
-    return Path(model, checkpoint.MODEL).read_bytes(), next(output.rglob("submission.csv")).read_bytes()
+    model = manifests.committed(str(output / "runs/r"))[-1].url
+    return Path(model, manifests.MODEL).read_bytes(), next(output.rglob("submission.csv")).read_bytes()
 
 
 def is_commit(request: Request) -> bool:
@@ -240,16 +240,16 @@ def test_a_flipped_bit_in_the_store(
     place.proxy.plan = once(lambda request: is_commit(request) and next(n_commits) == 2, always(Fault.DENIED))
     assert place.train() == 77
     place.proxy.plan = None
-    newest = checkpoint.committed(place.run)[-1]
-    _flip(storage.join(newest.url, checkpoint.MODEL))
+    newest = manifests.committed(place.run)[-1]
+    _flip(storage.join(newest.url, manifests.MODEL))
     capsys.readouterr()
     assert place.train() == 0
     said = capsys.readouterr().err
     assert f"event=checkpoint_damaged checkpoint={newest.url}" in said
-    best = checkpoint.best(place.run)
+    best = manifests.best(place.run)
     assert place.predict() == 0
     assert place.results() == undisturbed
-    _flip(storage.join(best.url, checkpoint.MODEL))
+    _flip(storage.join(best.url, manifests.MODEL))
     assert place.predict() == 65
     check_two_lines(capsys.readouterr().err, "model.safetensors is damaged: sha256")
 

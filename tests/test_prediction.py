@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusion.checkpoint import Checkpoint
 from fusion.errors import DivergedError
+from fusion.manifests import Checkpoint
 from fusion.prediction import submission_csv, warn_of_leak
 from fusion.tables import Table
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusion import checkpoint, storage
+from fusion import manifests, storage
 from fusion.all_embeddings import train
 from fusion.config import PredictConfig
 from fusion.errors import DataError
@@ -28,7 +28,7 @@ def publisher(catalog: Path, output: str) -> Callable[[int], None]:
     run = f"{output}/runs/r"
     flags = ["--data", str(catalog), "--output", output, "--run-id", "r", *SMALL, "--epochs", "1"]
     assert train.main(flags) == 0
-    chosen, table = checkpoint.best(run), read_table(str(catalog), "test", priced=False)
+    chosen, table = manifests.best(run), read_table(str(catalog), "test", priced=False)
     settings = PredictConfig(output=output, date="2026-01-02")
 
     def publish(number: int) -> None:

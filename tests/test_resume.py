@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fusion import checkpoint, storage
+from fusion import checkpoint, manifests, storage
 from fusion.all_embeddings import predict_test, train
 from fusion.errors import SupersededError
 from fusion.runs import take_lease
@@ -29,7 +29,7 @@ def flags(catalog: Path | str, output: Path | str, *more: str) -> list[str]:
 
 
 def model_bytes(output: Path) -> bytes:
-    return checkpoint.read_file(checkpoint.best(str(output / "runs" / "r")), checkpoint.MODEL)
+    return manifests.read_file(manifests.best(str(output / "runs" / "r")), manifests.MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +113,12 @@ def test_a_damaged_checkpoint_is_passed_over(
     with monkeypatch.context() as patch:
         stopped_at(patch, 12)
         assert train.main(flags(catalog, tmp_path)) == 75
-    newest = checkpoint.committed(str(tmp_path / "runs/r"))[-1]
-    state = Path(newest.url, checkpoint.STATE)
+    newest = manifests.committed(str(tmp_path / "runs/r"))[-1]
+    state = Path(newest.url, manifests.STATE)
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "no manifest":
-        Path(newest.url, checkpoint.MANIFEST).unlink()
+        Path(newest.url, manifests.MANIFEST).unlink()
     else:
         state.write_bytes(content if damage == "flip" else content[:1000])
     capsys.readouterr()
@@ -133,13 +133,13 @@ def test_an_older_attempt_cannot_publish(catalog: Path, tmp_path: Path, monkeypa
     """While this attempt trains, another one takes the lease."""
     original = checkpoint.commit
 
-    def commit(run: str, *arguments: object) -> checkpoint.Checkpoint:
+    def commit(run: str, *arguments: object) -> manifests.Checkpoint:
         take_lease(run)
         return original(run, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(checkpoint, "commit", commit)
     assert train.main(flags(catalog, tmp_path)) == 78
-    assert checkpoint.committed(str(tmp_path / "runs/r")) == []
+    assert manifests.committed(str(tmp_path / "runs/r")) == []
     assert not (tmp_path / "pointers").exists()
 
 
@@ -164,7 +164,7 @@ def test_two_jobs_at_once(catalog: Path, tmp_path: Path, undisturbed: Path) -> N
 
 def test_retention_keeps_the_newest_and_the_best(catalog: Path, tmp_path: Path) -> None:
     assert train.main(flags(catalog, tmp_path, "--keep", "1", "--checkpoint-steps", "1")) == 0
-    left = checkpoint.committed(str(tmp_path / "runs/r"))
+    left = manifests.committed(str(tmp_path / "runs/r"))
     assert 1 <= len(left) <= 2
     assert left[-1].manifest["finished"]
     folders = {path.name for path in (tmp_path / "runs/r/checkpoints").iterdir()}
@@ -201,7 +201,7 @@ def test_a_real_sigterm_ends_with_75_and_a_checkpoint(catalog: Path, tmp_path: P
     command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags(catalog, tmp_path, "--epochs", "10000")]
     command += ["--patience", "10000"]
     job = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not checkpoint.committed(str(tmp_path / "runs/r")):
+    while not manifests.committed(str(tmp_path / "runs/r")):
         time.sleep(0.05)
         assert job.poll() is None
     started = time.monotonic()
@@ -209,7 +209,7 @@ def test_a_real_sigterm_ends_with_75_and_a_checkpoint(catalog: Path, tmp_path: P
     assert job.wait(30) == 75
     assert time.monotonic() - started < 10
     end = json.loads((tmp_path / "runs/r/attempts/1/exit.json").read_text())
-    assert end["step"] == checkpoint.committed(str(tmp_path / "runs/r"))[-1].manifest["step"]
+    assert end["step"] == manifests.committed(str(tmp_path / "runs/r"))[-1].manifest["step"]
 
 
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 15), (2, 10)])

@@ -14,7 +14,7 @@ import fsspec
 import pandas as pd
 import pytest
 
-from fusion import checkpoint, storage
+from fusion import manifests, storage
 from fusion.all_embeddings import predict_test, train
 from fusion.verify import main
 from tests.conftest import SMALL, run_command, upload
@@ -42,7 +42,7 @@ def output(made: Path, tmp_path: Path) -> Path:
 
 
 def newest(output: Path) -> Path:
-    return Path(checkpoint.committed(str(output / "runs/r"))[-1].url)
+    return Path(manifests.committed(str(output / "runs/r"))[-1].url)
 
 
 def submission(output: Path) -> Path:
@@ -246,7 +246,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile(output: Path, monkeypatch: pytest
     original, gone = storage.read, newest(output)
 
     def read(url: str) -> bytes:
-        if url == f"{gone}/{checkpoint.STATE}" and gone.exists():
+        if url == f"{gone}/{manifests.STATE}" and gone.exists():
             shutil.rmtree(gone)
         return original(url)
 

@@ -19,87 +19,35 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import fsspec
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from fusion import storage
 from fusion.command import guarded
 from fusion.config import digest
 from fusion.errors import CredentialsError, DataError, ExitCode, Parser
 from fusion.manifests import MANIFEST, MODEL, STATE, SUBMISSION
+from fusion.records import (
+    CheckpointManifest,
+    DataOfRun,
+    Manifest,
+    RunFacts,
+    SubmissionManifest,
+    SubmissionPointer,
+    reason,
+)
 
 T = TypeVar("T")
+_M = TypeVar("_M", bound=Manifest)
 
 _POINTERS = "pointers/submissions/"
 _PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")
 _KINDS = "a run, a checkpoint folder, a submission folder, or pointers/submissions/<name>/current.json"
 _NOT_READABLE = (DataError, CredentialsError, ImportError, ValueError)  # not: a store that is silent, which is 69
-
-_Count = Annotated[int, Field(ge=0)]
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-@dataclass(frozen=True)
-class _File:
-    key: _Name
-    bytes: _Count
-    sha256: _Sha256
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    schema: Literal[1]
-    files: list[_File]
-
-    def sha256_of(self, key: str) -> str:
-        return next((entry.sha256 for entry in self.files if entry.key == key), "")
-
-
-@dataclass(frozen=True)
-class _CheckpointManifest(_Manifest):
-    step: _Count
-    epoch: _Count
-    smape: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
-    finished: bool
-    config_sha256: _Sha256
-    data_sha256: _Sha256
-    revision: str
-
-
-@dataclass(frozen=True)
-class _SubmissionManifest(_Manifest):
-    rows: PositiveInt
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
-    run: str
-    checkpoint: _Name
-    model_sha256: _Sha256
-
-
-@dataclass(frozen=True)
-class _Pointer:
-    submission: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/\d{4}-\d{2}-\d{2}/[0-9a-f]{12}$")]
-
-
-@dataclass(frozen=True)
-class _RunConfig:
-    data: str
-
-
-@dataclass(frozen=True)
-class _RunFacts:
-    run_id: _Name
-    variant: str
-    config_sha256: _Sha256
-    data_sha256: _Sha256
-    dims: dict[str, PositiveInt]
-
-
-_M = TypeVar("_M", bound=_Manifest)
 
 
 @dataclass(frozen=True)
@@ -175,7 +123,7 @@ def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = l
 
 def _check_pointer(report: _Report, url: str, data: str | None) -> None:
     output, _, rest = url.rpartition(_POINTERS)
-    pointer = _parsed(report, rest, _read(url), _Pointer)
+    pointer = _parsed(report, rest, _read(url), SubmissionPointer)
     if pointer is None:
         return
     report.expect(f"{rest}: name of the submission", rest.split("/")[0], pointer.submission.split("/")[0])
@@ -184,8 +132,8 @@ def _check_pointer(report: _Report, url: str, data: str | None) -> None:
 
 def _check_run(report: _Report, url: str) -> None:
     settings = _read(storage.join(url, "config.json"))
-    config = _parsed(report, "config.json", settings, _RunConfig)
-    facts = _parsed(report, "run.json", _read(storage.join(url, "run.json")), _RunFacts)
+    config = _parsed(report, "config.json", settings, DataOfRun)
+    facts = _parsed(report, "run.json", _read(storage.join(url, "run.json")), RunFacts)
     if settings and config and facts and digest(json.loads(settings)) != facts.config_sha256:
         report.note("config.json: not the settings of run.json's config_sha256; its data or how it ran may differ")
     _check_split(report, _read(storage.join(url, "split.parquet")))
@@ -200,7 +148,7 @@ def _check_run(report: _Report, url: str) -> None:
         report.note("no committed checkpoint")
 
 
-def _check_checkpoint_of_run(report: _Report, folder: str, facts: _RunFacts | None) -> None:
+def _check_checkpoint_of_run(report: _Report, folder: str, facts: RunFacts | None) -> None:
     part = _Report(lambda _: None)
     manifest = _check_checkpoint(part, folder)
     if manifest is not None and facts is not None:
@@ -212,9 +160,9 @@ def _check_checkpoint_of_run(report: _Report, folder: str, facts: _RunFacts | No
         report.add(*part.findings)
 
 
-def _check_checkpoint(report: _Report, folder: str) -> _CheckpointManifest | None:
+def _check_checkpoint(report: _Report, folder: str) -> CheckpointManifest | None:
     name = _base(folder)
-    manifest, contents = _check_files(report, folder, _CheckpointManifest, {MODEL, STATE})
+    manifest, contents = _check_files(report, folder, CheckpointManifest, {MODEL, STATE})
     if manifest is not None and name.startswith("step-"):
         report.expect(f"{name}: step of the manifest", name, f"step-{manifest.step:08d}")
     if MODEL in contents:
@@ -279,7 +227,7 @@ def _check_split(report: _Report, data: bytes | None) -> None:
 
 
 def _check_submission(report: _Report, folder: str, data: str | None) -> None:
-    manifest, contents = _check_files(report, folder, _SubmissionManifest, {SUBMISSION})
+    manifest, contents = _check_files(report, folder, SubmissionManifest, {SUBMISSION})
     if manifest is None:
         return
     if SUBMISSION in contents:
@@ -328,7 +276,7 @@ def _compare_ids(report: _Report, ids: list[str], run: str, data: str | None) ->
     try:
         if data is None:
             config = storage.read(storage.join(run, "config.json"))
-            data = TypeAdapter(_RunConfig).validate_json(config).data
+            data = TypeAdapter(DataOfRun).validate_json(config).data
         table = read_table(data, "test", priced=False)
     except _NOT_READABLE as error:
         report.note(f"ids not compared: {_first_line(error)}")
@@ -347,7 +295,7 @@ def _difference(wanted: Sequence[str], ids: Sequence[str]) -> str:
     return f"{len(missing)} missing ({_some(missing)}), {len(others)} others ({_some(others)})"
 
 
-def _compare_model(report: _Report, manifest: _SubmissionManifest) -> None:
+def _compare_model(report: _Report, manifest: SubmissionManifest) -> None:
     folder = storage.join(manifest.run, "checkpoints", manifest.checkpoint)
     try:
         data = storage.read_version(storage.join(folder, MANIFEST))
@@ -357,7 +305,7 @@ def _compare_model(report: _Report, manifest: _SubmissionManifest) -> None:
     if data is None:
         report.note(f"model not compared: {folder} is no longer there")
         return
-    made = _parsed(report, f"{manifest.checkpoint}/{MANIFEST} of {manifest.run}", data[0], _CheckpointManifest)
+    made = _parsed(report, f"{manifest.checkpoint}/{MANIFEST} of {manifest.run}", data[0], CheckpointManifest)
     if made is not None:
         report.expect(f"model_sha256, as in {manifest.checkpoint}", made.sha256_of(MODEL), manifest.model_sha256)
 
@@ -370,20 +318,10 @@ def _parsed(report: _Report, what: str, data: bytes | None, kind: type[T]) -> T 
     try:
         value = TypeAdapter(kind).validate_json(data, strict=True)
     except ValidationError as error:
-        report.bad(what, *_reason(error.errors()[0]))
+        report.bad(what, *reason(error.errors()[0]))
         return None
     report.ok(what)
     return value
-
-
-def _reason(first: Mapping[str, Any]) -> tuple[str, str]:
-    """What was expected and what was found, of one of pydantic's errors."""
-    if first["type"] == "json_invalid":
-        return "JSON", first["msg"]
-    key = ".".join(map(str, first["loc"])) or "an object"
-    if first["type"] == "missing":
-        return key, "nothing of that name"
-    return f"{key} for which {first['msg'][0].lower()}{first['msg'][1:]}", repr(first["input"])[:80]
 
 
 def _read(url: str) -> bytes | None:

@@ -1,0 +1,127 @@
+"""The JSON documents of a bucket as types. Whoever reads one gets what it promises, or an error that names the key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fusion.errors import DataError
+
+T = TypeVar("T")
+
+Count = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of one file or folder: no way out of its own
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Smape = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    key: Name
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Manifest:
+    schema: Literal[1]
+    files: list[FileEntry]
+
+    def sha256_of(self, key: str) -> str:
+        return next((entry.sha256 for entry in self.files if entry.key == key), "")
+
+
+@dataclass(frozen=True)
+class CheckpointManifest(Manifest):
+    step: Count
+    epoch: Count
+    smape: Smape | None
+    finished: bool
+    config_sha256: Sha256
+    data_sha256: Sha256
+    revision: str
+
+
+@dataclass(frozen=True)
+class SubmissionManifest(Manifest):
+    rows: PositiveInt
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    run: str
+    checkpoint: Name
+    model_sha256: Sha256
+
+
+@dataclass(frozen=True)
+class SubmissionPointer:
+    submission: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/\d{4}-\d{2}-\d{2}/[0-9a-f]{12}$")]
+
+
+@dataclass(frozen=True)
+class RunPointer:
+    run_id: Name
+    checkpoint: Name
+    smape: Smape
+
+
+@dataclass(frozen=True)
+class DataOfRun:
+    """Of a run's `config.json`: where its data are."""
+
+    data: str
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """`run.json`"""
+
+    run_id: Name
+    variant: str
+    config_sha256: Sha256
+    data_sha256: Sha256
+    dims: dict[str, PositiveInt]
+    started: str = ""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """`lease.json`: the newest attempt at a run."""
+
+    attempt: PositiveInt
+    started: str
+
+
+@dataclass(frozen=True)
+class AttemptEnd:
+    """`attempts/<n>/exit.json`"""
+
+    code: int
+    ended: str
+    error: str = ""
+
+
+def parse(kind: type[T], data: bytes, url: str) -> T:
+    """The JSON document at `url` as `kind`.
+
+    Raises:
+        DataError: it is no JSON, or a key is missing or holds something else.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(data, strict=True)
+    except ValidationError as error:
+        expected, found = reason(error.errors()[0])
+        raise DataError(
+            f"{url} is damaged: expected {expected}, found {found}", "`python -m fusion.verify URL` says what else is"
+        ) from error
+
+
+def reason(first: Mapping[str, Any]) -> tuple[str, str]:
+    """What was expected and what was found, of one of pydantic's errors."""
+    if first["type"] == "json_invalid":
+        return "JSON", first["msg"]
+    key = ".".join(map(str, first["loc"])) or "an object"
+    if first["type"] == "missing":
+        return key, "nothing of that name"
+    return f"{key} for which {first['msg'][0].lower()}{first['msg'][1:]}", repr(first["input"])[:80]

@@ -132,4 +132,4 @@ def _is_committed(folder: str) -> bool:
 
 def _nearest(wrong: str, known: Iterable[str], command: str) -> str:
     near = difflib.get_close_matches(wrong, list(known), n=1)
-    return f"did you mean {near[0]}? " * len(near) + f"`{command}` lists what is there"
+    return "".join(f"did you mean {name}? " for name in near) + f"`{command}` lists what is there"

@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         made: Parser = commands.add_parser(
             name, help=text, description=f"{text}. {more}", formatter_class=form, allow_abbrev=False
         )
-        made.set_defaults(job=job)
+        made.set_defaults(job=job, parser=made)
         patience = os.environ.get("FUSION_STORE_TIMEOUT", "60")
         made.add_argument("--output", metavar="URL", default=os.environ.get("FUSION_OUTPUT", "output"),
             help="bucket or folder with runs/ and submissions/ (default: FUSION_OUTPUT, else output)")  # fmt: skip
@@ -209,7 +209,9 @@ def _seconds(text: str) -> float:
 
 
 def _job(argv: Sequence[str] | None) -> ExitCode:
-    given = _parser().parse_args(argv)
+    given, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # which knows the flags that are near
     storage.set_patience(given.store_timeout)
     given.job(given)
     return ExitCode.DONE

@@ -49,13 +49,14 @@ CHECKS = (
 def examine(job: Job, checks: Sequence[Check], say: Callable[[str, Finding], None]) -> dict[str, Finding]:
     """What every check found, by its name; `say` is told each as it is found."""
     findings: dict[str, Finding] = {}
+    missed: set[str] = set()  # failed, or not looked at
     for check in checks:
-        needed = findings.get(check.needs)
-        if needed is not None and needed.verdict == "fail":
-            finding: Finding | None = warn(f"not looked at: {check.needs} failed", f"mend {check.needs} first")
+        if check.needs in missed:
+            finding: Finding | None = warn(f"not looked at, for want of {check.needs}", f"mend {check.needs} first")
         else:
             finding = look(check, job)
         if finding is not None:
+            missed |= {check.name} if check.needs in missed or finding.verdict == "fail" else set()
             findings[check.name] = finding
             say(check.name, finding)
     return findings
@@ -102,7 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--variant", help="qwen_clip or all_embeddings: also look for its sources")
     add("--store-timeout", metavar="S", type=float, default=environment("FUSION_STORE_TIMEOUT", "5"),
         help="seconds to retry a store that does not answer (default: 5)")  # fmt: skip
-    add("--only", metavar="CHECK", nargs="+", choices=[check.name for check in CHECKS], help="not all of the checks below")
+    add(
+        "--only",
+        metavar="CHECK",
+        nargs="+",
+        choices=[check.name for check in CHECKS],
+        help="not all of the checks below",
+    )
     add("--json", action="store_true", help="JSON instead of lines")
     return parser
 

@@ -124,8 +124,8 @@ def _job(argv: Sequence[str] | None) -> ExitCode:
         listed = [{"check": name, **asdict(finding)} for name, finding in findings.items()]
         sys.stdout.write(storage.as_json(listed).decode())
         return worst([*findings.values()])
-    n = {verdict: sum(one.verdict == verdict for one in findings.values()) for verdict in ("fail", "warn")}
-    print("OK" if not any(n.values()) else f"{n['fail']} failed, {n['warn']} warnings")
+    n_failed = sum(finding.verdict == "fail" for finding in findings.values())
+    print(f"{n_failed} of {len(findings)} checks failed" if n_failed else "OK")
     return worst([*findings.values()])
 
 

@@ -1,0 +1,135 @@
+"""Which run or submission is meant, and which files are pulled of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fusion import storage
+from fusion.errors import DataError, UsageError
+from fusion.manifests import MANIFEST, STATE, best_of
+from fusion.records import CheckpointManifest, Manifest, RunPointer, SubmissionManifest, SubmissionPointer, parse
+from jobs.bucket import LEASE, base, checkpoints, current_of
+from jobs.transfer import Item, Plan
+
+POINTERS = ("latest", "best")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to pull: the folder's path below the output, and the pointer that named it, if one did."""
+
+    path: str
+    pointer: dict[str, bytes]
+
+
+def choose_run(output: str, which: str, variant: str | None) -> Choice:
+    """The run that `latest` or `best` of a variant names, or the one of that id.
+
+    Raises:
+        DataError: there is none; UsageError: there are several variants, and none was given.
+    """
+    if which not in POINTERS:
+        known = [base(url) for url in storage.ls(storage.join(output, "runs"))]
+        if which not in known:
+            raise DataError(f"no run {which} under {output}", _nearest(which, known, "pull.py runs"))
+        return Choice(f"runs/{which}", {})
+    variant = variant or _only_variant(output)
+    path = f"pointers/runs/{variant}/{which}.json"
+    if not storage.exists(storage.join(output, path)):
+        raise DataError(f"no finished run of {variant} under {output}", "`pull.py runs` lists what is there")
+    content = storage.read(storage.join(output, path))
+    return Choice(f"runs/{parse(RunPointer, content, storage.join(output, path)).run_id}", {path: content})
+
+
+def _only_variant(output: str) -> str:
+    variants = [base(url) for url in storage.ls(storage.join(output, "pointers", "runs"))]
+    if len(variants) == 1:
+        return variants[0]
+    if not variants:
+        raise DataError(
+            f"no finished run under {output}", "`pull.py runs` lists what is there; --output names the bucket"
+        )
+    raise UsageError(f"there are runs of {' and '.join(variants)}", f"choose with --variant {variants[0]}")
+
+
+def choose_submission(output: str, which: str, name: str) -> Choice:
+    """The submission that `current` names, or the one of a date, or of DATE/DIGEST.
+
+    Raises:
+        DataError: there is none, or there are several of that date and none of them is current.
+    """
+    if which == "current":
+        return _current_submission(output, name)
+    date, _, digest = which.partition("/")
+    found = [url for url in storage.ls(storage.join(output, "submissions", name, date)) if _is_committed(url)]
+    matching = [url for url in found if base(url) == digest or not digest]
+    if len(matching) > 1:
+        current = current_of(output, name)
+        matching = [url for url in matching if url.endswith(f"/submissions/{current}")] or matching
+    if len(matching) == 1:
+        return Choice(f"submissions/{name}/{date}/{base(matching[0])}", {})
+    there = ", ".join(f"{date}/{base(url)}" for url in found)
+    raise DataError(
+        f"{len(matching) or 'no'} submissions {which} of {name!r} under {output}",
+        f"name one of {there}" if there else "`pull.py submissions` lists what is there",
+    )
+
+
+def _current_submission(output: str, name: str) -> Choice:
+    path = f"pointers/submissions/{name}/current.json"
+    if not storage.exists(storage.join(output, path)):
+        known = [base(url) for url in storage.ls(storage.join(output, "pointers", "submissions"))]
+        raise DataError(f"no submission named {name!r} under {output}", _nearest(name, known, "pull.py submissions"))
+    content = storage.read(storage.join(output, path))
+    pointer = parse(SubmissionPointer, content, storage.join(output, path))
+    return Choice(f"submissions/{pointer.submission}", {path: content})
+
+
+def plan_run(output: str, choice: Choice, *, state: bool) -> Plan:
+    """All files of a run but its lease and all but its best checkpoint; `state.pt` of that one only if asked for."""
+    run = storage.join(output, choice.path)
+    found = [checkpoint for checkpoint in checkpoints(run) if checkpoint.manifest["smape"] is not None]
+    plan = _folder(output, choice.path, listed=True)
+    for below in ["metrics", *(f"attempts/{base(url)}" for url in storage.ls(storage.join(run, "attempts")))]:
+        plan = _joined(plan, _folder(output, f"{choice.path}/{below}", listed=True))
+    if found:
+        weights = _folder(
+            output, f"{choice.path}/checkpoints/{best_of(found).name}", listed=False, kind=CheckpointManifest
+        )
+        kept = [item for item in weights.items if state or base(item.path) != STATE]
+        plan = _joined(plan, Plan(kept, weights.last))
+    return _joined(plan, Plan([], choice.pointer))
+
+
+def plan_submission(output: str, choice: Choice) -> Plan:
+    """A submission and its manifest."""
+    plan = _folder(output, choice.path, listed=False, kind=SubmissionManifest)
+    return _joined(plan, Plan([], choice.pointer))
+
+
+def _folder(output: str, path: str, *, listed: bool, kind: type[Manifest] = Manifest) -> Plan:
+    """The files that the folder's manifest names and, if asked for, those beside them, from a listing."""
+    url = storage.join(output, path)
+    names = {base(found) for found in storage.ls(url)} if listed else {MANIFEST}
+    content = storage.read(storage.join(url, MANIFEST)) if MANIFEST in names else None
+    named = parse(kind, content, storage.join(url, MANIFEST)).files if content else []
+    items = [Item(storage.join(url, entry.key), f"{path}/{entry.key}", entry) for entry in named]
+    beside = names - {entry.key for entry in named} - {MANIFEST, LEASE}
+    others = sorted(name for name in beside if "." in name.strip("."))  # files have a dot in their names, folders none
+    items += [Item(storage.join(url, name), f"{path}/{name}") for name in others]
+    return Plan(items, {f"{path}/{MANIFEST}": content} if content else {})
+
+
+def _joined(first: Plan, second: Plan) -> Plan:
+    return Plan([*first.items, *second.items], {**first.last, **second.last})
+
+
+def _is_committed(folder: str) -> bool:
+    return storage.exists(storage.join(folder, MANIFEST))
+
+
+def _nearest(wrong: str, known: Iterable[str], command: str) -> str:
+    near = difflib.get_close_matches(wrong, list(known), n=1)
+    return "".join(f"did you mean {name}? " for name in near) + f"`{command}` lists what is there"

@@ -1,0 +1,104 @@
+"""What differs between runs: their settings, their SMAPE, and their metrics group by group."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fusion import storage
+from fusion.errors import DataError, UsageError
+from jobs.bucket import base, checkpoints
+
+NAMES = {"by", "group"}
+WHERE = {"output", "run_id"}  # different for any two runs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs side by side; each list has one value a run.
+
+    Attributes:
+        settings: those that differ; None where a run's variant has no such setting.
+        smape: validation SMAPE of the best checkpoint, in %; None before the first.
+        metric: of the groups.
+        groups: (by, group) to the metric; None where a run has no such group. Empty unless two runs were evaluated.
+        not_evaluated: runs without metrics by groups.
+        same_rows: whether all validated on the same rows, so that the figures can be compared at all.
+    """
+
+    runs: list[str]
+    smape: list[float | None]
+    settings: dict[str, list[Any]]
+    metric: str
+    groups: dict[tuple[str, str], list[float | None]]
+    not_evaluated: list[str]
+    same_rows: bool
+
+
+def compare(runs: Sequence[str], metric: str = "smape") -> Comparison:
+    """Compares runs, given by their URLs.
+
+    Raises:
+        DataError: a run lacks its settings, or they are damaged.
+        UsageError: there is no such metric.
+    """
+    settings = [dict(_flat(_json(storage.join(run, "config.json")))) for run in runs]
+    metrics = [_groups(run, metric) for run in runs]
+    evaluated = [groups for groups in metrics if groups]
+    keys = dict.fromkeys(key for one in settings for key in one if key not in WHERE)
+    groups = dict.fromkeys(key for one in evaluated for key in one)
+    return Comparison(
+        [base(run) for run in runs],
+        [_smape(run) for run in runs],
+        {key: [one.get(key) for one in settings] for key in keys if _differ([one.get(key) for one in settings])},
+        metric,
+        {key: [one.get(key) for one in metrics] for key in groups} if len(evaluated) > 1 else {},
+        [base(run) for run, found in zip(runs, metrics, strict=True) if not found],
+        not _differ([_split(run) for run in runs]),
+    )
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    return any(value != values[0] for value in values)
+
+
+def _smape(run: str) -> float | None:
+    found = [checkpoint.smape for checkpoint in checkpoints(run) if checkpoint.manifest["smape"] is not None]
+    return min(found, default=None)
+
+
+def _split(run: str) -> bytes | None:
+    held = storage.read_version(storage.join(run, "split.parquet"))
+    return held[0] if held else None
+
+
+def _json(url: str) -> Any:
+    try:
+        return json.loads(storage.read(url))
+    except ValueError as error:
+        raise DataError(f"{url} is no JSON: {error}", "compare other runs") from error
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _groups(run: str, metric: str) -> dict[tuple[str, str], float]:
+    """(by, group) to the metric; empty when the run has not been evaluated."""
+    url = storage.join(run, "metrics", "groups.csv")
+    held = storage.read_version(url)
+    if held is None:
+        return {}
+    rows = csv.DictReader(io.StringIO(held[0].decode()))
+    known = [name for name in rows.fieldnames or [] if name not in NAMES]
+    if metric not in known:
+        raise UsageError(f"--metric is {metric!r}, which {url} does not have", f"choose one of {', '.join(known)}")
+    return {(row["by"], row["group"]): float(row[metric] or "nan") for row in rows}

@@ -1,0 +1,246 @@
+"""Checks of the machine: memory, folders, limits, libraries, GPUs, and how the nodes of a job find one another."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from fusion.errors import ExitCode
+from jobs.findings import Finding, Job, fail, ok, size, warn
+from jobs.settings import read_settings
+
+SHM = Path("/dev/shm")
+LITTLE = 2**30  # bytes; less is worth a word
+FEW_FILES = 1024
+SOON = 600  # seconds
+LAUNCHER_GRACE = 60.0  # seconds that fusion.launch gives its ranks unless told otherwise
+CACHES = ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR")
+_ASK_TORCH = """
+import json, torch
+cuda = torch.cuda.is_available()
+nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda and torch.distributed.is_nccl_available() else None
+print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.device_count() if cuda else 0, nccl]))
+"""
+
+
+def libraries(_: Job) -> Finding:
+    """Whether Python and every library are of a version that Fusion supports."""
+    try:
+        about = metadata.metadata("fusion")
+    except metadata.PackageNotFoundError:
+        return warn("fusion is not installed, so nothing says which versions it needs", "install it: `pip install .`")
+    needed = [Requirement(text) for text in metadata.requires("fusion") or ()]
+    needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    wrong = [text for one in needed if (text := _mismatch(one.name, one.specifier, _version(one.name)))]
+    python = _mismatch("Python", SpecifierSet(about["Requires-Python"] or ""), platform.python_version())
+    wrong = [python, *wrong] if python else wrong
+    if wrong:
+        to_do = "install Fusion again where it runs: `pip install .`"
+        return fail("; ".join(wrong), to_do, ExitCode.CONFIG)
+    return ok(f"fusion {about['Version']}, Python {platform.python_version()}, {len(needed)} libraries as required")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _mismatch(name: str, needed: SpecifierSet, found: str | None) -> str:
+    if found is None:
+        return f"{name} is not installed, expected {needed}"
+    return "" if needed.contains(found, prereleases=True) else f"{name} is {found}, expected {needed}"
+
+
+def gpus(job: Job) -> Finding | None:
+    """The GPUs and their driver, as nvidia-smi tells."""
+    device = read_settings(job).device
+    if device == "cpu":
+        return None
+    try:
+        listed = _nvidia_smi()
+    except (OSError, subprocess.SubprocessError) as error:
+        return fail(f"nvidia-smi does not work ({error})", "mend the driver, or ask for another node", ExitCode.CONFIG)
+    if not listed and device != "auto":
+        return fail(
+            f"no GPU, and FUSION_DEVICE is {device}", "ask for a GPU, or set FUSION_DEVICE=cpu", ExitCode.CONFIG
+        )
+    if not listed:
+        return warn("no GPU: the job computes on the CPU", "ask the cluster for a GPU, or say FUSION_DEVICE=cpu")
+    names = sorted({one["name"] for one in listed})
+    found = f"{len(listed)} x {' and '.join(names)}, driver {listed[0]['driver_version']}"
+    busy = [f"GPU {one['index']} has {one['memory.used']} of {one['memory.total']} MiB in use" for one in listed if
+            float(one["memory.used"]) > 0.1 * float(one["memory.total"])]  # fmt: skip
+    return warn(f"{found}; {', '.join(busy)}", "see `nvidia-smi` for whose it is") if busy else ok(found)
+
+
+def _nvidia_smi() -> list[dict[str, str]]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    names = ["index", "name", "driver_version", "memory.used", "memory.total"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    return [dict(zip(names, line.split(", "), strict=True)) for line in done.stdout.splitlines() if line]
+
+
+def torch(job: Job) -> Finding:
+    """Whether torch finds the GPUs, and which NCCL it brings. Another process loads it, not this one."""
+    if not find_spec("torch"):
+        return warn("torch is not installed: of Fusion, only jobs/ works here", "install it where jobs run")
+    command = [sys.executable, "-c", _ASK_TORCH]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        cause = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return fail(f"torch cannot be loaded ({cause})", "install it again", ExitCode.CONFIG)
+    version, cuda, n_devices, nccl = json.loads(done.stdout)
+    if not n_devices and read_settings(job).device != "cpu" and _nvidia_smi():
+        to_do = "install a build of torch for this driver, or a driver for this build"
+        return fail(f"torch {version} (CUDA {cuda}) finds none of the GPUs", to_do, ExitCode.CONFIG)
+    return ok(f"torch {version}, " + (f"CUDA {cuda}, NCCL {nccl}, {n_devices} GPUs" if n_devices else "on the CPU"))
+
+
+def shared_memory(_: Job) -> Finding:
+    """The size of /dev/shm, through which NCCL moves data between the GPUs of a node."""
+    to_do = "mount a larger one: a memory-backed emptyDir on Kubernetes, --shm-size=1g with Docker or Podman"
+    if not SHM.is_dir():
+        return warn(f"there is no {SHM}", to_do)
+    total, _used, free = shutil.disk_usage(SHM)
+    found, limit = f"{SHM} has {size(total)}, {size(free)} free", memory_limit()
+    if total < LITTLE or free < total / 10:
+        return warn(found, to_do)
+    if limit and total >= limit:
+        return warn(
+            f"{found}; the memory limit, which it counts towards, is {size(limit)}", "give it a sizeLimit below"
+        )
+    return ok(found)
+
+
+def memory(_: Job) -> Finding:
+    """What memory this job may use, and how many files it may open."""
+    limit, total = memory_limit(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    n_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    found = f"{size(limit)} by the cgroup's limit" if limit else f"{size(total)}, no limit by a cgroup"
+    found += f"; {n_files} open files"
+    if 0 <= n_files < FEW_FILES:
+        return warn(found, f"allow {FEW_FILES} open files or more: `ulimit -n`")
+    return ok(found)
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Bytes that the cgroup of this process allows; None for no limit."""
+    group = next((line for line in _text(root / "proc/self/cgroup").splitlines() if line.startswith("0::/")), "0::/")
+    parents = [Path(group[4:]), *Path(group[4:]).parents]
+    files = [root / "sys/fs/cgroup" / folder / "memory.max" for folder in parents]
+    limits = [_text(file).strip() for file in [*files, root / "sys/fs/cgroup/memory/memory.limit_in_bytes"]]
+    found = [int(limit) for limit in limits if limit.isdecimal() and int(limit) < 2**60]  # cgroup 1: huge for none
+    return min(found, default=None)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def folders(_: Job) -> Finding:
+    """Whether temporary files and caches can be written, and have room."""
+    wanted = {"TMPDIR": tempfile.gettempdir()} | {name: os.environ[name] for name in CACHES if os.environ.get(name)}
+    free: dict[str, int] = {}
+    for name, folder in wanted.items():
+        there = _nearest(Path(folder).absolute())
+        try:
+            with tempfile.TemporaryFile(dir=there) as file:
+                file.write(b"probe")
+            free[folder] = shutil.disk_usage(there).free
+        except OSError as error:
+            to_do = f"mount a writable volume there, or set {name} to one"
+            return fail(f"{folder} ({name}) cannot be written: {error.strerror}", to_do, ExitCode.CONFIG)
+    found = ", ".join(f"{folder} {size(n_bytes)} free" for folder, n_bytes in free.items())
+    return warn(found, "make room: compiled kernels and logs need some") if min(free.values()) < LITTLE else ok(found)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the part of its path that exists."""
+    return next(parent for parent in [folder, *folder.parents] if parent.exists())
+
+
+def names(_: Job) -> Finding:
+    """Whether this machine's name, and that of the first node, resolve."""
+    own, master = socket.gethostname(), _variable("MASTER_ADDR", "PET_MASTER_ADDR")
+    if n_nodes() > 1 and not master and not os.environ.get("SLURM_STEP_NODELIST"):
+        to_do = "set MASTER_ADDR to the name of node 0"
+        return fail(f"{n_nodes()} nodes, and MASTER_ADDR is not set", to_do, ExitCode.CONFIG)
+    if master and not _resolves(master):
+        to_do = "use a name that every node resolves, such as the pod's of a headless Service"
+        return fail(f"MASTER_ADDR {master} does not resolve", to_do, ExitCode.CONFIG)
+    if not _resolves(own):
+        return warn(f"this machine's own name {own} does not resolve", f"add `127.0.0.1 {own}` to /etc/hosts")
+    return ok(f"{own} resolves" + (f", and so does MASTER_ADDR {master}" if master else ""))
+
+
+def _resolves(name: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(name, None))
+    except (OSError, UnicodeError):
+        return False
+
+
+def cluster(_: Job) -> Finding:
+    """What runs this job, and how long it still may."""
+    env = os.environ
+    if "SLURM_JOB_ID" in env:
+        return _slurm(env)
+    if "KUBERNETES_SERVICE_HOST" in env:
+        index = env.get("JOB_COMPLETION_INDEX")
+        return ok(f"Kubernetes, pod {socket.gethostname()}" + (f", index {index}" if index else ""))
+    return ok("neither Kubernetes nor Slurm: this machine alone")
+
+
+def _slurm(env: Mapping[str, str]) -> Finding:
+    found = f"Slurm job {env['SLURM_JOB_ID']}, {n_nodes()} nodes"
+    end = env.get("SLURM_JOB_END_TIME", "")
+    if not end.isdecimal():
+        return ok(found)
+    left = int(end) - time.time()
+    if left < SOON:
+        return warn(f"{found}, which ends in {left:.0f} s", "give the job more --time")
+    return ok(f"{found}, which ends in {left / 60:.0f} min")
+
+
+def n_nodes() -> int:
+    text = _variable("PET_NNODES", "SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES") or "1"
+    return int(text) if text.isdecimal() else 1
+
+
+def grace(job: Job) -> Finding:
+    """Whether training, its launcher and the cluster agree on how long a stop may take."""
+    seconds = read_settings(job).grace
+    if "FUSION_GRACE" not in os.environ and {"SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"} & set(os.environ):
+        to_do = "set FUSION_GRACE to the pod's terminationGracePeriodSeconds, or to the seconds of Slurm's --signal"
+        return warn(f"FUSION_GRACE is not set: training takes {seconds:g} s for granted", to_do)
+    if "FUSION_GRACE" in os.environ and seconds < LAUNCHER_GRACE:
+        found = f"FUSION_GRACE is {seconds:g} s, and fusion.launch waits {LAUNCHER_GRACE:g} s for its ranks to stop"
+        return warn(found, f"start it with --grace {max(1, seconds - 10):g}, so that it still says how they ended")
+    return ok(f"{seconds:g} s between a stop signal and the kill")
+
+
+def _variable(*names: str) -> Any:
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)

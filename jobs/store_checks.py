@@ -1,0 +1,186 @@
+"""Checks of the store: does it answer, may this job read and write there, for how long, and do its rules hold."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import fsspec
+
+from fusion import storage
+from fusion.config import RunConfig
+from fusion.errors import ExitCode, UnreachableError
+from jobs.bucket import base
+from jobs.findings import Finding, Job, fail, ok, warn
+from jobs.settings import read_settings
+
+REFUSED_AFTER = timedelta(minutes=15)  # S3 refuses signatures of a clock that is further off
+NOTABLE = timedelta(seconds=30)
+SOON = timedelta(minutes=15)
+
+
+def credentials(job: Job) -> Finding | None:
+    """Who this job is to S3, and for how long."""
+    if not _buckets(job):
+        return None
+    if fsspec.config.conf.get("s3", {}).get("key"):
+        return ok("keys from FSSPEC_S3_KEY or fsspec's configuration, which do not expire")
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import get_session
+
+    try:
+        found = get_session().get_credentials()
+        if found is None:
+            return _no_credentials("the AWS provider chain finds none")
+        token = found.get_frozen_credentials().token  # refreshes those that can be
+    except (BotoCoreError, RuntimeError, OSError, ValueError) as error:  # RuntimeError: refreshed, and still expired
+        return _no_credentials(f"{type(error).__name__}: {error}".splitlines()[0])
+    return _life(found.method, getattr(found, "_expiry_time", None), bool(token))
+
+
+def _no_credentials(cause: str) -> Finding:
+    to_do = "sign in again, or give the job a role (IRSA, workload identity), a profile or AWS_ACCESS_KEY_ID"
+    return fail(f"no usable credentials: {cause}", to_do, ExitCode.CREDENTIALS)
+
+
+def _life(method: str, expiry: datetime | None, has_token: bool) -> Finding:
+    if expiry is None and has_token:
+        to_do = "set AWS_CREDENTIAL_EXPIRATION beside AWS_SESSION_TOKEN, or give the job a role that renews itself"
+        return warn(f"from {method}: a session token that does not say when it expires", to_do)
+    if expiry is None:
+        return ok(f"from {method}: they do not expire")
+    left = expiry - datetime.now(UTC)
+    renewed = method not in ("env", "explicit")
+    found = f"from {method}: valid for {_minutes(left)}"
+    if left < SOON and not renewed:
+        return warn(found, "sign in again before a long job; it ends with 77 when they expire, and goes on afterwards")
+    return ok(f"{found}, then renewed" if renewed else found)
+
+
+def _minutes(span: timedelta) -> str:
+    minutes = int(span.total_seconds() // 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def store(job: Job) -> Finding:
+    """Whether the store of the output answers, and lets this job look."""
+    started = time.monotonic()
+    storage.ls(job.output)
+    return ok(f"{job.output} answers in {1000 * (time.monotonic() - started):.0f} ms")
+
+
+def clock(job: Job) -> Finding | None:
+    """Whether this machine's clock is that of the store."""
+    buckets = _buckets(job)
+    if not buckets:
+        return None
+    before = datetime.now(UTC)
+    said = _date_header(buckets[0])
+    if said is None:
+        return warn("the store does not say what time it is", "compare the clock of this machine yourself: `date -u`")
+    here = before + (datetime.now(UTC) - before) / 2
+    skew = here - parsedate_to_datetime(said)
+    ahead = f"{abs(skew).total_seconds():.0f} s {'ahead of' if skew > timedelta() else 'behind'} the store's"
+    if abs(skew) > REFUSED_AFTER:
+        return fail(
+            f"this clock is {ahead}, and S3 refuses requests from 900 s on", "set the clock (NTP)", ExitCode.CONFIG
+        )
+    if abs(skew) > NOTABLE:
+        return warn(f"this clock is {ahead}", "set the clock (NTP); S3 refuses requests from 900 s on")
+    return ok(f"this clock is {ahead}")
+
+
+def _date_header(bucket: str) -> str | None:
+    """The Date of an answer to an unsigned request: whatever else it says, it comes from the store.
+
+    Raises:
+        UnreachableError: there is no answer.
+    """
+    from botocore import UNSIGNED
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.session import get_session
+
+    asked = Config(signature_version=UNSIGNED, connect_timeout=5, read_timeout=5, retries={"total_max_attempts": 1})
+    settings = fsspec.config.conf.get("s3", {})
+    endpoint = settings.get("endpoint_url") or settings.get("client_kwargs", {}).get("endpoint_url")
+    client: Any = get_session().create_client("s3", endpoint_url=endpoint, config=asked)
+    try:
+        answer = client.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        answer = error.response
+    except BotoCoreError as error:
+        raise UnreachableError(
+            f"{client.meta.endpoint_url} does not answer ({error})", "check endpoint and network"
+        ) from error
+    headers = answer["ResponseMetadata"]["HTTPHeaders"]
+    return str(headers["date"]) if "date" in headers else None
+
+
+def _buckets(job: Job) -> list[str]:
+    return [url.removeprefix("s3://").split("/")[0] for url in (job.output, job.data) if url.startswith("s3://")]
+
+
+def data(job: Job) -> Finding:
+    """Whether the tables and the embeddings are there."""
+    wanted = _wanted_sources(job)
+    tables = {base(url).removesuffix(".csv").removesuffix(".parquet") for url in storage.ls(job.data)}
+    if "train" not in tables:
+        return fail(f"{job.data} has no train.csv", "name the folder that holds it with --data", ExitCode.DATA)
+    train, test = _sources(job, "train"), _sources(job, "test")
+    missing = sorted((wanted or set()) - train)
+    if missing or not train:
+        found = f"{job.data}/embeddings/train has no {' and no '.join(missing) or 'sources'}"
+        has = ", ".join(sorted(train)) or "nothing"
+        return fail(f"{found}; it has {has}", "add them, or name others with --sources.ROLE NAME", ExitCode.DATA)
+    needed = wanted or train
+    lacking = ([] if "test" in tables else ["test.csv"]) + sorted(needed - test)
+    if lacking:
+        return warn(f"train is there, test lacks {', '.join(lacking)}", "add what is missing before predict_test")
+    return ok(f"{job.data} has train, test, and for both {', '.join(sorted(needed))}")
+
+
+def _wanted_sources(job: Job) -> set[str] | None:
+    return set(read_settings(job).bindings().values()) if job.variant else None
+
+
+def _sources(job: Job, split: str) -> set[str]:
+    return {base(url).removesuffix(".parquet") for url in storage.ls(storage.join(job.data, "embeddings", split))}
+
+
+def writable(job: Job) -> Finding:
+    """Whether an object can be written below the output, read back, and removed."""
+    url, content = storage.join(job.output, f".probe-{uuid.uuid4().hex}"), b"probe"
+    try:
+        storage.write(url, content)
+        found = storage.read(url)
+        storage.remove(url)
+    except OSError as error:
+        return fail(f"{job.output} cannot be written ({error})", "make room, or name another --output", ExitCode.CONFIG)
+    if found != content:
+        return fail(f"{url} was written as {content!r} and is read as {found!r}", "use another store", ExitCode.DATA)
+    if storage.exists(url):
+        return fail(f"{url} was removed and is still there", "allow this job to delete objects", ExitCode.CREDENTIALS)
+    return ok(f"wrote, read and removed an object below {job.output}")
+
+
+def conditions(job: Job) -> Finding:
+    """Whether the store refuses to create an object twice."""
+    if storage.honours_conditions(job.output):
+        return ok("the store refuses to create an object twice, so two attempts at one run cannot mix")
+    to_do = "never run two jobs with one --run-id at a time, or use a store with conditional writes"
+    return warn("the store creates an object twice without a word: nothing keeps two attempts apart", to_do)
+
+
+def settings(job: Job) -> Finding:
+    """Whether what the environment sets is allowed."""
+    found = read_settings(job)
+    defaults = RunConfig.__pydantic_fields__  # type: ignore[attr-defined]
+    changed = [
+        key for key in defaults if key not in ("data", "output") and getattr(found, key) != defaults[key].default
+    ]
+    named = ", ".join(f"{key} {getattr(found, key)}" for key in changed)
+    return ok(f"{job.variant or 'settings of all variants'}, from the environment: {named or 'nothing but defaults'}")

@@ -32,13 +32,20 @@ RUN apt-get update \
  && apt-get install --yes --no-install-recommends tini \
  && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 10001 fusion \
- && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin fusion \
- && install --directory --owner 10001 --group 10001 /cache
+ && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin fusion
 COPY --from=packages /opt/venv /opt/venv
 COPY --from=packages /app /app
+# Below everything that takes time, as they differ with every commit. A RUN must stand between them and what uses them:
+# without one, podman 4.3 takes ENV and LABEL of an earlier commit from its cache.
+ARG VERSION=unknown
+ARG REVISION=unknown
+ARG CREATED=
+ARG SOURCE=
+RUN install --directory --owner 10001 --group 10001 /cache
 # NVIDIA_VISIBLE_DEVICES is left out: whoever runs the container says which GPUs it may see.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
+    FUSION_REVISION=${REVISION} \
     PYTHONUNBUFFERED=1 \
     PYTHONFAULTHANDLER=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -52,13 +59,6 @@ WORKDIR /app
 USER 10001:10001
 ENTRYPOINT ["tini", "--"]
 CMD ["python", "-m", "fusion.launch", "--help"]
-
-# Last, so that a commit that changes nothing above builds nothing anew.
-ARG VERSION=unknown
-ARG REVISION=unknown
-ARG CREATED=
-ARG SOURCE=
-ENV FUSION_REVISION=${REVISION}
 LABEL org.opencontainers.image.title="fusion" \
       org.opencontainers.image.description="Trains multi-modal fusion models that predict product prices from precomputed embeddings" \
       org.opencontainers.image.version="${VERSION}" \

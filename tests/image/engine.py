@@ -25,11 +25,11 @@ TOOLS = ("podman", "buildah", "runc")
 ENVIRONMENT = {**os.environ, "CONTAINERS_CONF": str(Path(__file__).with_name("containers.conf"))}
 
 
-def podman(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
-    """What podman prints; an AssertionError with its complaint where it ends with another code than those expected."""
+def podman(*arguments: str, errors: bool = False) -> str:
+    """What podman prints, with `errors` also on standard error; an AssertionError with its complaint where it fails."""
     done = subprocess.run(["podman", *arguments], check=False, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode in codes, f"podman {' '.join(arguments)} ended with {done.returncode}: {done.stderr}"
-    return done.stdout
+    assert done.returncode == 0, f"podman {' '.join(arguments)} ended with {done.returncode}: {done.stderr}"
+    return done.stdout + done.stderr * errors
 
 
 def available() -> bool:

@@ -1,0 +1,107 @@
+"""Runs the pod of a Job under podman as a cluster would: its own security context, volumes, environment and signals.
+
+`podman kube play` refuses a Job, so its template is lifted into a Pod. Changed is only what the machine has not: the
+image's registry, the resources, and the network, which is the host's so that the S3 server on loopback is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.image.engine import IMAGE, ROOT, podman
+
+K8S = ROOT / "k8s"
+CONFIG, SECRET = "fusion-config", "fusion-credentials"
+RESOURCES = {"cpu": "1", "memory": "2Gi"}
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod that was started; its one container is called fusion, as in all manifests."""
+
+    name: str
+    grace: int
+
+    @property
+    def container(self) -> str:
+        return f"{self.name}-fusion"
+
+    def wait(self) -> int:
+        """Exit code of the container, once it has ended."""
+        return int(podman("wait", self.container))
+
+    def stop(self) -> None:
+        """Ends it as a kubelet does: SIGTERM, and SIGKILL when the pod's grace period is over."""
+        podman("stop", "--time", str(self.grace), self.container)
+
+    def running(self) -> bool:
+        return podman("container", "inspect", "--format", "{{.State.Running}}", self.container) == "true\n"
+
+    def log(self) -> str:
+        """What the container has written to its standard output and its standard error."""
+        return podman("logs", self.container, errors=True)
+
+
+@contextmanager
+def playing(
+    file: str, settings: Mapping[str, str], keys: Mapping[str, str], folder: Path, args: Sequence[str] = ()
+) -> Iterator[Pod]:
+    """The pod of the Job or CronJob in a file of k8s/, with settings over those of its ConfigMap, and its Secret's keys.
+
+    `args` replace the container's own; the manifest is written to the folder.
+    """
+    pod = _lifted(file)
+    if args:
+        pod["spec"]["containers"][0]["args"] = list(args)
+    environment = [_config_map(CONFIG, {**_config(), **settings}), _config_map(SECRET, keys)]
+    manifest = folder / f"{pod['metadata']['name']}.yaml"
+    manifest.write_text(yaml.safe_dump_all([*environment, pod]))
+    podman("kube", "play", "--quiet", str(manifest))
+    try:
+        yield Pod(pod["metadata"]["name"], pod["spec"]["terminationGracePeriodSeconds"])
+    finally:
+        podman("kube", "down", str(manifest))
+
+
+def _lifted(file: str) -> Document:
+    job = next(document for document in _documents(file) if document["kind"] in ("Job", "CronJob"))
+    spec = job["spec"] if job["kind"] == "Job" else job["spec"]["jobTemplate"]["spec"]
+    pod = {"apiVersion": "v1", "kind": "Pod", **spec["template"]}
+    pod["metadata"] = {**pod["metadata"], "name": job["metadata"]["name"]}
+    pod["spec"]["hostNetwork"] = True
+    for container in pod["spec"]["containers"]:
+        container |= {"image": IMAGE, "imagePullPolicy": "Never"}
+        container["resources"] = {"requests": RESOURCES, "limits": RESOURCES}
+        # podman 4.3 cannot read a Secret that it was given in a manifest
+        container["envFrom"] = [{"configMapRef": next(iter(source.values()))} for source in container["envFrom"]]
+    _leave_shm_to_podman(pod["spec"])
+    return pod
+
+
+def _leave_shm_to_podman(spec: Document) -> None:
+    """Podman's own /dev/shm is memory; an emptyDir there becomes a folder on disk that belongs to root."""
+    in_memory = {volume["name"] for volume in spec["volumes"] if volume.get("emptyDir", {}).get("medium") == "Memory"}
+    spec["volumes"] = [volume for volume in spec["volumes"] if volume["name"] not in in_memory]
+    for container in spec["containers"]:
+        container["volumeMounts"] = [mount for mount in container["volumeMounts"] if mount["name"] not in in_memory]
+
+
+def _config_map(name: str, data: Mapping[str, str]) -> Document:
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": dict(data)}
+
+
+def _config() -> dict[str, str]:
+    found = next(document for document in _documents("config.yaml") if document["metadata"]["name"] == CONFIG)
+    return dict(found["data"])
+
+
+def _documents(file: str) -> list[Document]:
+    return list(yaml.safe_load_all((K8S / file).read_text()))

@@ -35,14 +35,18 @@ def podman(*arguments: str, errors: bool = False) -> str:
 def available() -> bool:
     """Whether podman and buildah are here, after an attempt to install them where that is possible."""
     if not _installed() and os.geteuid() == 0 and shutil.which("apt-get"):
-        options = {"check": False, "stdout": sys.stderr, "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}}
-        subprocess.run(["apt-get", "update", "--quiet"], **options)
-        subprocess.run(["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *PACKAGES], **options)
+        _apt("update")
+        _apt("install", "--yes", "--no-install-recommends", *PACKAGES)
     return _installed()
 
 
 def _installed() -> bool:
     return all(shutil.which(tool) for tool in TOOLS)
+
+
+def _apt(*arguments: str) -> None:
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", "--quiet", *arguments], check=False, stdout=sys.stderr, env=environment)
 
 
 def build() -> str:
@@ -83,7 +87,7 @@ def _make_stand_in() -> None:
 
 
 def _pip_options() -> dict[str, str]:
-    """Settings that this machine's pip reads from its files and environment, the strongest kept: `index-url`, `cert`."""
+    """Settings of this machine's pip, such as `index-url` and `cert`, from its files and, above them, environment."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     settings = dict(line.split("=", 1) for line in lines)
@@ -111,9 +115,10 @@ def _pip_settings(folder: Path) -> list[str]:
 
 
 def _torch_index() -> list[str]:
-    """The Dockerfile's own index, unless the environment names one or pip has wheels on this machine's disk."""
-    index = os.environ.get("FUSION_TEST_TORCH_INDEX", "" if "find-links" in _pip_options() else None)
-    return [] if index is None else ["--build-arg", f"TORCH_INDEX={index}"]
+    """The Dockerfile's own index, unless the environment names one or pip has wheels in places of its own."""
+    if "FUSION_TEST_TORCH_INDEX" in os.environ:
+        return ["--build-arg", f"TORCH_INDEX={os.environ['FUSION_TEST_TORCH_INDEX']}"]
+    return ["--build-arg", "TORCH_INDEX="] if "find-links" in _pip_options() else []
 
 
 if __name__ == "__main__":

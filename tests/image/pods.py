@@ -54,9 +54,10 @@ class Pod:
 def playing(
     file: str, settings: Mapping[str, str], keys: Mapping[str, str], folder: Path, args: Sequence[str] = ()
 ) -> Iterator[Pod]:
-    """The pod of the Job or CronJob in a file of k8s/, with settings over those of its ConfigMap, and its Secret's keys.
+    """The pod of the Job or CronJob in a file of k8s/, in an environment of ConfigMap and Secret.
 
-    `args` replace the container's own; the manifest is written to the folder.
+    `settings` go over those of the ConfigMap, `keys` are the Secret's, `args` replace the container's own. What podman
+    is given is written to the folder.
     """
     pod = _lifted(file)
     if args:

@@ -41,7 +41,8 @@ ARG VERSION=unknown
 ARG REVISION=unknown
 ARG CREATED=
 ARG SOURCE=
-RUN install --directory --owner 10001 --group 10001 /cache
+# As open as /tmp: a tmpfs that is mounted there takes over its mode, and belongs to root.
+RUN install --directory --mode 1777 /cache
 # NVIDIA_VISIBLE_DEVICES is left out: whoever runs the container says which GPUs it may see.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \

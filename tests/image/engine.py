@@ -22,12 +22,16 @@ IMAGE = "localhost/fusion:test"
 STAND_IN = "localhost/stand-in-for-python:3.11-bookworm"
 PACKAGES = ("podman", "buildah", "runc", "netavark", "catatonit", "debootstrap")
 TOOLS = ("podman", "buildah", "runc")
-ENVIRONMENT = {**os.environ, "CONTAINERS_CONF": str(Path(__file__).with_name("containers.conf"))}
+
+
+def environment() -> dict[str, str]:
+    """That of this process, in which podman and buildah find the settings beside this file."""
+    return {**os.environ, "CONTAINERS_CONF": str(Path(__file__).with_name("containers.conf"))}
 
 
 def podman(*arguments: str, errors: bool = False) -> str:
     """What podman prints, with `errors` also on standard error; an AssertionError with its complaint where it fails."""
-    done = subprocess.run(["podman", *arguments], check=False, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(["podman", *arguments], check=False, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, f"podman {' '.join(arguments)} ended with {done.returncode}: {done.stderr}"
     return done.stdout + done.stderr * errors
 
@@ -45,8 +49,8 @@ def _installed() -> bool:
 
 
 def _apt(*arguments: str) -> None:
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run(["apt-get", "--quiet", *arguments], check=False, stdout=sys.stderr, env=environment)
+    unattended = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", "--quiet", *arguments], check=False, stdout=sys.stderr, env=unattended)
 
 
 def build() -> str:
@@ -56,7 +60,7 @@ def build() -> str:
         flags = ["--isolation", "chroot", "--network", "host", "--layers", *_pip_settings(Path(folder))]
         flags += ["--build-arg", f"BASE={base()}", *_torch_index()]
         variables = ["BUILDER=buildah", f"IMAGE={IMAGE}", f"IMAGE_FLAGS={' '.join(flags)}"]
-        subprocess.run(["make", "image", *variables], cwd=ROOT, check=True, stdout=sys.stderr, env=ENVIRONMENT)
+        subprocess.run(["make", "image", *variables], cwd=ROOT, check=True, stdout=sys.stderr, env=environment())
     return IMAGE
 
 
@@ -74,7 +78,7 @@ def base() -> str:
 
 
 def _pulled(name: str) -> bool:
-    return not subprocess.run(["podman", "pull", name], check=False, stdout=sys.stderr, env=ENVIRONMENT).returncode
+    return not subprocess.run(["podman", "pull", name], check=False, stdout=sys.stderr, env=environment()).returncode
 
 
 def _make_stand_in() -> None:
@@ -83,7 +87,7 @@ def _make_stand_in() -> None:
         command = ["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", folder]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         with subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE) as tar:
-            subprocess.run(["podman", "import", "-", STAND_IN], check=True, stdin=tar.stdout, env=ENVIRONMENT)
+            subprocess.run(["podman", "import", "-", STAND_IN], check=True, stdin=tar.stdout, env=environment())
 
 
 def _pip_options() -> dict[str, str]:

@@ -42,9 +42,6 @@ class Pod:
         """Ends it as a kubelet does: SIGTERM, and SIGKILL when the pod's grace period is over."""
         podman("stop", "--time", str(self.grace), self.container)
 
-    def running(self) -> bool:
-        return podman("container", "inspect", "--format", "{{.State.Running}}", self.container) == "true\n"
-
     def log(self) -> str:
         """What the container has written to its standard output and its standard error."""
         return podman("logs", self.container, errors=True)
@@ -57,7 +54,7 @@ def playing(
     """The pod of the Job or CronJob in a file of k8s/, in an environment of ConfigMap and Secret.
 
     `settings` go over those of the ConfigMap, `keys` are the Secret's, `args` replace the container's own. What podman
-    is given is written to the folder.
+    is given is written to the folder. The pod's log is printed at its end.
     """
     pod = _lifted(file)
     if args:
@@ -66,9 +63,11 @@ def playing(
     manifest = folder / f"{pod['metadata']['name']}.yaml"
     manifest.write_text(yaml.safe_dump_all([*environment, pod]))
     podman("kube", "play", "--quiet", str(manifest))
+    started = Pod(pod["metadata"]["name"], pod["spec"]["terminationGracePeriodSeconds"])
     try:
-        yield Pod(pod["metadata"]["name"], pod["spec"]["terminationGracePeriodSeconds"])
+        yield started
     finally:
+        print(started.log())  # pytest shows it where the test fails
         podman("kube", "down", str(manifest))
 
 

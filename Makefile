@@ -14,7 +14,7 @@ BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info
 IMAGE ?= fusion:$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-image lint image clean
+.PHONY: help demo test test-image lint lint-manifests image clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -37,12 +37,18 @@ image:
 	$(BUILDER) build --file Dockerfile --tag $(IMAGE) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
 	  --build-arg CREATED=$(CREATED) $(IMAGE_FLAGS) .
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test lint-manifests
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+lint-manifests: $(VENV)/.test $(VENV)/checkov/.done
+	rm -rf $(VENV)/manifests && mkdir $(VENV)/manifests && cp k8s/*.yaml $(VENV)/manifests
+	for overlay in k8s/overlays/*/; do \
+	  $(BIN)/kubectl kustomize $$overlay > $(VENV)/manifests/overlay-$$(basename $$overlay).yaml || exit; done
+	$(VENV)/checkov/bin/checkov --config-file .checkov.yaml --directory $(VENV)/manifests
 
 clean:
 	rm -rf $(VENV) demo .coverage* .*_cache
@@ -56,4 +62,10 @@ $(VENV)/.run: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# checkov pins old versions of what the product uses, so it lives alone.
+$(VENV)/checkov/.done: Makefile
+	$(PYTHON) -m venv $(VENV)/checkov
+	$(VENV)/checkov/bin/pip install --quiet checkov==3.3.30
 	touch $@

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from tests.image.engine import IMAGE, ROOT, podman
+from tests.image.engine import IMAGE, podman
+from tests.manifests import Object, one, workloads
 
-K8S = ROOT / "k8s"
 CONFIG, SECRET = "fusion-config", "fusion-credentials"
-RESOURCES = {"cpu": "1", "memory": "2Gi"}
-
-Document = dict[str, Any]
+RESOURCES = {"cpu": "1", "memory": "3Gi"}
 
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod that was started; its one container is called fusion, as in all manifests."""
+    """A pod that was started; its container is called fusion, as in all manifests."""
 
     name: str
     grace: int
@@ -49,21 +47,20 @@ class Pod:
 
 @contextmanager
 def playing(
-    file: str, settings: Mapping[str, str], keys: Mapping[str, str], folder: Path, args: Sequence[str] = ()
+    source: str, settings: Mapping[str, str], keys: Mapping[str, str], folder: Path, args: Sequence[str] = ()
 ) -> Iterator[Pod]:
-    """The pod of the Job or CronJob in a file of k8s/, in an environment of ConfigMap and Secret.
+    """The pod of the Job or CronJob in a file or overlay of k8s/, in an environment of ConfigMap and Secret.
 
     `settings` go over those of the ConfigMap, `keys` are the Secret's, `args` replace the container's own. What podman
     is given is written to the folder. The pod's log is printed at its end.
     """
-    pod = _lifted(file)
-    if args:
-        pod["spec"]["containers"][0]["args"] = list(args)
-    environment = [_config_map(CONFIG, {**_config(), **settings}), _config_map(SECRET, keys)]
-    manifest = folder / f"{pod['metadata']['name']}.yaml"
+    pod = _lifted(source, args)
+    name, config = pod["metadata"]["name"], one("config", "ConfigMap")["data"]
+    environment = [_config_map(CONFIG, {**config, **settings}), _config_map(SECRET, keys)]
+    manifest = folder / f"{name}.yaml"
     manifest.write_text(yaml.safe_dump_all([*environment, pod]))
     podman("kube", "play", "--quiet", str(manifest))
-    started = Pod(pod["metadata"]["name"], pod["spec"]["terminationGracePeriodSeconds"])
+    started = Pod(name, pod["spec"]["terminationGracePeriodSeconds"])
     try:
         yield started
     finally:
@@ -71,37 +68,28 @@ def playing(
         podman("kube", "down", str(manifest))
 
 
-def _lifted(file: str) -> Document:
-    job = next(document for document in _documents(file) if document["kind"] in ("Job", "CronJob"))
-    spec = job["spec"] if job["kind"] == "Job" else job["spec"]["jobTemplate"]["spec"]
-    pod = {"apiVersion": "v1", "kind": "Pod", **spec["template"]}
-    pod["metadata"] = {**pod["metadata"], "name": job["metadata"]["name"]}
-    pod["spec"]["hostNetwork"] = True
-    for container in pod["spec"]["containers"]:
+def _lifted(source: str, args: Sequence[str]) -> Object:
+    (work,) = (work for work in workloads() if work.source == source)
+    spec = deepcopy(work.pod)
+    spec["hostNetwork"] = True
+    for container in spec["containers"] + spec.get("initContainers", []):
         container |= {"image": IMAGE, "imagePullPolicy": "Never"}
         container["resources"] = {"requests": RESOURCES, "limits": RESOURCES}
         # podman 4.3 cannot read a Secret that it was given in a manifest
-        container["envFrom"] = [{"configMapRef": next(iter(source.values()))} for source in container["envFrom"]]
-    _leave_shm_to_podman(pod["spec"])
-    return pod
+        container["envFrom"] = [{"configMapRef": next(iter(place.values()))} for place in container.get("envFrom", [])]
+    if args:
+        spec["containers"][0]["args"] = list(args)
+    _leave_shm_to_podman(spec)
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": work.owner["metadata"]["name"]}, "spec": spec}
 
 
-def _leave_shm_to_podman(spec: Document) -> None:
+def _leave_shm_to_podman(spec: Object) -> None:
     """Podman's own /dev/shm is memory; an emptyDir there becomes a folder on disk that belongs to root."""
-    in_memory = {volume["name"] for volume in spec["volumes"] if volume.get("emptyDir", {}).get("medium") == "Memory"}
+    in_memory = {volume["name"] for volume in spec["volumes"] if volume["emptyDir"].get("medium") == "Memory"}
     spec["volumes"] = [volume for volume in spec["volumes"] if volume["name"] not in in_memory]
     for container in spec["containers"]:
         container["volumeMounts"] = [mount for mount in container["volumeMounts"] if mount["name"] not in in_memory]
 
 
-def _config_map(name: str, data: Mapping[str, str]) -> Document:
+def _config_map(name: str, data: Mapping[str, str]) -> Object:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": dict(data)}
-
-
-def _config() -> dict[str, str]:
-    found = next(document for document in _documents("config.yaml") if document["metadata"]["name"] == CONFIG)
-    return dict(found["data"])
-
-
-def _documents(file: str) -> list[Document]:
-    return list(yaml.safe_load_all((K8S / file).read_text()))

@@ -26,7 +26,7 @@ from tests.services import require
 pytestmark = pytest.mark.image
 
 KEYS = {"AWS_ACCESS_KEY_ID": WRITER_KEY, "AWS_SECRET_ACCESS_KEY": WRITER_SECRET}
-TRAIN, EVALUATE, PREDICT = "train-all-embeddings.yaml", "evaluate-all-embeddings.yaml", "predict-nightly.yaml"
+TRAIN, EVALUATE, PREDICT = "train-all-embeddings", "evaluate-all-embeddings", "predict-nightly"
 SMALL = {"FUSION_WIDTH": "16", "FUSION_N_HEADS": "2", "FUSION_HIDDEN": "16,8", "FUSION_BATCH_SIZE": "64"}
 LONG = {"FUSION_EPOCHS": "60", "FUSION_PATIENCE": "60", "FUSION_CHECKPOINT_STEPS": "5"}
 
@@ -130,6 +130,15 @@ def test_the_jobs_from_a_stopped_training_to_a_submission(
     assert json.loads(storage.read(f"{output}/runs/r/run.json"))["revision"] == _revision()
     assert storage.exists(f"{output}/runs/r/metrics/summary.json")
     assert verify([f"{output}/runs/r"]) == verify([f"{output}/pointers/submissions/prices/current.json"]) == 0
+
+
+def test_the_smoke_job_with_two_ranks_and_a_catalog_of_its_own(
+    image: str, s3: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    settings = {"FUSION_OUTPUT": f"{bucket}/output", "AWS_ENDPOINT_URL_S3": s3.endpoint}
+    with playing("overlays/cpu-smoke", settings, KEYS, tmp_path) as pod:
+        assert pod.wait() == 0
+    assert storage.exists(f"{bucket}/output/smoke/pointers/runs/all_embeddings/best.json")
 
 
 def test_by_hand_as_readme_has_it_and_stopped_with_ctrl_c(image: str, s3: S3Server, bucket: str, catalog: Path) -> None:

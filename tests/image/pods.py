@@ -6,6 +6,7 @@ image's registry, the resources, and the network, which is the host's so that th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -54,9 +55,9 @@ def playing(
     `settings` go over those of the ConfigMap, `keys` are the Secret's, `args` replace the container's own. What podman
     is given is written to the folder. The pod's log is printed at its end.
     """
-    pod = _lifted(source, args)
-    name, config = pod["metadata"]["name"], one("config", "ConfigMap")["data"]
-    environment = [_config_map(CONFIG, {**config, **settings}), _config_map(SECRET, keys)]
+    config = {**one("config", "ConfigMap")["data"], **settings}
+    pod = _lifted(source, args, config)
+    name, environment = pod["metadata"]["name"], [_config_map(CONFIG, config), _config_map(SECRET, keys)]
     manifest = folder / f"{name}.yaml"
     manifest.write_text(yaml.safe_dump_all([*environment, pod]))
     podman("kube", "play", "--quiet", str(manifest))
@@ -68,7 +69,7 @@ def playing(
         podman("kube", "down", str(manifest))
 
 
-def _lifted(source: str, args: Sequence[str]) -> Object:
+def _lifted(source: str, args: Sequence[str], config: Mapping[str, str]) -> Object:
     (work,) = (work for work in workloads() if work.source == source)
     spec = deepcopy(work.pod)
     spec["hostNetwork"] = True
@@ -77,8 +78,9 @@ def _lifted(source: str, args: Sequence[str]) -> Object:
         container["resources"] = {"requests": RESOURCES, "limits": RESOURCES}
         # podman 4.3 cannot read a Secret that it was given in a manifest
         container["envFrom"] = [{"configMapRef": next(iter(place.values()))} for place in container.get("envFrom", [])]
-    if args:
-        spec["containers"][0]["args"] = list(args)
+    main = spec["containers"][0]
+    # as a kubelet replaces $(NAME), and podman 4.3 does not
+    main["args"] = list(args) or [re.sub(r"\$\((\w+)\)", lambda name: config[name[1]], arg) for arg in main["args"]]
     _leave_shm_to_podman(spec)
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": work.owner["metadata"]["name"]}, "spec": spec}
 

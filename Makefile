@@ -1,12 +1,20 @@
 # make demo   installs, then trains, evaluates and predicts on a generated catalog
 # make test   installs what tests need, then lint, types, import contract and all tests
+# make image  builds the container image with docker, podman or buildah; IMAGE_FLAGS="…" is handed to its build
+# make test-image  builds the image, runs the jobs of k8s/ in it under podman; as root on Debian it installs podman
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' fusion/__init__.py)
+REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)
+CREATED = $(shell git log -1 --format=%cI 2>/dev/null)
+BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))
+IMAGE ?= fusion:$(VERSION)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lint-manifests clean
+.PHONY: help demo test test-image lint lint-manifests image clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -20,7 +28,17 @@ test: lint
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
+test-image: $(VENV)/.test
+	$(BIN)/pytest -m image tests/image
+
+# The commit's date is the image's: the same commit gives the same labels, and a build that finds every layer made.
+image:
+	@test -n "$(BUILDER)" || { echo "docker, podman or buildah is needed, and none of them answers"; exit 69; }
+	$(BUILDER) build --file Dockerfile --tag $(IMAGE) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
+	  --build-arg CREATED=$(CREATED) $(IMAGE_FLAGS) .
+
 lint: $(VENV)/.test lint-manifests
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +26,14 @@ from torch import Tensor
 
 from fusion import log, storage
 from fusion.distributed import World
-from fusion.errors import DataError
+from fusion.errors import ConfigError, DataError
 from fusion.inputs import source_files
 from fusion.tables import report_duplicates
 
 STREAM_ROWS = 512  # rows decoded at a time: stays in the cache, and needs little memory besides the tensors
 STREAM_BYTES = 1 << 22  # bytes fetched at a time, so that a file with one huge row group needs no more memory
 N_THREADS = 4
+SHARED_FOLDERS = ("/dev/shm", tempfile.gettempdir())
 
 
 @dataclass(frozen=True)
@@ -245,8 +247,10 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Tensor:
     if world.local_size == 1:
         return torch.zeros(shape, dtype=dtype)
     token = world.on_main(lambda: os.urandom(8).hex())
-    path = os.path.join(tempfile.gettempdir(), f"fusion-{token}.rows")
     size = int(np.prod(shape))
+    mine = world.together(lambda: _roomy_folder(size * dtype.itemsize) if world.local_rank == 0 else "")
+    folder = world.exchange(mine)[world.rank - world.local_rank]
+    path = os.path.join(folder, f"fusion-{token}.rows")
     if world.local_rank == 0:
         with open(path, "wb") as file:
             file.truncate(size * dtype.itemsize)
@@ -256,6 +260,23 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Tensor:
     if world.local_rank == 0:
         os.unlink(path)  # the mappings keep it alive, and nothing is left behind when the job dies
     return shared
+
+
+def _roomy_folder(n_bytes: int) -> str:
+    """Where the ranks of a node can share that much: in memory if it fits there.
+
+    Raises:
+        ConfigError: nowhere.
+    """
+    free = {folder: shutil.disk_usage(folder).free for folder in SHARED_FOLDERS if os.access(folder, os.W_OK)}
+    for folder, n_free in free.items():
+        if n_bytes <= n_free:
+            return folder
+    found = ", ".join(f"{folder} has {n_free >> 20} MiB free" for folder, n_free in free.items())
+    raise ConfigError(
+        f"the ranks of this node share an array of {n_bytes >> 20} MiB, and there is no room: {found}",
+        "enlarge /dev/shm (docker: --shm-size; Kubernetes: sizeLimit of the volume shm)",
+    )
 
 
 def _fill(

@@ -6,6 +6,7 @@ into an error that names the URL and the cause.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -323,7 +324,9 @@ def _explained(url: str, error: Exception) -> Exception:
     cause = f"{type(error).__name__}: {error}".splitlines()[0]
     if isinstance(error, FusionError):
         return error
-    if isinstance(error, PermissionError) or _named(error, _DENIED):
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return UnreachableError(f"no space is left for {url} ({cause})", "free some, then run it again")
+    if isinstance(error, PermissionError) or _named(error, _DENIED) or getattr(error, "errno", None) == errno.EROFS:
         return CredentialsError(
             f"no access to {url} ({cause})", "check credentials, their expiry and their permissions"
         )

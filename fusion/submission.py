@@ -186,8 +186,8 @@ def _against_last(settings: PredictConfig, prices: pd.Series) -> Iterator[str]:
         log.info(event="compared", rows=len(common), change=change)
         if change > settings.max_change:
             yield (
-                f"prices of {len(common)} products differ by {change:.1f}% (SMAPE) from the last submission's: embeddings "
-                f"under other ids, or quite another model (--max-change {settings.max_change:g})"
+                f"prices of {len(common)} products differ by {change:.1f}% (SMAPE) from the last submission's: "
+                f"embeddings under other ids, or quite another model (--max-change {settings.max_change:g})"
             )
     yield from _drift(prices, _quartiles(last), settings.max_drift, "the last submission's", "--max-drift")
 

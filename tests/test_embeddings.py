@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fusion.distributed import World, world
-from fusion.embeddings import RowStore, load
-from fusion.errors import DataError
+from fusion.embeddings import RowStore, _roomy_folder, load
+from fusion.errors import ConfigError, DataError
 from tests.conftest import upload
 
 DIM = 5
@@ -221,3 +221,9 @@ def test_peak_memory_is_bounded(tmp_path: Path, rows: int) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 1 <= float(done.stdout) < 1.6
+
+
+def test_ranks_share_memory_only_where_it_fits() -> None:
+    assert _roomy_folder(1) == "/dev/shm"
+    with pytest.raises(ConfigError, match=r"share an array of 1048576 MiB, and there is no room: /dev/shm has \d+ MiB"):
+        _roomy_folder(1 << 40)

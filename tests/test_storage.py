@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from fusion import storage
 from fusion.errors import CredentialsError, DataError, UnreachableError
 from tests.conftest import BUCKET, start_s3
 from tests.s3_server import READER_KEY, READER_SECRET, WRITER_KEY, WRITER_SECRET
+from tests.services import require
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -40,20 +43,6 @@ def test_a_missing_object_is_named(place: str) -> None:
     url = storage.join(place, "missing.csv")
     with pytest.raises(DataError, match=r"missing\.csv does not exist"):
         storage.read(url)
-
-
-def test_a_failed_local_write_leaves_the_previous_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = str(tmp_path / "object")
-    storage.write(url, b"before")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        storage.write(url, b"after")
-    assert storage.read(url) == b"before"
-    assert [path.name for path in tmp_path.iterdir()] == ["object"]
 
 
 def test_a_missing_bucket(bucket: str) -> None:
@@ -154,3 +143,23 @@ def test_conditions_are_honoured_and_a_store_without_them_is_found_out(
     monkeypatch.setattr(storage, "_conditionally", lambda put: True)
     monkeypatch.setattr(storage, "_create", lambda url, data: True)
     assert not storage.honours_conditions(place)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    require(subprocess.run(mount, check=False, capture_output=True).returncode == 0, "the right to mount")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_and_a_read_only_one_are_no_bugs(tiny_disk: Path) -> None:
+    storage.write(f"{tiny_disk}/x", b"before")
+    with pytest.raises(UnreachableError, match="no space is left for "):
+        storage.write(f"{tiny_disk}/x", bytes(100_000))
+    assert storage.read(f"{tiny_disk}/x") == b"before"
+    assert [path.name for path in tiny_disk.iterdir()] == ["x"]
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    with pytest.raises(CredentialsError, match=r"no access to .*Read-only file system"):
+        storage.write(f"{tiny_disk}/x", b"1")

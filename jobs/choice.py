@@ -112,14 +112,21 @@ def plan_submission(output: str, choice: Choice) -> Plan:
 def _folder(output: str, path: str, *, listed: bool, kind: type[Manifest] = Manifest) -> Plan:
     """The files that the folder's manifest names and, if asked for, those beside them, from a listing."""
     url = storage.join(output, path)
-    names = {base(found) for found in storage.ls(url)} if listed else {MANIFEST}
-    content = storage.read(storage.join(url, MANIFEST)) if MANIFEST in names else None
+    names = {base(found) for found in storage.ls(url)} if listed else set[str]()
+    content = _manifest(storage.join(url, MANIFEST), required=not listed)
     named = parse(kind, content, storage.join(url, MANIFEST)).files if content else []
     items = [Item(storage.join(url, entry.key), f"{path}/{entry.key}", entry) for entry in named]
     beside = names - {entry.key for entry in named} - {MANIFEST, LEASE}
     others = sorted(name for name in beside if "." in name.strip("."))  # files have a dot in their names, folders none
     items += [Item(storage.join(url, name), f"{path}/{name}") for name in others]
     return Plan(items, {f"{path}/{MANIFEST}": content} if content else {})
+
+
+def _manifest(url: str, *, required: bool) -> bytes | None:
+    if required:
+        return storage.read(url)
+    held = storage.read_version(url)  # none: an evaluation is just writing the metrics anew
+    return held[0] if held else None
 
 
 def _joined(first: Plan, second: Plan) -> Plan:

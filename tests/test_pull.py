@@ -24,6 +24,7 @@ import pytest
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.verify import verify
+from jobs.bucket import base
 from jobs.pull import main as pull_main
 from jobs.transfer import CHUNK
 from tests.conftest import BUCKET, SMALL, Done
@@ -330,6 +331,20 @@ def test_damage_in_the_bucket(change: Callable[[bytes], bytes], copied: str, tmp
     folder = tmp_path / step_of(copied, "small")
     assert not (folder / "model.safetensors").exists() and not (folder / "MANIFEST.json").exists()
     assert not any(path.stat().st_size for path in tmp_path.rglob("*.part"))
+
+
+def test_metrics_that_a_manifest_names_are_verified(copied: str, tmp_path: Path) -> None:
+    folder, flags = f"{copied}/runs/small/metrics", ["run", "small", "--output", copied, "--to", str(tmp_path)]
+    content = storage.read(f"{folder}/groups.csv")
+    entry = {"key": "groups.csv", "bytes": len(content), "sha256": storage.sha256(content)}
+    storage.write(f"{folder}/MANIFEST.json", storage.as_json({"schema": 1, "files": [entry]}))
+    assert pull(*flags).code == 0
+    pulled = tmp_path / "runs/small/metrics"
+    assert {path.name for path in pulled.iterdir()} == {base(url) for url in storage.ls(folder)}
+    (pulled / "groups.csv").unlink()
+    storage.write(f"{folder}/groups.csv", flip(content))
+    check(pull(*flags), 65, f"{folder}/groups.csv is damaged")
+    assert not (pulled / "groups.csv").exists()
 
 
 def test_damage_in_the_folder(copied: str, tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Follows jobs of Slurm to their end, and tells how they ended."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusion.errors import ConfigError
+from jobs.slurm import WatchedJob, logs
+from jobs.slurm_settings import Cluster
+
+LAST_ERROR = re.compile(r"^error: .*\n(?:to do: .*)?", re.MULTILINE)
+
+
+def check_accounting() -> None:
+    """Raises ConfigError on a cluster that keeps no record of how jobs ended."""
+    done = subprocess.run(["sacct", "--noheader", "--starttime=now"], check=False, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip() or done.stdout.strip()
+        raise ConfigError(f"--wait needs sacct: {said}", "leave out --wait, and look at squeue and at the log")
+
+
+def wait(ids: Sequence[str], cluster: Cluster) -> int:
+    """Exit code of the first of these jobs that did not end with 0; tells where each log is, and why it failed."""
+    shown: dict[str, str] = {}
+    while not all(_is_over(job_id, shown) for job_id in ids):
+        time.sleep(2)
+    codes = [_conclude(job_id, cluster) for job_id in ids]
+    return next((code for code in codes if code), 0)
+
+
+def _is_over(job_id: str, shown: dict[str, str]) -> bool:
+    state = WatchedJob.watcher.get_state(job_id)
+    if state != shown.get(job_id, "UNKNOWN"):
+        print(f"{job_id} {state}", flush=True)
+        shown[job_id] = state
+    if not WatchedJob.watcher.is_done(job_id, mode="cache"):
+        return False
+    time.sleep(2)  # a job that is requeued has ended for a moment
+    return WatchedJob.watcher.is_done(job_id, mode="force")
+
+
+def _conclude(job_id: str, cluster: Cluster) -> int:
+    state, code = _ending(job_id)
+    log = logs(cluster, job_id)
+    print(f"{job_id} {state} with exit code {code}, log: {log}", flush=True)
+    if code and (error := last_error(log)):
+        print(error, flush=True)
+    return code
+
+
+def _ending(job_id: str) -> tuple[str, int]:
+    command = ["sacct", f"--jobs={job_id}", "--allocations", "--noheader", "--parsable2"]
+    done = subprocess.run([*command, "--format=State,ExitCode,DerivedExitCode"], check=True, capture_output=True, text=True)
+    state, exit_code, derived = done.stdout.strip().splitlines()[-1].split("|")
+    return state, exit_status(state, exit_code, derived)
+
+
+def exit_status(state: str, exit_code: str, derived: str) -> int:
+    """What a shell would have seen, from sacct's `code:signal` of the job and of its worst step.
+
+    >>> exit_status("FAILED", "65:0", "65:0"), exit_status("CANCELLED by 0", "0:15", "75:0")
+    (65, 143)
+    >>> exit_status("TIMEOUT", "0:0", "75:0"), exit_status("NODE_FAIL", "0:0", "0:0")
+    (75, 1)
+
+    A step that failed and was tried again with success counts for nothing:
+
+    >>> exit_status("COMPLETED", "0:0", "69:0")
+    0
+    """
+    code, signal = map(int, exit_code.split(":"))
+    if code or signal:
+        return code or 128 + signal
+    return 0 if state == "COMPLETED" else int(derived.split(":")[0]) or 1
+
+
+def last_error(log: Path) -> str:
+    """The last error that a job told in its logs, of all nodes; empty when there is none."""
+    pattern = log.name.replace("_0_log", "_*_log")
+    found = [error for path in sorted(log.parent.glob(pattern)) for error in LAST_ERROR.findall(path.read_text(errors="replace"))]
+    return found[-1].strip() if found else ""

@@ -10,11 +10,15 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from fusion.errors import StopRequested, UnreachableError, UsageError
-from fusion.ranks import ECHO, POLL, SETTLE, Ending, Stop
+from fusion.ranks import GONE, POLL, SETTLE, Ending, Stop
 
-MEET = 600.0  # seconds that the launchers wait for node 0: nodes pull images at different speeds
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
+
+MEET = 600.0  # seconds that the launchers wait for one another: nodes pull images at different speeds
 LEAVE = 300.0  # seconds that a node whose ranks are done waits for the other nodes, as torch's agents do
 
 
@@ -48,7 +52,7 @@ class NodesMeeting(Meeting):
     def __init__(self, node: int, n_nodes: int, address: tuple[str, int], grace: float, stop: Stop) -> None:
         from torch._C._distributed_c10d import TCPStore  # loads in seconds, and a single node does without
 
-        self._node, self._n, self._address, self._grace = node, n_nodes, address, grace
+        self._node, self._n, self._address, self._grace, self._stop = node, n_nodes, address, grace, stop
         self._endings: dict[int, Ending] = {}
         self._failing = False
         if self._node == 0:
@@ -57,9 +61,58 @@ class NodesMeeting(Meeting):
             except RuntimeError as error:
                 message = f"node 0 cannot listen on port {address[1]}: {str(error).splitlines()[0]}"
                 raise UsageError(message, "choose another --master-port, the same on all nodes") from None
-        _reach(*self._address, stop)
-        self._store = TCPStore(*self._address, is_master=False, timeout=timedelta(seconds=30))
+        self._deadline = time.monotonic() + MEET
+        while not self._join(TCPStore):
+            self._check_patience("node 0", "of this try did not come")
+            time.sleep(10 * POLL)
+        self._wait_for_all_to_join()
         threading.Thread(target=self._listen, daemon=True).start()
+
+    def _join(self, store_class: type[TCPStore]) -> bool:
+        """Whether the store is that of this try; one that knows this node already is left over from an earlier try."""
+        self._reach()
+        try:
+            self._store = store_class(*self._address, is_master=False, timeout=timedelta(seconds=30))
+            if self._store.add(self._joined(self._node), 1) == 1:
+                return True
+            self.warn()  # its node 0 may not know yet that this node was started again
+        except RuntimeError:  # that node 0 has just gone
+            pass
+        return False
+
+    def _joined(self, node: int) -> str:
+        return f"fusion/joined/{node}"
+
+    def _wait_for_all_to_join(self) -> None:
+        try:
+            while missing := [node for node in range(self._n) if not self._store.check([self._joined(node)])]:
+                if self._store.check(["fusion/failing"]):
+                    raise UnreachableError("a node was started again before all had met", "run the same command again")
+                self._check_patience(f"node {missing[0]}", "did not come")
+                time.sleep(4 * POLL)
+        except StopRequested:
+            with suppress(RuntimeError):
+                self._store.delete_key(self._joined(self._node))  # it may come again
+            raise
+        except RuntimeError:
+            raise UnreachableError("lost the connection to node 0", "see the log of node 0") from None
+
+    def _reach(self) -> None:
+        # Until node 0 has started its name may not resolve, and then nobody may listen there.
+        while True:
+            try:
+                socket.create_connection(self._address, timeout=5).close()
+                return
+            except OSError as error:
+                self._check_patience("node 0", f"did not answer at {self._address[0]}:{self._address[1]} ({error})")
+                time.sleep(10 * POLL)
+
+    def _check_patience(self, node: str, what: str) -> None:
+        if self._stop.name:
+            raise StopRequested(f"got {self._stop.name} while waiting for {node}", "run the same command again")
+        if time.monotonic() > self._deadline:
+            remedy = "start all nodes within that time, or correct --nnodes, --master-addr and --master-port"
+            raise UnreachableError(f"{node} {what} within {MEET:.0f} s", remedy)
 
     def environment(self) -> dict[str, str]:
         address, port = self._address
@@ -79,6 +132,8 @@ class NodesMeeting(Meeting):
             self._store.set(f"fusion/ended/{self._node}", json.dumps(asdict(ending)))
         self._wait_for_nodes(ending, stop)
         known = [ending, *self._endings.values()]
+        if ending.failed or self._failing:  # then all others have been told, and all that still run have answered
+            known += [_gone(node) for node in range(self._n) if node != self._node and node not in self._endings]
         self._leave()
         return min((other for other in known if other.failed), default=ending)
 
@@ -92,15 +147,14 @@ class NodesMeeting(Meeting):
                 time.sleep(4 * POLL)
         except RuntimeError:
             if 0 not in self._endings:
-                report = "error: lost the connection to node 0\nto do: see the log of node 0"
-                self._endings[0] = Ending(ECHO, time.time(), 128 + signal.SIGKILL, report)
+                self._endings[0] = _gone(0)
                 self._failing = True
 
     def _wait_for_nodes(self, ending: Ending, stop: Stop) -> None:
         start = time.monotonic()
         while len(self._endings) < self._n:
             on_request = self._grace if ending.code or stop.name else LEAVE
-            if time.monotonic() > start + (SETTLE + 1 if ending.failed or self._failing else on_request):
+            if time.monotonic() > start + (2 * SETTLE if ending.failed or self._failing else on_request):
                 return
             time.sleep(POLL)
 
@@ -114,17 +168,7 @@ class NodesMeeting(Meeting):
                 n_left = self._store.add("fusion/left", 0)
 
 
-def _reach(address: str, port: int, stop: Stop) -> None:
-    # Until node 0 has started its name may not resolve, and then nobody may listen there.
-    deadline = time.monotonic() + MEET
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=5).close()
-            return
-        except OSError as error:
-            if stop.name:
-                raise StopRequested(f"got {stop.name} while waiting for node 0", "run the same command again") from None
-            if time.monotonic() > deadline:
-                message = f"node 0 did not answer at {address}:{port} within {MEET:.0f} s: {error}"
-                raise UnreachableError(message, "start node 0, or correct --master-addr and --master-port") from None
-            time.sleep(0.5)
+def _gone(node: int) -> Ending:
+    # The ranks of other nodes then fail in ways of their own, which look like bugs.
+    report = f"error: node {node} ended without a word\nto do: see whether it was killed or its machine was lost"
+    return Ending(GONE, time.time(), 128 + signal.SIGKILL, report)

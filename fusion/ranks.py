@@ -28,7 +28,7 @@ POLL = 0.05  # seconds between two looks at the ranks
 SETTLE = 4.0  # seconds that the others get to end by themselves when a rank has failed
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
-CAUSE, MAYBE_ECHO, ECHO = range(3)  # what a failure is in view of the other ranks' failures
+CAUSE, GONE, MAYBE_ECHO, ECHO = range(4)  # what a failure is in view of the other ranks' failures; gone: a whole node
 LOST_PEER = re.compile("connection (closed|reset)|broken pipe|remote process|ncclRemoteError", re.IGNORECASE)
 
 

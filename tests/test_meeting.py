@@ -1,0 +1,110 @@
+"""How launchers of several nodes meet, and what they make of absent ones: `pytest tests/test_meeting.py`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from fusion import meeting
+from fusion.errors import UnreachableError
+from fusion.meeting import NodesMeeting
+from fusion.ranks import STOP_SIGNALS, Stop
+from tests.test_launch import Launcher, Start, is_gone, start, wait_until
+
+__all__ = ["start"]
+
+
+def node(start: Start, number: int, port: int, worker: str, code: int = 0, n_nodes: int = 2) -> Launcher:
+    flags = ("--nproc-per-node=1", f"--nnodes={n_nodes}", f"--node-rank={number}", f"--rdzv-endpoint=localhost:{port}")
+    return start(*flags, worker=worker, code=code)
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def stop() -> Iterator[Stop]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield Stop()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("vanishes", [0, 1])
+def test_a_node_that_vanishes_is_no_bug_of_the_others(start: Start, port: int, vanishes: int) -> None:
+    nodes = [node(start, number, port, "reduce") for number in (0, 1)]
+    nodes[0].pids(0, 1)
+    nodes[vanishes].process.kill()
+    code, err = nodes[1 - vanishes].end()
+    assert code == 137, err
+    assert err.endswith(
+        f"error: node {vanishes} ended without a word\nto do: see whether it was killed or its machine was lost\n"
+    )
+
+
+def test_a_bug_of_one_node_stays_a_bug(start: Start, port: int) -> None:
+    nodes = [node(start, number, port, "end", code=70) for number in (0, 1)]
+    assert [launcher.end()[0] for launcher in nodes] == [70, 70]
+
+
+def test_a_node_that_was_started_again_waits_for_a_new_try(start: Start, port: int) -> None:
+    """What Kubernetes does: each pod is replaced by itself, at its own pace."""
+    old = [node(start, number, port, "deaf") for number in (0, 1)]
+    (pid, _) = old[0].pids(0, 1)
+    old[1].process.kill()
+    for rank in (0, 1):
+        (old[0].folder / f"{rank}.pid").unlink()
+    new_1 = node(start, 1, port, "stop", code=75)
+    assert old[0].end()[0] == 137  # it is told so by the new node 1, as its rank notices nothing
+    assert is_gone(pid)
+    assert new_1.process.poll() is None
+    assert not (new_1.folder / "1.pid").exists()
+    new_0 = node(start, 0, port, "stop", code=75)
+    new_0.pids(0, 1)
+    for launcher in (new_0, new_1):
+        launcher.process.terminate()
+    assert [launcher.end() for launcher in (new_0, new_1)] == [(75, ""), (75, "")]
+
+
+def test_no_rank_starts_before_all_nodes_are_there(start: Start, port: int) -> None:
+    first, second = (node(start, number, port, "end", n_nodes=3) for number in (0, 1))
+    wait_until(lambda: _listens(port))
+    time.sleep(1)
+    assert not (first.folder / "starts").exists()
+    second.process.terminate()
+    assert second.end() == (75, "error: got SIGTERM while waiting for node 2\nto do: run the same command again\n")
+    others = [node(start, number, port, "end", n_nodes=3) for number in (1, 2)]  # it may come again
+    assert [launcher.end()[0] for launcher in (first, *others)] == [0, 0, 0]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
+def test_a_node_that_never_comes_is_named(port: int, stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "MEET", 1.0)
+    with pytest.raises(UnreachableError, match="node 1 did not come within 1 s"):
+        NodesMeeting(0, 2, ("localhost", port), 1.0, stop)
+
+
+def test_a_node_0_that_never_comes_is_named(port: int, stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "MEET", 0.5)
+    with pytest.raises(UnreachableError, match="node 0 did not answer at localhost"):
+        NodesMeeting(1, 2, ("localhost", port), 1.0, stop)
+
+
+def test_a_stop_ends_the_wait_for_other_nodes(start: Start, port: int) -> None:
+    launcher = node(start, 0, port, "end")
+    wait_until(lambda: _listens(port))
+    os.kill(launcher.process.pid, signal.SIGTERM)
+    assert launcher.end() == (75, "error: got SIGTERM while waiting for node 1\nto do: run the same command again\n")

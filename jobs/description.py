@@ -1,20 +1,19 @@
 """What is to be run: one description of a job, the same for every cluster.
 
-A job is one of Fusion's commands with all of its settings as flags. They are checked and frozen at submission, so that a
-mistake costs a second and not an hour in a queue, and nothing that is edited later changes a job that waits.
+A job is one of Fusion's commands with all of its settings as flags. They are checked and frozen at submission, so that
+a mistake costs a second and not an hour in a queue, and nothing that is edited later changes a job that waits.
 """
 
 from __future__ import annotations
 
-import hashlib
 import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any
 
 import fusion
-from fusion.config import EvaluateConfig, PredictConfig, RunConfig, as_flags
+from fusion.config import EvaluateConfig, PredictConfig, RunConfig, as_flags, digest
 from fusion.errors import UsageError
 
 MODULES = {"train": "train", "evaluate": "evaluate_by_groups", "predict": "predict_test"}
@@ -62,9 +61,9 @@ class Job:
         ranks = ["--nproc-per-node", str(n_ranks)] if n_ranks else []
         return [python, "-m", "fusion.launch", *ranks, self.module, *self.flags]
 
-    def digest(self) -> str:
+    def digest(self, *further: str) -> str:
         """Eight letters that differ between jobs with different settings."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+        return digest([asdict(self), *further])[:8]
 
 
 def variants() -> list[str]:

@@ -11,27 +11,36 @@ import io
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from submitit import SlurmExecutor, SlurmJob
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmInfoWatcher
 
-from fusion.errors import ConfigError, ExitCode, UnreachableError
+from fusion.errors import ConfigError, UnreachableError
 from jobs.description import Job
 from jobs.slurm_settings import Cluster
 
-FINAL = (0, 64, 65, 70, 75, 77, 78, 126, 127)  # another try would end alike: as fusion.launch has it, and no such command
+FINAL = (
+    0,
+    64,
+    65,
+    70,
+    75,
+    77,
+    78,
+    126,
+    127,
+)  # another try would end alike: as fusion.launch has it, and no such command
 TRIES = 3
 POLL = 15  # seconds between two looks at a job's state, at most
 
 # Launchers of several nodes tell each other how their ranks ended and all end alike, a moment apart. With
-# --kill-on-bad-exit srun would kill the second one in that moment, and end with 143 in place of the job's own code. A node
-# whose launcher is gone does not end by itself: --wait does it.
+# --kill-on-bad-exit srun would kill the second one in that moment, and end with 143 in place of the job's own code.
+# --wait ends what is left when a launcher is gone without a word.
 SRUN = ("--kill-on-bad-exit=0", "--wait=60", "--open-mode=append")
 
 SETUP = """\
-failed() { echo "error: this line of the setup failed: $1"; echo "to do: correct the settings of the cluster"; exit 78; }
+failed() { echo "error: the setup failed at: $1"; echo "to do: correct the settings of the cluster"; exit 78; }
 # Nothing of the submitting shell is here (--export=NONE). What is set from here on reaches the steps.
 export SLURM_EXPORT_ENV=ALL"""
 
@@ -78,7 +87,7 @@ class Executor(SlurmExecutor):
 def render(jobs: Sequence[Job], cluster: Cluster, max_requeues: int) -> str:
     """The script that sbatch gets."""
     executor, command = _executor(jobs, cluster, max_requeues)
-    return executor._make_submission_file_text(command, uid="")
+    return executor._make_submission_file_text(command, uid="") + "\n"
 
 
 def submit(jobs: Sequence[Job], cluster: Cluster, max_requeues: int) -> list[str]:
@@ -112,7 +121,9 @@ def _refusal(said: str) -> Exception:
     first = said.strip().splitlines()[0] if said.strip() else "sbatch failed without a word"
     if "contact slurm controller" in said or "configuration source" in said:
         return UnreachableError(f"Slurm does not answer: {first}", "try again when its controller is back")
-    return ConfigError(f"Slurm refuses the job: {first}", "correct the settings of the cluster, or what the job asks for")
+    return ConfigError(
+        f"Slurm refuses the job: {first}", "correct the settings of the cluster, or what the job asks for"
+    )
 
 
 def _executor(jobs: Sequence[Job], cluster: Cluster, max_requeues: int) -> tuple[Executor, str]:
@@ -136,10 +147,12 @@ def _executor(jobs: Sequence[Job], cluster: Cluster, max_requeues: int) -> tuple
 
 
 def _setup(jobs: Sequence[Job], cluster: Cluster) -> list[str]:
-    lines = [SETUP, *(f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items())]
+    lines = [SETUP, *(f"export {name}={shlex.quote(value)}" for name, value in cluster.exports().items())]
     lines += [f"{line} || failed {shlex.quote(line)}" for line in cluster.lines()]
     if jobs[0].nodes > 1:
-        lines += ["export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))  # jobs that share a node meet at ports of their own"]
+        lines += [
+            "export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))  # jobs that share a node meet at ports of their own"
+        ]
     if len(jobs) > 1:
         lines += ["case $SLURM_ARRAY_TASK_ID in"]
         lines += [f"{index}) command=({shlex.join(job.command(cluster.python))}) ;;" for index, job in enumerate(jobs)]

@@ -63,6 +63,10 @@ class Cluster:
             return {}
         return {"gres": self.gres.replace("{n}", str(n_gpus))} if self.gres else {"gpus_per_node": n_gpus}
 
+    def exports(self) -> dict[str, str]:
+        """Variables that jobs get; FUSION_… are flags by now."""
+        return {name: value for name, value in self.environment.items() if not name.startswith("FUSION_")}
+
     def lines(self) -> list[str]:
         """Lines of shell that the job runs before its command."""
         if not self.credentials:
@@ -99,11 +103,15 @@ def read(path: Path, task: str) -> Cluster:
         tables = {name: values.pop(name, {}) for name in MODULES}
         return TypeAdapter(Cluster).validate_python(values | tables[task])
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", "name the cluster's settings with --settings") from error
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", "name the cluster's settings with --settings"
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is no TOML: {error}", "mend the file") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{path}: {key + ': ' if key else ''}{message}", "slurm/cluster.toml explains all keys") from error
+        raise ConfigError(
+            f"{path}: {key + ': ' if key else ''}{message}", "slurm/cluster.toml explains all keys"
+        ) from error

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.errors import ConfigError
+from jobs.errors import last_error
 from jobs.slurm import WatchedJob, logs
 from jobs.slurm_settings import Cluster
-
-LAST_ERROR = re.compile(r"^error: .*\n(?:to do: .*)?", re.MULTILINE)
 
 
 def check_accounting() -> None:
@@ -47,14 +45,16 @@ def _conclude(job_id: str, cluster: Cluster) -> int:
     state, code = _ending(job_id)
     log = logs(cluster, job_id)
     print(f"{job_id} {state} with exit code {code}, log: {log}", flush=True)
-    if code and (error := last_error(log)):
+    if code and (error := _told(log)):
         print(error, flush=True)
     return code
 
 
 def _ending(job_id: str) -> tuple[str, int]:
     command = ["sacct", f"--jobs={job_id}", "--allocations", "--noheader", "--parsable2"]
-    done = subprocess.run([*command, "--format=State,ExitCode,DerivedExitCode"], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--format=State,ExitCode,DerivedExitCode"], check=True, capture_output=True, text=True
+    )
     state, exit_code, derived = done.stdout.strip().splitlines()[-1].split("|")
     return state, exit_status(state, exit_code, derived)
 
@@ -78,8 +78,6 @@ def exit_status(state: str, exit_code: str, derived: str) -> int:
     return 0 if state == "COMPLETED" else int(derived.split(":")[0]) or 1
 
 
-def last_error(log: Path) -> str:
-    """The last error that a job told in its logs, of all nodes; empty when there is none."""
-    pattern = log.name.replace("_0_log", "_*_log")
-    found = [error for path in sorted(log.parent.glob(pattern)) for error in LAST_ERROR.findall(path.read_text(errors="replace"))]
-    return found[-1].strip() if found else ""
+def _told(log: Path) -> str:
+    nodes = sorted(log.parent.glob(log.name.replace("_0_log", "_*_log")))
+    return next(filter(None, (last_error(node.read_text(errors="replace")) for node in nodes)), "")

@@ -1,7 +1,7 @@
 """A real Slurm on this machine, for tests: two nodes, accounting, preemption; needs root and Debian's packages.
 
-Everything lives in one folder and on free ports of the loopback, and runs as children of the test. The one thing outside
-is the names of the nodes in /etc/hosts, which are taken out again at the end.
+Everything lives in one folder and on free ports of the loopback, and runs as children of the test. The one thing
+outside is the names of the nodes in /etc/hosts, which are taken out again at the end.
 """
 
 from __future__ import annotations
@@ -94,11 +94,9 @@ def is_installed() -> bool:
 def install() -> bool:
     """Whether Slurm is here, or could be installed."""
     if not is_installed() and os.geteuid() == 0 and shutil.which("apt-get"):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": False}
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(["apt-get", "update"], env=environment, **quiet)  # type: ignore[call-overload]
-        command = ["apt-get", "install", "--yes", "--no-install-recommends", *PACKAGES]
-        subprocess.run(command, env=environment, **quiet)  # type: ignore[call-overload]
+        for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
+            subprocess.run(["apt-get", *command], check=False, capture_output=True, env=environment)
     return is_installed() and os.geteuid() == 0
 
 
@@ -173,12 +171,8 @@ class SlurmCluster:
 
     def _start_database(self) -> None:
         data = self.folder / "mysql"
-        data.mkdir()
-        shutil.chown(data, "mysql")
-        common = ["--no-defaults", "--user=mysql", f"--datadir={data}"]
-        log = (self.folder / "install-db.log").open("wb")
-        command = ["mariadb-install-db", *common, "--auth-root-authentication-method=socket", "--skip-test-db"]
-        subprocess.run(command, check=True, stdout=log, stderr=log)
+        common = ["--no-defaults", "--user=root", f"--datadir={data}"]  # folders of tests are open to their user alone
+        self.run("mariadb-install-db", *common, "--auth-root-authentication-method=socket", "--skip-test-db")
         socket = f"--socket={data}/sock"
         self._spawn("mariadbd", *common, socket, f"--pid-file={data}/pid", "--bind-address=127.0.0.1",
             f"--port={self._ports['mariadb']}", "--innodb-buffer-pool-size=64M", "--innodb-log-file-size=32M",
@@ -189,8 +183,8 @@ class SlurmCluster:
     def _spawn(self, program: str, *arguments: str) -> None:
         path = shutil.which(program, path=self.environment["PATH"])
         assert path
-        log = (self.folder / f"{program}-{len(self._processes)}.log").open("wb")
-        process = subprocess.Popen([path, *arguments], stdout=log, stderr=log, env=self.environment)
+        with (self.folder / f"{program}-{len(self._processes)}.log").open("wb") as log:
+            process = subprocess.Popen([path, *arguments], stdout=log, stderr=log, env=self.environment)
         self._processes.append((program, process))
 
     def _succeeds(self, *command: str) -> bool:

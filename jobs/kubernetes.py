@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,7 +53,7 @@ def objects(job: Job, image: str | None = None) -> list[Object]:
 def instance(job: Job, image: str | None = None) -> str:
     """What the job is called after `fusion-`."""
     name = f"{job.task}-{job.variant.replace('_', '-')}" + ("-multinode" if job.nodes > 1 else "")
-    is_template = job in (Job(job.variant, job.task), Job(job.variant, job.task, nodes=2)) and not image
+    is_template = replace(job, nodes=1) == Job(job.variant, job.task) and job.nodes <= 2 and not image
     return name if is_template else f"{name}-{job.digest(image or '')}"
 
 

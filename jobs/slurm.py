@@ -32,7 +32,7 @@ FINAL = (
     127,
 )  # another try would end alike: as fusion.launch has it, and no such command
 TRIES = 3
-POLL = 15  # seconds between two looks at a job's state, at most
+POLL = 10  # seconds between two looks at a job's state, at most
 
 # Launchers of several nodes tell each other how their ranks ended and all end alike, a moment apart. With
 # --kill-on-bad-exit srun would kill the second one in that moment, and end with 143 in place of the job's own code.
@@ -46,23 +46,30 @@ export SLURM_EXPORT_ENV=ALL"""
 
 # Slurm signals this shell, and not the steps alone, when it ends the job itself: cancelled, out of time, or requeued.
 TRY = """\
-trap 'ended=1' TERM
+ended=
+trap 'ended=yes' TERM
 for try in {tries}; do"""
 
 TEARDOWN = """\
 code=$?
-[ -n "$ended" ] && exit $code
 case $code in {final}) break ;; esac
-[ $try -lt {n_tries} ] && echo "try $try of {n_tries} ended with $code: again in $((10 * try)) s" && sleep $((10 * try))
+if [ $try -lt {n_tries} ] && [ -z "$ended" ]; then
+  echo "try $try of {n_tries} ended with $code: again in $((10 * try)) s"
+  sleep $((10 * try))
+fi
+[ -n "$ended" ] && break
 done
-if [ $code -eq 75 ]; then
+if [ $code -eq 75 ] && [ -z "$ended" ]; then
   # Stopped on request with a committed checkpoint: goes on from there in the queue's next turn.
   if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then
     id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}}}
     echo "stopped on request, requeued: time $((${{SLURM_RESTART_COUNT:-0}} + 1)) of at most {max_requeues}"
-    scontrol requeue "${{id:-$SLURM_JOB_ID}}" && sleep 60  # here Slurm ends this shell
+    if scontrol requeue "${{id:-$SLURM_JOB_ID}}"; then
+      sleep 60  # until Slurm ends this shell
+      exit $code
+    fi
   fi
-  echo "error: stopped on request, and not requeued after $SLURM_RESTART_COUNT times"
+  echo "error: stopped on request, and not requeued after ${{SLURM_RESTART_COUNT:-0}} requeues"
   echo "to do: submit it again, which goes on from the last checkpoint, or allow more with --max-requeues"
 fi
 exit $code"""

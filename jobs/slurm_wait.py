@@ -12,6 +12,8 @@ from jobs.errors import last_error
 from jobs.slurm import WatchedJob, logs
 from jobs.slurm_settings import Cluster
 
+ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "OUT_OF_MEMORY": 137}
+
 
 def check_accounting() -> None:
     """Raises ConfigError on a cluster that keeps no record of how jobs ended."""
@@ -62,10 +64,13 @@ def _ending(job_id: str) -> tuple[str, int]:
 def exit_status(state: str, exit_code: str, derived: str) -> int:
     """What a shell would have seen, from sacct's `code:signal` of the job and of its worst step.
 
-    >>> exit_status("FAILED", "65:0", "65:0"), exit_status("CANCELLED by 0", "0:15", "75:0")
-    (65, 143)
-    >>> exit_status("TIMEOUT", "0:0", "75:0"), exit_status("NODE_FAIL", "0:0", "0:0")
-    (75, 1)
+    >>> exit_status("FAILED", "65:0", "65:0"), exit_status("NODE_FAIL", "0:0", "0:0")
+    (65, 1)
+
+    A job that Slurm ended has no code of its own:
+
+    >>> exit_status("CANCELLED by 0", "0:0", "75:0"), exit_status("OUT_OF_MEMORY", "0:125", "0:125")
+    (143, 137)
 
     A step that failed and was tried again with success counts for nothing:
 
@@ -73,9 +78,10 @@ def exit_status(state: str, exit_code: str, derived: str) -> int:
     0
     """
     code, signal = map(int, exit_code.split(":"))
-    if code or signal:
-        return code or 128 + signal
-    return 0 if state == "COMPLETED" else int(derived.split(":")[0]) or 1
+    if state == "COMPLETED" or code:
+        return code
+    by_slurm = ENDED_BY_SLURM.get(state.split()[0])
+    return by_slurm or (128 + signal if signal else int(derived.split(":")[0]) or 1)
 
 
 def _told(log: Path) -> str:

@@ -13,4 +13,5 @@ def last_error(log: str) -> str:
     >>> last_error("error: a\\nto do: b\\nsrun: error: c\\n")
     'error: a\\nto do: b'
     """
-    return (ERROR.findall(log) or [""])[-1]
+    found: list[str] = ERROR.findall(log)
+    return found[-1] if found else ""

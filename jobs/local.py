@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from fusion.errors import UsageError
 from jobs.description import Job
@@ -38,10 +39,12 @@ def check(jobs: Sequence[Job]) -> None:
 
 def _run(command: Sequence[str]) -> int:
     running: list[subprocess.Popen[bytes]] = []
-    before = {
-        number: signal.signal(number, lambda got, _: [process.send_signal(got) for process in running])
-        for number in FORWARDED
-    }
+
+    def forward(number: int, _: FrameType | None) -> None:
+        for process in running:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
         running.append(subprocess.Popen(command))
         code = running[0].wait()

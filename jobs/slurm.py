@@ -20,17 +20,9 @@ from fusion.errors import ConfigError, UnreachableError
 from jobs.description import Job
 from jobs.slurm_settings import Cluster
 
-FINAL = (
-    0,
-    64,
-    65,
-    70,
-    75,
-    77,
-    78,
-    126,
-    127,
-)  # another try would end alike: as fusion.launch has it, and no such command
+# Another try would end alike: as fusion.launch has it, and 1, 2 and 13 where Python has no Fusion, is not there or must
+# not be run.
+FINAL = (0, 1, 2, 13, 64, 65, 70, 75, 77, 78)
 TRIES = 3
 POLL = 10  # seconds between two looks at a job's state, at most
 

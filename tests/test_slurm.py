@@ -161,9 +161,13 @@ def test_failures_keep_their_code_and_are_not_requeued(submit: Submit, bucket: s
     data = submit(*common, "--data", f"{bucket}/nothing")
     bug = submit(*common, "--data", f"{bucket}/data", "--lr", "1e30", "--clip", "1e30", "--epochs", "30")
     numbers = [job_id(process) for process in (data, bug)]
+    submit.settings.write_text(submit.settings.read_text().replace(sys.executable, "/nowhere/python"))
+    absent = submit(*common, "--data", f"{bucket}/data")
+    numbers.append(job_id(absent))
     for process, number, code, message in (
         (data, numbers[0], 65, "error: .*nothing/train.csv.*\nto do: "),
         (bug, numbers[1], 70, "error: .*not both finite.*\nto do: "),
+        (absent, numbers[2], 2, "FAILED"),
     ):
         done = ended(process)
         assert done.code == code, done.out + submit.log(number)

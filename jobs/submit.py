@@ -41,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _submit(argv: list[str]) -> int:
     given, flags = _parse(argv)
     target = {"slurm": _slurm, "k8s": _kubernetes, "local": _local}[given.cluster](given, flags)
-    if given.if_changed and _nothing_changed(given, flags):
-        return ExitCode.DONE
+    if given.if_changed and given.task != "predict":
+        raise UsageError(f"--if-changed is for predictions, and --task is {given.task}", "leave out --if-changed")
     if given.dry_run:
         sys.stdout.write(target.render())
+        return ExitCode.DONE
+    if given.if_changed and _nothing_changed(given, flags):
         return ExitCode.DONE
     return target.run()
 
@@ -95,8 +97,6 @@ def _jobs(given: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
 
 
 def _nothing_changed(given: argparse.Namespace, flags: Sequence[str]) -> bool:
-    if given.task != "predict":
-        raise UsageError(f"--if-changed is for predictions, and --task is {given.task}", "leave out --if-changed")
     urls = [_published(variant, flags) for variant in given.variant]
     for url in filter(None, urls):
         print(f"nothing changed since {url}", flush=True)

@@ -11,8 +11,10 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from fusion.ranks import _die_with
 from tests.s3_server import _free_ports as free_ports
 
 PACKAGES = ("slurm-wlm", "munge", "slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server")
@@ -57,6 +59,7 @@ KillWait=5
 # Nodes may claim more cores than this machine has.
 SlurmdParameters=config_overrides
 ReturnToService=2
+ScronParameters=enable
 NodeName={first} NodeHostname=localhost NodeAddr=127.0.0.1 Port={slurmd1} CPUs={cpus} RealMemory=4000 State=UNKNOWN
 NodeName={second} NodeHostname=localhost NodeAddr=127.0.0.1 Port={slurmd2} CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
@@ -184,7 +187,10 @@ class SlurmCluster:
         path = shutil.which(program, path=self.environment["PATH"])
         assert path
         with (self.folder / f"{program}-{len(self._processes)}.log").open("wb") as log:
-            process = subprocess.Popen([path, *arguments], stdout=log, stderr=log, env=self.environment)
+            # Whatever ends the tests ends it too.
+            bond = partial(_die_with, os.getpid())
+            command = [path, *arguments]
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, preexec_fn=bond)  # noqa: PLW1509
         self._processes.append((program, process))
 
     def _succeeds(self, *command: str) -> bool:

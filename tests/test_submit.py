@@ -189,6 +189,18 @@ def test_local_runs_one_job_after_the_other(catalog: Path, tmp_path: Path) -> No
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_a_prediction_is_left_out_while_nothing_has_changed(catalog: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fusion.submission")
+    assert submit(*local(catalog, tmp_path), "--epochs", "1").code == 0
+    flags = ["--cluster=local", "--task=predict", "--nproc-per-node=1", "--if-changed"]
+    predict = [*flags, "--", "--output", str(tmp_path), "--device", "cpu", "--date", "2026-01-02"]
+    assert submit(*predict).code == 0
+    (made,) = tmp_path.glob("submissions/test/2026-01-02/*/submission.csv")
+    again = submit(*predict)
+    assert (again.code, again.out.splitlines()[-1]) == (0, f"nothing changed since {made}")
+    assert "event=read" not in again.out + again.err
+
+
 def test_local_ends_with_the_code_of_the_job(tmp_path: Path) -> None:
     done = submit(*local(tmp_path / "nothing", tmp_path))
     assert done.code == 65

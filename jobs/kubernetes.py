@@ -7,6 +7,7 @@ number of nodes, the GPUs and the image; such a job has a name of its own, which
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -127,8 +128,12 @@ def _submit(found: list[Object], namespace: str | None) -> str:
 
 
 def _wait(name: str, namespace: str | None) -> int:
-    while not (condition := _condition(_find(name, namespace) or {})):
+    while (job := _find(name, namespace)) and not _condition(job):
         time.sleep(POLL)
+    if job is None:
+        print(f"job/{name} was deleted", flush=True)
+        return 128 + signal.SIGTERM
+    condition = _condition(job) or {}
     if condition["type"] == "Complete":
         print(f"job/{name} is complete", flush=True)
         return 0

@@ -101,7 +101,7 @@ def read(path: Path, task: str) -> Cluster:
     try:
         values = tomllib.loads(path.read_text())
         tables = {name: values.pop(name, {}) for name in MODULES}
-        return TypeAdapter(Cluster).validate_python(values | tables[task])
+        return TypeAdapter(Cluster).validate_python(values | tables.get(task, {}))
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}", "name the cluster's settings with --settings"

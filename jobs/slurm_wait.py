@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion.errors import ConfigError
+from fusion.errors import ConfigError, UnreachableError
 from jobs.errors import last_error
 from jobs.slurm import WatchedJob, logs
 from jobs.slurm_settings import Cluster
@@ -16,8 +16,17 @@ ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "OUT_OF_MEM
 
 
 def check_accounting() -> None:
-    """Raises ConfigError on a cluster that keeps no record of how jobs ended."""
-    done = subprocess.run(["sacct", "--noheader", "--starttime=now"], check=False, capture_output=True, text=True)
+    """Finds out before a job is sent whether its end can be known.
+
+    Raises:
+        ConfigError: the cluster keeps no record of how jobs ended.
+        UnreachableError: there is no sacct here.
+    """
+    command = ["sacct", "--noheader", "--starttime=now"]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise UnreachableError("there is no sacct here", "submit from a login node, or leave out --wait") from error
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip()
         raise ConfigError(f"--wait needs sacct: {said}", "leave out --wait, and look at squeue and at the log")

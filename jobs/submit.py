@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,11 @@ class Target:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return guarded(lambda: _submit(list(sys.argv[1:] if argv is None else argv)))
+    try:
+        return guarded(lambda: _submit(list(sys.argv[1:] if argv is None else argv)))
+    except KeyboardInterrupt:
+        print("interrupted; what was submitted goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _submit(argv: list[str]) -> int:

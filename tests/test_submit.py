@@ -80,7 +80,7 @@ def test_scripts_are_bash(case: str) -> None:
         ("--cluster=local --epochs 5", 64, "--epochs is no flag of jobs/submit.py\nto do: put flags of the command"),
         ("--cluster=moon", 64, "argument --cluster: invalid choice: 'moon'"),
         ("", 64, "the following arguments are required: --cluster"),
-        ("--cluster=k8s --task=sleep", 64, "--task is 'sleep', expected one of train, evaluate, predict\nto do:"),
+        ("--cluster=slurm --task=sleep", 64, "--task is 'sleep', expected one of train, evaluate, predict\nto do:"),
         ("--cluster=k8s --variant=clip", 64, "--variant is 'clip', expected one of all_embeddings, qwen_clip\n"),
         ("--cluster=slurm --nodes=0", 64, "--nodes is 0, expected at least 1\nto do: give --nodes 1 or more\n"),
         ("--cluster=slurm --gpus-per-node=-1", 64, "--gpus-per-node is -1, expected at least 0\nto do:"),
@@ -163,8 +163,8 @@ def test_credentials_are_read_by_the_job_and_open_to_nobody_else(tmp_path: Path)
 
 def test_without_slurm_and_without_kubernetes_it_says_so(tmp_path: Path) -> None:
     nowhere = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
-    for cluster, program in (("slurm", "sbatch"), ("k8s", "kubectl")):
-        done = submit("--cluster", cluster, env=nowhere)
+    for cluster, program, *further in (("slurm", "sbatch"), ("slurm", "sacct", "--wait"), ("k8s", "kubectl")):
+        done = submit("--cluster", cluster, *further, env=nowhere)
         assert done.code == 69
         assert done.err.startswith(f"error: there is no {program} here\nto do: ")
 
@@ -190,7 +190,7 @@ def test_local_runs_one_job_after_the_other(catalog: Path, tmp_path: Path) -> No
 
 
 def test_a_prediction_is_left_out_while_nothing_has_changed(catalog: Path, tmp_path: Path) -> None:
-    pytest.importorskip("fusion.submission")
+    pytest.importorskip("fusion.submission", exc_type=ImportError)
     assert submit(*local(catalog, tmp_path), "--epochs", "1").code == 0
     flags = ["--cluster=local", "--task=predict", "--nproc-per-node=1", "--if-changed"]
     predict = [*flags, "--", "--output", str(tmp_path), "--device", "cpu", "--date", "2026-01-02"]

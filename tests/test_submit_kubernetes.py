@@ -159,6 +159,12 @@ def test_a_job_is_sent_followed_and_sent_again_when_it_has_ended(cluster: Cluste
         sent(process)
         cluster.end(name, "Complete")
         assert process.wait(60) == 0
+    cluster.submit("--variant=qwen_clip")
+    with cluster.start("--variant=qwen_clip", "--wait") as process:
+        sent(process)
+        cluster.kubectl("delete", "job", name)
+        out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (143, f"job/{name} was deleted\n")
 
 
 def test_several_variants_are_several_jobs(cluster: Cluster) -> None:

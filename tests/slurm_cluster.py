@@ -59,7 +59,6 @@ KillWait=5
 # Nodes may claim more cores than this machine has.
 SlurmdParameters=config_overrides
 ReturnToService=2
-ScronParameters=enable
 NodeName={first} NodeHostname=localhost NodeAddr=127.0.0.1 Port={slurmd1} CPUs={cpus} RealMemory=4000 State=UNKNOWN
 NodeName={second} NodeHostname=localhost NodeAddr=127.0.0.1 Port={slurmd2} CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30

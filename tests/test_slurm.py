@@ -213,14 +213,6 @@ def test_an_array_of_variants_requeues_the_task_that_was_stopped(
     assert f"{number}_1 COMPLETED with exit code 0" in done.out
 
 
-def test_slurm_takes_the_nightly_scrontab(cluster: SlurmCluster) -> None:
-    cluster.run("scrontab", str(ROOT / "slurm" / "scrontab"))
-    try:
-        assert "fusion-nightly" in cluster.run("squeue", "--noheader", "--format=%j")
-    finally:
-        cluster.run("scrontab", "-r")
-
-
 def test_what_slurm_refuses_is_said_at_once(submit: Submit) -> None:
     submit.settings.write_text('partition = "nowhere"\n' + submit.settings.read_text())
     done = ended(submit("--", "--data", "data"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fusion.errors import ConfigError, UsageError
 from jobs import slurm_settings
@@ -199,6 +201,17 @@ def test_a_prediction_is_left_out_while_nothing_has_changed(catalog: Path, tmp_p
     again = submit(*predict)
     assert (again.code, again.out.splitlines()[-1]) == (0, f"nothing changed since {made}")
     assert "event=read" not in again.out + again.err
+
+
+def test_the_scrontab_sends_the_prediction_that_kubernetes_runs_every_night() -> None:
+    pytest.importorskip("fusion.submission", exc_type=ImportError)
+    (line,) = (one for one in (ROOT / "slurm" / "scrontab").read_text().splitlines() if not one.startswith("#"))
+    done = submit("--dry-run", *shlex.split(line.partition("jobs/submit.py")[2]))
+    assert done.code == 0, done.err
+    night = yaml.safe_load((ROOT / "k8s" / "predict-nightly.yaml").read_text())["spec"]["jobTemplate"]["spec"]
+    _, *command = night["template"]["spec"]["containers"][0]["args"]
+    assert " ".join(command[:3]) in done.out
+    assert " ".join(command[3:]) in done.out
 
 
 def test_local_ends_with_the_code_of_the_job(tmp_path: Path) -> None:

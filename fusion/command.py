@@ -32,7 +32,7 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
     return guarded(parsed_job)
 
 
-def guarded(job: Callable[[], ExitCode]) -> int:
+def guarded(job: Callable[[], int]) -> int:
     """Exit code of `job`.
 
     A `FusionError` prints what is wrong and what to do. Anything else is a bug: its traceback, and 70.

@@ -215,6 +215,35 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
         ConfigError: a value out of range, with where it came from and what is allowed.
     """
     flags = _flags(config_class)
+    values, origins = _collect(flags, argv, prog, description)
+    return _validate(config_class, _nest(values, flags), origins)
+
+
+def as_flags(config_class: type[Any], argv: Sequence[str] | None = None, *, prog: str) -> list[str]:
+    """What is set anywhere, as flags alone: with them, neither a file nor the environment can change it later.
+
+    Raises:
+        UsageError, ConfigError: as `parse`.
+    """
+    flags = _flags(config_class)
+    values, origins = _collect(flags, argv, prog, "")
+    checked = _flatten(asdict(_validate(config_class, _nest(values, flags), origins)))
+    return [word for key in flags if key in values for word in _words(key, checked[key])]
+
+
+def _words(key: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [_flag(key) if value else _flag(f"no-{key}")]
+    if value in (None, ()):
+        return []
+    values = [str(one) for one in value] if isinstance(value, tuple) else [str(value)]
+    return [f"{_flag(key)}={values[0]}"] if values[0].startswith("-") else [_flag(key), *values]
+
+
+def _collect(
+    flags: Mapping[str, Any], argv: Sequence[str] | None, prog: str, description: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is set by key, the first of flag, environment and file, and where each was found."""
     given = vars(_parser(flags, prog, description).parse_args(argv))
     file = given.pop("config", None) or os.environ.get("FUSION_CONFIG")
     values: dict[str, Any] = {}
@@ -226,7 +255,7 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
     ):
         values |= layer
         origins |= dict.fromkeys(layer, origin)
-    return _validate(config_class, _nest(values, flags), origins)
+    return values, origins
 
 
 def _parser(flags: Mapping[str, Any], prog: str, description: str) -> Parser:

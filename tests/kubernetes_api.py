@@ -14,6 +14,7 @@ KINDS = {
     "v1/configmaps": "ConfigMap",
     "v1/serviceaccounts": "ServiceAccount",
     "v1/services": "Service",
+    "v1/pods": "Pod",
     "batch/v1/jobs": "Job",
     "batch/v1/cronjobs": "CronJob",
     "networking.k8s.io/v1/networkpolicies": "NetworkPolicy",
@@ -27,6 +28,7 @@ class KubernetesApi:
 
     def __init__(self, folder: Path) -> None:
         self.kubeconfig = folder / "kubeconfig.json"
+        self.pods: list[object] = []  # what every list of pods shows
         self._loop = asyncio.new_event_loop()
         self._ended = asyncio.Event()
         ready = threading.Event()
@@ -45,10 +47,15 @@ class KubernetesApi:
             facts = ResourceInfo(kind=kind, singular=kind.lower(), namespaced=True, verbs=VERBS)
             api.resources[resource(name)] = facts
         api["get /api/v1"] << _core_resources()
+        # kmock's own lists have no kind, and kubectl reads none without.
+        api["get /api/v1/namespaces/fusion/pods"] << self._list_of_pods
         async with api, Server(api) as server:
             self._write_kubeconfig(str(server.url))
             ready.set()
             await self._ended.wait()
+
+    def _list_of_pods(self) -> dict[str, object]:
+        return {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": self.pods}
 
     def _write_kubeconfig(self, url: str) -> None:
         context = {"cluster": "test", "user": "test", "namespace": "fusion"}

@@ -1,0 +1,111 @@
+"""What is to be run: one description of a job, the same for every cluster.
+
+A job is one of Fusion's commands with all of its settings as flags. They are checked and frozen at submission, so that
+a mistake costs a second and not an hour in a queue, and nothing that is edited later changes a job that waits.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import fusion
+from fusion.config import EvaluateConfig, PredictConfig, RunConfig, as_flags, digest
+from fusion.errors import UsageError
+
+MODULES = {"train": "train", "evaluate": "evaluate_by_groups", "predict": "predict_test"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command of Fusion and what it needs.
+
+    Attributes:
+        flags: settings of the command, see `frozen`.
+        gpus_per_node: None leaves it to the cluster: one for training, none for the rest.
+        nproc_per_node: ranks of a node; None leaves it to the launcher: one a GPU, or a single one.
+    """
+
+    variant: str
+    task: str
+    flags: tuple[str, ...] = ()
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    nproc_per_node: int | None = None
+
+    def __post_init__(self) -> None:
+        _expect_one_of("--variant", self.variant, variants())
+        _expect_one_of("--task", self.task, MODULES)
+        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("nproc_per_node", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is {value}, expected at least {least}", f"give {flag} {least} or more")
+        if self.nodes > 1 and self.task != "train":
+            raise UsageError(f"--nodes is {self.nodes}, and {self.task} runs on one node", "leave out --nodes")
+
+    @property
+    def name(self) -> str:
+        return f"fusion-{self.task}-{self.variant.replace('_', '-')}"
+
+    @property
+    def module(self) -> str:
+        return f"fusion.{self.variant}.{MODULES[self.task]}"
+
+    def command(self, python: str = "python") -> list[str]:
+        """The command of every node, the same on every cluster."""
+        n_ranks = self.nproc_per_node or self.gpus_per_node
+        ranks = ["--nproc-per-node", str(n_ranks)] if n_ranks else []
+        return [python, "-m", "fusion.launch", *ranks, self.module, *self.flags]
+
+    def digest(self, *further: str) -> str:
+        """Eight letters that differ between jobs with different settings."""
+        return digest([asdict(self), *further])[:8]
+
+
+def variants() -> list[str]:
+    """Names of the variants: every folder of `fusion` with a config."""
+    return [found.name for found in pkgutil.iter_modules(fusion.__path__) if found.ispkg]
+
+
+def config_class(variant: str, task: str) -> type[Any]:
+    """The settings that a task of a variant takes."""
+    trains: type[RunConfig] = import_module(f"fusion.{variant}.config").Config
+    return {"train": trains, "evaluate": EvaluateConfig, "predict": PredictConfig}[task]
+
+
+def frozen(job: Job) -> Job:
+    """The job with the settings of its flags, of FUSION_… variables and of a `--config` file as flags alone.
+
+    Raises:
+        UsageError: a flag that the command does not know.
+        ConfigError: a value that it does not allow.
+    """
+    flags = as_flags(config_class(job.variant, job.task), job.flags, prog=f"python -m {job.module}")
+    return replace(job, flags=tuple(flags))
+
+
+def each_fold(job: Job) -> list[Job]:
+    """One job a fold, for a frozen job with `--folds`."""
+    if job.task != "train" or "--folds" not in job.flags:
+        raise UsageError("--each-fold needs a training with --folds", "give both: --each-fold -- --folds 5")
+    flags = list(job.flags)
+    if "--fold" in flags:
+        at = flags.index("--fold")
+        del flags[at : at + 2]
+    n_folds = int(flags[flags.index("--folds") + 1])
+    return [replace(job, flags=(*flags, "--fold", str(fold))) for fold in range(n_folds)]
+
+
+def check_together(jobs: Sequence[Job]) -> None:
+    """Raises UsageError when several jobs would write to one run."""
+    if len(jobs) > 1 and jobs[0].task == "train" and any("--run-id" in job.flags for job in jobs):
+        raise UsageError(f"--run-id names one run, and these are {len(jobs)}", "leave out --run-id")
+
+
+def _expect_one_of(flag: str, value: str, allowed: Sequence[str] | dict[str, str]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{flag} is {value!r}, expected one of {', '.join(allowed)}", f"give {flag} one of these")

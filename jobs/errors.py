@@ -1,0 +1,17 @@
+"""Finds what a job told about its end in its log."""
+
+from __future__ import annotations
+
+import re
+
+ERROR = re.compile(r"^error: .*(?:\nto do: .*)?", re.MULTILINE)
+
+
+def last_error(log: str) -> str:
+    """The last error in a log, with what to do about it; empty when there is none.
+
+    >>> last_error("error: a\\nto do: b\\nsrun: error: c\\n")
+    'error: a\\nto do: b'
+    """
+    found: list[str] = ERROR.findall(log)
+    return found[-1] if found else ""

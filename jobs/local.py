@@ -1,0 +1,54 @@
+"""Jobs on this machine, one after the other, each the very command that a cluster would run."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from fusion.errors import UsageError
+from jobs.description import Job
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def render(jobs: Sequence[Job]) -> str:
+    return "".join(f"{shlex.join(job.command())}\n" for job in jobs)
+
+
+def run(jobs: Sequence[Job]) -> int:
+    """Exit code of the first job that does not end with 0, and 0 when there is none; no job is started after it.
+
+    Raises:
+        UsageError: a job for several nodes.
+    """
+    check(jobs)
+    codes = (_run(job.command(sys.executable)) for job in jobs)
+    return next((code for code in codes if code), 0)
+
+
+def check(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        if job.nodes > 1:
+            message = f"--nodes is {job.nodes}, and --cluster local is one node"
+            raise UsageError(message, "leave out --nodes, or choose --cluster slurm or k8s")
+
+
+def _run(command: Sequence[str]) -> int:
+    running: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        for process in running:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        running.append(subprocess.Popen(command))
+        code = running[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,117 @@
+"""Settings of a Slurm cluster: `slurm/cluster.toml`, or the file that `--settings` names."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fusion.config import STRICT
+from fusion.errors import ConfigError
+from jobs.description import MODULES
+
+SECRET = re.compile("SECRET|TOKEN|PASSWORD|ACCESS_KEY", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Cluster:
+    """What a job asks Slurm for, and what its nodes need before they run it; `slurm/cluster.toml` explains each."""
+
+    folder: str
+    python: str = "python"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time_minutes: int = Field(240, ge=1)
+    gpus_per_node: int | None = Field(None, ge=0)
+    gres: str | None = None
+    cpus_per_node: int = Field(4, ge=1)
+    mem_gb: int | None = Field(None, ge=1)
+    signal_seconds: int = Field(120, ge=90)  # the launcher gives ranks 60 s, and launchers wait for one another
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
+    srun: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    environment: dict[str, str] = Field(default_factory=dict)
+    credentials: str | None = None
+    export: tuple[str, ...] = ()
+    container_image: str | None = None
+    container_mounts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        secret = next(filter(SECRET.search, self.environment), None)
+        if secret:
+            raise ValueError(f"environment holds {secret}, and would be written into the script of the job")
+
+    def parameters(self, task: str, gpus_per_node: int | None) -> dict[str, Any]:
+        """What submitit renders as `#SBATCH`."""
+        names = ("partition", "account", "qos", "constraint")
+        asked = {name: getattr(self, name) for name in names}
+        asked |= {"time": self.time_minutes, "cpus_per_task": self.cpus_per_node, "signal_delay_s": self.signal_seconds}
+        asked |= {"mem": f"{self.mem_gb}G"} if self.mem_gb else {}
+        extra = {"requeue": True, "export": ",".join(self.export) or "NONE", **self.sbatch}
+        return asked | self._gpus(task, gpus_per_node) | {"additional_parameters": extra}
+
+    def _gpus(self, task: str, asked: int | None) -> dict[str, Any]:
+        default = self.gpus_per_node if self.gpus_per_node is not None else int(task == "train")
+        n_gpus = default if asked is None else asked
+        if not n_gpus:
+            return {}
+        return {"gres": self.gres.replace("{n}", str(n_gpus))} if self.gres else {"gpus_per_node": n_gpus}
+
+    def exports(self) -> dict[str, str]:
+        """Variables that jobs get; FUSION_… are flags by now."""
+        return {name: value for name, value in self.environment.items() if not name.startswith("FUSION_")}
+
+    def lines(self) -> list[str]:
+        """Lines of shell that the job runs before its command."""
+        if not self.credentials:
+            return list(self.setup)
+        return [*self.setup, f"set -a && . {self._credentials()} && set +a"]
+
+    def container(self) -> list[str]:
+        """Arguments of srun for pyxis."""
+        mounts = [f"--container-mounts={','.join(self.container_mounts)}"] if self.container_mounts else []
+        return [f"--container-image={self.container_image}", *mounts] if self.container_image else []
+
+    def check_credentials(self) -> None:
+        """Raises ConfigError when the file with credentials is missing here, or open to others."""
+        if not self.credentials:
+            return
+        path = self._credentials()
+        if not path.is_file():
+            raise ConfigError(f"credentials is {path}, and there is no such file", "write it, or leave the setting out")
+        if path.stat().st_mode & 0o077:
+            raise ConfigError(f"{path} is open to others than you", f"chmod 600 {path}")
+
+    def _credentials(self) -> Path:
+        return Path(str(self.credentials)).expanduser()
+
+
+def read(path: Path, task: str) -> Cluster:
+    """The settings for a task: those at the top of the file, and over them those under `[train]` and the like.
+
+    Raises:
+        ConfigError: no such file, no TOML, an unknown key or a value that is not allowed.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+        tables = {name: values.pop(name, {}) for name in MODULES}
+        return TypeAdapter(Cluster).validate_python(values | tables.get(task, {}))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", "name the cluster's settings with --settings"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no TOML: {error}", "mend the file") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"{path}: {key + ': ' if key else ''}{message}", "slurm/cluster.toml explains all keys"
+        ) from error

@@ -1,0 +1,158 @@
+"""Starts a training, an evaluation or a prediction on Slurm, on Kubernetes or here.
+
+`python jobs/submit.py --cluster slurm --variant all_embeddings --task train --gpus-per-node 4 -- --precision bf16
+--data s3://bucket/data --output s3://bucket/output`. What follows `--` are flags of the command. `--dry-run` shows what
+would be sent and needs no cluster; on a CPU: `python jobs/submit.py --cluster local -- --device cpu --epochs 5 …`.
+
+Exit code: 0 once the job is submitted; with `--wait`, and with `--cluster local`, the job's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from fusion.command import guarded
+from fusion.config import parse
+from fusion.errors import ExitCode, Parser, UsageError
+from jobs import local
+from jobs.description import MODULES, Job, check_together, config_class, each_fold, frozen, variants
+
+SETTINGS = Path(__file__).parents[1] / "slurm" / "cluster.toml"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where jobs go: how they would look there, and how they are run; both as the flags of this command say."""
+
+    render: Callable[[], str]
+    run: Callable[[], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return guarded(lambda: _submit(list(sys.argv[1:] if argv is None else argv)))
+    except KeyboardInterrupt:
+        print("interrupted; what was submitted goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _submit(argv: list[str]) -> int:
+    given, flags = _parse(argv)
+    target = {"slurm": _slurm, "k8s": _kubernetes, "local": _local}[given.cluster](given, flags)
+    if given.if_changed and given.task != "predict":
+        raise UsageError(f"--if-changed is for predictions, and --task is {given.task}", "leave out --if-changed")
+    if given.dry_run:
+        sys.stdout.write(target.render())
+        return ExitCode.DONE
+    if given.if_changed and _nothing_changed(given, flags):
+        return ExitCode.DONE
+    return target.run()
+
+
+def _local(given: argparse.Namespace, flags: Sequence[str]) -> Target:
+    jobs = _jobs(given, flags)
+    local.check(jobs)
+    return Target(lambda: local.render(jobs), lambda: local.run(jobs))
+
+
+def _slurm(given: argparse.Namespace, flags: Sequence[str]) -> Target:
+    from jobs import slurm, slurm_settings, slurm_wait
+
+    cluster = slurm_settings.read(given.settings, given.task)
+    for name, value in cluster.environment.items():
+        os.environ.setdefault(name, value)  # the job will have it, and FUSION_… becomes a flag
+    jobs = _jobs(given, flags)
+
+    def run() -> int:
+        cluster.check_credentials()
+        if given.wait:
+            slurm_wait.check_accounting()
+        ids = slurm.submit(jobs, cluster, given.max_requeues)
+        return slurm_wait.wait(ids, cluster) if given.wait else ExitCode.DONE
+
+    return Target(lambda: slurm.render(jobs, cluster, given.max_requeues), run)
+
+
+def _kubernetes(given: argparse.Namespace, flags: Sequence[str]) -> Target:
+    from jobs import kubernetes
+
+    jobs = _jobs(given, flags)
+
+    def run() -> int:
+        names = kubernetes.submit(jobs, given.image, given.namespace)
+        return kubernetes.wait(names, given.namespace) if given.wait else ExitCode.DONE
+
+    return Target(lambda: kubernetes.render(jobs, given.image), run)
+
+
+def _jobs(given: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
+    needs = {"nodes": given.nodes, "gpus_per_node": given.gpus_per_node, "nproc_per_node": given.nproc_per_node}
+    jobs = [frozen(Job(variant, given.task, tuple(flags), **needs)) for variant in given.variant]
+    if given.each_fold:
+        jobs = [fold for job in jobs for fold in each_fold(job)]
+    check_together(jobs)
+    return jobs
+
+
+def _nothing_changed(given: argparse.Namespace, flags: Sequence[str]) -> bool:
+    urls = [_published(variant, flags) for variant in given.variant]
+    for url in filter(None, urls):
+        print(f"nothing changed since {url}", flush=True)
+    return all(urls)
+
+
+def _published(variant: str, flags: Sequence[str]) -> str | None:
+    """URL of the current submission while data, model and code are those it was made of; else None."""
+    settings = parse(
+        config_class(variant, "predict"), flags, prog=f"python -m fusion.{variant}.predict_test", description=""
+    )
+    url: str | None = import_module("fusion.submission").published(settings, config_class(variant, "train"))
+    return url
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    at = argv.index("--") if "--" in argv else len(argv)
+    given, unknown = _parser().parse_known_args(argv[:at])
+    if unknown:
+        remedy = f"put flags of the command behind `--`: -- {' '.join(unknown)}; `--help` lists those of jobs/submit.py"
+        raise UsageError(f"{unknown[0]} is no flag of jobs/submit.py", remedy)
+    return given, argv[at + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("python jobs/submit.py", description=__doc__, allow_abbrev=False)
+    parser.usage = "python jobs/submit.py --cluster slurm|k8s|local [flags] [-- flags of the command]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    job, how = parser.add_argument_group("what"), parser.add_argument_group("how")
+    job.add_argument("--task", default="train", metavar="|".join(MODULES), help="what to do (default: train)")
+    job.add_argument("--variant", nargs="+", default=["all_embeddings"], metavar="NAME",
+        help=f"{', '.join(variants())}; several: a job each (default: all_embeddings)")  # fmt: skip
+    job.add_argument("--each-fold", action="store_true", help="a training for each of the --folds of the command")
+    job.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes to train on (default: 1)")
+    job.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of a node, a rank each; 0: none (default: "
+        "as k8s/ or the settings of the Slurm cluster have it; all that are here)")  # fmt: skip
+    job.add_argument(
+        "--nproc-per-node", type=int, metavar="N", help="ranks of a node (default: one a GPU, or a single one)"
+    )
+    how.add_argument("--cluster", required=True, choices=["slurm", "k8s", "local"], help="where to run it")
+    how.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
+    how.add_argument("--wait", action="store_true", help="wait for the end, and end with the job's exit code")
+    how.add_argument("--if-changed", action="store_true", help="predict only when data, model or code have changed")
+    how.add_argument("--settings", type=Path, default=SETTINGS, metavar="FILE", help="of a Slurm cluster (default: "
+        "slurm/cluster.toml)")  # fmt: skip
+    how.add_argument("--max-requeues", type=int, default=100, metavar="N", help="requeues of a Slurm job that was "
+        "stopped or preempted (default: 100)")  # fmt: skip
+    how.add_argument("--image", metavar="NAME", help="image for Kubernetes (default: as in k8s/)")
+    how.add_argument("--namespace", metavar="NAME", help="of Kubernetes (default: that of the context)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -37,16 +37,20 @@ POLL = 5.0  # seconds between two looks at a job
 Object = dict[str, Any]
 
 
-def render(jobs: Sequence[Job], image: str | None = None) -> str:
+def render(jobs: Sequence[Job], image: str | None = None, templates: Path = K8S) -> str:
     """The objects that kubectl gets, as YAML."""
-    found = [one for job in jobs for one in objects(job, image)]
+    found = [one for job in jobs for one in objects(job, image, templates)]
     return yaml.safe_dump_all(found, sort_keys=False, width=120, explicit_start=True)
 
 
-def objects(job: Job, image: str | None = None) -> list[Object]:
-    """What one job consists of; the Job itself is the last."""
+def objects(job: Job, image: str | None = None, templates: Path = K8S) -> list[Object]:
+    """What one job consists of; the Job itself is the last.
+
+    Raises:
+        ConfigError: the folder has no template for it.
+    """
     template = MULTINODE if job.nodes > 1 else TEMPLATES[job.task]
-    found = _renamed(_load(template), template, instance(job, image))
+    found = _renamed(_load(templates / f"{template}.yaml"), template, instance(job, image))
     _patch(found[-1]["spec"], job, image)
     return cast(list[Object], found)
 
@@ -58,7 +62,7 @@ def instance(job: Job, image: str | None = None) -> str:
     return name if is_template else f"{name}-{job.digest(image or '')}"
 
 
-def submit(jobs: Sequence[Job], image: str | None, namespace: str | None) -> list[str]:
+def submit(jobs: Sequence[Job], image: str | None, namespace: str | None, templates: Path = K8S) -> list[str]:
     """Starts the jobs, those again that have ended; names of the Jobs.
 
     Raises:
@@ -66,7 +70,7 @@ def submit(jobs: Sequence[Job], image: str | None, namespace: str | None) -> lis
         CredentialsError: the cluster does not let this user.
         ConfigError: it refuses the objects.
     """
-    return [_submit(objects(job, image), namespace) for job in jobs]
+    return [_submit(objects(job, image, templates), namespace) for job in jobs]
 
 
 def wait(names: Sequence[str], namespace: str | None) -> int:
@@ -75,8 +79,11 @@ def wait(names: Sequence[str], namespace: str | None) -> int:
     return next((code for code in codes if code), 0)
 
 
-def _load(template: str) -> list[Object]:
-    found = list(yaml.safe_load_all((K8S / f"{template}.yaml").read_text()))
+def _load(template: Path) -> list[Object]:
+    try:
+        found = list(yaml.safe_load_all(template.read_text()))
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no {template}", "run jobs/submit.py in a checkout of the project") from error
     if found[-1]["kind"] == "CronJob":  # its Job now, and not at night
         night = found[-1]
         spec = night["spec"]["jobTemplate"]["spec"]

@@ -47,6 +47,10 @@ class Cluster:
         if secret:
             raise ValueError(f"environment holds {secret}, and would be written into the script of the job")
 
+        if self.time_minutes * 60 < 2 * self.signal_seconds:
+            stop = f"signal_seconds = {self.signal_seconds} before its end"
+            raise ValueError(f"a job of time_minutes = {self.time_minutes} would spend it on being stopped {stop}")
+
     def parameters(self, task: str, gpus_per_node: int | None) -> dict[str, Any]:
         """What submitit renders as `#SBATCH`."""
         names = ("partition", "account", "qos", "constraint")

@@ -24,7 +24,8 @@ from fusion.errors import ExitCode, Parser, UsageError
 from jobs import local
 from jobs.description import MODULES, Job, check_together, config_class, each_fold, frozen, variants
 
-SETTINGS = Path(__file__).parents[1] / "slurm" / "cluster.toml"
+ROOT = Path(__file__).parents[1]  # the checkout, wherever the packages are installed
+SETTINGS = ROOT / "slurm" / "cluster.toml"
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,10 @@ def _kubernetes(given: argparse.Namespace, flags: Sequence[str]) -> Target:
     jobs = _jobs(given, flags)
 
     def run() -> int:
-        names = kubernetes.submit(jobs, given.image, given.namespace)
+        names = kubernetes.submit(jobs, given.image, given.namespace, ROOT / "k8s")
         return kubernetes.wait(names, given.namespace) if given.wait else ExitCode.DONE
 
-    return Target(lambda: kubernetes.render(jobs, given.image), run)
+    return Target(lambda: kubernetes.render(jobs, given.image, ROOT / "k8s"), run)
 
 
 def _jobs(given: argparse.Namespace, flags: Sequence[str]) -> list[Job]:

@@ -134,7 +134,10 @@ def test_a_training_that_is_stopped_and_preempted_ends_with_the_same_bytes(
     process = submit("--nodes=2", "--wait", *flags, "--run-id", "interrupted")
     number, run = job_id(process), f"{bucket}/out/runs/interrupted"
     command = [sys.executable, "jobs/submit.py", "--cluster=local", "--nproc-per-node=2", *flags, "--run-id", "whole"]
-    whole = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    whole = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True
+    )
+    submit.started.append(whole)
 
     wait_for(lambda: checkpoints(run), "a checkpoint")
     cluster.run("scancel", "--signal=USR2", number)

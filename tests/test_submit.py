@@ -126,6 +126,7 @@ def settings(tmp_path: Path, text: str, task: str = "train") -> Cluster:
     [
         ("partion = 'gpu'", "partion: Unexpected keyword argument"),
         ("time_minutes = 0", "time_minutes: Input should be greater than or equal to 1"),
+        ("time_minutes = 3", "time_minutes = 3 would spend it on being stopped signal_seconds = 120 before its end"),
         ("signal_seconds = 30", "signal_seconds: Input should be greater than or equal to 90"),
         ("partition", "no TOML"),
         ("[environment]\nAWS_SECRET_ACCESS_KEY = 'x'", "environment holds AWS_SECRET_ACCESS_KEY"),

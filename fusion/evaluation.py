@@ -193,7 +193,7 @@ def _summary(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation) -> 
     overall = evaluation.groups.iloc[0].drop(["by", "group"]).to_dict()
     columns = ["sample_id", "price", "predicted", "present", "smape"]
     summary: Mapping[str, Any] = {
-        "run": run.rsplit("/", 1)[-1],
+        "run": storage.base(run),
         "checkpoint": chosen.name,
         "rows": "validation",
         **json.loads(pd.Series(overall).to_json()),

@@ -28,7 +28,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
+        return storage.base(self.url)
 
     @property
     def model_sha256(self) -> str:

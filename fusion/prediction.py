@@ -45,7 +45,7 @@ def open_run(settings: ReadRunConfig, config_class: type[C], place: World) -> tu
     """URL of the run to use, its settings, and where its data are; from here on the log carries its name."""
     run = place.on_main(lambda: find_run(settings, config_class.variant))
     config = place.on_main(lambda: read_config(run, config_class))
-    log.configure(run.rsplit("/", 1)[-1], place.rank, place.size)
+    log.configure(storage.base(run), place.rank, place.size)
     return run, config, settings.data or config.data
 
 

@@ -52,6 +52,11 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *parts])
 
 
+def base(url: str) -> str:
+    """The last part of a URL: a file's or a folder's own name."""
+    return url.rstrip("/").rsplit("/", 1)[-1]
+
+
 def read(url: str) -> bytes:
     """The object's bytes.
 

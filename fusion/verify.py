@@ -144,7 +144,7 @@ def _check_run(report: _Report, url: str) -> None:
         if folder in committed:
             _check_checkpoint_of_run(report, url, folder, facts)
         else:
-            report.note(f"{_base(folder)}: not committed, so it does not count")
+            report.note(f"{storage.base(folder)}: not committed, so it does not count")
     if not committed:
         report.note("no committed checkpoint")
     if storage.exists(storage.join(url, "metrics", MANIFEST)):
@@ -156,18 +156,20 @@ def _check_checkpoint_of_run(report: _Report, run: str, folder: str, facts: RunF
     manifest = _check_checkpoint(part, folder)
     split = _read(storage.join(run, "split.parquet"))
     if manifest is not None and manifest.split_sha256 and split is not None:
-        part.expect(f"{_base(folder)}: split_sha256 of split.parquet", storage.sha256(split), manifest.split_sha256)
+        part.expect(
+            f"{storage.base(folder)}: split_sha256 of split.parquet", storage.sha256(split), manifest.split_sha256
+        )
     if manifest is not None and facts is not None:
         for name in ("config_sha256", "data_sha256"):
-            part.expect(f"{_base(folder)}: {name} of run.json", getattr(facts, name), getattr(manifest, name))
+            part.expect(f"{storage.base(folder)}: {name} of run.json", getattr(facts, name), getattr(manifest, name))
     if part.n_wrong and not storage.exists(storage.join(folder, MANIFEST)):
-        report.note(f"{_base(folder)}: removed while it was read")
+        report.note(f"{storage.base(folder)}: removed while it was read")
     else:
         report.add(*part.findings)
 
 
 def _check_checkpoint(report: _Report, folder: str) -> CheckpointManifest | None:
-    name = _base(folder)
+    name = storage.base(folder)
     manifest, contents = _check_files(report, folder, CheckpointManifest, {MODEL, STATE})
     if manifest is not None and name.startswith("step-"):
         report.expect(f"{name}: step of the manifest", name, f"step-{manifest.step:08d}")
@@ -180,7 +182,7 @@ def _check_files(
     report: _Report, folder: str, kind: type[_M], required: set[str]
 ) -> tuple[_M | None, dict[str, bytes]]:
     """The manifest, if it is one, and the bytes of every file in it that is there, whole or not."""
-    name, contents = _base(folder), dict[str, bytes]()
+    name, contents = storage.base(folder), dict[str, bytes]()
     manifest = _parsed(report, f"{name}/{MANIFEST}", _read(storage.join(folder, MANIFEST)), kind)
     if manifest is None:
         return None, contents
@@ -238,7 +240,7 @@ def _check_submission(report: _Report, folder: str, data: str | None) -> None:
         return
     if SUBMISSION in contents:
         content = contents[SUBMISSION]
-        report.expect("folder's digest", storage.sha256(content)[:12], _base(folder))
+        report.expect("folder's digest", storage.sha256(content)[:12], storage.base(folder))
         ids = _check_csv(report, content, manifest.rows)
         _compare_ids(report, ids, manifest, data)
     _compare_model(report, manifest)
@@ -341,10 +343,6 @@ def _read(url: str) -> bytes | None:
         return storage.read(url)
     except DataError:
         return None
-
-
-def _base(url: str) -> str:
-    return url.rsplit("/", 1)[-1]
 
 
 def _some(values: Sequence[str]) -> str:

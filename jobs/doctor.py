@@ -19,9 +19,8 @@ from dataclasses import asdict
 from fusion import storage
 from fusion.command import guarded
 from fusion.errors import ExitCode, FusionError, Parser
-from jobs import machine_checks as machine
-from jobs import store_checks as store
-from jobs.findings import Check, Finding, Job, fail, warn
+from jobs.checks import machine, store
+from jobs.checks.findings import Check, Finding, Job, fail, warn
 
 # What waiting mends comes last: a scheduler may try 69 again, and must not where something else is wrong as well.
 WORST_FIRST = (ExitCode.CREDENTIALS, ExitCode.CONFIG, ExitCode.DATA, ExitCode.BUG, ExitCode.UNREACHABLE)

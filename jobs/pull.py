@@ -27,11 +27,11 @@ from fusion import storage
 from fusion.command import guarded
 from fusion.errors import DataError, ExitCode, Parser, UsageError
 from fusion.manifests import STATE, SUBMISSION
-from jobs import shown
-from jobs.bucket import list_runs, list_submissions
-from jobs.choice import Choice, choose_run, choose_submission, plan_run, plan_submission
-from jobs.compare import compare
-from jobs.transfer import Outcome, Plan, damaged, fetch
+from jobs.results import shown
+from jobs.results.bucket import list_runs, list_submissions
+from jobs.results.choice import Choice, choose_run, choose_submission, plan_run, plan_submission
+from jobs.results.compare import compare
+from jobs.results.transfer import Outcome, Plan, damaged, fetch
 
 STOPPED_BY_KEYBOARD = 130  # as shells have it
 _PULLED = """Of a run comes everything but its lease and all but its best checkpoint: config.json, run.json,

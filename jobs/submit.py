@@ -21,8 +21,8 @@ from pathlib import Path
 from fusion.command import guarded
 from fusion.config import parse
 from fusion.errors import ExitCode, Parser, UsageError
-from jobs import local
-from jobs.description import MODULES, Job, check_together, config_class, each_fold, frozen, variants
+from jobs.clusters import local
+from jobs.clusters.description import MODULES, Job, check_together, config_class, each_fold, frozen, variants
 
 ROOT = Path(__file__).parents[1]  # the checkout, wherever the packages are installed
 SETTINGS = ROOT / "slurm" / "cluster.toml"
@@ -64,7 +64,7 @@ def _local(given: argparse.Namespace, flags: Sequence[str]) -> Target:
 
 
 def _slurm(given: argparse.Namespace, flags: Sequence[str]) -> Target:
-    from jobs import slurm, slurm_settings, slurm_wait
+    from jobs.clusters import slurm, slurm_settings, slurm_wait
 
     cluster = slurm_settings.read(given.settings, given.task)
     for name, value in cluster.environment.items():
@@ -82,7 +82,7 @@ def _slurm(given: argparse.Namespace, flags: Sequence[str]) -> Target:
 
 
 def _kubernetes(given: argparse.Namespace, flags: Sequence[str]) -> Target:
-    from jobs import kubernetes
+    from jobs.clusters import kubernetes
 
     jobs = _jobs(given, flags)
 

@@ -24,10 +24,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from fusion import launch, storage
 from fusion.errors import ExitCode
-from jobs import machine_checks
+from jobs.checks import machine
+from jobs.checks.findings import Check, Job, fail, ok
 from jobs.doctor import CHECKS, look, worst
 from jobs.doctor import main as doctor_main
-from jobs.findings import Check, Job, fail, ok
 from tests.conftest import BUCKET, upload
 from tests.fault_proxy import Fault, FaultProxy, _Exchange
 from tests.s3_server import READER_KEY, READER_SECRET, S3Server
@@ -313,7 +313,7 @@ def test_gpus(smi: Path) -> None:
 
 
 def test_no_gpu() -> None:
-    if machine_checks._nvidia_smi():
+    if machine._nvidia_smi():
         pytest.skip("this machine has GPUs")
     assert only("gpus")[:2] == (0, "warn")
     assert only("gpus", FUSION_DEVICE="cuda")[::2] == (78, "no GPU, and FUSION_DEVICE is cuda")
@@ -368,21 +368,21 @@ def limit(root: Path, path: str, content: str) -> Path:
 
 
 def test_memory_limits(tmp_path: Path) -> None:
-    assert machine_checks.memory_limit(tmp_path) is None
+    assert machine.memory_limit(tmp_path) is None
     second = limit(tmp_path / "2", "proc/self/cgroup", "0::/kubepods/pod1\n")
     limit(second, "sys/fs/cgroup/kubepods/pod1/memory.max", "max\n")
-    assert machine_checks.memory_limit(second) is None
+    assert machine.memory_limit(second) is None
     limit(second, "sys/fs/cgroup/kubepods/memory.max", str(2**33))
-    assert machine_checks.memory_limit(second) == 2**33
+    assert machine.memory_limit(second) == 2**33
     first = limit(tmp_path / "1", "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
-    assert machine_checks.memory_limit(first) is None
+    assert machine.memory_limit(first) is None
     limit(first, "sys/fs/cgroup/memory/memory.limit_in_bytes", str(2**32))
-    assert machine_checks.memory_limit(first) == 2**32
+    assert machine.memory_limit(first) == 2**32
 
 
 def test_shared_memory_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_checks, "memory_limit", lambda: 2**28)
-    monkeypatch.setattr(machine_checks, "LITTLE", 0)
+    monkeypatch.setattr(machine, "memory_limit", lambda: 2**28)
+    monkeypatch.setattr(machine, "LITTLE", 0)
     code, verdict, found = only("shm")
     assert (code, verdict) == (0, "warn") and "which it counts towards, is 256 MiB" in found
 
@@ -407,7 +407,7 @@ def test_clusters() -> None:
 
 
 def test_grace() -> None:
-    assert launch._parser().get_default("grace") == machine_checks.LAUNCHER_GRACE
+    assert launch._parser().get_default("grace") == machine.LAUNCHER_GRACE
     assert only("grace")[1] == "ok"
     assert only("grace", KUBERNETES_SERVICE_HOST="10.0.0.1")[1] == "warn"
     assert only("grace", KUBERNETES_SERVICE_HOST="10.0.0.1", FUSION_GRACE="120")[1:] == (

@@ -24,9 +24,8 @@ import pytest
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.verify import verify
-from jobs.bucket import base
 from jobs.pull import main as pull_main
-from jobs.transfer import CHUNK
+from jobs.results.transfer import CHUNK
 from tests.conftest import BUCKET, SMALL, Done
 from tests.fault_proxy import RESETS, Fault, FaultProxy, Request, at_random
 from tests.s3_server import S3Server
@@ -340,7 +339,7 @@ def test_metrics_that_a_manifest_names_are_verified(copied: str, tmp_path: Path)
     storage.write(f"{folder}/MANIFEST.json", storage.as_json({"schema": 1, "files": [entry]}))
     assert pull(*flags).code == 0
     pulled = tmp_path / "runs/small/metrics"
-    assert {path.name for path in pulled.iterdir()} == {base(url) for url in storage.ls(folder)}
+    assert {path.name for path in pulled.iterdir()} == {storage.base(url) for url in storage.ls(folder)}
     (pulled / "groups.csv").unlink()
     storage.write(f"{folder}/groups.csv", flip(content))
     check(pull(*flags), 65, f"{folder}/groups.csv is damaged")
@@ -490,6 +489,7 @@ def test_an_interrupted_pull_says_how_to_go_on(output: str, proxy: FaultProxy, t
 
 
 def test_jobs_do_not_load_torch() -> None:
-    modules = [f"jobs.{path.stem}" for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__"]
+    files = [path.relative_to(ROOT) for path in (ROOT / "jobs").rglob("*.py") if path.stem != "__init__"]
+    modules = [".".join(path.with_suffix("").parts) for path in files]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

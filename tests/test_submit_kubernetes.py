@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.description import Job
-from jobs.kubernetes import _refusal, objects
+from jobs.clusters.description import Job
+from jobs.clusters.kubernetes import _refusal, objects
 from tests.conftest import Done
 from tests.kubernetes_api import KubernetesApi
 from tests.manifests import K8S, KUBECTL, Object

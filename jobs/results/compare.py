@@ -11,7 +11,7 @@ from typing import Any
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
-from jobs.bucket import base, checkpoints
+from jobs.results.bucket import checkpoints
 
 NAMES = {"by", "group"}
 WHERE = {"output", "run_id"}  # different for any two runs
@@ -52,12 +52,12 @@ def compare(runs: Sequence[str], metric: str = "smape") -> Comparison:
     keys = dict.fromkeys(key for one in settings for key in one if key not in WHERE)
     groups = dict.fromkeys(key for one in evaluated for key in one)
     return Comparison(
-        [base(run) for run in runs],
+        [storage.base(run) for run in runs],
         [_smape(run) for run in runs],
         {key: [one.get(key) for one in settings] for key in keys if _differ([one.get(key) for one in settings])},
         metric,
         {key: [one.get(key) for one in metrics] for key in groups} if len(evaluated) > 1 else {},
-        [base(run) for run, found in zip(runs, metrics, strict=True) if not found],
+        [storage.base(run) for run, found in zip(runs, metrics, strict=True) if not found],
         not _differ([_split(run) for run in runs]),
     )
 

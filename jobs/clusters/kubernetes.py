@@ -19,8 +19,8 @@ from typing import Any, cast
 import yaml
 
 from fusion.errors import ConfigError, CredentialsError, FusionError, UnreachableError
-from jobs.description import Job
-from jobs.errors import last_error
+from jobs.clusters.description import Job
+from jobs.clusters.errors import last_error
 
 K8S = Path(__file__).parents[1] / "k8s"
 TEMPLATES = {

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.errors import ConfigError, UnreachableError
-from jobs.errors import last_error
-from jobs.slurm import WatchedJob, logs
-from jobs.slurm_settings import Cluster
+from jobs.clusters.errors import last_error
+from jobs.clusters.slurm import WatchedJob, logs
+from jobs.clusters.slurm_settings import Cluster
 
 ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "OUT_OF_MEMORY": 137}
 

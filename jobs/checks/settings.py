@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from fusion.config import RunConfig, parse
 from fusion.errors import ConfigError
-from jobs.findings import Job
+from jobs.checks.findings import Job
 
 
 def read_settings(job: Job) -> RunConfig:

@@ -17,8 +17,8 @@ from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmInfoWatcher
 
 from fusion.errors import ConfigError, UnreachableError
-from jobs.description import Job
-from jobs.slurm_settings import Cluster
+from jobs.clusters.description import Job
+from jobs.clusters.slurm_settings import Cluster
 
 # Another try would end alike: as fusion.launch has it, and 1, 2 and 13 where Python has no Fusion, is not there or must
 # not be run.

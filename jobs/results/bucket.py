@@ -18,7 +18,7 @@ from fusion.records import (
     SubmissionPointer,
     parse,
 )
-from jobs.transfer import N_THREADS
+from jobs.results.transfer import N_THREADS
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -68,7 +68,7 @@ def list_runs(output: str, variant: str | None = None) -> list[Run]:
 
 
 def _describe_run(url: str) -> Run:
-    run_id = base(url)
+    run_id = storage.base(url)
     try:
         facts = read(RunFacts, storage.join(url, "run.json"))  # none: it never read its data
         lease = read(Lease, storage.join(url, LEASE))
@@ -119,7 +119,7 @@ def list_submissions(output: str, name: str | None = None) -> list[Submission]:
     root = storage.join(output, "submissions")
     names = [storage.join(root, name)] if name else storage.ls(root)
     folders = [folder for dates in _in_parallel(_dates, names) for folder in dates]
-    current = {base(url): current_of(output, base(url)) for url in names}
+    current = {storage.base(url): current_of(output, storage.base(url)) for url in names}
     found = [one for one in _in_parallel(lambda url: _describe_submission(url, current), folders) if one]
     return sorted(found, key=lambda one: (one.date, one.name, one.current), reverse=True)
 
@@ -135,7 +135,7 @@ def _describe_submission(url: str, current: dict[str, str | None]) -> Submission
         manifest = read(SubmissionManifest, storage.join(url, MANIFEST))
     except DataError as error:
         return Submission(name, date, digest, None, "", is_current, error.message)
-    return Submission(name, date, digest, manifest.rows, base(manifest.run), is_current) if manifest else None
+    return Submission(name, date, digest, manifest.rows, storage.base(manifest.run), is_current) if manifest else None
 
 
 def current_of(output: str, name: str) -> str | None:
@@ -151,10 +151,6 @@ def read(kind: type[T], url: str) -> T | None:
     """The document, or None where there is none."""
     held = storage.read_version(url)
     return None if held is None else parse(kind, held[0], url)
-
-
-def base(url: str) -> str:
-    return url.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _in_parallel(action: Callable[[U], T], values: Iterable[U]) -> list[T]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from fusion.errors import UsageError
-from jobs.description import Job
+from jobs.clusters.description import Job
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from fusion.errors import ExitCode
-from jobs.findings import Finding, Job, fail, ok, size, warn
-from jobs.settings import read_settings
+from jobs.checks.findings import Finding, Job, fail, ok, size, warn
+from jobs.checks.settings import read_settings
 
 SHM = Path("/dev/shm")
 LITTLE = 2**30  # bytes; less is worth a word

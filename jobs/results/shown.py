@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jobs.bucket import Run, Submission
-from jobs.compare import Comparison
+from jobs.results.bucket import Run, Submission
+from jobs.results.compare import Comparison
 
 PLAIN_WIDTH = 150  # columns where standard output is no terminal
 

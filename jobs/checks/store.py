@@ -13,9 +13,8 @@ import fsspec
 from fusion import storage
 from fusion.config import RunConfig
 from fusion.errors import ExitCode, UnreachableError
-from jobs.bucket import base
-from jobs.findings import Finding, Job, fail, ok, warn
-from jobs.settings import read_settings
+from jobs.checks.findings import Finding, Job, fail, ok, warn
+from jobs.checks.settings import read_settings
 
 REFUSED_AFTER = timedelta(minutes=15)  # S3 refuses signatures of a clock that is further off
 NOTABLE = timedelta(seconds=30)
@@ -127,7 +126,7 @@ def _buckets(job: Job) -> list[str]:
 def data(job: Job) -> Finding:
     """Whether the tables and the embeddings are there."""
     wanted = _wanted_sources(job)
-    tables = {base(url).removesuffix(".csv").removesuffix(".parquet") for url in storage.ls(job.data)}
+    tables = {storage.base(url).removesuffix(".csv").removesuffix(".parquet") for url in storage.ls(job.data)}
     if "train" not in tables:
         return fail(f"{job.data} has no train.csv", "name the folder that holds it with --data", ExitCode.DATA)
     train, test = _sources(job, "train"), _sources(job, "test")
@@ -148,7 +147,9 @@ def _wanted_sources(job: Job) -> set[str] | None:
 
 
 def _sources(job: Job, split: str) -> set[str]:
-    return {base(url).removesuffix(".parquet") for url in storage.ls(storage.join(job.data, "embeddings", split))}
+    return {
+        storage.base(url).removesuffix(".parquet") for url in storage.ls(storage.join(job.data, "embeddings", split))
+    }
 
 
 def writable(job: Job) -> Finding:

@@ -10,8 +10,8 @@ from fusion import storage
 from fusion.errors import DataError, UsageError
 from fusion.manifests import MANIFEST, STATE, best_of
 from fusion.records import CheckpointManifest, Manifest, RunPointer, SubmissionManifest, SubmissionPointer, parse
-from jobs.bucket import LEASE, base, checkpoints, current_of
-from jobs.transfer import Item, Plan
+from jobs.results.bucket import LEASE, checkpoints, current_of
+from jobs.results.transfer import Item, Plan
 
 POINTERS = ("latest", "best")
 
@@ -31,7 +31,7 @@ def choose_run(output: str, which: str, variant: str | None) -> Choice:
         DataError: there is none; UsageError: there are several variants, and none was given.
     """
     if which not in POINTERS:
-        known = [base(url) for url in storage.ls(storage.join(output, "runs"))]
+        known = [storage.base(url) for url in storage.ls(storage.join(output, "runs"))]
         if which not in known:
             raise DataError(f"no run {which} under {output}", _nearest(which, known, "pull.py runs"))
         return Choice(f"runs/{which}", {})
@@ -44,7 +44,7 @@ def choose_run(output: str, which: str, variant: str | None) -> Choice:
 
 
 def _only_variant(output: str) -> str:
-    variants = [base(url) for url in storage.ls(storage.join(output, "pointers", "runs"))]
+    variants = [storage.base(url) for url in storage.ls(storage.join(output, "pointers", "runs"))]
     if len(variants) == 1:
         return variants[0]
     if not variants:
@@ -64,13 +64,13 @@ def choose_submission(output: str, which: str, name: str) -> Choice:
         return _current_submission(output, name)
     date, _, digest = which.partition("/")
     found = [url for url in storage.ls(storage.join(output, "submissions", name, date)) if _is_committed(url)]
-    matching = [url for url in found if base(url) == digest or not digest]
+    matching = [url for url in found if storage.base(url) == digest or not digest]
     if len(matching) > 1:
         current = current_of(output, name)
         matching = [url for url in matching if url.endswith(f"/submissions/{current}")] or matching
     if len(matching) == 1:
-        return Choice(f"submissions/{name}/{date}/{base(matching[0])}", {})
-    there = ", ".join(f"{date}/{base(url)}" for url in found)
+        return Choice(f"submissions/{name}/{date}/{storage.base(matching[0])}", {})
+    there = ", ".join(f"{date}/{storage.base(url)}" for url in found)
     raise DataError(
         f"{len(matching) or 'no'} submissions {which} of {name!r} under {output}",
         f"name one of {there}" if there else "`pull.py submissions` lists what is there",
@@ -80,7 +80,7 @@ def choose_submission(output: str, which: str, name: str) -> Choice:
 def _current_submission(output: str, name: str) -> Choice:
     path = f"pointers/submissions/{name}/current.json"
     if not storage.exists(storage.join(output, path)):
-        known = [base(url) for url in storage.ls(storage.join(output, "pointers", "submissions"))]
+        known = [storage.base(url) for url in storage.ls(storage.join(output, "pointers", "submissions"))]
         raise DataError(f"no submission named {name!r} under {output}", _nearest(name, known, "pull.py submissions"))
     content = storage.read(storage.join(output, path))
     pointer = parse(SubmissionPointer, content, storage.join(output, path))
@@ -92,13 +92,13 @@ def plan_run(output: str, choice: Choice, *, state: bool) -> Plan:
     run = storage.join(output, choice.path)
     found = [checkpoint for checkpoint in checkpoints(run) if checkpoint.manifest["smape"] is not None]
     plan = _folder(output, choice.path, listed=True)
-    for below in ["metrics", *(f"attempts/{base(url)}" for url in storage.ls(storage.join(run, "attempts")))]:
+    for below in ["metrics", *(f"attempts/{storage.base(url)}" for url in storage.ls(storage.join(run, "attempts")))]:
         plan = _joined(plan, _folder(output, f"{choice.path}/{below}", listed=True))
     if found:
         weights = _folder(
             output, f"{choice.path}/checkpoints/{best_of(found).name}", listed=False, kind=CheckpointManifest
         )
-        kept = [item for item in weights.items if state or base(item.path) != STATE]
+        kept = [item for item in weights.items if state or storage.base(item.path) != STATE]
         plan = _joined(plan, Plan(kept, weights.last))
     return _joined(plan, Plan([], choice.pointer))
 
@@ -112,7 +112,7 @@ def plan_submission(output: str, choice: Choice) -> Plan:
 def _folder(output: str, path: str, *, listed: bool, kind: type[Manifest] = Manifest) -> Plan:
     """The files that the folder's manifest names and, if asked for, those beside them, from a listing."""
     url = storage.join(output, path)
-    names = {base(found) for found in storage.ls(url)} if listed else set[str]()
+    names = {storage.base(found) for found in storage.ls(url)} if listed else set[str]()
     content = _manifest(storage.join(url, MANIFEST), required=not listed)
     named = parse(kind, content, storage.join(url, MANIFEST)).files if content else []
     items = [Item(storage.join(url, entry.key), f"{path}/{entry.key}", entry) for entry in named]

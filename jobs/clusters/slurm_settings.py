@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from fusion.config import STRICT
 from fusion.errors import ConfigError
-from jobs.description import MODULES
+from jobs.clusters.description import MODULES
 
 SECRET = re.compile("SECRET|TOKEN|PASSWORD|ACCESS_KEY", re.IGNORECASE)
 

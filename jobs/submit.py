@@ -15,7 +15,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from fusion.command import guarded
@@ -105,17 +104,18 @@ def _jobs(given: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
 def _nothing_changed(given: argparse.Namespace, flags: Sequence[str]) -> bool:
     urls = [_published(variant, flags) for variant in given.variant]
     for url in filter(None, urls):
-        print(f"nothing changed since {url}", flush=True)
+        print(f"nothing has changed: {url}", flush=True)
     return all(urls)
 
 
 def _published(variant: str, flags: Sequence[str]) -> str | None:
-    """URL of the current submission while data, model and code are those it was made of; else None."""
+    """URL of the day's submission while data, model and code are those of the last, published again for it; or None."""
+    from fusion.submission import published  # pandas takes its time to load
+
     settings = parse(
         config_class(variant, "predict"), flags, prog=f"python -m fusion.{variant}.predict_test", description=""
     )
-    url: str | None = import_module("fusion.submission").published(settings, config_class(variant, "train"))
-    return url
+    return published(settings, config_class(variant, "train"))
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -193,19 +193,17 @@ def test_local_runs_one_job_after_the_other(catalog: Path, tmp_path: Path) -> No
 
 
 def test_a_prediction_is_left_out_while_nothing_has_changed(catalog: Path, tmp_path: Path) -> None:
-    pytest.importorskip("fusion.submission", exc_type=ImportError)
     assert submit(*local(catalog, tmp_path), "--epochs", "1").code == 0
     flags = ["--cluster=local", "--task=predict", "--nproc-per-node=1", "--if-changed"]
     predict = [*flags, "--", "--output", str(tmp_path), "--device", "cpu", "--date", "2026-01-02"]
     assert submit(*predict).code == 0
     (made,) = tmp_path.glob("submissions/test/2026-01-02/*/submission.csv")
     again = submit(*predict)
-    assert (again.code, again.out.splitlines()[-1]) == (0, f"nothing changed since {made}")
+    assert (again.code, again.out.splitlines()[-1]) == (0, f"nothing has changed: {made}")
     assert "event=read" not in again.out + again.err
 
 
 def test_the_scrontab_sends_the_prediction_that_kubernetes_runs_every_night() -> None:
-    pytest.importorskip("fusion.submission", exc_type=ImportError)
     (line,) = (one for one in (ROOT / "slurm" / "scrontab").read_text().splitlines() if not one.startswith("#"))
     done = submit("--dry-run", *shlex.split(line.partition("jobs/submit.py")[2]))
     assert done.code == 0, done.err

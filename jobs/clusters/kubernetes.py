@@ -22,7 +22,7 @@ from fusion.errors import ConfigError, CredentialsError, FusionError, Unreachabl
 from jobs.clusters.description import Job
 from jobs.clusters.errors import last_error
 
-K8S = Path(__file__).parents[1] / "k8s"
+K8S = Path(__file__).parents[2] / "k8s"
 TEMPLATES = {
     "train": "train-all-embeddings",
     "evaluate": "evaluate-all-embeddings",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -75,6 +76,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         StopRequested: a signal came; the parts that are done are kept.
     """
     with world(settings.device) as place:
+        settings = replace(settings, date=place.on_main(settings.day))  # one day for all ranks, also around midnight
         run, config, data = open_run(settings, config_class, place)
         chosen = place.on_main(lambda: manifests.best(run))
         origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data))

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -74,6 +74,7 @@ def published(settings: PredictConfig, config_class: type[C]) -> str | None:
     Raises:
         DataError: no such run, or no such input.
     """
+    settings = replace(settings, date=settings.day())  # midnight may come in between
     run = find_run(settings, config_class.variant)
     config = read_config(run, config_class)
     return reuse(settings, origin_of(run, manifests.best(run), config, settings.data or config.data))

@@ -222,3 +222,10 @@ def test_days_that_are_none(flags: list[str], message: str, capsys: pytest.Captu
 def test_today_is_that_of_the_time_zone() -> None:
     east, west = (PredictConfig(time_zone=f"Etc/GMT{sign}12").day() for sign in ("-", "+"))
     assert east > west, "24 hours apart"
+
+
+def test_midnight_in_the_middle_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nights = (f"2026-03-{day:02}" for day in range(1, 30))
+    monkeypatch.setattr(PredictConfig, "day", lambda self: self.date or next(nights))
+    assert predict_test.main(["--output", str(place / "output"), "--device", "cpu"]) == 0
+    assert [name[:10] for name in publications(place)] == ["2026-03-01"] == [current(place)[:10]]

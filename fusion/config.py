@@ -175,7 +175,7 @@ class PredictConfig(ReadRunConfig):
     def __post_init__(self) -> None:
         try:
             ZoneInfo(self.time_zone)
-        except (ZoneInfoNotFoundError, ValueError) as error:
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
             raise ValueError(f"--time-zone is {self.time_zone!r}, expected one such as Europe/Berlin") from error
         with suppress(ValueError):
             if self.date is None or self.date == date.fromisoformat(self.date).isoformat():
@@ -202,8 +202,13 @@ def from_json(config_class: type[C], text: str | bytes, origin: str) -> C:
     Raises:
         ConfigError: naming the file, the key and what is allowed.
     """
-    values, flags = json.loads(text), _flags(config_class)
-    _check_keys(origin, _flatten(values), flags)
+    flags = _flags(config_class)
+    try:
+        values = json.loads(text)
+        flat = _flatten(values)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{origin} is no JSON with settings: {error}", "use another run, or mend the file") from error
+    _check_keys(origin, flat, flags)
     return _validate(config_class, values, dict.fromkeys(flags, f"in {origin}"))
 
 
@@ -316,8 +321,9 @@ def _variable(key: str) -> str:
 
 
 def _read_file(url: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    text = storage.read(url).decode()
+    data = storage.read(url)
     try:
+        text = data.decode()
         loaded = tomllib.loads(text) if url.endswith(".toml") else json.loads(text)
         values = _flatten(loaded)
     except (ValueError, AttributeError) as error:

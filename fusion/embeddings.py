@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -26,8 +25,8 @@ from torch import Tensor
 
 from fusion import log, storage
 from fusion.distributed import World
-from fusion.errors import ConfigError, DataError
-from fusion.inputs import source_files
+from fusion.errors import ConfigError, DataError, UnreachableError
+from fusion.inputs import source_files, sources_digest
 from fusion.tables import report_duplicates
 
 STREAM_ROWS = 512  # rows decoded at a time: stays in the cache, and needs little memory besides the tensors
@@ -125,7 +124,9 @@ def load(
 
     Raises:
         DataError: a source that is missing, unreadable, inconsistent, or lacks too many rows; ids that occur twice.
+        UnreachableError: a source was written meanwhile.
     """
+    versions = world.on_main(lambda: sources_digest(data, split, bindings))
     plans = world.on_main(
         lambda: [_plan(data, split, role, name, ids, world.local_size) for role, name in bindings.items()]
     )
@@ -133,6 +134,10 @@ def load(
     values = {plan.role: _tensor(shape[plan.role], plan.dtype, world) for plan in plans}
     present = {plan.role: _tensor((len(ids),), torch.bool, world) for plan in plans}
     world.together(lambda: _fill(plans, values, present, world))
+    if world.on_main(lambda: sources_digest(data, split, bindings)) != versions:
+        raise UnreachableError(
+            f"embeddings of {split} in {data} were written while they were read", "run it again once they are complete"
+        )
     store = RowStore(values, present)
     world.on_main(lambda: _report(plans, bindings, store, ids, max_missing, partial))
     return store
@@ -248,13 +253,8 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
     token = world.on_main(lambda: os.urandom(8).hex())
     size = int(np.prod(shape))
-    mine = world.together(lambda: _roomy_folder(size * dtype.itemsize) if world.local_rank == 0 else "")
-    folder = world.exchange(mine)[world.rank - world.local_rank]
-    path = os.path.join(folder, f"fusion-{token}.rows")
-    if world.local_rank == 0:
-        with open(path, "wb") as file:
-            file.truncate(size * dtype.itemsize)
-    world.together(lambda: None)
+    mine = world.together(lambda: _shared_file(token, size * dtype.itemsize) if world.local_rank == 0 else "")
+    path = world.exchange(mine)[world.rank - world.local_rank]
     shared = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
     world.together(lambda: None)
     if world.local_rank == 0:
@@ -262,19 +262,27 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Tensor:
     return shared
 
 
-def _roomy_folder(n_bytes: int) -> str:
-    """Where the ranks of a node can share that much: in memory if it fits there.
+def _shared_file(token: str, n_bytes: int) -> str:
+    """A file of that size for the ranks of a node to share: in memory if it fits there.
 
     Raises:
-        ConfigError: nowhere.
+        ConfigError: it fits nowhere.
     """
-    free = {folder: shutil.disk_usage(folder).free for folder in SHARED_FOLDERS if os.access(folder, os.W_OK)}
-    for folder, n_free in free.items():
-        if n_bytes <= n_free:
-            return folder
-    found = ", ".join(f"{folder} has {n_free >> 20} MiB free" for folder, n_free in free.items())
+    found = []
+    for folder in SHARED_FOLDERS:
+        path = os.path.join(folder, f"fusion-{token}.rows")
+        try:
+            with open(path, "wb") as file:
+                os.posix_fallocate(
+                    file.fileno(), 0, max(1, n_bytes)
+                )  # a sparse file would end the rank when it is full
+            return path
+        except OSError as error:
+            found.append(f"{folder} ({error.strerror})")
+            with suppress(OSError):
+                os.unlink(path)
     raise ConfigError(
-        f"the ranks of this node share an array of {n_bytes >> 20} MiB, and there is no room: {found}",
+        f"the ranks of this node share an array of {n_bytes >> 20} MiB, which fits neither {' nor '.join(found)}",
         "enlarge /dev/shm (docker: --shm-size; Kubernetes: sizeLimit of the volume shm)",
     )
 

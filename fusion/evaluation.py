@@ -18,7 +18,7 @@ from fusion.distributed import world
 from fusion.embeddings import load
 from fusion.errors import DataError
 from fusion.metrics import bootstrap_interval, group_metrics, row_smape
-from fusion.parts import compute_parts
+from fusion.parts import compute_parts, discard
 from fusion.prediction import BuildNetwork, C, check_dims, load_model, open_run, parts_folder, pricing
 from fusion.tables import Table, read_table
 
@@ -44,14 +44,14 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         table = place.on_main(lambda: _validation_rows(run, data, config.drop_bad_prices, settings.by))
         store = load(data, "train", config.bindings(), table.ids, place, partial=True)
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")
-        parts, price = parts_folder(storage.join(run, "metrics"), origin, place), pricing(model)
+        parts, price = parts_folder(storage.join(run, "parts"), origin, place), pricing(model)
         told = compute_parts(
             lambda *batch: {**price(*batch), **model.explain(*batch)}, store.resident_on(place.device), place, parts
         )
         present = pd.DataFrame({role: there.numpy() for role, there in store.present.items()}, index=table.ids)
         rows = _predictions(table, told["price"], present)
         place.on_main(lambda: _write(run, chosen, evaluate(rows, settings.by, told.get("gate")), rows))
-        place.on_main(lambda: storage.remove(parts))
+        place.on_main(lambda: discard(parts))
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,11 @@ def _distributions(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _validation_rows(run: str, data: str, drop_bad_prices: bool, by: Sequence[str]) -> Table:
-    split = pd.read_parquet(io.BytesIO(storage.read(storage.join(run, "split.parquet"))))
+    url = storage.join(run, "split.parquet")
+    try:
+        split = pd.read_parquet(io.BytesIO(storage.read(url)), columns=["sample_id", "side"])
+    except (ValueError, OSError) as error:  # pyarrow's errors are among them
+        raise DataError(f"{url} is damaged: {str(error).splitlines()[0]}", "evaluate another run") from error
     ids = pd.Index(split.loc[split["side"] == "validation", "sample_id"].astype("str"))
     table = read_table(data, "train", priced=True, drop_bad_prices=drop_bad_prices)
     lost = ids[~ids.isin(table.ids)]
@@ -174,11 +178,9 @@ def _write(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation, rows:
     }
     manifest = storage.as_json({"schema": 1, "checkpoint": chosen.name, "files": manifests.entries(files)})
     url = storage.join(folder, manifests.MANIFEST)
-    held = storage.read_version(url)
-    if held is None or held[0] != manifest:
-        storage.remove(url)  # who reads while they are replaced sees that they are
-        manifests.write_files(folder, files)
-        storage.write(url, manifest)
+    storage.remove(url)  # who reads while they are replaced sees that they are
+    manifests.write_files(folder, files)
+    storage.write(url, manifest)
     report.show(evaluation.groups, evaluation.worst, evaluation.best, evaluation.gates, evaluation.distributions)
     log.info(event="evaluated", rows=len(rows), written=folder)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fusion import storage
+from fusion import log, records, storage
 from fusion.errors import DataError
 
 MANIFEST: Final = "MANIFEST.json"
@@ -53,12 +53,19 @@ def entries(files: Mapping[str, bytes]) -> list[dict[str, Any]]:
 
 
 def committed(run: str) -> list[Checkpoint]:
-    """All checkpoints of a run that have a manifest, oldest first."""
+    """All checkpoints of a run that have a manifest, oldest first; a damaged one is named in the log and left out."""
     found = []
     for folder in storage.ls(storage.join(run, "checkpoints")):
-        data = storage.read_version(storage.join(folder, MANIFEST))
-        if data is not None:
-            found.append(Checkpoint(folder, json.loads(data[0])))
+        url = storage.join(folder, MANIFEST)
+        held = storage.read_version(url)
+        if held is None:
+            continue
+        try:
+            records.parse(records.CheckpointManifest, held[0], url)
+        except DataError as error:
+            log.warning(event="checkpoint_damaged", checkpoint=folder, reason=error.message)
+            continue
+        found.append(Checkpoint(folder, json.loads(held[0])))
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusion import log, stopping, storage
 from fusion.distributed import World
 from fusion.embeddings import RowStore
-from fusion.errors import DataError, StopRequested
+from fusion.errors import DataError, FusionError, StopRequested
 
 # From inputs {role: [B, D_role]} and presence {role: [B]} to {name: [B, …]}.
 Compute = Callable[[dict[str, Tensor], dict[str, Tensor]], Mapping[str, Tensor]]
@@ -58,6 +58,14 @@ def compute_parts(compute: Compute, store: RowStore, place: World, folder: str) 
             show(min(first + place.size, len(parts)))
     everything = {number: part for answer in place.exchange(mine) for number, part in answer.items()}
     return {name: np.concatenate([everything[number][name] for number in sorted(everything)]) for name in everything[0]}
+
+
+def discard(folder: str) -> None:
+    """Removes parts whose result is published; another attempt may be writing some, and then they stay."""
+    try:
+        storage.remove(folder)
+    except (FusionError, OSError) as error:
+        log.warning(event="parts_left", folder=folder, reason=str(error))
 
 
 def _stop_if_asked(place: World, n_done: int, n_parts: int) -> None:

@@ -14,10 +14,10 @@ from fusion import checkpoint, log, manifests, storage, submission
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
-from fusion.errors import DataError
+from fusion.errors import DataError, UnreachableError
 from fusion.layers import PriceModel, to_price
 from fusion.metrics import bootstrap_interval, row_smape
-from fusion.parts import Compute, compute_parts, compute_rows
+from fusion.parts import Compute, compute_parts, compute_rows, discard
 from fusion.runs import find_run, read_config
 from fusion.tables import Table, read_table
 
@@ -39,7 +39,7 @@ def pricing(model: nn.Module) -> Compute:
 
 def parts_folder(parent: str, origin: submission.Origin, place: World) -> str:
     """Where parts of what is made of `origin` are kept; another kind of device rounds differently."""
-    return storage.join(parent, f"parts-{origin.key()[:12]}-{place.device.type}")
+    return storage.join(parent, f"{origin.key()[:12]}-{place.device.type}")
 
 
 def open_run(settings: ReadRunConfig, config_class: type[C], place: World) -> tuple[str, C, str]:
@@ -54,7 +54,11 @@ def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetw
     """The model of a checkpoint, verified, on this rank's device."""
     tensors, dims = place.on_main(lambda: checkpoint.read_model(chosen))
     model = PriceModel(build_network(config, dims), dims, config.modality_dropout)
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{chosen.url} was made by another version of this model: {reason}", "train again") from error
     return model.to(place.device)
 
 
@@ -73,6 +77,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
 
     Raises:
         DataError: no such run, bad input, dimensions other than the model's, or prices that do not pass the checks.
+        UnreachableError: the input was written meanwhile.
         StopRequested: a signal came; the parts that are done are kept.
     """
     with world(settings.device) as place:
@@ -86,9 +91,14 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         table = place.on_main(lambda: read_table(data, "test", priced=False))
         store = load(data, "test", config.bindings(), table.ids, place, max_missing=config.max_missing)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
-        parts = parts_folder(storage.join(settings.output, "submissions", settings.name, settings.day()), origin, place)
+        parts = parts_folder(storage.join(settings.output, "parts", settings.name), origin, place)
         prices = compute_parts(pricing(model), store.resident_on(place.device), place, parts)["price"]
-        place.on_main(lambda: _publish(settings, origin, chosen, table, prices, parts))
+        if place.on_main(lambda: submission.origin_of(run, chosen, config, data)) != origin:
+            raise UnreachableError(
+                f"the input in {data} was written while it was read", "run it again once it is complete"
+            )
+        place.on_main(lambda: _publish(settings, origin, chosen, table, prices))
+        place.on_main(lambda: discard(parts))
 
 
 def _publish(
@@ -97,13 +107,11 @@ def _publish(
     chosen: manifests.Checkpoint,
     table: Table,
     prices: np.ndarray,
-    parts: str,
 ) -> None:
     content = submission.submission_csv(list(table.ids[table.file_order]), prices[table.file_order])
     warn_of_leak(table, prices, chosen)
     submission.check(settings, pd.Series(prices, table.ids), origin.run)
     submission.publish(settings, origin, content, len(table))
-    storage.remove(parts)
 
 
 def warn_of_leak(table: Table, prices: np.ndarray, chosen: manifests.Checkpoint) -> None:

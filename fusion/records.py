@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from fusion import storage
 from fusion.errors import DataError
 
 T = TypeVar("T")
@@ -88,6 +90,7 @@ class RunFacts:
     data_sha256: Sha256
     dims: dict[str, PositiveInt]
     started: str = ""
+    price_quartiles: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,16 @@ class AttemptEnd:
     error: str = ""
 
 
+def read(kind: type[T], url: str) -> T | None:
+    """The JSON document at `url` as `kind`; None when there is none.
+
+    Raises:
+        DataError: as `parse`.
+    """
+    held = storage.read_version(url)
+    return None if held is None else parse(kind, held[0], url)
+
+
 def parse(kind: type[T], data: bytes, url: str) -> T:
     """The JSON document at `url` as `kind`.
 
@@ -114,12 +127,17 @@ def parse(kind: type[T], data: bytes, url: str) -> T:
         DataError: it is no JSON, or a key is missing or holds something else.
     """
     try:
-        return TypeAdapter(kind).validate_json(data, strict=True)
+        return cast(T, _adapter(cast(Any, kind)).validate_json(data, strict=True))
     except ValidationError as error:
         expected, found = reason(error.errors()[0])
         raise DataError(
             f"{url} is damaged: expected {expected}, found {found}", "`python -m fusion.verify URL` says what else is"
         ) from error
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def reason(first: Mapping[str, Any]) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from fusion import __version__, log, manifests, storage
 from fusion.config import HOW, ReadRunConfig, RunConfig, digest, from_json, to_json
@@ -179,7 +180,7 @@ def find_run(settings: ReadRunConfig, variant: str) -> str:
     if settings.run_id:
         return storage.join(settings.output, "runs", settings.run_id)
     best = read_pointer(settings.output, "runs", variant, "best")
-    if best is None:
+    if best is None or not storage.exists(_config_url(settings.output, best)):
         raise DataError(
             f"no finished run of {variant} under {settings.output}",
             f"train one with `python -m fusion.{variant}.train`, or name one with --run-dir",
@@ -198,10 +199,26 @@ def read_config(run: str, config_class: type[C]) -> C:
     return from_json(config_class, storage.read(url), url)
 
 
+def _config_url(output: str, pointer: Mapping[str, Any]) -> str:
+    return storage.join(output, "runs", str(pointer.get("run_id")), "config.json")
+
+
+def pointer_url(output: str, *parts: str) -> str:
+    return storage.join(output, "pointers", *parts) + ".json"
+
+
 def read_pointer(output: str, *parts: str) -> dict[str, Any] | None:
-    url = storage.join(output, "pointers", *parts) + ".json"
-    held = storage.read_version(url)
-    return None if held is None else cast(dict[str, Any], json.loads(held[0]))
+    """What is pointed to; None when nothing is, or the pointer is damaged."""
+    held = storage.read_version(pointer_url(output, *parts))
+    return (held and _object(held[0])) or None
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        value = {}
+    return value if isinstance(value, dict) else {}
 
 
 def move_pointer(
@@ -209,26 +226,31 @@ def move_pointer(
     *parts: str,
     target: Mapping[str, Any],
     unless: Callable[[Mapping[str, Any]], bool] = lambda _: False,
-) -> None:
-    """Points to `target`, by compare-and-swap, unless what it points to now is to be kept."""
-    url = storage.join(output, "pointers", *parts) + ".json"
+) -> bool:
+    """Points to `target`, by compare-and-swap, unless what it points to now is to be kept.
+
+    Returns whether it points to `target` now.
+    """
+    url = pointer_url(output, *parts)
     while True:
         held = storage.read_version(url)
-        current = {} if held is None else json.loads(held[0])
+        current = {} if held is None else _object(held[0])
         if current and (target.items() <= current.items() or unless(current)):
-            return
+            return target.items() <= current.items()
         data = storage.as_json({**target, "updated": now()})
         if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
-            return
+            return True
 
 
 def point_to_run(config: RunConfig, checkpoint_name: str, smape: float) -> None:
-    """Makes the run its variant's latest, and its best when its validation SMAPE is the lowest so far."""
+    """Makes the run its variant's latest, and its best when its validation SMAPE is the lowest of those that exist."""
     target = {"run_id": config.name(), "checkpoint": checkpoint_name, "smape": smape}
+
+    def is_kept(best: Mapping[str, Any]) -> bool:
+        return best.get("smape", math.inf) <= smape and storage.exists(_config_url(config.output, best))
+
     move_pointer(config.output, "runs", config.variant, "latest", target=target)
-    move_pointer(
-        config.output, "runs", config.variant, "best", target=target, unless=lambda held: held["smape"] <= smape
-    )
+    move_pointer(config.output, "runs", config.variant, "best", target=target, unless=is_kept)
 
 
 def _revision() -> str:

@@ -91,17 +91,20 @@ def read_version(url: str) -> tuple[bytes, str] | None:
 
 
 def version_of(url: str) -> str:
-    """A tag that changes with the object's bytes: the store's own, else the bytes' sha256.
+    """A tag that changes when the object is written: the store's own, of a file its size, time and inode.
 
     Raises:
         DataError, CredentialsError, UnreachableError: as for `read`.
     """
 
-    def bytes_sha256() -> str:
-        with open_read(url) as file:
-            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+    def tag() -> str:
+        fs, path = _locate(url)
+        facts = fs.info(path)
+        if _is_local(fs):
+            facts["mtime"] = os.stat(path).st_mtime_ns
+        return _tag(fs, path) or "-".join(str(facts.get(key)) for key in ("size", "mtime", "ino"))
 
-    return retrying(url, lambda: _tag(*_locate(url)) or bytes_sha256())
+    return retrying(url, tag)
 
 
 def replace(url: str, data: bytes, version: str) -> bool:

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
-from fusion import log, manifests, storage
+from fusion import log, manifests, records, storage
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.errors import DataError, DivergedError
 from fusion.inputs import find_table, sources_digest
 from fusion.manifests import MANIFEST, SUBMISSION
 from fusion.metrics import MIN_PRICE, compute_smape
-from fusion.runs import code_digest, find_run, move_pointer, read_config, read_pointer
+from fusion.records import RunFacts, SubmissionManifest, SubmissionPointer
+from fusion.runs import code_digest, find_run, move_pointer, pointer_url, read_config
 
 C = TypeVar("C", bound=RunConfig)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Origin:
         """The same for the same model, data and code, wherever they lie."""
         return digest([self.model_sha256, self.inputs_sha256, self.code_sha256])
 
-    def same_as(self, manifest: dict[str, Any]) -> bool:
-        """Whether a submission with this manifest was made of the same model, data and code."""
+    def same_as(self, made: Origin | SubmissionManifest) -> bool:
+        """Whether the other, or a submission with this manifest, was made of the same model, data and code."""
         compared = ("model_sha256", "inputs_sha256", "code_sha256")
-        return all(manifest.get(name) == getattr(self, name) for name in compared)
+        return all(getattr(made, name) == getattr(self, name) for name in compared)
 
 
 def origin_of(run: str, chosen: manifests.Checkpoint, config: RunConfig, data: str, split: str = "test") -> Origin:
@@ -85,58 +86,77 @@ def reuse(settings: PredictConfig, origin: Origin) -> str | None:
     for folder, manifest in _candidates(settings):
         content = _read_verified(folder, manifest) if origin.same_as(manifest) else None
         if content is not None:
-            return publish(settings, origin, content, manifest["rows"])
+            return publish(settings, origin, content, manifest.rows)
     return None
 
 
-def _candidates(settings: PredictConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _candidates(settings: PredictConfig) -> Iterator[tuple[str, SubmissionManifest]]:
     """Committed submissions that may be the one wanted, with their manifests: those of its date, then the current."""
     for folder in storage.ls(storage.join(settings.output, "submissions", settings.name, settings.day())):
-        held = storage.read_version(storage.join(folder, MANIFEST))
-        if held is not None:
-            yield folder, json.loads(held[0])
+        manifest = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
+        if manifest is not None:
+            yield folder, manifest
     current = _current(settings)
     if current is not None:
         yield current
 
 
-def _current(settings: PredictConfig) -> tuple[str, dict[str, Any]] | None:
-    pointer = read_pointer(settings.output, "submissions", settings.name, "current")
+def _current(settings: PredictConfig) -> tuple[str, SubmissionManifest] | None:
+    pointer = _whole(SubmissionPointer, pointer_url(settings.output, "submissions", settings.name, "current"))
     if pointer is None:
         return None
-    folder = storage.join(settings.output, "submissions", pointer["submission"])
-    return folder, json.loads(storage.read(storage.join(folder, MANIFEST)))
+    folder = storage.join(settings.output, "submissions", pointer.submission)
+    manifest = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
+    return (folder, manifest) if manifest else None
 
 
-def _read_verified(folder: str, manifest: dict[str, Any]) -> bytes | None:
+def _whole(kind: type[T], url: str) -> T | None:
+    """The document, if it is there and not damaged: a damaged one must not stop the next submission."""
     try:
-        return manifests.read_file(manifests.Checkpoint(folder, manifest), SUBMISSION)
+        return records.read(kind, url)
     except DataError as error:
-        log.warning(event="submission_damaged", reason=error.message, so="it is neither reused nor compared with")
+        log.warning(event="submission_damaged", reason=error.message)
         return None
+
+
+def _read_verified(folder: str, manifest: SubmissionManifest) -> bytes | None:
+    url = storage.join(folder, SUBMISSION)
+    held = storage.read_version(url)
+    if held is not None and storage.sha256(held[0]) == manifest.sha256_of(SUBMISSION):
+        return held[0]
+    log.warning(event="submission_damaged", submission=url, so="it is neither reused nor compared with")
+    return None
 
 
 def publish(settings: PredictConfig, origin: Origin, content: bytes, n_rows: int) -> str:
     """Commits the submission under its date and points to it, unless a later date is current; its URL."""
     key = f"{settings.name}/{settings.day()}/{storage.sha256(content)[:12]}"
     folder = storage.join(settings.output, "submissions", key)
-    new = not storage.exists(storage.join(folder, MANIFEST))
+    before = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
     held = storage.read_version(storage.join(folder, SUBMISSION))
     if held is None or held[0] != content:  # there, it would be a damaged one: its digest is in its name
         manifests.write_files(folder, {SUBMISSION: content})
-    if new:
+    if before is None or not origin.same_as(before):
         files = manifests.entries({SUBMISSION: content})
         facts = {"schema": 1, "rows": n_rows, "date": settings.day(), **asdict(origin), "files": files}
-        storage.create(storage.join(folder, MANIFEST), storage.as_json(facts))
-    move_pointer(
+        committed, data = storage.join(folder, MANIFEST), storage.as_json(facts)
+        if not storage.create(committed, data):  # a damaged one, or one of another origin with the same prices
+            storage.write(committed, data)
+    is_current = move_pointer(
         settings.output,
         *("submissions", settings.name, "current"),
         target={"submission": key},
-        unless=lambda held: held["submission"].split("/")[1] > settings.day(),
+        unless=lambda current: _date(current) > settings.day(),
     )
     url = storage.join(folder, SUBMISSION)
-    log.info(event="published" if new else "published_before", rows=n_rows, submission=url)
+    log.info(event="published_before" if before else "published", rows=n_rows, submission=url)
+    if not is_current:
+        log.warning(event="not_current", date=settings.day(), because="a submission of a later date is")
     return url
+
+
+def _date(pointer: Mapping[str, Any]) -> str:
+    return str(pointer.get("submission", "//")).split("/")[1]
 
 
 def submission_csv(ids: Sequence[str], prices: np.ndarray) -> bytes:
@@ -194,10 +214,10 @@ def _against_last(settings: PredictConfig, prices: pd.Series) -> Iterator[str]:
 
 
 def _against_training(settings: PredictConfig, prices: pd.Series, run: str) -> Iterator[str]:
-    quartiles = json.loads(storage.read(storage.join(run, "run.json"))).get("price_quartiles")
-    if quartiles:  # runs of earlier versions have none
+    facts = records.read(RunFacts, storage.join(run, "run.json"))
+    if facts and facts.price_quartiles:  # runs of earlier versions have none
         limit = settings.max_training_drift
-        yield from _drift(prices, quartiles, limit, "the training prices'", "--max-training-drift")
+        yield from _drift(prices, facts.price_quartiles, limit, "the training prices'", "--max-training-drift")
 
 
 def _drift(prices: pd.Series, expected: Sequence[float], limit: float, whose: str, flag: str) -> Iterator[str]:

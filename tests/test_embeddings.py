@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fusion.distributed import World, world
-from fusion.embeddings import RowStore, _roomy_folder, load
+from fusion.embeddings import RowStore, _shared_file, load
 from fusion.errors import ConfigError, DataError
 from tests.conftest import upload
 
@@ -224,6 +224,9 @@ def test_peak_memory_is_bounded(tmp_path: Path, rows: int) -> None:
 
 
 def test_ranks_share_memory_only_where_it_fits() -> None:
-    assert _roomy_folder(1) == "/dev/shm"
-    with pytest.raises(ConfigError, match=r"share an array of 1048576 MiB, and there is no room: /dev/shm has \d+ MiB"):
-        _roomy_folder(1 << 40)
+    path = Path(_shared_file("of-a-test", 1000))
+    assert (path.parent, path.stat().st_size) == (Path("/dev/shm"), 1000)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"array of 1048576 MiB, which fits neither /dev/shm \(No space left"):
+        _shared_file("of-a-test", 1 << 40)
+    assert not path.exists()

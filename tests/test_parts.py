@@ -39,7 +39,7 @@ def submission(output: str) -> bytes:
 
 
 def parts_left(output: Path) -> list[Path]:
-    return sorted(path for path in output.rglob("*") if path.is_file() and path.parent.name.startswith("parts-"))
+    return sorted(path for path in output.rglob("*") if path.is_file() and "parts" in path.relative_to(output).parts)
 
 
 @pytest.fixture(scope="module")

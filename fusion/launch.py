@@ -27,6 +27,7 @@ from fusion.errors import ExitCode, FusionError, Parser, UsageError
 from fusion.meeting import Meeting, NodesMeeting
 from fusion.ranks import Ending, Group, Rank, Stop
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 FINAL = (ExitCode.DONE, ExitCode.USAGE, ExitCode.DATA, ExitCode.STOPPED, ExitCode.CREDENTIALS, ExitCode.CONFIG)
 
 
@@ -93,7 +94,12 @@ def _environment(options: Options, restart: int) -> dict[str, str]:
 
 
 def _n_cores() -> int:
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may use: those it may run on, and no more than the quota of its container."""
+    n_cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):
+        quota, period = CPU_QUOTA.read_text().split()  # of cgroup 2; "max" for none
+        return max(1, min(n_cores, math.ceil(int(quota) / int(period))))
+    return n_cores
 
 
 def _say(report: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
-from fusion.errors import CredentialsError, DataError, FusionError, UnreachableError
+from fusion.errors import ConfigError, CredentialsError, DataError, FusionError, UnreachableError
 
 T = TypeVar("T")
 
@@ -124,13 +124,17 @@ def remove(url: str) -> None:
 
 
 def honours_conditions(folder: str) -> bool:
-    """Whether the store refuses to create an object twice, found out with one that is removed again.
+    """Whether the store refuses to create an object twice and to replace one that has changed, tried on one of its own.
 
     A store that does not cannot tell two writers of one run apart.
     """
     url = join(folder, f".probe-{uuid.uuid4().hex}")
     try:
-        return create(url, b"1") and not retrying(url, lambda: _create(url, b"2"))
+        if not create(url, b"1") or retrying(url, lambda: _create(url, b"2")):
+            return False
+        held = read_version(url)
+        write(url, b"3")
+        return held is not None and not retrying(url, lambda: _replace(url, b"4", held[1]))
     finally:
         remove(url)
 
@@ -191,7 +195,10 @@ def _silent_for(seconds: float) -> Callable[[RetryCallState], bool]:
 
 def _locate(url: str) -> tuple[Any, str]:
     settings = _S3 | fsspec.config.conf.get("s3", {}) if url.startswith("s3://") else {}
-    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **settings)
+    try:
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **settings)
+    except (ImportError, ValueError) as error:  # fsspec says which package, or that it knows no such protocol
+        raise ConfigError(f"{url} cannot be opened: {error}", "install that package, or correct the URL") from error
     if settings:
         fs.retries = 1
     return fs, path

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fusion import storage
 from fusion.command import guarded
 from fusion.config import parse
 from fusion.errors import ExitCode, Parser, UsageError
@@ -48,6 +49,9 @@ def _submit(argv: list[str]) -> int:
     target = {"slurm": _slurm, "k8s": _kubernetes, "local": _local}[given.cluster](given, flags)
     if given.if_changed and given.task != "predict":
         raise UsageError(f"--if-changed is for predictions, and --task is {given.task}", "leave out --if-changed")
+    if given.if_changed and given.cluster == "k8s":
+        message = "--if-changed looks from here, and does not know the bucket of the cluster's ConfigMap"
+        raise UsageError(message, "leave it out: the prediction itself finds out, in seconds and without a GPU")
     if given.dry_run:
         sys.stdout.write(target.render())
         return ExitCode.DONE
@@ -115,6 +119,7 @@ def _published(variant: str, flags: Sequence[str]) -> str | None:
     settings = parse(
         config_class(variant, "predict"), flags, prog=f"python -m fusion.{variant}.predict_test", description=""
     )
+    storage.set_patience(settings.store_timeout)
     return published(settings, config_class(variant, "train"))
 
 
@@ -145,14 +150,21 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--cluster", required=True, choices=["slurm", "k8s", "local"], help="where to run it")
     how.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
     how.add_argument("--wait", action="store_true", help="wait for the end, and end with the job's exit code")
-    how.add_argument("--if-changed", action="store_true", help="predict only when data, model or code have changed")
+    how.add_argument("--if-changed", action="store_true", help="predict only when data, "
+        "model or code have changed; else publish the last rows under the new date, from here")  # fmt: skip
     how.add_argument("--settings", type=Path, default=SETTINGS, metavar="FILE", help="of a Slurm cluster (default: "
         "slurm/cluster.toml)")  # fmt: skip
-    how.add_argument("--max-requeues", type=int, default=100, metavar="N", help="requeues of a Slurm job that was "
+    how.add_argument("--max-requeues", type=_count, default=100, metavar="N", help="requeues of a Slurm job that was "
         "stopped or preempted (default: 100)")  # fmt: skip
     how.add_argument("--image", metavar="NAME", help="image for Kubernetes (default: as in k8s/)")
     how.add_argument("--namespace", metavar="NAME", help="of Kubernetes (default: that of the context)")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0 or more, found {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import UsageError
-from fusion.launch import _parse
+from fusion.launch import _n_cores, _parse
 
 LIMIT = 40.0  # seconds for anything to happen on a busy machine: torch alone loads in 4
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PET_", "MASTER_", "JOB_"))}
@@ -292,6 +292,19 @@ def test_nodes_from_kubernetes_and_slurm(environment: dict[str, str], monkeypatc
     options = _parse(["fusion.launch"])
     assert (options.nnodes, options.node_rank, options.nproc_per_node) == (4, 2, 8)
     assert (options.master_addr, options.master_port) == ("gpu1", 29500)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("50000 100000", 1), ("100000 100000", 1), ("9900000 100000", 99)])
+def test_threads_are_no_more_than_the_quota_of_the_container(
+    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = len(os.sched_getaffinity(0))
+    monkeypatch.setattr("fusion.launch.CPU_QUOTA", tmp_path / "cpu.max")
+    assert _n_cores() == machine
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert _n_cores() == min(cores, machine)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert _n_cores() == machine
 
 
 def test_help_does_not_wait_for_torch() -> None:

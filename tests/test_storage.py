@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from fusion import storage
-from fusion.errors import CredentialsError, DataError, UnreachableError
+from fusion.errors import ConfigError, CredentialsError, DataError, UnreachableError
 from tests.conftest import BUCKET, start_s3
 from tests.s3_server import READER_KEY, READER_SECRET, WRITER_KEY, WRITER_SECRET
 from tests.services import require
@@ -163,3 +163,15 @@ def test_a_full_disk_and_a_read_only_one_are_no_bugs(tiny_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
     with pytest.raises(CredentialsError, match=r"no access to .*Read-only file system"):
         storage.write(f"{tiny_disk}/x", b"1")
+
+
+def test_a_store_that_ignores_conditions_is_found_out(bucket: str, tmp_path: Path) -> None:
+    assert storage.honours_conditions(bucket) and storage.honours_conditions(str(tmp_path))
+    assert not storage.honours_conditions("memory://somewhere")
+
+
+def test_a_store_whose_package_is_missing() -> None:
+    with pytest.raises(ConfigError, match=r"gs://bucket/x cannot be opened: .*gcsfs"):
+        storage.read("gs://bucket/x")
+    with pytest.raises(ConfigError, match="nosuch://x cannot be opened: Protocol not known"):
+        storage.read("nosuch://x")

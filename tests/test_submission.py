@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 
-from fusion import manifests, storage, submission
+from fusion import embeddings, manifests, storage, submission
 from fusion.all_embeddings import predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
@@ -229,3 +229,72 @@ def test_midnight_in_the_middle_changes_nothing(place: Path, monkeypatch: pytest
     monkeypatch.setattr(PredictConfig, "day", lambda self: self.date or next(nights))
     assert predict_test.main(["--output", str(place / "output"), "--device", "cpu"]) == 0
     assert [name[:10] for name in publications(place)] == ["2026-03-01"] == [current(place)[:10]]
+
+
+def empty_the_pointer(place: Path) -> None:
+    (place / "output/pointers/submissions/test/current.json").write_text("{}")
+
+
+def tear_the_pointer(place: Path) -> None:
+    (place / "output/pointers/submissions/test/current.json").write_text('{"submission": "te')
+
+
+def remove_what_it_points_to(place: Path) -> None:
+    shutil.rmtree(place / "output/submissions/test" / current(place))
+
+
+def tear_the_manifest(place: Path) -> None:
+    (place / "output/submissions/test" / current(place) / "MANIFEST.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [empty_the_pointer, tear_the_pointer, remove_what_it_points_to, tear_the_manifest])
+@pytest.mark.parametrize("date", ["2026-03-01", "2026-03-02"])
+def test_no_damage_ends_all_later_nights(damage: Callable[[Path], None], date: str, place: Path, night: Night) -> None:
+    assert night("2026-03-01") == 0
+    damage(place)
+    assert night(date) == 0
+    assert current(place)[:10] == date
+    findings = verify(str(place / "output/pointers/submissions/test/current.json"))
+    assert [finding for finding in findings if finding.verdict != "ok"] == []
+
+
+def test_a_later_date_that_stays_current_is_said(place: Path, night: Night, capsys: pytest.CaptureFixture[str]) -> None:
+    assert night("2062-01-01") == 0
+    assert "event=not_current" not in capsys.readouterr().err
+    assert night("2026-03-01") == 0
+    assert "event=not_current date=2026-03-01" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["embeddings/test/clip_image.parquet", "test.csv"])
+def test_input_that_is_written_while_it_is_read_is_not_predicted(
+    what: str, place: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill = embeddings._fill
+
+    def filled(*arguments: object) -> None:
+        path = place / "data" / what
+        path.write_bytes(path.read_bytes() + (b"111,,,\n" if what == "test.csv" else b""))
+        fill(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings, "_fill", filled)
+        assert night("2026-03-01") == 69
+    assert "while" in capsys.readouterr().err
+    assert publications(place) == []
+
+
+def test_a_damaged_checkpoint_is_left_out(place: Path, night: Night, capsys: pytest.CaptureFixture[str]) -> None:
+    made = Path(manifests.best(str(place / "output/runs/r")).url)
+    shutil.copytree(made, made.with_name("step-00000001"))
+    (made.with_name("step-00000001") / "MANIFEST.json").write_text('{"schema": 1')
+    assert night("2026-03-01") == 0
+    assert "event=checkpoint_damaged" in capsys.readouterr().err
+
+
+def test_a_best_run_that_was_deleted(place: Path, night: Night, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(place / "output/runs/r")
+    assert night("2026-03-01") == 65
+    assert "no finished run of all_embeddings" in capsys.readouterr().err
+    flags = ["--data", str(place / "data"), "--output", str(place / "output"), *SMALL, "--epochs", "1"]
+    assert train.main(flags) == 0
+    assert night("2026-03-01") == 0, "a worse run is the best of those that exist"

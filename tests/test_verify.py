@@ -200,9 +200,10 @@ def test_a_submission_in_a_folder_of_another_digest(output: Path, capsys: Captur
     ],
 )
 def test_a_checkpoint_of_another_origin(values: dict[str, Any], said: str, output: Path, capsys: Capture) -> None:
-    edit(newest(output) / "MANIFEST.json", **values)
+    folder = newest(output)
+    edit(folder / "MANIFEST.json", **values)
     (line,) = wrong_lines(capsys, output / "runs/r")
-    assert newest(output).name in line and said in line
+    assert folder.name in line and said in line
 
 
 def test_weights_without_dims_though_their_digests_fit(output: Path, capsys: Capture) -> None:

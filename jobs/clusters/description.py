@@ -57,7 +57,7 @@ class Job:
 
     def command(self, python: str = "python") -> list[str]:
         """The command of every node, the same on every cluster."""
-        n_ranks = self.nproc_per_node or self.gpus_per_node
+        n_ranks = self.nproc_per_node or (None if self.gpus_per_node is None else max(1, self.gpus_per_node))
         ranks = ["--nproc-per-node", str(n_ranks)] if n_ranks else []
         return [python, "-m", "fusion.launch", *ranks, self.module, *self.flags]
 
@@ -101,7 +101,11 @@ def each_fold(job: Job) -> list[Job]:
 
 
 def check_together(jobs: Sequence[Job]) -> None:
-    """Raises UsageError when several jobs would write to one run."""
+    """Raises UsageError when several jobs would write to one run, or to one submission."""
+    if len(jobs) > 1 and jobs[0].task == "predict":
+        raise UsageError(
+            f"{len(jobs)} predictions would publish under one name", "give one --variant, and one --name each"
+        )
     if len(jobs) > 1 and jobs[0].task == "train" and any("--run-id" in job.flags for job in jobs):
         raise UsageError(f"--run-id names one run, and these are {len(jobs)}", "leave out --run-id")
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from fusion.errors import UsageError
+from fusion.errors import ExitCode, UsageError
 from jobs.clusters.description import Job
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -22,12 +22,18 @@ def render(jobs: Sequence[Job]) -> str:
 def run(jobs: Sequence[Job]) -> int:
     """Exit code of the first job that does not end with 0, and 0 when there is none; no job is started after it.
 
+    Asked to stop while jobs are left, it starts none of them, and ends with 75 where the running one ended with 0.
+
     Raises:
         UsageError: a job for several nodes.
     """
     check(jobs)
-    codes = (_run(job.command(sys.executable)) for job in jobs)
-    return next((code for code in codes if code), 0)
+    stops: list[int] = []
+    for job in jobs:
+        code = _run(job.command(sys.executable), stops)
+        if code or (stops and job is not jobs[-1]):
+            return code or ExitCode.STOPPED
+    return ExitCode.DONE
 
 
 def check(jobs: Sequence[Job]) -> None:
@@ -37,10 +43,11 @@ def check(jobs: Sequence[Job]) -> None:
             raise UsageError(message, "leave out --nodes, or choose --cluster slurm or k8s")
 
 
-def _run(command: Sequence[str]) -> int:
+def _run(command: Sequence[str], stops: list[int]) -> int:
     running: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, _: FrameType | None) -> None:
+        stops.append(number)
         for process in running:
             process.send_signal(number)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from submitit import SlurmExecutor, SlurmJob
 from submitit.core.utils import FailedJobError
-from submitit.slurm.slurm import SlurmInfoWatcher
 
 from fusion.errors import ConfigError, UnreachableError
 from jobs.clusters.description import Job
@@ -24,7 +23,6 @@ from jobs.clusters.slurm_settings import Cluster
 # not be run.
 FINAL = (0, 1, 2, 13, 64, 65, 70, 75, 77, 78)
 TRIES = 3
-POLL = 10  # seconds between two looks at a job's state, at most
 
 # Launchers of several nodes tell each other how their ranks ended and all end alike, a moment apart. With
 # --kill-on-bad-exit srun would kill the second one in that moment, and end with 143 in place of the job's own code.
@@ -67,16 +65,8 @@ fi
 exit $code"""
 
 
-class WatchedJob(SlurmJob[None]):
-    """A submitted job, whose state is looked up often enough for somebody who waits."""
-
-    watcher = SlurmInfoWatcher(delay_s=POLL)
-
-
 class Executor(SlurmExecutor):
     """Submits commands as they are. Renders also where there is no Slurm."""
-
-    job_class = WatchedJob
 
     @classmethod
     def affinity(cls) -> int:
@@ -113,7 +103,7 @@ def submit(jobs: Sequence[Job], cluster: Cluster, max_requeues: int) -> list[str
 
 def logs(cluster: Cluster, job_id: str) -> Path:
     """Log of the first node of a job; other nodes have their number in place of the 0."""
-    return WatchedJob(cluster.folder, job_id).paths.stdout
+    return SlurmJob[None](cluster.folder, job_id).paths.stdout
 
 
 def _refusal(said: str) -> Exception:

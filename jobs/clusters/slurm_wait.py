@@ -9,10 +9,14 @@ from pathlib import Path
 
 from fusion.errors import ConfigError, UnreachableError
 from jobs.clusters.errors import last_error
-from jobs.clusters.slurm import WatchedJob, logs
+from jobs.clusters.slurm import logs
 from jobs.clusters.slurm_settings import Cluster
 
-ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "OUT_OF_MEMORY": 137}
+ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "PREEMPTED": 143, "OUT_OF_MEMORY": 137}
+OVER = {*ENDED_BY_SLURM, "COMPLETED", "FAILED", "NODE_FAIL", "BOOT_FAIL", "REVOKED"} - {"PREEMPTED"}
+POLL = 5  # seconds between two looks at the states
+SETTLE = 2  # seconds for which a job that is requeued may have ended
+PATIENCE = 300  # seconds for which a sacct that fails is asked again
 
 
 def check_accounting() -> None:
@@ -35,21 +39,40 @@ def check_accounting() -> None:
 def wait(ids: Sequence[str], cluster: Cluster) -> int:
     """Exit code of the first of these jobs that did not end with 0; tells where each log is, and why it failed."""
     shown: dict[str, str] = {}
-    while not all(_is_over(job_id, shown) for job_id in ids):
-        time.sleep(2)
+    while True:
+        states = _states(ids)
+        for job_id, state in states.items():
+            if state != shown.get(job_id):
+                print(f"{job_id} {state}", flush=True)
+        shown |= states
+        if all(_is_over(job_id, shown.get(job_id, "")) for job_id in ids):
+            break
+        time.sleep(POLL)
     codes = [_conclude(job_id, cluster) for job_id in ids]
     return next((code for code in codes if code), 0)
 
 
-def _is_over(job_id: str, shown: dict[str, str]) -> bool:
-    state = WatchedJob.watcher.get_state(job_id)
-    if state != shown.get(job_id, "UNKNOWN"):
-        print(f"{job_id} {state}", flush=True)
-        shown[job_id] = state
-    if not WatchedJob.watcher.is_done(job_id, mode="cache"):
+def _states(ids: Sequence[str]) -> dict[str, str]:
+    """State of each job that sacct knows and answers for."""
+    command = ["sacct", f"--jobs={','.join(ids)}", "--allocations", "--noheader", "--parsable2", "--format=JobID,State"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    return {job_id: state.split()[0] for job_id, state in rows if job_id in ids}
+
+
+def _is_over(job_id: str, state: str) -> bool:
+    if state == "PREEMPTED":  # for good, unless Slurm has put it back into its queue
+        return not _is_queued(job_id)
+    if state not in OVER:
         return False
-    time.sleep(2)  # a job that is requeued has ended for a moment
-    return WatchedJob.watcher.is_done(job_id, mode="force")
+    time.sleep(SETTLE)
+    return _states([job_id]).get(job_id) == state
+
+
+def _is_queued(job_id: str) -> bool:
+    command = ["squeue", "--noheader", f"--jobs={job_id}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return bool(done.stdout.strip())
 
 
 def _conclude(job_id: str, cluster: Cluster) -> int:
@@ -63,11 +86,17 @@ def _conclude(job_id: str, cluster: Cluster) -> int:
 
 def _ending(job_id: str) -> tuple[str, int]:
     command = ["sacct", f"--jobs={job_id}", "--allocations", "--noheader", "--parsable2"]
-    done = subprocess.run(
-        [*command, "--format=State,ExitCode,DerivedExitCode"], check=True, capture_output=True, text=True
-    )
-    state, exit_code, derived = done.stdout.strip().splitlines()[-1].split("|")
-    return state, exit_status(state, exit_code, derived)
+    command.append("--format=State,ExitCode,DerivedExitCode")
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if not done.returncode and done.stdout.strip():
+            state, exit_code, derived = done.stdout.strip().splitlines()[-1].split("|")
+            return state, exit_status(state, exit_code, derived)
+        if time.monotonic() > deadline:
+            said = done.stderr.strip() or "nothing"
+            raise UnreachableError(f"sacct does not say how {job_id} ended: {said}", f"ask again: sacct -j {job_id}")
+        time.sleep(SETTLE)
 
 
 def exit_status(state: str, exit_code: str, derived: str) -> int:

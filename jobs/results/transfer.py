@@ -183,6 +183,8 @@ def _complete(item: Item, entry: FileEntry, file: BinaryIO, fetching: _Fetching)
         source.seek(n)
         while n < size:
             block = source.read(min(CHUNK, size - n))
+            if not block:
+                raise DataError(f"{item.url} has become shorter while it was read", "pull again")
             digest.update(block)
             file.write(block)
             file.flush()

@@ -154,7 +154,7 @@ def edit(url: str, **values: Any) -> None:
         (lambda run: edit(f"{run}/attempts/1/exit.json", code=137), "failed"),
         (lambda run: storage.remove(f"{run}/attempts/1/exit.json"), "running"),
         (lambda run: storage.write(f"{run}/run.json", b"{"), "unreadable"),
-        (lambda run: storage.write(f"{storage.ls(f'{run}/checkpoints')[0]}/MANIFEST.json", b"{}"), "unreadable"),
+        (lambda run: storage.write(f"{storage.ls(f'{run}/checkpoints')[0]}/MANIFEST.json", b"{}"), "finished"),
         (lambda run: storage.remove(f"{run}/lease.json"), "unreadable"),
     ],
     ids=["stopped", "failed", "running", "damaged run.json", "damaged manifest", "no lease"],

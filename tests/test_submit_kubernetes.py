@@ -80,6 +80,8 @@ def test_gpus_come_and_go_with_their_toleration() -> None:
     pods = [job["spec"]["template"]["spec"] for job in (without, with_two)]
     assert ["tolerations" in pod for pod in pods] == [False, True]
     assert [pod["containers"][0]["resources"]["limits"].get(GPU) for pod in pods] == [None, 2]
+    device = {"name": "FUSION_DEVICE", "value": "cuda"}
+    assert [pod["containers"][0].get("env") for pod in pods] == [None, [device]]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ TEMPLATES = {
 MULTINODE = "train-all-embeddings-multinode"
 GPU = "nvidia.com/gpu"
 TOLERATION = {"key": GPU, "operator": "Exists", "effect": "NoSchedule"}
+DEVICE = {"name": "FUSION_DEVICE", "value": "cuda"}  # ends with 78 where image or node have none
 TRIES = 3  # counted failures that a job survives; of several nodes each counts
 POLL = 5.0  # seconds between two looks at a job
 
@@ -117,6 +118,9 @@ def _set_gpus(pod: Object, container: Object, n_gpus: int) -> None:
     for amounts in container["resources"].values():
         amounts.pop(GPU, None)
         amounts |= {GPU: n_gpus} if n_gpus else {}
+    env = [one for one in container.pop("env", []) if one["name"] != DEVICE["name"]]
+    if env := ([dict(DEVICE)] if n_gpus else []) + env:
+        container["env"] = env
     kept = [one for one in pod.pop("tolerations", []) if one != TOLERATION]
     if tolerations := kept + ([deepcopy(TOLERATION)] if n_gpus else []):
         pod["tolerations"] = tolerations

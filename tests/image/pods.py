@@ -1,7 +1,8 @@
 """Runs the pod of a Job under podman as a cluster would: its own security context, volumes, environment and signals.
 
 `podman kube play` refuses a Job, so its template is lifted into a Pod. Changed is only what the machine has not: the
-image's registry, the resources with the GPU, and the network, which is the host's so that the S3 server on loopback is reached.
+image's registry, the resources with the GPU, and the network, which is the host's so that the S3 server on loopback is
+reached.
 """
 
 from __future__ import annotations

@@ -13,8 +13,11 @@ COPY constraints.txt pyproject.toml ./
 # Empty: torch comes from pip's own index as well.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python3 -m pip --python /opt/venv/bin/python install --no-deps ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torch
-RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-    > requirements.txt \
+# Extras of pyproject.toml, by commas: gcs for gs://.
+ARG EXTRAS=
+RUN python3 -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+extras = [project['optional-dependencies'][name] for name in os.environ.get('EXTRAS', '').split(',') if name]; \
+print(*sum(extras, project['dependencies']), sep='\n')" > requirements.txt \
  && python3 -m pip --python /opt/venv/bin/python install --requirement requirements.txt
 # A fifth of the packages' size is their own tests and C++ headers, which nothing here reads.
 RUN find /opt/venv -type d \( -name tests -o -path '*/torch/test' -o -path '*/torch/include' \) -prune -exec rm -r {} + \

@@ -1,5 +1,6 @@
 # make demo   installs, then trains, evaluates and predicts on a generated catalog
-# make test   installs what tests need, then lint, types, import contract and all tests
+# make test   installs what tests need, then lint, types, import contract and all tests; as root on Debian it installs
+#             Slurm, and adds two names to /etc/hosts while it runs
 # make image  builds the container image with docker, podman or buildah; IMAGE_FLAGS="…" is handed to its build
 # make test-image  builds the image, runs the jobs of k8s/ in it under podman; as root on Debian it installs podman
 

@@ -42,7 +42,7 @@ class Workload:
 
     @property
     def env(self) -> dict[str, str]:
-        return {entry["name"]: entry["value"] for entry in self.container["env"] if "value" in entry}
+        return {entry["name"]: entry["value"] for entry in self.container.get("env", []) if "value" in entry}
 
     def __str__(self) -> str:
         return f"{self.source}:{self.owner['metadata']['name']}"

@@ -1,7 +1,8 @@
 """A real Slurm on this machine, for tests: two nodes, accounting, preemption; needs root and Debian's packages.
 
 Everything lives in one folder and on free ports of the loopback, and runs as children of the test. The one thing
-outside is the names of the nodes in /etc/hosts, which are taken out again at the end.
+outside is the names of the nodes in /etc/hosts, which are taken out again at the end; those that a killed run has left,
+at the next start.
 """
 
 from __future__ import annotations
@@ -143,10 +144,10 @@ class SlurmCluster:
                 process.kill()
                 process.wait()
         self._processes.clear()
-        HOSTS.write_text(HOSTS.read_text().replace(HOSTS_LINE, ""))
+        HOSTS.write_text(_hosts())
 
     def _start(self) -> None:
-        HOSTS.write_text(HOSTS.read_text() + HOSTS_LINE)
+        HOSTS.write_text(_hosts() + HOSTS_LINE)
         self._start_munge()
         self._start_database()
         self._spawn("slurmdbd", "-D")
@@ -200,6 +201,11 @@ class SlurmCluster:
 
     def _logs(self) -> str:
         return "\n".join(f"{log.name}:\n{log.read_text()[-1500:]}" for log in sorted(self.folder.glob("*.log")))
+
+
+def _hosts() -> str:
+    """/etc/hosts without the names of the nodes."""
+    return HOSTS.read_text().replace(HOSTS_LINE, "")
 
 
 def _wait(condition: Callable[[], bool], what: str, seconds: float, logs: Callable[[], str]) -> None:

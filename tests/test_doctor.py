@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from importlib import metadata
 from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -279,6 +280,14 @@ def test_a_library_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert only("libraries") == (78, "fail", "tenacity is 1.2, expected >=8.3")
 
 
+def test_code_that_runs_from_a_folder_as_in_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "metadata", absent)
+    assert only("libraries")[:2] == (0, "ok")
+
+
 def test_a_library_and_a_python_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dist_info(tmp_path, "fusion", "9.9")
     with next(tmp_path.glob("*/METADATA")).open("a") as file:
@@ -409,12 +418,15 @@ def test_clusters() -> None:
 def test_grace() -> None:
     assert launch._parser().get_default("grace") == machine.LAUNCHER_GRACE
     assert only("grace")[1] == "ok"
-    assert only("grace", KUBERNETES_SERVICE_HOST="10.0.0.1")[1] == "warn"
-    assert only("grace", KUBERNETES_SERVICE_HOST="10.0.0.1", FUSION_GRACE="120")[1:] == (
+    assert only("grace", KUBERNETES_SERVICE_HOST="10.0.0.1")[1] == "ok"
+    assert only("grace", FUSION_GRACE="15")[1:] == (
         "ok",
-        "120 s between a stop signal and the kill",
+        "training counts on 15 s from a stop signal on, fusion.launch gives it 60 s",
     )
-    assert only("grace", FUSION_GRACE="30")[1] == "warn"
+    assert only("grace", FUSION_GRACE="120")[1:] == (
+        "warn",
+        "FUSION_GRACE is 120 s, and fusion.launch kills its ranks after 60 s",
+    )
 
 
 def test_a_check_that_breaks() -> None:

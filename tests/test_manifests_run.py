@@ -91,7 +91,7 @@ def test_the_smoke_run_from_its_manifest(bucket: str, tmp_path: Path) -> None:
     def here(argument: str) -> str:
         return argument.replace("/tmp/catalog", str(tmp_path)).replace("$(FUSION_OUTPUT)", bucket)
 
-    environment = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
+    environment = {key: value for key, value in os.environ.items() if key.startswith("AWS_")} | work.env
     assert init["args"][:2] == ["python", "-c"]
     subprocess.run([sys.executable, "-c", here(init["args"][2])], check=True)
     command = [here(argument) for argument in work.container["args"][2:]]

@@ -146,7 +146,7 @@ def test_a_task_has_settings_of_its_own(tmp_path: Path) -> None:
 
 
 def test_credentials_are_read_by_the_job_and_open_to_nobody_else(tmp_path: Path) -> None:
-    keys = tmp_path / "keys.env"
+    keys = tmp_path / "my keys.env"
     cluster = settings(tmp_path, f"credentials = '{keys}'")
     with pytest.raises(ConfigError, match="no such file"):
         cluster.check_credentials()
@@ -160,7 +160,7 @@ def test_credentials_are_read_by_the_job_and_open_to_nobody_else(tmp_path: Path)
         "--cluster=slurm", f"--settings={tmp_path}/cluster.toml", "--dry-run", env={"AWS_SECRET_KEY": "hunter2"}
     )
     assert done.code == 0
-    assert f"set -a && . {keys} && set +a || failed" in done.out
+    assert f"set -a && . '{keys}' && set +a || failed" in done.out
     assert "hunter2" not in done.out
 
 
@@ -211,6 +211,21 @@ def test_the_scrontab_sends_the_prediction_that_kubernetes_runs_every_night() ->
     _, *command = night["template"]["spec"]["containers"][0]["args"]
     assert " ".join(command[:3]) in done.out
     assert " ".join(command[3:]) in done.out
+
+
+@pytest.mark.parametrize("text", ["", "AWS_ACCESS_KEY_ID=mine"])
+def test_the_scrontab_reads_a_file_with_credentials_where_there_is_one(text: str, tmp_path: Path) -> None:
+    keys = tmp_path / ".config" / "fusion" / "credentials.env"
+    if text:
+        keys.parent.mkdir(parents=True)
+        keys.write_text(text)
+    *_, line = (ROOT / "slurm" / "scrontab").read_text().splitlines()
+    before, program, _ = line.partition(".venv/bin/python")
+    schedule, found, command = before.partition("cd /shared/fusion")
+    assert (schedule, bool(found and program)) == ("30 3 * * * ", True)
+    clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run(["sh", "-c", f"true{command} env"], check=True, env=clean, capture_output=True, text=True)
+    assert text in done.stdout
 
 
 def test_local_ends_with_the_code_of_the_job(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fusion.errors import UnreachableError
+from jobs.clusters import kubernetes
 from jobs.clusters.description import Job
 from jobs.clusters.kubernetes import _refusal, objects
 from tests.conftest import Done
@@ -80,12 +82,15 @@ def test_gpus_come_and_go_with_their_toleration() -> None:
     pods = [job["spec"]["template"]["spec"] for job in (without, with_two)]
     assert ["tolerations" in pod for pod in pods] == [False, True]
     assert [pod["containers"][0]["resources"]["limits"].get(GPU) for pod in pods] == [None, 2]
+    device = {"name": "FUSION_DEVICE", "value": "cuda"}
+    assert [pod["containers"][0].get("env") for pod in pods] == [None, [device]]
 
 
 @pytest.mark.parametrize(
     ("said", "code"),
     [
         ("The connection to the server localhost:8080 was refused", 69),
+        ("Error from server (ServiceUnavailable): the server is currently unable to handle the request", 69),
         ('Error from server (Forbidden): jobs.batch is forbidden: User "ada" cannot create', 77),
         ("The Job is invalid: spec.completions: Required value", 78),
     ],
@@ -165,6 +170,35 @@ def test_a_job_is_sent_followed_and_sent_again_when_it_has_ended(cluster: Cluste
         cluster.kubectl("delete", "job", name)
         out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (143, f"job/{name} was deleted\n")
+
+
+def test_a_wait_outlasts_a_cluster_that_is_away_for_a_moment(cluster: Cluster) -> None:
+    once = cluster.program.with_name("once")
+    refused = (
+        f'echo "The connection to the server was refused - did you specify the right host or port?" >&2; rm {once}'
+    )
+    script = cluster.program.read_text()
+    cluster.program.write_text(script.replace("\n", f"\nif [ -e {once} ]; then {refused}; exit 1; fi\n", 1))
+    cluster.submit("--variant=qwen_clip")
+    with cluster.start("--variant=qwen_clip", "--wait") as process:
+        sent(process)
+        once.touch()
+        assert process.stdout and "asking again" in process.stdout.readline()
+        cluster.end("fusion-train-qwen-clip", "Complete")
+        assert process.wait(60) == 0
+
+
+def test_a_wait_for_a_cluster_that_stays_away_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kubernetes, "PATIENCE", 0.3)
+    monkeypatch.setattr(kubernetes, "POLL", 0.1)
+    (tmp_path / "kubectl").write_text(
+        f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho connection refused >&2\nexit 1\n"
+    )
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(UnreachableError):
+        kubernetes.wait(["fusion-train-qwen-clip"], None)
+    assert (tmp_path / "asked").read_text().count("asked") > 1
 
 
 def test_several_variants_are_several_jobs(cluster: Cluster) -> None:

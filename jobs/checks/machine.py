@@ -21,6 +21,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import fusion
 from fusion.errors import ExitCode
 from jobs.checks.findings import Finding, Job, fail, ok, size, warn
 from jobs.checks.settings import read_settings
@@ -44,7 +45,10 @@ def libraries(_: Job) -> Finding:
     try:
         about = metadata.metadata("fusion")
     except metadata.PackageNotFoundError:
-        return warn("fusion is not installed, so nothing says which versions it needs", "install it: `pip install .`")
+        folder = Path(fusion.__file__).parents[1]
+        return ok(
+            f"fusion {fusion.__version__} runs from {folder}, not installed: versions of libraries are not compared"
+        )
     needed = [Requirement(text) for text in metadata.requires("fusion") or ()]
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
     wrong = [text for one in needed if (text := _mismatch(one.name, one.specifier, _version(one.name)))]
@@ -231,15 +235,15 @@ def n_nodes() -> int:
 
 
 def grace(job: Job) -> Finding:
-    """Whether training, its launcher and the cluster agree on how long a stop may take."""
+    """Whether training counts on more time for a stop than its launcher gives."""
     seconds = read_settings(job).grace
-    if "FUSION_GRACE" not in os.environ and {"SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"} & set(os.environ):
-        to_do = "set FUSION_GRACE to the pod's terminationGracePeriodSeconds, or to the seconds of Slurm's --signal"
-        return warn(f"FUSION_GRACE is not set: training takes {seconds:g} s for granted", to_do)
-    if "FUSION_GRACE" in os.environ and seconds < LAUNCHER_GRACE:
-        found = f"FUSION_GRACE is {seconds:g} s, and fusion.launch waits {LAUNCHER_GRACE:g} s for its ranks to stop"
-        return warn(found, f"start it with --grace {max(1, seconds - 10):g}, so that it still says how they ended")
-    return ok(f"{seconds:g} s between a stop signal and the kill")
+    if seconds > LAUNCHER_GRACE:
+        found = f"FUSION_GRACE is {seconds:g} s, and fusion.launch kills its ranks after {LAUNCHER_GRACE:g} s"
+        to_do = (
+            f"leave it out, or start fusion.launch with --grace {seconds:g} and have the cluster wait longer than that"
+        )
+        return warn(found, to_do)
+    return ok(f"training counts on {seconds:g} s from a stop signal on, fusion.launch gives it {LAUNCHER_GRACE:g} s")
 
 
 def _variable(*names: str) -> Any:

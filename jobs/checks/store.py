@@ -169,11 +169,11 @@ def writable(job: Job) -> Finding:
 
 
 def conditions(job: Job) -> Finding:
-    """Whether the store refuses to create an object twice."""
+    """Whether the store refuses writes whose condition does not hold."""
     if storage.honours_conditions(job.output):
-        return ok("the store refuses to create an object twice, so two attempts at one run cannot mix")
+        return ok("the store refuses writes whose condition does not hold")
     to_do = "never run two jobs with one --run-id at a time, or use a store with conditional writes"
-    return warn("the store creates an object twice without a word: nothing keeps two attempts apart", to_do)
+    return warn("the store takes no notice of conditions on writes: nothing keeps two attempts apart", to_do)
 
 
 def settings(job: Job) -> Finding:

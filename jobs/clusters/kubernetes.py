@@ -1,6 +1,7 @@
 """Jobs on Kubernetes: the files of `k8s/` are the templates, and `kubectl` sends what becomes of them.
 
-With nothing but a variant and a task this is the file itself. What differs goes into the command's arguments, the
+With nothing but a variant and a task this is the file itself; of the nightly prediction, without its flags, as those of
+a job are the same on every cluster. What differs goes into the command's arguments, the
 number of nodes, the GPUs and the image; such a job has a name of its own, which ends with a digest of its settings.
 """
 
@@ -10,11 +11,11 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -31,10 +32,17 @@ TEMPLATES = {
 MULTINODE = "train-all-embeddings-multinode"
 GPU = "nvidia.com/gpu"
 TOLERATION = {"key": GPU, "operator": "Exists", "effect": "NoSchedule"}
+DEVICE = {"name": "FUSION_DEVICE", "value": "cuda"}  # ends with 78 where image or node have none
+NO_ANSWER = (
+    "refused", "Unable to connect", "timeout", "timed out", "no such host", "unexpected EOF", "reset by peer",
+    "connection lost", "unable to handle the request", "InternalError", "TooManyRequests",
+)  # fmt: skip
 TRIES = 3  # counted failures that a job survives; of several nodes each counts
 POLL = 5.0  # seconds between two looks at a job
+PATIENCE = 300.0  # seconds that a wait goes on without an answer of the cluster
 
 Object = dict[str, Any]
+T = TypeVar("T")
 
 
 def render(jobs: Sequence[Job], image: str | None = None, templates: Path = K8S) -> str:
@@ -117,6 +125,9 @@ def _set_gpus(pod: Object, container: Object, n_gpus: int) -> None:
     for amounts in container["resources"].values():
         amounts.pop(GPU, None)
         amounts |= {GPU: n_gpus} if n_gpus else {}
+    env = [one for one in container.pop("env", []) if one["name"] != DEVICE["name"]]
+    if env := ([dict(DEVICE)] if n_gpus else []) + env:
+        container["env"] = env
     kept = [one for one in pod.pop("tolerations", []) if one != TOLERATION]
     if tolerations := kept + ([deepcopy(TOLERATION)] if n_gpus else []):
         pod["tolerations"] = tolerations
@@ -135,7 +146,7 @@ def _submit(found: list[Object], namespace: str | None) -> str:
 
 
 def _wait(name: str, namespace: str | None) -> int:
-    while (job := _find(name, namespace)) and not _condition(job):
+    while (job := _patiently(lambda: _find(name, namespace))) and not _condition(job):
         time.sleep(POLL)
     if job is None:
         print(f"job/{name} was deleted", flush=True)
@@ -144,11 +155,24 @@ def _wait(name: str, namespace: str | None) -> int:
     if condition["type"] == "Complete":
         print(f"job/{name} is complete", flush=True)
         return 0
-    ended = _last_failure(name, namespace)
+    ended = _patiently(lambda: _last_failure(name, namespace))
     code = int(ended.get("exitCode", 1))
     print(f"job/{name} failed with exit code {code}: {condition.get('message', '')}", flush=True)
     print(last_error(ended.get("message", "")) or ended.get("reason", ""), flush=True)
     return code
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """The answer of the cluster, asked again for a while when there is none: the job runs on without us."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return ask()
+        except UnreachableError as error:
+            if time.monotonic() > deadline:
+                raise
+            print(f"{error.message}; asking again", flush=True)
+            time.sleep(POLL)
 
 
 def _find(name: str, namespace: str | None) -> Object | None:
@@ -185,7 +209,7 @@ def _kubectl(namespace: str | None, *arguments: str, text: str | None = None) ->
 
 def _refusal(said: str) -> FusionError:
     first = said.splitlines()[-1] if said else "kubectl failed without a word"
-    if any(word in said for word in ("refused", "Unable to connect", "timeout", "no such host")):
+    if any(word in said for word in NO_ANSWER):
         return UnreachableError(f"the cluster does not answer: {first}", "see `kubectl cluster-info`")
     if any(word in said for word in ("orbidden", "Unauthorized")):
         return CredentialsError(f"the cluster does not let you: {first}", "see `kubectl auth whoami`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class Cluster:
         """Lines of shell that the job runs before its command."""
         if not self.credentials:
             return list(self.setup)
-        return [*self.setup, f"set -a && . {self._credentials()} && set +a"]
+        return [*self.setup, f"set -a && . {shlex.quote(str(self._credentials()))} && set +a"]
 
     def container(self) -> list[str]:
         """Arguments of srun for pyxis."""
@@ -93,7 +94,7 @@ class Cluster:
             raise ConfigError(f"{path} is open to others than you", f"chmod 600 {path}")
 
     def _credentials(self) -> Path:
-        return Path(str(self.credentials)).expanduser()
+        return Path(str(self.credentials)).expanduser().absolute()  # the shell looks up a bare name in PATH
 
 
 def read(path: Path, task: str) -> Cluster:

@@ -1,7 +1,8 @@
 """Runs the pod of a Job under podman as a cluster would: its own security context, volumes, environment and signals.
 
 `podman kube play` refuses a Job, so its template is lifted into a Pod. Changed is only what the machine has not: the
-image's registry, the resources, and the network, which is the host's so that the S3 server on loopback is reached.
+image's registry, the resources with the GPU, and the network, which is the host's so that the S3 server on loopback is
+reached.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ def _lifted(source: str, args: Sequence[str], config: Mapping[str, str]) -> Obje
     for container in spec["containers"] + spec.get("initContainers", []):
         container |= {"image": IMAGE, "imagePullPolicy": "Never"}
         container["resources"] = {"requests": RESOURCES, "limits": RESOURCES}
+        for entry in container.get("env", []):
+            entry |= {"value": "cpu"} if entry["name"] == "FUSION_DEVICE" else {}
         # podman 4.3 cannot read a Secret that it was given in a manifest
         container["envFrom"] = [{"configMapRef": next(iter(place.values()))} for place in container.get("envFrom", [])]
     main = spec["containers"][0]

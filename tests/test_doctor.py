@@ -201,7 +201,7 @@ class LateExchange(_Exchange):
     ("minutes", "code", "verdict", "expected"),
     [
         (0, 0, "ok", "0 s"),
-        (-20, 78, "fail", "1200 s ahead of"),
+        (-20, 78, "fail", r"120[01] s ahead of"),  # dates of HTTP are whole seconds
         (20, 78, "fail", "s behind"),
         (1, 0, "warn", "s behind"),
     ],
@@ -213,7 +213,7 @@ def test_a_wrong_clock(minutes: int, code: int, verdict: str, expected: str, pla
         found = only("clock", AWS_ENDPOINT_URL_S3=proxy.endpoint)
     proxy.stop()
     assert found[:2] == (code, verdict)
-    assert expected in found[2] or minutes == 0
+    assert re.search(expected, found[2]) or minutes == 0
 
 
 @pytest.fixture

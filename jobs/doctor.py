@@ -32,7 +32,7 @@ CHECKS = (
     Check("clock", "this clock is the store's", store.clock),
     Check("data", "train.csv, test.csv and the sources are there", store.data, needs="settings"),
     Check("writable", "an object can be written, read and removed", store.writable, needs="store"),
-    Check("conditions", "the store keeps two writers apart", store.conditions, needs="writable"),
+    Check("conditions", "the store refuses what two writers must not do", store.conditions, needs="writable"),
     Check("libraries", "Python and libraries are new enough", machine.libraries),
     Check("gpus", "GPUs and driver, by nvidia-smi", machine.gpus, needs="settings"),
     Check("torch", "torch loads, and finds GPUs and NCCL", machine.torch, needs="settings"),

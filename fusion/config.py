@@ -22,7 +22,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from fusion import storage
+from fusion import log, storage
 from fusion.errors import ConfigError, Parser
 
 # Settings that say where and how a run is computed, not what it computes.
@@ -221,7 +221,19 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
     """
     flags = _flags(config_class)
     values, origins = _collect(flags, argv, prog, description)
+    _warn_of_misspelt(flags)
     return _validate(config_class, _nest(values, flags), origins)
+
+
+def _warn_of_misspelt(flags: Mapping[str, Any]) -> None:
+    """Variables are shared by all commands, so one that this command does not know is no error."""
+    known = {key.replace(".", "_").upper() for one in (RunConfig, EvaluateConfig, PredictConfig) for key in _flags(one)}
+    known |= {key.replace(".", "_").upper() for key in flags}
+    given = {name.removeprefix("FUSION_") for name in os.environ if name.startswith("FUSION_")}
+    for name in sorted(given - known):
+        near = difflib.get_close_matches(name, known, 1, 0.85)
+        if near and os.environ.get("RANK", "0") == "0":
+            log.warning(event="unknown_variable", name=f"FUSION_{name}", did_you_mean=f"FUSION_{near[0]}")
 
 
 def as_flags(config_class: type[Any], argv: Sequence[str] | None = None, *, prog: str) -> list[str]:

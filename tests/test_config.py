@@ -89,3 +89,11 @@ def test_help_names_every_loss() -> None:
 def test_sources_can_differ_by_fold() -> None:
     flags = ["--folds", "5", "--fold", "3", "--sources.clip-image", "clip_without_{fold}"]
     assert read(*flags).bindings()["clip_image"] == "clip_without_3"
+
+
+def test_a_misspelt_variable_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("FUSION_PRECISON", "FUSION_REVISION", "FUSION_EXIT_DIR", "FUSION_MAX_CHANGE", "FUSION_HIDDEN"):
+        monkeypatch.setenv(name, "1")
+    parse(EvaluateConfig, [], prog="x", description="")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "event=unknown_variable name=FUSION_PRECISON did_you_mean=FUSION_PRECISION" in line

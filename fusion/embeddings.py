@@ -7,11 +7,9 @@ groups in parallel, straight into one tensor a role that they share, so each vec
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -25,14 +23,14 @@ from torch import Tensor
 
 from fusion import log, storage
 from fusion.distributed import World
-from fusion.errors import ConfigError, DataError, UnreachableError
+from fusion.errors import DataError, UnreachableError
 from fusion.inputs import source_files, sources_digest
+from fusion.sharing import node_tensor
 from fusion.tables import report_duplicates
 
 STREAM_ROWS = 512  # rows decoded at a time: stays in the cache, and needs little memory besides the tensors
 STREAM_BYTES = 1 << 22  # bytes fetched at a time, so that a file with one huge row group needs no more memory
 N_THREADS = 4
-SHARED_FOLDERS = ("/dev/shm", tempfile.gettempdir())
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,8 @@ def load(
         lambda: [_plan(data, split, role, name, ids, world.local_size) for role, name in bindings.items()]
     )
     shape = {plan.role: (len(ids), plan.dim) for plan in plans}
-    values = {plan.role: _tensor(shape[plan.role], plan.dtype, world) for plan in plans}
-    present = {plan.role: _tensor((len(ids),), torch.bool, world) for plan in plans}
+    values = {plan.role: node_tensor(shape[plan.role], plan.dtype, world) for plan in plans}
+    present = {plan.role: node_tensor((len(ids),), torch.bool, world) for plan in plans}
     world.together(lambda: _fill(plans, values, present, world))
     if world.on_main(lambda: sources_digest(data, split, bindings)) != versions:
         raise UnreachableError(
@@ -245,46 +243,6 @@ def _pieces(header: _Header, targets: np.ndarray, n_pieces: int) -> Iterator[Pie
     for groups in np.array_split(np.arange(len(header.group_rows)), min(n_pieces, len(header.group_rows))):
         first, last = int(groups[0]), int(groups[-1])
         yield Piece(header.url, groups.tolist(), targets[starts[first] : starts[last + 1]])
-
-
-def _tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Tensor:
-    """Zeros that all ranks of a node see; every rank calls this in the same order."""
-    if world.local_size == 1:
-        return torch.zeros(shape, dtype=dtype)
-    token = world.on_main(lambda: os.urandom(8).hex())
-    size = int(np.prod(shape))
-    mine = world.together(lambda: _shared_file(token, size * dtype.itemsize) if world.local_rank == 0 else "")
-    path = world.exchange(mine)[world.rank - world.local_rank]
-    shared = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
-    world.together(lambda: None)
-    if world.local_rank == 0:
-        os.unlink(path)  # the mappings keep it alive, and nothing is left behind when the job dies
-    return shared
-
-
-def _shared_file(token: str, n_bytes: int) -> str:
-    """A file of that size for the ranks of a node to share: in memory if it fits there.
-
-    Raises:
-        ConfigError: it fits nowhere.
-    """
-    found = []
-    for folder in SHARED_FOLDERS:
-        path = os.path.join(folder, f"fusion-{token}.rows")
-        try:
-            with open(path, "wb") as file:
-                os.posix_fallocate(
-                    file.fileno(), 0, max(1, n_bytes)
-                )  # a sparse file would end the rank when it is full
-            return path
-        except OSError as error:
-            found.append(f"{folder} ({error.strerror})")
-            with suppress(OSError):
-                os.unlink(path)
-    raise ConfigError(
-        f"the ranks of this node share an array of {n_bytes >> 20} MiB, which fits neither {' nor '.join(found)}",
-        "enlarge /dev/shm (docker: --shm-size; Kubernetes: sizeLimit of the volume shm)",
-    )
 
 
 def _fill(

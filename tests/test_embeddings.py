@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fusion.distributed import World, world
-from fusion.embeddings import RowStore, _shared_file, load
-from fusion.errors import ConfigError, DataError
+from fusion.embeddings import RowStore, load
+from fusion.errors import DataError
 from tests.conftest import upload
 
 DIM = 5
@@ -221,12 +221,3 @@ def test_peak_memory_is_bounded(tmp_path: Path, rows: int) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 1 <= float(done.stdout) < 1.6
-
-
-def test_ranks_share_memory_only_where_it_fits() -> None:
-    path = Path(_shared_file("of-a-test", 1000))
-    assert (path.parent, path.stat().st_size) == (Path("/dev/shm"), 1000)
-    path.unlink()
-    with pytest.raises(ConfigError, match=r"array of 1048576 MiB, which fits neither /dev/shm \(No space left"):
-        _shared_file("of-a-test", 1 << 40)
-    assert not path.exists()

@@ -69,13 +69,18 @@ def committed(run: str) -> list[Checkpoint]:
     return found
 
 
+def validated(run: str) -> list[Checkpoint]:
+    """The committed checkpoints of a run whose validation SMAPE is known, oldest first."""
+    return [checkpoint for checkpoint in committed(run) if checkpoint.manifest["smape"] is not None]
+
+
 def best(run: str) -> Checkpoint:
     """The committed checkpoint with the lowest validation SMAPE, the newest of equals.
 
     Raises:
         DataError: the run has none.
     """
-    found = [checkpoint for checkpoint in committed(run) if checkpoint.manifest["smape"] is not None]
+    found = validated(run)
     if not found:
         raise DataError(f"{run} has no committed checkpoint", "let its training finish, or name another with --run-dir")
     return best_of(found)

@@ -137,12 +137,13 @@ def _check_run(report: _Report, url: str) -> None:
     facts = _parsed(report, "run.json", _read(storage.join(url, "run.json")), RunFacts)
     if settings and config and facts and digest(json.loads(settings)) != facts.config_sha256:
         report.note("config.json: not the settings of run.json's config_sha256; its data or how it ran may differ")
-    _check_split(report, _read(storage.join(url, "split.parquet")))
+    split = _read(storage.join(url, "split.parquet"))
+    _check_split(report, split)
     folders = storage.ls(storage.join(url, "checkpoints"))
     committed = [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST))]
     for folder in folders:
         if folder in committed:
-            _check_checkpoint_of_run(report, url, folder, facts)
+            _check_checkpoint_of_run(report, folder, facts, split)
         else:
             report.note(f"{storage.base(folder)}: not committed, so it does not count")
     if not committed:
@@ -151,10 +152,9 @@ def _check_run(report: _Report, url: str) -> None:
         _check_files(report, storage.join(url, "metrics"), Manifest, set())
 
 
-def _check_checkpoint_of_run(report: _Report, run: str, folder: str, facts: RunFacts | None) -> None:
+def _check_checkpoint_of_run(report: _Report, folder: str, facts: RunFacts | None, split: bytes | None) -> None:
     part = _Report(lambda _: None)
     manifest = _check_checkpoint(part, folder)
-    split = _read(storage.join(run, "split.parquet"))
     if manifest is not None and manifest.split_sha256 and split is not None:
         part.expect(
             f"{storage.base(folder)}: split_sha256 of split.parquet", storage.sha256(split), manifest.split_sha256

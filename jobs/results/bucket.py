@@ -9,15 +9,16 @@ from typing import TypeVar
 
 from fusion import storage
 from fusion.errors import DataError, ExitCode
-from fusion.manifests import MANIFEST, Checkpoint, committed
+from fusion.manifests import MANIFEST, validated
 from fusion.records import (
     AttemptEnd,
     Lease,
     RunFacts,
     SubmissionManifest,
     SubmissionPointer,
-    parse,
+    read,
 )
+from fusion.runs import pointer_url
 from jobs.results.transfer import N_THREADS
 
 T = TypeVar("T")
@@ -75,10 +76,9 @@ def _describe_run(url: str) -> Run:
         if lease is None:
             return Run(run_id, error="it has no lease.json: no attempt ever began")
         end = read(AttemptEnd, storage.join(url, "attempts", str(lease.attempt), "exit.json"))
-        found = checkpoints(url)
+        smapes = [checkpoint.smape for checkpoint in validated(url)]
     except DataError as error:
         return Run(run_id, error=error.message)
-    smapes = [checkpoint.smape for checkpoint in found if checkpoint.manifest["smape"] is not None]
     return Run(
         run_id,
         facts.variant if facts else "",
@@ -96,22 +96,6 @@ def _state(end: AttemptEnd | None) -> str:
     if end is None:
         return "running"
     return {int(ExitCode.DONE): "finished", int(ExitCode.STOPPED): "stopped"}.get(end.code, "failed")
-
-
-def checkpoints(run: str) -> list[Checkpoint]:
-    """The committed checkpoints of a run, oldest first.
-
-    Raises:
-        DataError: a manifest is damaged.
-    """
-    try:
-        found = committed(run)
-        for checkpoint in found:
-            _ = checkpoint.smape
-    except (ValueError, KeyError, TypeError) as error:
-        to_do = f"`python -m fusion.verify {run}` says which"
-        raise DataError(f"a manifest below {run}/checkpoints is damaged ({error!r})", to_do) from error
-    return found
 
 
 def list_submissions(output: str, name: str | None = None) -> list[Submission]:
@@ -139,18 +123,8 @@ def _describe_submission(url: str, current: dict[str, str | None]) -> Submission
 
 
 def current_of(output: str, name: str) -> str | None:
-    pointer = read(SubmissionPointer, _pointer_url(output, "submissions", name, "current"))
+    pointer = read(SubmissionPointer, pointer_url(output, "submissions", name, "current"))
     return pointer.submission if pointer else None
-
-
-def _pointer_url(output: str, *parts: str) -> str:
-    return storage.join(output, "pointers", *parts) + ".json"
-
-
-def read(kind: type[T], url: str) -> T | None:
-    """The document, or None where there is none."""
-    held = storage.read_version(url)
-    return None if held is None else parse(kind, held[0], url)
 
 
 def _in_parallel(action: Callable[[U], T], values: Iterable[U]) -> list[T]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
-from fusion.manifests import MANIFEST, STATE, best_of
+from fusion.manifests import MANIFEST, STATE, best_of, validated
 from fusion.records import CheckpointManifest, Manifest, RunPointer, SubmissionManifest, SubmissionPointer, parse
-from jobs.results.bucket import LEASE, checkpoints, current_of
+from jobs.results.bucket import LEASE, current_of
 from jobs.results.transfer import Item, Plan
 
 POINTERS = ("latest", "best")
@@ -90,7 +90,7 @@ def _current_submission(output: str, name: str) -> Choice:
 def plan_run(output: str, choice: Choice, *, state: bool) -> Plan:
     """All files of a run but its lease and all but its best checkpoint; `state.pt` of that one only if asked for."""
     run = storage.join(output, choice.path)
-    found = [checkpoint for checkpoint in checkpoints(run) if checkpoint.manifest["smape"] is not None]
+    found = validated(run)
     plan = _folder(output, choice.path, listed=True)
     for below in ["metrics", *(f"attempts/{storage.base(url)}" for url in storage.ls(storage.join(run, "attempts")))]:
         plan = _joined(plan, _folder(output, f"{choice.path}/{below}", listed=True))

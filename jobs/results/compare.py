@@ -11,7 +11,7 @@ from typing import Any
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
-from jobs.results.bucket import checkpoints
+from fusion.manifests import validated
 
 NAMES = {"by", "group"}
 WHERE = {"output", "run_id"}  # different for any two runs
@@ -67,8 +67,7 @@ def _differ(values: Sequence[Any]) -> bool:
 
 
 def _smape(run: str) -> float | None:
-    found = [checkpoint.smape for checkpoint in checkpoints(run) if checkpoint.manifest["smape"] is not None]
-    return min(found, default=None)
+    return min((checkpoint.smape for checkpoint in validated(run)), default=None)
 
 
 def _split(run: str) -> bytes | None:

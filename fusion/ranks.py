@@ -189,8 +189,11 @@ def _own_ending(path: Path) -> Ending | None:
 
 def _plain_ending(rank: Rank) -> Ending:
     code = rank.code if rank.code is not None else -signal.SIGKILL
-    if rank.stopped or code == 0:
-        return Ending(CAUSE, rank.ended, ExitCode.STOPPED if code else ExitCode.DONE, "")
+    if code in (ExitCode.DONE, ExitCode.STOPPED):
+        return Ending(CAUSE, rank.ended, code, "")
+    if rank.stopped:
+        report = f"error: rank {rank.number} was asked to stop before it had begun\nto do: run the same command again"
+        return Ending(CAUSE, rank.ended, ExitCode.STOPPED, report)
     if code > 0:
         kept = ExitCode.BUG if code == 1 else code  # Python ends with 1 after a traceback
         report = f"error: rank {rank.number} ended with exit code {code}\nto do: see what it wrote above"

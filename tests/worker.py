@@ -91,6 +91,13 @@ def deaf(folder: Path, code: int) -> int:
     return code
 
 
+def unready(folder: Path, code: int) -> int:
+    """Does not listen to signals yet."""
+    _ready(folder)
+    time.sleep(120)
+    return code
+
+
 def end(folder: Path, code: int) -> int:
     """Rank 1, or the only one, ends with `code`, or by signal -`code`; the others with 0."""
     _ready(folder)
@@ -131,7 +138,7 @@ def arguments(folder: Path, code: int) -> int:
 
 BEHAVIOURS: dict[str, Callable[[Path, int], int]] = {
     behaviour.__name__: behaviour
-    for behaviour in (reduce, reduce_at_second_try, stop, deaf, end, hang, bug, report, arguments)
+    for behaviour in (reduce, reduce_at_second_try, stop, deaf, unready, end, hang, bug, report, arguments)
 }
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pickle import UnpicklingError
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fusion import log, storage
 from fusion.errors import DataError
 from fusion.manifests import MANIFEST, MODEL, STATE, Checkpoint, best_of, committed, read_file, write_files
+from fusion.records import CheckpointManifest
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Writer:
     """Commits snapshots in the background, one at a time, and prunes what is no longer needed.
 
     Args:
-        may_publish: raises when this process has lost the right to.
+        check_lease: raises when this process has lost the right to publish.
         keep: newest committed checkpoints that stay; the best, and the one resumed from, stay too.
     """
 
     def __init__(
-        self, run: str, dims: Mapping[str, int], lineage: Mapping[str, Any], may_publish: Callable[[], None], keep: int
+        self, run: str, dims: Mapping[str, int], lineage: Mapping[str, Any], check_lease: Callable[[], None], keep: int
     ) -> None:
-        self.run, self.dims, self.lineage, self.may_publish, self.keep = run, dims, lineage, may_publish, keep
+        self.run, self.dims, self.lineage, self.check_lease, self.keep = run, dims, lineage, check_lease, keep
         self.resumed_from: str | None = None
         self.seconds = 0.0  # what the last commit took
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -73,7 +74,7 @@ class Writer:
 
     def _write(self, snapshot: Snapshot) -> Checkpoint:
         started = time.monotonic()
-        made = commit(self.run, snapshot, self.dims, self.lineage, self.may_publish)
+        made = commit(self.run, snapshot, self.dims, self.lineage, self.check_lease)
         self.seconds = time.monotonic() - started
         log.info(event="committed", checkpoint=made.url, smape=made.smape, seconds=self.seconds)
         prune(self.run, self.keep, self.resumed_from)
@@ -85,7 +86,7 @@ def commit(
     snapshot: Snapshot,
     dims: Mapping[str, int],
     lineage: Mapping[str, Any],
-    may_publish: Callable[[], None],
+    check_lease: Callable[[], None],
 ) -> Checkpoint:
     """Writes `checkpoints/step-…` of a run; it exists from the moment its manifest is written, which is last."""
     folder = storage.join(run, "checkpoints", f"step-{snapshot.step:08d}")
@@ -94,9 +95,10 @@ def commit(
         MODEL: safetensors.torch.save(contiguous, {"dims": json.dumps(dict(dims))}),
         STATE: _torch_bytes(snapshot.state),
     }
-    manifest = {"schema": 1, "step": snapshot.step, **snapshot.facts, **lineage, "files": write_files(folder, files)}
-    may_publish()
-    storage.create(storage.join(folder, MANIFEST), storage.as_json(manifest))
+    written = write_files(folder, files)
+    manifest = CheckpointManifest(schema=1, files=written, step=snapshot.step, **snapshot.facts, **lineage)
+    check_lease()
+    storage.create(storage.join(folder, MANIFEST), storage.as_json(asdict(manifest)))
     return Checkpoint(folder, manifest)
 
 
@@ -131,7 +133,7 @@ def read_model(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, int
     data = read_file(checkpoint, MODEL)
     length = int.from_bytes(data[:8], "little")  # safetensors: the header's length, then the header as JSON
     header = json.loads(data[8 : 8 + length])
-    log.info(event="model", checkpoint=checkpoint.url, smape=checkpoint.manifest["smape"])
+    log.info(event="model", checkpoint=checkpoint.url, smape=checkpoint.manifest.smape)
     return safetensors.torch.load(data), json.loads(header["__metadata__"]["dims"])
 
 

@@ -32,6 +32,8 @@ HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep"}
 # The headings of --help, in their order.
 GROUPS = ("where", "sources", "data", "model", "training", "evaluation", "submission", "stopping", "machine")
 
+MOST_IN_METAVAR = 3  # more names to choose from are listed in the flag's help
+
 C = TypeVar("C")
 STRICT = ConfigDict(extra="forbid")
 
@@ -41,10 +43,19 @@ def setting(default: Any, help: str, group: str, **constraints: Any) -> Any:
     return Field(default, description=help, json_schema_extra={"group": group}, **constraints)
 
 
-LOSSES_HELP = (
-    "weighted_smape, smape, focal_smape, hybrid_focal_smape, weighted_huber, quantile_huber, adaptive_huber, "
-    "focal_huber, huber, mse or mae, see fusion/loss_functions.py"
-)
+LossName = Literal[
+    "weighted_smape",
+    "smape",
+    "focal_smape",
+    "hybrid_focal_smape",
+    "weighted_huber",
+    "quantile_huber",
+    "adaptive_huber",
+    "focal_huber",
+    "huber",
+    "mse",
+    "mae",
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -87,7 +98,7 @@ class RunConfig(StoreConfig):
     dropout: float = setting(0.25, "share of features dropped in training", "model", ge=0, lt=1)
     modality_dropout: float = setting(0.05, "share of sources hidden from a row in training", "model", ge=0, lt=1)
 
-    loss: str = setting("weighted_smape", LOSSES_HELP, "training")
+    loss: LossName = setting("weighted_smape", "loss to minimise, see fusion/loss_functions.py", "training")
     epochs: int = setting(1000, "passes over the training rows, at most", "training", ge=1)
     batch_size: int = setting(256, "rows a step, over all ranks together", "training", ge=1)
     lr: float = setting(1e-3, "learning rate of AdamW", "training", gt=0)
@@ -295,15 +306,18 @@ def _parser(flags: Mapping[str, Any], prog: str, description: str) -> Parser:
 
 def _argument(key: str, field: Any) -> dict[str, Any]:
     text, kind = field.description.replace("%", "%%"), field.annotation
+    names = get_args(kind) if get_origin(kind) is Literal else ()
+    if len(names) > MOST_IN_METAVAR:
+        text += f": {', '.join(names)}"
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction, "help": f"{text} (default: no)"}
     if field.default not in (None, ()):
         default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         text += f" (default: {default})"
-    if get_origin(kind) is Literal:
-        return {"help": text, "metavar": "|".join(get_args(kind))}
-    names = {int: "N", float: "X"} | dict.fromkeys(("data", "output", "run_dir"), "URL")
-    options = {"help": text, "metavar": names.get(key) or names.get(_element(kind), "NAME")}
+    if 0 < len(names) <= MOST_IN_METAVAR:
+        return {"help": text, "metavar": "|".join(names)}
+    metavars = {int: "N", float: "X"} | dict.fromkeys(("data", "output", "run_dir"), "URL")
+    options = {"help": text, "metavar": metavars.get(key) or metavars.get(_element(kind), "NAME")}
     return options | ({"nargs": "+"} if get_origin(kind) is tuple else {})
 
 

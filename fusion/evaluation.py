@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from fusion.errors import DataError
 from fusion.metrics import bootstrap_interval, group_metrics, row_smape
 from fusion.parts import compute_parts, discard
 from fusion.prediction import BuildNetwork, C, check_dims, load_model, open_run, parts_folder, pricing
+from fusion.records import MetricsManifest
+from fusion.splits import read_split
 from fusion.tables import Table, read_table
 
 BINS = (0, 5, 10, 15, 20, 30, 50, 100, 200, 500, np.inf)
@@ -142,12 +144,8 @@ def _distributions(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _validation_rows(run: str, data: str, drop_bad_prices: bool, by: Sequence[str]) -> Table:
-    url = storage.join(run, "split.parquet")
-    try:
-        split = pd.read_parquet(io.BytesIO(storage.read(url)), columns=["sample_id", "side"])
-    except (ValueError, OSError) as error:  # pyarrow's errors are among them
-        raise DataError(f"{url} is damaged: {str(error).splitlines()[0]}", "evaluate another run") from error
-    ids = pd.Index(split.loc[split["side"] == "validation", "sample_id"].astype("str"))
+    split = read_split(storage.join(run, "split.parquet"))
+    ids = pd.Index(split.loc[split["side"] == "validation", "sample_id"])
     table = read_table(data, "train", priced=True, drop_bad_prices=drop_bad_prices)
     lost = ids[~ids.isin(table.ids)]
     if len(lost):
@@ -176,11 +174,11 @@ def _write(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation, rows:
         "groups.csv": evaluation.groups.to_csv(index=False).encode(),
         "summary.json": _summary(run, chosen, evaluation),
     }
-    manifest = storage.as_json({"schema": 1, "checkpoint": chosen.name, "files": manifests.entries(files)})
+    manifest = MetricsManifest(schema=1, files=manifests.entries(files), checkpoint=chosen.name)
     url = storage.join(folder, manifests.MANIFEST)
     storage.remove(url)  # who reads while they are replaced sees that they are
     manifests.write_files(folder, files)
-    storage.write(url, manifest)
+    storage.write(url, storage.as_json(asdict(manifest)))
     report.show(evaluation.groups, evaluation.worst, evaluation.best, evaluation.gates, evaluation.distributions)
     log.info(event="evaluated", rows=len(rows), written=folder)
 

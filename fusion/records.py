@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from fusion import storage
+from fusion import log, storage
 from fusion.errors import DataError
 
 T = TypeVar("T")
@@ -62,6 +62,11 @@ class SubmissionManifest(Manifest):
 
 
 @dataclass(frozen=True)
+class MetricsManifest(Manifest):
+    checkpoint: Name
+
+
+@dataclass(frozen=True)
 class SubmissionPointer:
     submission: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/\d{4}-\d{2}-\d{2}/[0-9a-f]{12}$")]
 
@@ -89,15 +94,17 @@ class RunFacts:
     config_sha256: Sha256
     data_sha256: Sha256
     dims: dict[str, PositiveInt]
+    revision: str = "unknown"
     started: str = ""
     price_quartiles: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
-class Lease:
+class LeaseRecord:
     """`lease.json`: the newest attempt at a run."""
 
     attempt: PositiveInt
+    token: str
     started: str
 
 
@@ -107,6 +114,7 @@ class AttemptEnd:
 
     code: int
     ended: str
+    step: int
     error: str = ""
 
 
@@ -116,8 +124,26 @@ def read(kind: type[T], url: str) -> T | None:
     Raises:
         DataError: as `parse`.
     """
-    held = storage.read_version(url)
-    return None if held is None else parse(kind, held[0], url)
+    data = storage.read_if_exists(url)
+    return None if data is None else parse(kind, data, url)
+
+
+def read_required(kind: type[T], url: str) -> T:
+    """The JSON document at `url` as `kind`.
+
+    Raises:
+        DataError: as `parse`, or there is none.
+    """
+    return parse(kind, storage.read(url), url)
+
+
+def read_if_whole(kind: type[T], url: str, event: str) -> T | None:
+    """The JSON document at `url` as `kind`; None when there is none, or when it is damaged: a warning, `event`."""
+    try:
+        return read(kind, url)
+    except DataError as error:
+        log.warning(event=event, reason=error.message)
+        return None
 
 
 def parse(kind: type[T], data: bytes, url: str) -> T:

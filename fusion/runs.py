@@ -16,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fusion import __version__, log, manifests, storage
+from fusion import __version__, log, manifests, records, storage
 from fusion.config import HOW, ReadRunConfig, RunConfig, digest, from_json, to_json
 from fusion.errors import ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
+from fusion.records import AttemptEnd, LeaseRecord, RunFacts
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -65,11 +66,12 @@ def describe_run(
         DataError: the data are not those that the run was started with.
     """
     url = storage.join(run_url(config), "run.json")
-    if storage.exists(url):
-        before = json.loads(storage.read(url))["data_sha256"]
-        if before != data_digest:
+    before = records.read(RunFacts, url)
+    if before is not None:
+        if before.data_sha256 != data_digest:
             raise DataError(
-                f"the data have changed since run {config.name()} began: sha256 {data_digest[:12]}, was {before[:12]}",
+                f"the data have changed since run {config.name()} began: sha256 {data_digest[:12]}, "
+                f"was {before.data_sha256[:12]}",
                 "train on the new data under another --run-id",
             )
         return
@@ -103,10 +105,10 @@ class Lease:
 
     def check(self) -> None:
         """Raises SupersededError when a newer attempt has begun."""
-        held = json.loads(storage.read(self.url))
-        if held["token"] != self.token:
+        held = records.read_required(LeaseRecord, self.url)
+        if held.token != self.token:
             raise SupersededError(
-                f"attempt {held['attempt']} of this run began while this one, {self.attempt}, was still running",
+                f"attempt {held.attempt} of this run began while this one, {self.attempt}, was still running",
                 "let the newer one finish; two jobs that run at once need a --run-id each",
             )
 
@@ -116,7 +118,7 @@ def take_lease(run: str) -> Lease:
     url, token = storage.join(run, "lease.json"), uuid.uuid4().hex
     while True:
         held = storage.read_version(url)
-        number = 1 if held is None else 1 + int(json.loads(held[0])["attempt"])
+        number = 1 if held is None else 1 + records.parse(LeaseRecord, held[0], url).attempt
         data = storage.as_json({"attempt": number, "token": token, "started": now()})
         if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
             return Lease(url, number, token)
@@ -126,7 +128,7 @@ def take_lease(run: str) -> Lease:
 def attempt(run: str) -> Iterator[Lease]:
     """Records the start and the end of one try at a run, with its log, whichever way it ends."""
     if not storage.honours_conditions(run):
-        log.warning(event="store_ignores_conditions", so="nothing keeps two attempts at this run from mixing")
+        log.warning(event="store_ignores_conditions", reason="nothing keeps two attempts at this run from mixing")
     lease = take_lease(run)
     folder = storage.join(run, "attempts", str(lease.attempt))
     storage.write(storage.join(folder, "start.json"), storage.as_json({"attempt": lease.attempt, "started": now()}))
@@ -151,7 +153,7 @@ def attempt(run: str) -> Iterator[Lease]:
 
 
 def _newest_step(run: str) -> int:
-    return max((int(found.manifest["step"]) for found in manifests.committed(run)), default=-1)
+    return max((found.manifest.step for found in manifests.committed(run)), default=-1)
 
 
 def _check_progress(run: str, number: int) -> None:
@@ -159,9 +161,8 @@ def _check_progress(run: str, number: int) -> None:
     step = _newest_step(run)
     for earlier in (number - 1, number - 2):
         url = storage.join(run, "attempts", str(earlier), "exit.json")
-        found = storage.read_version(url)
-        end = {} if found is None else json.loads(found[0])
-        if end.get("code") != ExitCode.STOPPED or end.get("step") != step:
+        end = records.read_if_whole(AttemptEnd, url, "attempt_damaged")
+        if end is None or end.code != ExitCode.STOPPED or end.step != step:
             return
     raise FusionError(
         f"stopped three times in a row without a newer checkpoint than step {step}",
@@ -180,7 +181,7 @@ def find_run(settings: ReadRunConfig, variant: str) -> str:
     if settings.run_id:
         return storage.join(settings.output, "runs", settings.run_id)
     best = read_pointer(settings.output, "runs", variant, "best")
-    if best is None or not storage.exists(_config_url(settings.output, best)):
+    if best is None or not _exists(settings.output, best):
         raise DataError(
             f"no finished run of {variant} under {settings.output}",
             f"train one with `python -m fusion.{variant}.train`, or name one with --run-dir",
@@ -199,8 +200,12 @@ def read_config(run: str, config_class: type[C]) -> C:
     return from_json(config_class, storage.read(url), url)
 
 
-def _config_url(output: str, pointer: Mapping[str, Any]) -> str:
-    return storage.join(output, "runs", str(pointer.get("run_id")), "config.json")
+def _run_of(output: str, pointer: Mapping[str, Any]) -> str:
+    return storage.join(output, "runs", str(pointer.get("run_id")))
+
+
+def _exists(output: str, pointer: Mapping[str, Any]) -> bool:
+    return storage.exists(storage.join(_run_of(output, pointer), "config.json"))
 
 
 def pointer_url(output: str, *parts: str) -> str:
@@ -209,8 +214,8 @@ def pointer_url(output: str, *parts: str) -> str:
 
 def read_pointer(output: str, *parts: str) -> dict[str, Any] | None:
     """What is pointed to; None when nothing is, or the pointer is damaged."""
-    held = storage.read_version(pointer_url(output, *parts))
-    return (held and _object(held[0])) or None
+    data = storage.read_if_exists(pointer_url(output, *parts))
+    return (data and _object(data)) or None
 
 
 def _object(data: bytes) -> dict[str, Any]:
@@ -243,14 +248,33 @@ def move_pointer(
 
 
 def point_to_run(config: RunConfig, checkpoint_name: str, smape: float) -> None:
-    """Makes the run its variant's latest, and its best when its validation SMAPE is the lowest of those that exist."""
+    """Makes the run its variant's latest, and its best when its validation SMAPE is the lowest of those that exist.
+
+    A best run that validated on other rows (other data, seed or fold) is compared all the same, and the log says so.
+    """
     target = {"run_id": config.name(), "checkpoint": checkpoint_name, "smape": smape}
+    before = read_pointer(config.output, "runs", config.variant, "best")
 
     def is_kept(best: Mapping[str, Any]) -> bool:
-        return best.get("smape", math.inf) <= smape and storage.exists(_config_url(config.output, best))
+        return best.get("smape", math.inf) <= smape and _exists(config.output, best)
 
     move_pointer(config.output, "runs", config.variant, "latest", target=target)
-    move_pointer(config.output, "runs", config.variant, "best", target=target, unless=is_kept)
+    is_best = move_pointer(config.output, "runs", config.variant, "best", target=target, unless=is_kept)
+    if before and not _same_split(config, before):
+        log.warning(
+            event="compared_on_other_rows",
+            other=before.get("run_id"),
+            other_smape=before.get("smape"),
+            smape=smape,
+            is_best=is_best,
+            to_do="name the run to predict with: --run-id",
+        )
+
+
+def _same_split(config: RunConfig, other: Mapping[str, Any]) -> bool:
+    splits = [storage.join(run, "split.parquet") for run in (run_url(config), _run_of(config.output, other))]
+    ours, theirs = map(storage.read_if_exists, splits)
+    return theirs is None or ours == theirs
 
 
 def _revision() -> str:

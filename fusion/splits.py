@@ -12,7 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 
-from fusion import log
+from fusion import log, storage
 from fusion.config import RunConfig
 from fusion.errors import DataError
 from fusion.tables import Table
@@ -127,6 +127,19 @@ def _drawn(strata: np.ndarray, config: RunConfig) -> np.ndarray:
         return np.asarray(list(folds.split(nothing, strata))[config.fold][1])
     single = StratifiedShuffleSplit(1, test_size=config.val_fraction, random_state=config.seed)
     return np.asarray(next(single.split(nothing, strata))[1])
+
+
+def read_split(url: str) -> pd.DataFrame:
+    """What `to_parquet` wrote: sample_id (str) and side of every row, among others.
+
+    Raises:
+        DataError: it does not exist, or is damaged.
+    """
+    try:
+        return pd.read_parquet(io.BytesIO(storage.read(url))).astype({"sample_id": "str"})[["sample_id", "side"]]
+    except (ValueError, OSError, KeyError) as error:  # pyarrow's errors are among them
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{url} is damaged: {reason}", "use another run, or train under another --run-id") from error
 
 
 def to_parquet(split: pd.DataFrame) -> bytes:

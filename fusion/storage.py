@@ -85,6 +85,21 @@ def create(url: str, data: bytes) -> bool:
     return retrying(url, lambda: _create(url, data)) or read(url) == data
 
 
+def read_if_exists(url: str) -> bytes | None:
+    """The object's bytes; None when it does not exist.
+
+    Raises:
+        CredentialsError, UnreachableError: as for `read`.
+    """
+
+    def cat() -> bytes | None:
+        with suppress(FileNotFoundError):
+            return _cat(url)
+        return None
+
+    return retrying(url, cat)
+
+
 def read_version(url: str) -> tuple[bytes, str] | None:
     """The object's bytes and a tag that changes with them; None when it does not exist."""
     return retrying(url, lambda: _read_version(url))
@@ -140,7 +155,11 @@ def honours_conditions(folder: str) -> bool:
 
 
 def exists(url: str) -> bool:
-    return retrying(url, lambda: bool(_locate(url)[0].exists(_locate(url)[1])))
+    def found() -> bool:
+        fs, path = _locate(url)
+        return bool(fs.exists(path))
+
+    return retrying(url, found)
 
 
 def ls(url: str) -> list[str]:

@@ -111,20 +111,16 @@ def _current(settings: PredictConfig) -> tuple[str, SubmissionManifest] | None:
 
 
 def _whole(kind: type[T], url: str) -> T | None:
-    """The document, if it is there and not damaged: a damaged one must not stop the next submission."""
-    try:
-        return records.read(kind, url)
-    except DataError as error:
-        log.warning(event="submission_damaged", reason=error.message)
-        return None
+    # A damaged one must not stop the next submission.
+    return records.read_if_whole(kind, url, "submission_damaged")
 
 
 def _read_verified(folder: str, manifest: SubmissionManifest) -> bytes | None:
     url = storage.join(folder, SUBMISSION)
-    held = storage.read_version(url)
-    if held is not None and storage.sha256(held[0]) == manifest.sha256_of(SUBMISSION):
-        return held[0]
-    log.warning(event="submission_damaged", submission=url, so="it is neither reused nor compared with")
+    content = storage.read_if_exists(url)
+    if content is not None and storage.sha256(content) == manifest.sha256_of(SUBMISSION):
+        return content
+    log.warning(event="submission_damaged", submission=url, reason="it is not what its manifest says")
     return None
 
 
@@ -133,13 +129,12 @@ def publish(settings: PredictConfig, origin: Origin, content: bytes, n_rows: int
     key = f"{settings.name}/{settings.day()}/{storage.sha256(content)[:12]}"
     folder = storage.join(settings.output, "submissions", key)
     before = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
-    held = storage.read_version(storage.join(folder, SUBMISSION))
-    if held is None or held[0] != content:  # there, it would be a damaged one: its digest is in its name
+    if storage.read_if_exists(storage.join(folder, SUBMISSION)) != content:  # another one is damaged: see its name
         manifests.write_files(folder, {SUBMISSION: content})
     if before is None or not origin.same_as(before):
         files = manifests.entries({SUBMISSION: content})
-        facts = {"schema": 1, "rows": n_rows, "date": settings.day(), **asdict(origin), "files": files}
-        committed, data = storage.join(folder, MANIFEST), storage.as_json(facts)
+        manifest = SubmissionManifest(schema=1, files=files, rows=n_rows, date=settings.day(), **asdict(origin))
+        committed, data = storage.join(folder, MANIFEST), storage.as_json(asdict(manifest))
         if not storage.create(committed, data):  # a damaged one, or one of another origin with the same prices
             storage.write(committed, data)
     is_current = move_pointer(
@@ -151,7 +146,7 @@ def publish(settings: PredictConfig, origin: Origin, content: bytes, n_rows: int
     url = storage.join(folder, SUBMISSION)
     log.info(event="published_before" if before else "published", rows=n_rows, submission=url)
     if not is_current:
-        log.warning(event="not_current", date=settings.day(), because="a submission of a later date is")
+        log.warning(event="not_current", date=settings.day(), reason="a submission of a later date is")
     return url
 
 
@@ -187,7 +182,7 @@ def check(settings: PredictConfig, prices: pd.Series, run: str) -> None:
     """
     wrong = [*_against_last(settings, prices), *_against_training(settings, prices, run)]
     if wrong and settings.force:
-        log.warning(event="forced", although="; ".join(wrong))
+        log.warning(event="forced", reason="; ".join(wrong))
     elif wrong:
         raise DataError(
             f"not published: {'; '.join(wrong)}",

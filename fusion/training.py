@@ -6,7 +6,6 @@ The same command again goes on where the newest committed checkpoint left off, a
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from contextlib import nullcontext
@@ -16,18 +15,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import checkpoint, log, manifests, stopping, storage
+from fusion import checkpoint, log, manifests, records, stopping, storage
 from fusion.config import RunConfig, digest
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
-from fusion.errors import StopRequested
+from fusion.errors import DataError, StopRequested
 from fusion.fitting import Fit, TrainingData, set_seed
 from fusion.layers import PriceModel
-from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape
 from fusion.prediction import BuildNetwork, C
+from fusion.records import RunFacts
 from fusion.runs import Lease, attempt, describe_run, point_to_run, run_url, start_run
-from fusion.splits import split_rows, to_parquet
+from fusion.splits import read_split, split_rows, to_parquet
 from fusion.tables import Table, read_table
 from fusion.watchdog import Watchdog, watched
 
@@ -43,10 +42,11 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
     """
     with world(config.device) as place:
         log.configure(config.name(), place.rank, place.size)
-        get_loss_function(config.loss)  # an unknown name is found out before anything is read
         if place.on_main(lambda: _is_finished(config)):
             log.info(
-                event="finished_before", folder=run_url(config), to_train_again="another --run-id or other settings"
+                event="finished_before",
+                folder=run_url(config),
+                to_do="train under another --run-id, if at all",
             )
             return
         with attempt(run_url(config)) if place.is_main else nullcontext() as lease:
@@ -55,7 +55,7 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
 
 def _is_finished(config: RunConfig) -> bool:
     start_run(config)
-    done = [made for made in manifests.committed(run_url(config)) if made.manifest["finished"]]
+    done = [made for made in manifests.committed(run_url(config)) if made.manifest.finished]
     for made in done:
         point_to_run(config, made.name, made.smape)  # a run may have been killed before it did
     return bool(done)
@@ -104,8 +104,8 @@ class Saver:
         self.blocked, self.warned = 0.0, False
         self.writer: checkpoint.Writer | None = None
         if lease is not None:
-            facts = json.loads(storage.read(storage.join(self.run, "run.json")))
-            lineage = {key: facts[key] for key in ("config_sha256", "data_sha256", "revision")}
+            facts = records.read_required(RunFacts, storage.join(self.run, "run.json"))
+            lineage = {key: getattr(facts, key) for key in ("config_sha256", "data_sha256", "revision")}
             lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, "split.parquet")))
             self.writer = checkpoint.Writer(self.run, fit.data.store.dims, lineage, lease.check, config.keep)
 
@@ -221,8 +221,10 @@ def _split(config: RunConfig, table: Table, store: RowStore, place: World) -> np
     if not storage.exists(url):
         sides = split_rows(table, {role: values.numpy() for role, values in store.values.items()}, config)
         storage.write(url, to_parquet(sides))
-    stored = pd.read_parquet(io.BytesIO(storage.read(url))).set_index("sample_id").loc[table.ids]
-    return (stored["side"] == "validation").to_numpy()
+    stored = read_split(url).set_index("sample_id")["side"].reindex(table.ids)
+    if stored.isna().any():  # describe_run has found the data to be the same
+        raise DataError(f"{url} lacks {stored.isna().sum()} of {len(stored)} rows", "train under another --run-id")
+    return (stored == "validation").to_numpy()
 
 
 def _statistics(data: TrainingData, role: str) -> tuple[Tensor, Tensor]:

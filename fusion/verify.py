@@ -312,14 +312,14 @@ def _difference(wanted: Sequence[str], ids: Sequence[str]) -> str:
 def _compare_model(report: _Report, manifest: SubmissionManifest) -> None:
     folder = storage.join(manifest.run, "checkpoints", manifest.checkpoint)
     try:
-        data = storage.read_version(storage.join(folder, MANIFEST))
+        data = storage.read_if_exists(storage.join(folder, MANIFEST))
     except _NOT_READABLE as error:
         report.note(f"model not compared: {_first_line(error)}")
         return
     if data is None:
         report.note(f"model not compared: {folder} is no longer there")
         return
-    made = _parsed(report, f"{manifest.checkpoint}/{MANIFEST} of {manifest.run}", data[0], CheckpointManifest)
+    made = _parsed(report, f"{manifest.checkpoint}/{MANIFEST} of {manifest.run}", data, CheckpointManifest)
     if made is not None:
         report.expect(f"model_sha256, as in {manifest.checkpoint}", made.sha256_of(MODEL), manifest.model_sha256)
 

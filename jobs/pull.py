@@ -35,8 +35,8 @@ from jobs.results.transfer import Outcome, Plan, damaged, fetch
 
 STOPPED_BY_KEYBOARD = 130  # as shells have it
 _PULLED = """Of a run comes everything but its lease and all but its best checkpoint: config.json, run.json,
-split.parquet, metrics/, attempts/ with the logs, report.html and model_card.md where there are any, and the weights
-with their manifest. state.pt, from which training goes on, is about three times as large and comes with --state."""
+split.parquet, metrics/, attempts/ with the logs, and the weights with their manifest. state.pt, from
+which training goes on, is about three times as large and comes with --state."""
 
 
 def _runs(given: argparse.Namespace) -> None:
@@ -122,7 +122,7 @@ def _run_filters(given: argparse.Namespace, choice: Choice) -> list[str]:
     """What of a run's folder `plan_run` leaves out; a later filter counts more."""
     plan = plan_run(given.output, choice, state=given.state)
     steps = {item.path.split("/")[3] for item in plan.items if "/checkpoints/" in item.path}
-    filters = ["--exclude", "lease.json", "--exclude", "metrics/parts-*", "--exclude", "checkpoints/*"]
+    filters = ["--exclude", "lease.json", "--exclude", "parts/*", "--exclude", "checkpoints/*"]
     for step in steps:
         filters += ["--include", f"checkpoints/{step}/*"]
     return filters if given.state else [*filters, "--exclude", f"*/{STATE}"]

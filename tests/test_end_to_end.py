@@ -107,6 +107,15 @@ def test_the_environment_says_where_things_are(bucket: str, s3: S3Server, catalo
     assert read_pointer(f"{bucket}/out", "runs", "qwen_clip", "best") is not None
 
 
+def test_the_best_of_other_validation_rows_is_said(
+    catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1"]
+    for more, is_said in (["--lr", "1e-4"], False), (["--lr", "2e-4"], False), (["--seed", "7"], True):
+        assert train.main([*flags, *more]) == 0
+        assert ("event=compared_on_other_rows other=all-embeddings-" in capsys.readouterr().err) == is_said
+
+
 def test_training_learns(catalog: Path, tmp_path: Path) -> None:
     flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--loss", "smape", "--epochs", "25"]
     assert train.main(flags) == 0

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 
 from fusion.errors import DivergedError
-from fusion.manifests import Checkpoint
 from fusion.prediction import warn_of_leak
 from fusion.submission import submission_csv
 from fusion.tables import Table
@@ -26,7 +25,7 @@ def test_a_price_that_is_none_is_never_published(price: float) -> None:
 
 def test_test_prices_that_are_no_numbers_are_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
     frame = pd.DataFrame({"price": ["10", "free", "", "1,200"]}, index=pd.Index(list("abcd")))
-    warn_of_leak(Table(frame, np.arange(4)), np.full(4, 10.0), Checkpoint("run/checkpoints/step-1", {"smape": 26.0}))
+    warn_of_leak(Table(frame, np.arange(4)), np.full(4, 10.0), 26.0)
     assert "event=test_prices rows=1 " in capsys.readouterr().err
 
 
@@ -36,7 +35,7 @@ def test_only_a_test_far_worse_than_validation_is_warned_of(
 ) -> None:
     truth = np.full(100, 10.0)
     table = Table(pd.DataFrame({"price": truth}, index=pd.Index([str(i) for i in range(100)])), np.arange(100))
-    warn_of_leak(table, truth * factor, Checkpoint("run/checkpoints/step-1", {"smape": 26.0}))
+    warn_of_leak(table, truth * factor, 26.0)
     said = capsys.readouterr().err
     assert "event=test_prices" in said
     assert ("event=validation_too_good" in said) == warned

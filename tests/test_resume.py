@@ -101,6 +101,32 @@ def test_three_stops_without_progress_are_a_bug(
     assert "stopped three times in a row without a newer checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("document", "damage", "code", "said"),
+    [
+        ("lease.json", b"{", 65, "lease.json is damaged: expected JSON"),
+        ("run.json", b"{}", 65, "run.json is damaged: expected run_id, found nothing of that name"),
+        ("split.parquet", b"PAR1", 65, "split.parquet is damaged"),
+        ("attempts/1/exit.json", b"[]", 75, "event=attempt_damaged"),
+    ],
+)
+def test_a_damaged_document_of_the_run_is_named(
+    document: str,
+    damage: bytes,
+    code: int,
+    said: str,
+    catalog: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stopped_at(monkeypatch, 2)
+    assert train.main(flags(catalog, tmp_path)) == 75
+    (tmp_path / "runs/r" / document).write_bytes(damage)
+    assert train.main(flags(catalog, tmp_path)) == code
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest"])
 def test_a_damaged_checkpoint_is_passed_over(
     damage: str,
@@ -166,7 +192,7 @@ def test_retention_keeps_the_newest_and_the_best(catalog: Path, tmp_path: Path) 
     assert train.main(flags(catalog, tmp_path, "--keep", "1", "--checkpoint-steps", "1")) == 0
     left = manifests.committed(str(tmp_path / "runs/r"))
     assert 1 <= len(left) <= 2
-    assert left[-1].manifest["finished"]
+    assert left[-1].manifest.finished
     folders = {path.name for path in (tmp_path / "runs/r/checkpoints").iterdir()}
     assert folders == {made.name for made in left}
 
@@ -209,7 +235,7 @@ def test_a_real_sigterm_ends_with_75_and_a_checkpoint(catalog: Path, tmp_path: P
     assert job.wait(30) == 75
     assert time.monotonic() - started < 10
     end = json.loads((tmp_path / "runs/r/attempts/1/exit.json").read_text())
-    assert end["step"] == manifests.committed(str(tmp_path / "runs/r"))[-1].manifest["step"]
+    assert end["step"] == manifests.committed(str(tmp_path / "runs/r"))[-1].manifest.step
 
 
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 15), (2, 10)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -144,8 +145,8 @@ def a_model_of_nan(place: Path) -> None:
         manifests.MODEL: safetensors.torch.save(tensors, header["__metadata__"]),
         manifests.STATE: Path(made.url, manifests.STATE).read_bytes(),
     }
-    manifest = made.manifest | {"files": manifests.write_files(made.url, files)}
-    storage.write(f"{made.url}/{manifests.MANIFEST}", storage.as_json(manifest))
+    manifest = dataclasses.replace(made.manifest, files=manifests.write_files(made.url, files))
+    storage.write(f"{made.url}/{manifests.MANIFEST}", storage.as_json(dataclasses.asdict(manifest)))
 
 
 POISON: dict[str, tuple[Callable[[Path], None], int, str]] = {

@@ -79,6 +79,7 @@ def test_scripts_are_bash(case: str) -> None:
     [
         ("--cluster=local -- --epoch 5", 64, "unrecognized arguments: --epoch 5\nto do: did you mean --epochs?"),
         ("--cluster=local -- --epochs 0", 78, "--epochs is '0': input should be greater than or equal to 1\nto do:"),
+        ("--cluster=local -- --loss smaep", 78, "--loss is 'smaep': input should be 'weighted_smape', 'smape', "),
         ("--cluster=local --epochs 5", 64, "--epochs is no flag of jobs/submit.py\nto do: put flags of the command"),
         ("--cluster=moon", 64, "argument --cluster: invalid choice: 'moon'"),
         ("", 64, "the following arguments are required: --cluster"),

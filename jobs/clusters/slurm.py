@@ -19,8 +19,8 @@ from fusion.errors import ConfigError, UnreachableError
 from jobs.clusters.description import Job
 from jobs.clusters.slurm_settings import Cluster
 
-# Another try would end alike: as fusion.launch has it, and 1, 2 and 13 where Python has no Fusion, is not there or must
-# not be run.
+# Exit codes after which the job is not queued again. 1: Python has no Fusion; 2: there is no such Python; 13: it must
+# not be run; 70: a bug, which is not worth another wait in the queue; the others need somebody to mend something.
 FINAL = (0, 1, 2, 13, 64, 65, 70, 75, 77, 78)
 TRIES = 3
 

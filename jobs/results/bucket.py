@@ -12,7 +12,7 @@ from fusion.errors import DataError, ExitCode
 from fusion.manifests import MANIFEST, validated
 from fusion.records import (
     AttemptEnd,
-    Lease,
+    LeaseRecord,
     RunFacts,
     SubmissionManifest,
     SubmissionPointer,
@@ -72,7 +72,7 @@ def _describe_run(url: str) -> Run:
     run_id = storage.base(url)
     try:
         facts = read(RunFacts, storage.join(url, "run.json"))  # none: it never read its data
-        lease = read(Lease, storage.join(url, LEASE))
+        lease = read(LeaseRecord, storage.join(url, LEASE))
         if lease is None:
             return Run(run_id, error="it has no lease.json: no attempt ever began")
         end = read(AttemptEnd, storage.join(url, "attempts", str(lease.attempt), "exit.json"))

@@ -123,10 +123,8 @@ def _folder(output: str, path: str, *, listed: bool, kind: type[Manifest] = Mani
 
 
 def _manifest(url: str, *, required: bool) -> bytes | None:
-    if required:
-        return storage.read(url)
-    held = storage.read_version(url)  # none: an evaluation is just writing the metrics anew
-    return held[0] if held else None
+    # None is there while an evaluation writes the metrics anew.
+    return storage.read(url) if required else storage.read_if_exists(url)
 
 
 def _joined(first: Plan, second: Plan) -> Plan:

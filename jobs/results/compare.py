@@ -71,8 +71,7 @@ def _smape(run: str) -> float | None:
 
 
 def _split(run: str) -> bytes | None:
-    held = storage.read_version(storage.join(run, "split.parquet"))
-    return held[0] if held else None
+    return storage.read_if_exists(storage.join(run, "split.parquet"))
 
 
 def _json(url: str) -> Any:
@@ -93,10 +92,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _groups(run: str, metric: str) -> dict[tuple[str, str], float]:
     """(by, group) to the metric; empty when the run has not been evaluated."""
     url = storage.join(run, "metrics", "groups.csv")
-    held = storage.read_version(url)
-    if held is None:
+    data = storage.read_if_exists(url)
+    if data is None:
         return {}
-    rows = csv.DictReader(io.StringIO(held[0].decode()))
+    rows = csv.DictReader(io.StringIO(data.decode()))
     known = [name for name in rows.fieldnames or [] if name not in NAMES]
     if metric not in known:
         raise UsageError(f"--metric is {metric!r}, which {url} does not have", f"choose one of {', '.join(known)}")

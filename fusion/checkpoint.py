@@ -8,18 +8,19 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pickle import UnpicklingError
 from typing import Any
 
+import pandas as pd
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from fusion import log, storage
-from fusion.errors import DataError
+from fusion.errors import DataError, SupersededError
 from fusion.manifests import MANIFEST, MODEL, STATE, Checkpoint, best_of, committed, read_file, write_files
 from fusion.records import CheckpointManifest
 
@@ -95,21 +96,39 @@ def commit(
         MODEL: safetensors.torch.save(contiguous, {"dims": json.dumps(dict(dims))}),
         STATE: _torch_bytes(snapshot.state),
     }
+    url = storage.join(folder, MANIFEST)
+    check_lease()
+    storage.remove(url)  # of one that was damaged, and so passed over
+    _write_history(run, snapshot.state["history"])
     written = write_files(folder, files)
     manifest = CheckpointManifest(schema=1, files=written, step=snapshot.step, **snapshot.facts, **lineage)
     check_lease()
-    storage.create(storage.join(folder, MANIFEST), storage.as_json(asdict(manifest)))
+    if not storage.create(url, storage.as_json(asdict(manifest))):
+        raise SupersededError(f"another process has committed {folder}", "let it finish; run one job a --run-id")
     return Checkpoint(folder, manifest)
 
 
+def _write_history(run: str, history: Sequence[Mapping[str, Any]]) -> None:
+    # Before the manifest: a run with its last checkpoint is finished.
+    if history:
+        lines = "".join(f"{json.dumps(row)}\n" for row in history)
+        storage.write(storage.join(run, "metrics", "train.jsonl"), lines.encode())
+        storage.write(storage.join(run, "metrics", "epochs.csv"), pd.DataFrame(history).to_csv(index=False).encode())
+
+
 def prune(run: str, keep: int, resumed_from: str | None) -> None:
-    """Removes committed checkpoints but the `keep` newest, the best and the one resumed from: each manifest first."""
+    """Removes committed checkpoints but the `keep` newest, the best and the one resumed from: each manifest first.
+
+    What a kill has left of one that is older than the newest goes as well.
+    """
     found = committed(run)
-    kept = {checkpoint.url for checkpoint in [*found[-keep:], *([best_of(found)] if found else [])]}
-    for checkpoint in found:
-        if checkpoint.url not in kept and checkpoint.url != resumed_from:
-            storage.remove(storage.join(checkpoint.url, MANIFEST))
-            storage.remove(checkpoint.url)
+    if not found:
+        return
+    kept = {checkpoint.url for checkpoint in [*found[-keep:], best_of(found)]} | {resumed_from}
+    for url in storage.ls(storage.join(run, "checkpoints")):
+        if url not in kept and url < found[-1].url:
+            storage.remove(storage.join(url, MANIFEST))
+            storage.remove(url)
 
 
 def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | None:

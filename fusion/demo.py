@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fusion import pointers
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.demo_catalog import Truth, generate
 from fusion.metrics import compute_smape
-from fusion.runs import read_pointer
+from fusion.records import RunPointer, SubmissionPointer
 
 TUNED = ["--loss", "smape", "--lr", "3e-4"]  # better than the published recipe, see the variant's README
 
@@ -48,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _outcome(folder: Path, truth: Truth, seconds: float) -> str:
     output = str(folder / "output")
-    run = read_pointer(output, "runs", "all_embeddings", "best")
-    current = read_pointer(output, "submissions", "test", "current")
+    run = pointers.read(RunPointer, output, "runs", "all_embeddings", "best")
+    current = pointers.read(SubmissionPointer, output, "submissions", "test", "current")
     assert run is not None and current is not None, "train and predict publish pointers"
-    submission = pd.read_csv(f"{output}/submissions/{current['submission']}/submission.csv")
+    submission = pd.read_csv(f"{output}/submissions/{current.submission}/submission.csv")
     assert (submission["sample_id"].to_numpy() == truth.sample_ids).all(), "a submission keeps the order of test.csv"
     median = pd.read_csv(folder / "data" / "train.csv")["price"].median()
     ours, best, naive = (
@@ -59,9 +60,9 @@ def _outcome(folder: Path, truth: Truth, seconds: float) -> str:
         for guess in (submission["price"], truth.medians, np.full(len(submission), median))
     )
     return (
-        f"\nmetrics     {output}/runs/{run['run_id']}/metrics"
-        f"\nmodel       {output}/runs/{run['run_id']}/checkpoints/{run['checkpoint']}"
-        f"\nsubmission  {output}/submissions/{current['submission']}/submission.csv"
+        f"\nmetrics     {output}/runs/{run.run_id}/metrics"
+        f"\nmodel       {output}/runs/{run.run_id}/checkpoints/{run.checkpoint}"
+        f"\nsubmission  {output}/submissions/{current.submission}/submission.csv"
         f"\nin {seconds:.0f} s. SMAPE on {len(submission)} test products: "
         f"{ours:.2f} (best possible {best:.2f}, median price {naive:.2f})"
     )

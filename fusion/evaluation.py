@@ -39,11 +39,11 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         DataError: no such run, a --by column that does not exist, rows of the split that are no longer there.
     """
     with world(settings.device) as place:
-        run, config, data = open_run(settings, config_class, place)
-        chosen = place.on_main(lambda: manifests.best(run))
+        run, config, chosen, data = open_run(settings, config_class, place)
         model = load_model(chosen, config, build_network, place)
         origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
-        table = place.on_main(lambda: _validation_rows(run, data, config.drop_bad_prices, settings.by))
+        split = place.on_main(lambda: read_split(run, chosen.manifest.split_sha256))
+        table = place.on_main(lambda: _validation_rows(split, data, config.drop_bad_prices, settings.by))
         store = load(data, "train", config.bindings(), table.ids, place, partial=True)
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")
         parts, price = parts_folder(storage.join(run, "parts"), origin, place), pricing(model)
@@ -143,14 +143,13 @@ def _distributions(rows: pd.DataFrame) -> pd.DataFrame:
     return columns.quantile(quantiles).rename_axis("quantile").reset_index()
 
 
-def _validation_rows(run: str, data: str, drop_bad_prices: bool, by: Sequence[str]) -> Table:
-    split = read_split(storage.join(run, "split.parquet"))
+def _validation_rows(split: pd.DataFrame, data: str, drop_bad_prices: bool, by: Sequence[str]) -> Table:
     ids = pd.Index(split.loc[split["side"] == "validation", "sample_id"])
     table = read_table(data, "train", priced=True, drop_bad_prices=drop_bad_prices)
     lost = ids[~ids.isin(table.ids)]
     if len(lost):
         raise DataError(
-            f"{len(lost)} validation rows of {run} are not in {data}/train.csv, the first: {', '.join(lost[:5])}",
+            f"{len(lost)} validation rows of the run are not in {data}/train.csv, the first: {', '.join(lost[:5])}",
             "evaluate with the data that the run was trained on: --data",
         )
     for column in by:
@@ -176,9 +175,11 @@ def _write(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation, rows:
     }
     manifest = MetricsManifest(schema=1, files=manifests.entries(files), checkpoint=chosen.name)
     url = storage.join(folder, manifests.MANIFEST)
-    storage.remove(url)  # who reads while they are replaced sees that they are
-    manifests.write_files(folder, files)
-    storage.write(url, storage.as_json(asdict(manifest)))
+    is_committed = False
+    while not is_committed:  # of two evaluations at once the last one wins, whole
+        storage.remove(url)  # who reads while they are replaced sees that they are
+        manifests.write_files(folder, files)
+        is_committed = storage.create(url, storage.as_json(asdict(manifest)))
     report.show(evaluation.groups, evaluation.worst, evaluation.best, evaluation.gates, evaluation.distributions)
     log.info(event="evaluated", rows=len(rows), written=folder)
 

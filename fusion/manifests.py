@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from fusion import records, storage
+from fusion import log, records, storage
 from fusion.errors import DataError
 from fusion.records import CheckpointManifest, FileEntry
 
@@ -84,6 +84,16 @@ def best_of(found: Sequence[Checkpoint]) -> Checkpoint:
     return min(reversed(found), key=lambda checkpoint: checkpoint.smape)
 
 
+def is_whole(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a file of the checkpoint is as it was written; one that is not is named in the log."""
+    try:
+        read_file(checkpoint, name)
+    except DataError as error:
+        log.warning(event="checkpoint_damaged", checkpoint=checkpoint.url, reason=error.message)
+        return False
+    return True
+
+
 def read_file(checkpoint: Checkpoint, name: str) -> bytes:
     """A file of the checkpoint, verified.
 
@@ -95,6 +105,6 @@ def read_file(checkpoint: Checkpoint, name: str) -> bytes:
         raise DataError(
             f"{checkpoint.url}/{name} is damaged: sha256 {storage.sha256(data)[:12]} of {len(data)} bytes, "
             f"its manifest says {checkpoint.manifest.sha256_of(name)[:12] or 'nothing of it'}",
-            "use another checkpoint, or train again",
+            "start the training of this run again, which makes it anew, or use another run",
         )
     return data

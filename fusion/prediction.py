@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fusion import checkpoint, log, manifests, storage, submission
+from fusion import checkpoint, log, manifests, runs, storage, submission
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
@@ -18,7 +18,6 @@ from fusion.errors import DataError, UnreachableError
 from fusion.layers import PriceModel, to_price
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.parts import Compute, compute_parts, compute_rows, discard
-from fusion.runs import find_run, read_config
 from fusion.tables import Table, read_table
 
 C = TypeVar("C", bound=RunConfig)
@@ -42,12 +41,11 @@ def parts_folder(parent: str, origin: submission.Origin, place: World) -> str:
     return storage.join(parent, f"{origin.key()[:12]}-{place.device.type}")
 
 
-def open_run(settings: ReadRunConfig, config_class: type[C], place: World) -> tuple[str, C, str]:
-    """URL of the run to use, its settings, and where its data are; from here on the log carries its name."""
-    run = place.on_main(lambda: find_run(settings, config_class.variant))
-    config = place.on_main(lambda: read_config(run, config_class))
+def open_run(settings: ReadRunConfig, config_class: type[C], place: World) -> tuple[str, C, manifests.Checkpoint, str]:
+    """As `runs.open_run`, on every rank, and where the data are; from here on the log carries the run's name."""
+    run, config, best = place.on_main(lambda: runs.open_run(settings, config_class))
     log.configure(storage.base(run), place.rank, place.size)
-    return run, config, settings.data or config.data
+    return run, config, best, settings.data or config.data
 
 
 def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetwork[C], place: World) -> PriceModel:
@@ -82,8 +80,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
     """
     with world(settings.device) as place:
         settings = replace(settings, date=place.on_main(settings.day))  # one day for all ranks, also around midnight
-        run, config, data = open_run(settings, config_class, place)
-        chosen = place.on_main(lambda: manifests.best(run))
+        run, config, chosen, data = open_run(settings, config_class, place)
         origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data))
         if place.on_main(lambda: submission.reuse(settings, origin)):
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -46,6 +47,7 @@ class CheckpointManifest(Manifest):
     data_sha256: Sha256
     revision: str
     split_sha256: str = ""
+    code_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class MetricsManifest(Manifest):
 @dataclass(frozen=True)
 class SubmissionPointer:
     submission: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/\d{4}-\d{2}-\d{2}/[0-9a-f]{12}$")]
+
+    @property
+    def date(self) -> str:
+        return self.submission.split("/")[1]
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,11 @@ class AttemptEnd:
     error: str = ""
 
 
+def now() -> str:
+    """The time in UTC as all documents have it: 2026-01-02T03:04:05Z."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def read(kind: type[T], url: str) -> T | None:
     """The JSON document at `url` as `kind`; None when there is none.
 
@@ -139,8 +150,14 @@ def read_required(kind: type[T], url: str) -> T:
 
 def read_if_whole(kind: type[T], url: str, event: str) -> T | None:
     """The JSON document at `url` as `kind`; None when there is none, or when it is damaged: a warning, `event`."""
+    data = storage.read_if_exists(url)
+    return None if data is None else parse_if_whole(kind, data, url, event)
+
+
+def parse_if_whole(kind: type[T], data: bytes, url: str, event: str) -> T | None:
+    """The JSON document at `url` as `kind`; None when it is damaged: a warning, `event`."""
     try:
-        return read(kind, url)
+        return parse(kind, data, url)
     except DataError as error:
         log.warning(event=event, reason=error.message)
         return None

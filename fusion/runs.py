@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fusion import __version__, log, manifests, records, storage
+from fusion import __version__, log, manifests, pointers, records, storage
 from fusion.config import HOW, ReadRunConfig, RunConfig, digest, from_json, to_json
 from fusion.errors import ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
-from fusion.records import AttemptEnd, LeaseRecord, RunFacts
+from fusion.records import AttemptEnd, LeaseRecord, RunFacts, RunPointer
 
 C = TypeVar("C", bound=RunConfig)
+
+PATIENCE_AT_THE_END = 5.0  # seconds to retry a silent store when an attempt has failed or was stopped
 
 
 def run_url(config: RunConfig) -> str:
@@ -78,7 +78,8 @@ def describe_run(
     facts = {
         "run_id": config.name(),
         "variant": config.variant,
-        "config_sha256": digest(asdict(config)),
+        "config_sha256": config_digest(asdict(config)),
+        "code_sha256": code_digest(),
         "data_sha256": data_digest,
         "dims": dict(dims),
         "price_quartiles": list(quartiles),
@@ -90,7 +91,7 @@ def describe_run(
             "torch": metadata.version("torch"),
             "numpy": metadata.version("numpy"),
         },
-        "started": now(),
+        "started": records.now(),
     }
     storage.write(url, storage.as_json(facts))
 
@@ -119,7 +120,7 @@ def take_lease(run: str) -> Lease:
     while True:
         held = storage.read_version(url)
         number = 1 if held is None else 1 + records.parse(LeaseRecord, held[0], url).attempt
-        data = storage.as_json({"attempt": number, "token": token, "started": now()})
+        data = storage.as_json({"attempt": number, "token": token, "started": records.now()})
         if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
             return Lease(url, number, token)
 
@@ -131,8 +132,10 @@ def attempt(run: str) -> Iterator[Lease]:
         log.warning(event="store_ignores_conditions", reason="nothing keeps two attempts at this run from mixing")
     lease = take_lease(run)
     folder = storage.join(run, "attempts", str(lease.attempt))
-    storage.write(storage.join(folder, "start.json"), storage.as_json({"attempt": lease.attempt, "started": now()}))
-    end: dict[str, Any] = {"attempt": lease.attempt, "code": ExitCode.BUG}
+    storage.write(
+        storage.join(folder, "start.json"), storage.as_json({"attempt": lease.attempt, "started": records.now()})
+    )
+    end: dict[str, Any] = {"code": ExitCode.BUG}
     try:
         try:
             yield lease
@@ -147,9 +150,21 @@ def attempt(run: str) -> Iterator[Lease]:
         end |= {"error": f"{type(error).__name__}: {error}"}
         raise
     finally:
-        end |= {"step": _newest_step(run), "ended": now()}
+        record_end(lease, end)
+
+
+def record_end(lease: Lease, end: Mapping[str, Any]) -> None:
+    """Writes `exit.json` and `log.txt` of an attempt. A store that does not answer is no other end of it: a warning."""
+    run = lease.url.rpartition("/")[0]
+    folder = storage.join(run, "attempts", str(lease.attempt))
+    if end["code"] != ExitCode.DONE:
+        storage.set_patience(min(PATIENCE_AT_THE_END, storage.patience()))  # the kill after a stop may be near
+    try:
         storage.write(storage.join(folder, "log.txt"), log.text().encode())
-        storage.write(storage.join(folder, "exit.json"), storage.as_json(end))
+        facts = {"attempt": lease.attempt, **end, "step": _newest_step(run), "ended": records.now()}
+        storage.write(storage.join(folder, "exit.json"), storage.as_json(facts))
+    except FusionError as error:
+        log.warning(event="end_not_recorded", reason=error.message)
 
 
 def _newest_step(run: str) -> int:
@@ -180,109 +195,93 @@ def find_run(settings: ReadRunConfig, variant: str) -> str:
         return settings.run_dir.rstrip("/")
     if settings.run_id:
         return storage.join(settings.output, "runs", settings.run_id)
-    best = read_pointer(settings.output, "runs", variant, "best")
+    best = pointers.read(RunPointer, settings.output, "runs", variant, "best")
     if best is None or not _exists(settings.output, best):
         raise DataError(
             f"no finished run of {variant} under {settings.output}",
             f"train one with `python -m fusion.{variant}.train`, or name one with --run-dir",
         )
-    return storage.join(settings.output, "runs", best["run_id"])
+    return storage.join(settings.output, "runs", best.run_id)
 
 
-def read_config(run: str, config_class: type[C]) -> C:
-    """The settings that a run was started with.
+def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[str, C, manifests.Checkpoint]:
+    """URL of the run to use, the settings it was started with, and its best checkpoint.
 
     Raises:
-        DataError: the run or its config does not exist.
+        DataError: there is no such run, or its config is not the one that the checkpoint was trained with.
         ConfigError: it belongs to another variant.
     """
+    run = find_run(settings, config_class.variant)
     url = storage.join(run, "config.json")
-    return from_json(config_class, storage.read(url), url)
+    content = storage.read(url)
+    config = from_json(config_class, content, url)
+    best = manifests.best(run)
+    if config_digest(json.loads(content)) != best.manifest.config_sha256:
+        raise DataError(
+            f"{url} has other settings than {best.name} was trained with",
+            "restore it, or name another run with --run-id",
+        )
+    return run, config, best
 
 
-def _run_of(output: str, pointer: Mapping[str, Any]) -> str:
-    return storage.join(output, "runs", str(pointer.get("run_id")))
+def config_digest(settings: Mapping[str, Any]) -> str:
+    """sha256 of the settings that decide what a run computes, wherever its data lie."""
+    return digest({key: value for key, value in settings.items() if key not in HOW | {"data"}})
 
 
-def _exists(output: str, pointer: Mapping[str, Any]) -> bool:
+def _run_of(output: str, pointer: RunPointer) -> str:
+    return storage.join(output, "runs", pointer.run_id)
+
+
+def _exists(output: str, pointer: RunPointer) -> bool:
     return storage.exists(storage.join(_run_of(output, pointer), "config.json"))
 
 
-def pointer_url(output: str, *parts: str) -> str:
-    return storage.join(output, "pointers", *parts) + ".json"
-
-
-def read_pointer(output: str, *parts: str) -> dict[str, Any] | None:
-    """What is pointed to; None when nothing is, or the pointer is damaged."""
-    data = storage.read_if_exists(pointer_url(output, *parts))
-    return (data and _object(data)) or None
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError:
-        value = {}
-    return value if isinstance(value, dict) else {}
-
-
-def move_pointer(
-    output: str,
-    *parts: str,
-    target: Mapping[str, Any],
-    unless: Callable[[Mapping[str, Any]], bool] = lambda _: False,
-) -> bool:
-    """Points to `target`, by compare-and-swap, unless what it points to now is to be kept.
-
-    Returns whether it points to `target` now.
-    """
-    url = pointer_url(output, *parts)
-    while True:
-        held = storage.read_version(url)
-        current = {} if held is None else _object(held[0])
-        if current and (target.items() <= current.items() or unless(current)):
-            return target.items() <= current.items()
-        data = storage.as_json({**target, "updated": now()})
-        if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
-            return True
-
-
 def point_to_run(config: RunConfig, checkpoint_name: str, smape: float) -> None:
-    """Makes the run its variant's latest, and its best when its validation SMAPE is the lowest of those that exist.
+    """Makes the run its variant's latest unless that began later, and its best if its validation SMAPE is the lowest.
 
     A best run that validated on other rows (other data, seed or fold) is compared all the same, and the log says so.
     """
-    target = {"run_id": config.name(), "checkpoint": checkpoint_name, "smape": smape}
-    before = read_pointer(config.output, "runs", config.variant, "best")
+    target = RunPointer(config.name(), checkpoint_name, smape)
+    where = (config.output, "runs", config.variant)
+    before = pointers.read(RunPointer, *where, "best")
 
-    def is_kept(best: Mapping[str, Any]) -> bool:
-        return best.get("smape", math.inf) <= smape and _exists(config.output, best)
+    def is_kept(best: RunPointer) -> bool:
+        return best.smape <= smape and _exists(config.output, best)
 
-    move_pointer(config.output, "runs", config.variant, "latest", target=target)
-    is_best = move_pointer(config.output, "runs", config.variant, "best", target=target, unless=is_kept)
-    if before and not _same_split(config, before):
+    pointers.move(
+        *where, "latest", target=target, unless=lambda latest: _began(config, latest) > _began(config, target)
+    )
+    is_best = pointers.move(*where, "best", target=target, unless=is_kept)
+    if before and not _same_split(config.output, before, target):
         log.warning(
             event="compared_on_other_rows",
-            other=before.get("run_id"),
-            other_smape=before.get("smape"),
+            other=before.run_id,
+            other_smape=before.smape,
             smape=smape,
             is_best=is_best,
             to_do="name the run to predict with: --run-id",
         )
 
 
-def _same_split(config: RunConfig, other: Mapping[str, Any]) -> bool:
-    splits = [storage.join(run, "split.parquet") for run in (run_url(config), _run_of(config.output, other))]
-    ours, theirs = map(storage.read_if_exists, splits)
-    return theirs is None or ours == theirs
+def _began(config: RunConfig, pointer: RunPointer) -> str:
+    facts = records.read_if_whole(RunFacts, storage.join(_run_of(config.output, pointer), "run.json"), "run_damaged")
+    return facts.started if facts else ""
+
+
+def _same_split(output: str, *runs: RunPointer) -> bool:
+    splits = [storage.read_if_exists(storage.join(_run_of(output, run), "split.parquet")) for run in runs]
+    return splits[0] in (None, splits[1])
 
 
 def _revision() -> str:
     if "FUSION_REVISION" in os.environ:  # an image has no git
         return os.environ["FUSION_REVISION"]
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git, options = ["git", "-C", str(Path(__file__).parent)], ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # An installed package may lie below somebody else's repository, which does not know this file.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+        return subprocess.run([*git, "describe", *options], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -292,7 +291,3 @@ def code_digest() -> str:
     folder = Path(__file__).parent
     files = sorted(folder.rglob("*.py"))
     return digest({str(path.relative_to(folder)): storage.sha256(path.read_bytes()) for path in files})
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

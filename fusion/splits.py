@@ -17,6 +17,7 @@ from fusion.config import RunConfig
 from fusion.errors import DataError
 from fusion.tables import Table
 
+SPLIT = "split.parquet"
 N_STRATA = 10
 PLACEHOLDER_ROWS = 50  # a text or vector that more rows share says "no image" or "no text", not "the same product"
 
@@ -129,17 +130,24 @@ def _drawn(strata: np.ndarray, config: RunConfig) -> np.ndarray:
     return np.asarray(next(single.split(nothing, strata))[1])
 
 
-def read_split(url: str) -> pd.DataFrame:
-    """What `to_parquet` wrote: sample_id (str) and side of every row, among others.
+def read_split(run: str, sha256: str = "") -> pd.DataFrame:
+    """sample_id (str) and side of every row of a run, as `to_parquet` wrote them.
+
+    Args:
+        sha256: of the bytes that the run was trained with; unknown if empty.
 
     Raises:
-        DataError: it does not exist, or is damaged.
+        DataError: there is none, or it is damaged.
     """
+    url = storage.join(run, SPLIT)
+    content = storage.read(url)
+    remedy = "restore it, or train under another --run-id"
+    if sha256 not in ("", storage.sha256(content)):
+        raise DataError(f"{url} is not the one that the run was trained with", remedy)
     try:
-        return pd.read_parquet(io.BytesIO(storage.read(url))).astype({"sample_id": "str"})[["sample_id", "side"]]
+        return pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"})[["sample_id", "side"]]
     except (ValueError, OSError, KeyError) as error:  # pyarrow's errors are among them
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{url} is damaged: {reason}", "use another run, or train under another --run-id") from error
+        raise DataError(f"{url} is damaged: {str(error).splitlines()[0]}", remedy) from error
 
 
 def to_parquet(split: pd.DataFrame) -> bytes:

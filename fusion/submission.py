@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
-from fusion import log, manifests, records, storage
+from fusion import log, manifests, pointers, records, storage
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.errors import DataError, DivergedError
 from fusion.inputs import find_table, sources_digest
 from fusion.manifests import MANIFEST, SUBMISSION
 from fusion.metrics import MIN_PRICE, compute_smape
 from fusion.records import RunFacts, SubmissionManifest, SubmissionPointer
-from fusion.runs import code_digest, find_run, move_pointer, pointer_url, read_config
+from fusion.runs import code_digest, open_run
 
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
@@ -76,9 +76,8 @@ def published(settings: PredictConfig, config_class: type[C]) -> str | None:
         DataError: no such run, or no such input.
     """
     settings = replace(settings, date=settings.day())  # midnight may come in between
-    run = find_run(settings, config_class.variant)
-    config = read_config(run, config_class)
-    return reuse(settings, origin_of(run, manifests.best(run), config, settings.data or config.data))
+    run, config, best = open_run(settings, config_class)
+    return reuse(settings, origin_of(run, best, config, settings.data or config.data))
 
 
 def reuse(settings: PredictConfig, origin: Origin) -> str | None:
@@ -102,7 +101,7 @@ def _candidates(settings: PredictConfig) -> Iterator[tuple[str, SubmissionManife
 
 
 def _current(settings: PredictConfig) -> tuple[str, SubmissionManifest] | None:
-    pointer = _whole(SubmissionPointer, pointer_url(settings.output, "submissions", settings.name, "current"))
+    pointer = pointers.read(SubmissionPointer, settings.output, "submissions", settings.name, "current")
     if pointer is None:
         return None
     folder = storage.join(settings.output, "submissions", pointer.submission)
@@ -137,21 +136,17 @@ def publish(settings: PredictConfig, origin: Origin, content: bytes, n_rows: int
         committed, data = storage.join(folder, MANIFEST), storage.as_json(asdict(manifest))
         if not storage.create(committed, data):  # a damaged one, or one of another origin with the same prices
             storage.write(committed, data)
-    is_current = move_pointer(
+    is_current = pointers.move(
         settings.output,
         *("submissions", settings.name, "current"),
-        target={"submission": key},
-        unless=lambda current: _date(current) > settings.day(),
+        target=SubmissionPointer(key),
+        unless=lambda current: current.date > settings.day(),
     )
     url = storage.join(folder, SUBMISSION)
     log.info(event="published_before" if before else "published", rows=n_rows, submission=url)
     if not is_current:
         log.warning(event="not_current", date=settings.day(), reason="a submission of a later date is")
     return url
-
-
-def _date(pointer: Mapping[str, Any]) -> str:
-    return str(pointer.get("submission", "//")).split("/")[1]
 
 
 def submission_csv(ids: Sequence[str], prices: np.ndarray) -> bytes:

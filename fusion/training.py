@@ -6,7 +6,6 @@ The same command again goes on where the newest committed checkpoint left off, a
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from contextlib import nullcontext
 
@@ -22,11 +21,12 @@ from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, StopRequested
 from fusion.fitting import Fit, TrainingData, set_seed
 from fusion.layers import PriceModel
+from fusion.manifests import MODEL
 from fusion.metrics import compute_smape
 from fusion.prediction import BuildNetwork, C
 from fusion.records import RunFacts
-from fusion.runs import Lease, attempt, describe_run, point_to_run, run_url, start_run
-from fusion.splits import read_split, split_rows, to_parquet
+from fusion.runs import Lease, attempt, code_digest, describe_run, point_to_run, run_url, start_run
+from fusion.splits import SPLIT, read_split, split_rows, to_parquet
 from fusion.tables import Table, read_table
 from fusion.watchdog import Watchdog, watched
 
@@ -55,10 +55,11 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
 
 def _is_finished(config: RunConfig) -> bool:
     start_run(config)
-    done = [made for made in manifests.committed(run_url(config)) if made.manifest.finished]
-    for made in done:
-        point_to_run(config, made.name, made.smape)  # a run may have been killed before it did
-    return bool(done)
+    for made in reversed(manifests.committed(run_url(config))):
+        if made.manifest.finished and manifests.is_whole(made, MODEL):  # a damaged one is made again
+            point_to_run(config, made.name, made.smape)  # a run may have been killed before it did
+            return True
+    return False
 
 
 def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease | None) -> None:
@@ -106,7 +107,8 @@ class Saver:
         if lease is not None:
             facts = records.read_required(RunFacts, storage.join(self.run, "run.json"))
             lineage = {key: getattr(facts, key) for key in ("config_sha256", "data_sha256", "revision")}
-            lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, "split.parquet")))
+            lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, SPLIT)))
+            lineage["code_sha256"] = code_digest()
             self.writer = checkpoint.Writer(self.run, fit.data.store.dims, lineage, lease.check, config.keep)
 
     def resume(self) -> None:
@@ -150,16 +152,17 @@ class Saver:
             return True
         return not self.writer.busy and time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
 
-    def _save(self, wait: bool = False) -> None:
+    def _save(self, wait: bool = False) -> manifests.Checkpoint | None:
+        """Starts a commit, or waits for it; what was committed when it waited."""
         assert self.writer is not None, "rank 0 writes"
         started = time.monotonic()
         if self.fit.step != self.saved_step:
             self.writer.submit(self.fit.snapshot())
-        if wait:
-            self.writer.wait()
+        made = self.writer.wait() if wait else None
         self.saved_at, self.saved_step = time.monotonic(), self.fit.step
         self.blocked += self.saved_at - started
         self._check_grace()
+        return made
 
     def _check_grace(self) -> None:
         assert self.writer is not None, "rank 0 writes"
@@ -173,12 +176,8 @@ class Saver:
             )
 
     def _finish(self) -> None:
-        history = pd.DataFrame(self.fit.history)
-        lines = "".join(f"{json.dumps(row)}\n" for row in self.fit.history)
-        storage.write(storage.join(self.run, "metrics", "train.jsonl"), lines.encode())
-        storage.write(storage.join(self.run, "metrics", "epochs.csv"), history.to_csv(index=False).encode())
-        self._save(wait=True)  # after the metrics: a run with its last checkpoint is finished
-        made = manifests.committed(self.run)[-1]
+        made = self._save(wait=True)
+        assert made is not None, "the last step of an epoch is not committed before its end"
         point_to_run(self.config, made.name, self.fit.smape)
         seconds = time.monotonic() - self.started
         log.info(event="finished", checkpoint=made.url, smape=self.fit.smape, blocked=self.blocked / seconds)
@@ -217,11 +216,14 @@ def _split(config: RunConfig, table: Table, store: RowStore, place: World) -> np
     frame_digest = hashlib.sha256(pd.util.hash_pandas_object(table.frame).to_numpy().tobytes()).hexdigest()
     quartiles = np.quantile(table.prices, [0.25, 0.5, 0.75]).tolist()
     describe_run(config, digest([frame_digest, store.digest()]), store.dims, quartiles, place.size)
-    url = storage.join(run_url(config), "split.parquet")
+    run = run_url(config)
+    url = storage.join(run, SPLIT)
     if not storage.exists(url):
         sides = split_rows(table, {role: values.numpy() for role, values in store.values.items()}, config)
         storage.write(url, to_parquet(sides))
-    stored = read_split(url).set_index("sample_id")["side"].reindex(table.ids)
+    made = manifests.committed(run)
+    split = read_split(run, made[-1].manifest.split_sha256 if made else "")
+    stored = split.set_index("sample_id")["side"].reindex(table.ids)
     if stored.isna().any():  # describe_run has found the data to be the same
         raise DataError(f"{url} lacks {stored.isna().sum()} of {len(stored)} rows", "train under another --run-id")
     return (stored == "validation").to_numpy()

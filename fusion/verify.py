@@ -28,7 +28,6 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from fusion import storage
 from fusion.command import guarded
-from fusion.config import digest
 from fusion.errors import CredentialsError, DataError, ExitCode, Parser
 from fusion.inputs import find_table
 from fusion.manifests import MANIFEST, MODEL, STATE, SUBMISSION
@@ -41,6 +40,7 @@ from fusion.records import (
     SubmissionPointer,
     reason,
 )
+from fusion.runs import config_digest
 
 T = TypeVar("T")
 _M = TypeVar("_M", bound=Manifest)
@@ -135,8 +135,10 @@ def _check_run(report: _Report, url: str) -> None:
     settings = _read(storage.join(url, "config.json"))
     config = _parsed(report, "config.json", settings, DataOfRun)
     facts = _parsed(report, "run.json", _read(storage.join(url, "run.json")), RunFacts)
-    if settings and config and facts and digest(json.loads(settings)) != facts.config_sha256:
-        report.note("config.json: not the settings of run.json's config_sha256; its data or how it ran may differ")
+    if settings and config and facts:
+        report.expect(
+            "config.json: config_sha256 of run.json", facts.config_sha256, config_digest(json.loads(settings))
+        )
     split = _read(storage.join(url, "split.parquet"))
     _check_split(report, split)
     folders = storage.ls(storage.join(url, "checkpoints"))

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusion import storage
+from fusion import pointers, storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.metrics import compute_metrics, compute_smape
-from fusion.runs import read_pointer
+from fusion.records import RunPointer, SubmissionPointer
 from tests.conftest import SMALL, Done, run_command, upload
 from tests.s3_server import S3Server
 
@@ -31,9 +31,9 @@ def chain(variant: str, data: str, output: str, *flags: str, env: Mapping[str, s
 
 
 def submission(output: str) -> pd.DataFrame:
-    current = read_pointer(output, "submissions", "test", "current")
+    current = pointers.read(SubmissionPointer, output, "submissions", "test", "current")
     assert current is not None
-    content = storage.read(f"{output}/submissions/{current['submission']}/submission.csv")
+    content = storage.read(f"{output}/submissions/{current.submission}/submission.csv")
     return pd.DataFrame([line.split(",") for line in content.decode().splitlines()[1:]], columns=["sample_id", "price"])
 
 
@@ -51,9 +51,9 @@ def test_train_evaluate_predict(variant: str, catalog: Path, tmp_path: Path) -> 
     output = str(tmp_path / "out")
     trained, evaluated, predicted = chain(variant, str(catalog), output)
     assert [step.code for step in (trained, evaluated, predicted)] == [0, 0, 0], trained.err + evaluated.err
-    best = read_pointer(output, "runs", variant, "best")
+    best = pointers.read(RunPointer, output, "runs", variant, "best")
     assert best is not None
-    run = Path(output, "runs", best["run_id"])
+    run = Path(output, "runs", best.run_id)
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     folder = f"checkpoints/{best['checkpoint']}"
     assert names == {
@@ -68,7 +68,7 @@ def test_train_evaluate_predict(variant: str, catalog: Path, tmp_path: Path) -> 
         *(f"metrics/{name}" for name in ("train.jsonl", "epochs.csv", "groups.csv", "groups.parquet")),
         *(f"metrics/{name}" for name in ("summary.json", "predictions.parquet", "MANIFEST.json")),
     }
-    check_metrics(run, catalog, best["smape"])
+    check_metrics(run, catalog, best.smape)
     check_submission(output, catalog)
     assert "by category" in evaluated.out and "95% interval" in evaluated.out and "Worst rows" in evaluated.out
     assert "event=rows_without_any_embedding" in trained.err
@@ -104,7 +104,7 @@ def test_the_environment_says_where_things_are(bucket: str, s3: S3Server, catalo
     upload(catalog, bucket)
     places = {"FUSION_DATA": bucket, "FUSION_OUTPUT": f"{bucket}/out", "FUSION_EPOCHS": "1"}
     assert run_command("fusion.qwen_clip.train", *SMALL, env=s3.environment() | places).code == 0
-    assert read_pointer(f"{bucket}/out", "runs", "qwen_clip", "best") is not None
+    assert pointers.read(RunPointer, f"{bucket}/out", "runs", "qwen_clip", "best") is not None
 
 
 def test_the_best_of_other_validation_rows_is_said(
@@ -119,12 +119,12 @@ def test_the_best_of_other_validation_rows_is_said(
 def test_training_learns(catalog: Path, tmp_path: Path) -> None:
     flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--loss", "smape", "--epochs", "25"]
     assert train.main(flags) == 0
-    best = read_pointer(str(tmp_path), "runs", "all_embeddings", "best")
+    best = pointers.read(RunPointer, str(tmp_path), "runs", "all_embeddings", "best")
     assert best is not None
-    split = pd.read_parquet(tmp_path / "runs" / best["run_id"] / "split.parquet")
+    split = pd.read_parquet(tmp_path / "runs" / best.run_id / "split.parquet")
     sides = dict(list(split.groupby("side")["price"]))
     naive = compute_smape(sides["validation"], np.full(len(sides["validation"]), sides["train"].median()))
-    assert best["smape"] < 0.85 * naive
+    assert best.smape < 0.85 * naive
 
 
 def test_nothing_of_a_validation_row_or_its_copies_reaches_the_weights(catalog: Path, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fusion import storage
+from fusion import pointers, storage
 from fusion.all_embeddings import train
-from fusion.runs import read_pointer
+from fusion.records import SubmissionPointer
 from tests.conftest import SMALL, Done, run_command
 
 ROOT = Path(__file__).parent.parent
@@ -33,9 +33,9 @@ def in_parts(command: str, ranks: int, strike: str, *flags: str) -> Done:
 
 
 def submission(output: str) -> bytes:
-    current = read_pointer(output, "submissions", "test", "current")
+    current = pointers.read(SubmissionPointer, output, "submissions", "test", "current")
     assert current is not None
-    return storage.read(f"{output}/submissions/{current['submission']}/submission.csv")
+    return storage.read(f"{output}/submissions/{current.submission}/submission.csv")
 
 
 def parts_left(output: Path) -> list[Path]:

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusion import manifests, storage, submission
+from fusion import pointers, storage, submission
 from fusion.all_embeddings import train
 from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
 from fusion.errors import DataError
-from fusion.runs import read_config, read_pointer
+from fusion.records import SubmissionPointer
+from fusion.runs import open_run
 from fusion.tables import read_table
 from fusion.verify import verify
 from tests.conftest import SMALL
@@ -25,12 +26,14 @@ N_PUBLICATIONS, AT_ONCE = 20, 5
 
 def publisher(catalog: Path, output: str) -> Callable[[int], None]:
     """Publishes a submission of its own for every number, with a run on S3."""
-    run = f"{output}/runs/r"
     flags = ["--data", str(catalog), "--output", output, "--run-id", "r", *SMALL, "--epochs", "1"]
     assert train.main(flags) == 0
-    config, table = read_config(run, Config), read_table(str(catalog), "test", priced=False)
-    origin = submission.origin_of(run, manifests.best(run), config, str(catalog))
-    settings = PredictConfig(output=output, date="2026-01-02")
+    settings = PredictConfig(output=output, date="2026-01-02", run_id="r")
+    run, config, best = open_run(settings, Config)
+    table, origin = (
+        read_table(str(catalog), "test", priced=False),
+        submission.origin_of(run, best, config, str(catalog)),
+    )
 
     def publish(number: int) -> None:
         prices = np.random.default_rng(number).uniform(1, 100, len(table))
@@ -85,5 +88,5 @@ def check_all(output: str) -> None:
     folders = storage.ls(f"{output}/submissions/test/2026-01-02")
     assert len(folders) == N_PUBLICATIONS
     assert [finding for folder in folders for finding in verify(folder) if finding.verdict != "ok"] == []
-    current = read_pointer(output, "submissions", "test", "current")
-    assert current is not None and f"{output}/submissions/{current['submission']}" in folders
+    current = pointers.read(SubmissionPointer, output, "submissions", "test", "current")
+    assert current is not None and f"{output}/submissions/{current.submission}" in folders

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusion import storage
+from fusion import pointers, storage
 from fusion.demo_catalog import generate
-from fusion.runs import read_pointer
+from fusion.records import SubmissionPointer
 from tests.conftest import DIMS, SMALL, run_command
 
 RANKS = (1, 2, 3)
@@ -47,9 +47,9 @@ def validation(output: Path) -> pd.Series:
 
 
 def submitted(output: Path) -> pd.DataFrame:
-    current = read_pointer(str(output), "submissions", "test", "current")
+    current = pointers.read(SubmissionPointer, str(output), "submissions", "test", "current")
     assert current is not None
-    lines = storage.read(f"{output}/submissions/{current['submission']}/submission.csv").decode().splitlines()
+    lines = storage.read(f"{output}/submissions/{current.submission}/submission.csv").decode().splitlines()
     return pd.DataFrame([line.split(",") for line in lines[1:]], columns=["sample_id", "price"])
 
 

@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from fusion import checkpoint, manifests, storage
-from fusion.all_embeddings import predict_test, train
-from fusion.errors import SupersededError
+from fusion import checkpoint, manifests, pointers, storage, verify
+from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.errors import SupersededError, UnreachableError
+from fusion.records import FileEntry, RunPointer
 from fusion.runs import take_lease
-from tests.conftest import SMALL, upload
+from tests.conftest import SMALL, run_command, upload
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,7 +108,7 @@ def test_three_stops_without_progress_are_a_bug(
     [
         ("lease.json", b"{", 65, "lease.json is damaged: expected JSON"),
         ("run.json", b"{}", 65, "run.json is damaged: expected run_id, found nothing of that name"),
-        ("split.parquet", b"PAR1", 65, "split.parquet is damaged"),
+        ("split.parquet", b"PAR1", 65, "split.parquet is not the one that the run was trained with"),
         ("attempts/1/exit.json", b"[]", 75, "event=attempt_damaged"),
     ],
 )
@@ -125,6 +127,129 @@ def test_a_damaged_document_of_the_run_is_named(
     (tmp_path / "runs/r" / document).write_bytes(damage)
     assert train.main(flags(catalog, tmp_path)) == code
     assert said in capsys.readouterr().err
+
+
+def damaged(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [manifests.MODEL, manifests.MANIFEST])
+def test_a_finished_run_that_is_damaged_is_made_again(
+    name: str, catalog: Path, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    last = manifests.committed(str(tmp_path / "runs/r"))[-1]
+    damaged(Path(last.url, name))
+    if name == manifests.MODEL:
+        assert predict_test.main(["--output", str(tmp_path), "--device", "cpu"]) == 65
+        assert "start the training of this run again, which makes it anew" in capsys.readouterr().err
+    assert train.main(flags(catalog, tmp_path)) == 0
+    again = manifests.committed(str(tmp_path / "runs/r"))[-1]
+    assert again.url == last.url and again.manifest.finished
+    assert verify.main([str(tmp_path / "runs/r")]) == 0
+    assert model_bytes(tmp_path) == model_bytes(undisturbed)
+    assert train.main(flags(catalog, tmp_path)) == 0
+    assert "event=finished_before" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_step_that_was_passed_over_is_committed_anew(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_at(monkeypatch, 12)
+    assert train.main(flags(catalog, tmp_path)) == 75
+    stopped = manifests.committed(str(tmp_path / "runs/r"))[-1]
+    damaged(Path(stopped.url, manifests.STATE))
+    assert train.main(flags(catalog, tmp_path)) == 75
+    assert manifests.committed(str(tmp_path / "runs/r"))[-1].url == stopped.url
+    assert verify.main([str(tmp_path / "runs/r")]) == 0
+
+
+def test_settings_that_were_changed_are_not_predicted_with(
+    tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "runs/r/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_heads": 1}))
+    for job in (predict_test, evaluate_by_groups):
+        assert job.main(["--output", str(tmp_path), "--device", "cpu"]) == 65
+        assert "config.json has other settings than step-" in capsys.readouterr().err
+
+
+def test_rows_that_changed_sides_are_not_evaluated(
+    tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "runs/r/split.parquet"
+    pd.read_parquet(path).assign(side="validation").to_parquet(path)
+    assert evaluate_by_groups.main(["--output", str(tmp_path), "--device", "cpu"]) == 65
+    assert "split.parquet is not the one that the run was trained with" in capsys.readouterr().err
+
+
+def test_of_two_evaluations_at_once_one_is_whole(
+    catalog: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    flags = ["--output", str(tmp_path), "--device", "cpu"]
+    original = manifests.write_files
+
+    def write_files(folder: str, files: Mapping[str, bytes]) -> list[FileEntry]:
+        written = original(folder, files)
+        monkeypatch.setattr(manifests, "write_files", original)
+        assert run_command("fusion.all_embeddings.evaluate_by_groups", *flags, "--by", "category").code == 0
+        return written
+
+    monkeypatch.setattr(manifests, "write_files", write_files)
+    assert evaluate_by_groups.main(flags) == 0
+    assert verify.main([str(tmp_path / "runs/r")]) == 0
+
+
+def test_what_a_kill_left_of_an_older_checkpoint_is_removed(catalog: Path, tmp_path: Path) -> None:
+    torn = tmp_path / "runs/r/checkpoints/step-00000002"
+    torn.mkdir(parents=True)
+    (torn / manifests.STATE).write_bytes(b"torn")
+    assert train.main(flags(catalog, tmp_path)) == 0
+    assert not torn.exists()
+
+
+def test_a_loss_that_is_not_finite_is_said_though_the_store_is_away_at_the_end(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = storage.write
+
+    def write(url: str, data: bytes) -> None:
+        if url.endswith(("log.txt", "exit.json")):
+            raise UnreachableError(f"{url} does not answer", "wait")
+        original(url, data)
+
+    monkeypatch.setattr(storage, "write", write)
+    more = ["--lr", "1e30", "--loss", "mse", "--clip", "1e30", "--epochs", "9"]
+    assert train.main(flags(catalog, tmp_path, *more)) == 70
+    said = capsys.readouterr().err
+    assert "event=end_not_recorded" in said and "are not both finite" in said
+
+
+def test_the_latest_run_is_the_one_that_began_last(catalog: Path, tmp_path: Path) -> None:
+    for run_id, year in (("older", "2025"), ("newer", "2026")):
+        assert train.main(flags(catalog, tmp_path, "--run-id", run_id, "--epochs", "1")) == 0
+        path = tmp_path / f"runs/{run_id}/run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"started": f"{year}-01-01T00:00:00Z"}))
+    assert train.main(flags(catalog, tmp_path, "--run-id", "older", "--epochs", "1")) == 0
+    latest = pointers.read(RunPointer, str(tmp_path), "runs", "all_embeddings", "latest")
+    assert latest is not None and latest.run_id == "newer"
+
+
+@pytest.mark.parametrize("content", ["null", "{}", '{"run_id": "r", "checkpoint": "step-1", "smape": null}', "{"])
+def test_a_damaged_pointer_points_to_nothing(
+    content: str, catalog: Path, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "pointers/runs/all_embeddings/best.json"
+    path.write_text(content)
+    assert train.main(flags(catalog, tmp_path)) == 0
+    assert json.loads(path.read_text())["run_id"] == "r"
+    assert "event=pointer_damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest"])

@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 import safetensors.torch
 
-from fusion import embeddings, manifests, storage, submission
+from fusion import embeddings, manifests, pointers, storage, submission
 from fusion.all_embeddings import predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
-from fusion.runs import read_pointer
+from fusion.records import SubmissionPointer
 from fusion.verify import verify
 from tests.conftest import SMALL
 
@@ -56,9 +56,9 @@ def publications(place: Path) -> list[str]:
 
 
 def current(place: Path) -> str:
-    pointer = read_pointer(str(place / "output"), "submissions", "test", "current")
+    pointer = pointers.read(SubmissionPointer, str(place / "output"), "submissions", "test", "current")
     assert pointer is not None
-    return str(pointer["submission"]).removeprefix("test/")
+    return str(pointer.submission).removeprefix("test/")
 
 
 def test_the_same_date_twice_is_one_publication(place: Path, night: Night, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +236,10 @@ def empty_the_pointer(place: Path) -> None:
     (place / "output/pointers/submissions/test/current.json").write_text("{}")
 
 
+def point_with_a_wrong_key(place: Path) -> None:
+    (place / "output/pointers/submissions/test/current.json").write_text('{"submission": "x"}')
+
+
 def tear_the_pointer(place: Path) -> None:
     (place / "output/pointers/submissions/test/current.json").write_text('{"submission": "te')
 
@@ -248,7 +252,9 @@ def tear_the_manifest(place: Path) -> None:
     (place / "output/submissions/test" / current(place) / "MANIFEST.json").write_text("{")
 
 
-@pytest.mark.parametrize("damage", [empty_the_pointer, tear_the_pointer, remove_what_it_points_to, tear_the_manifest])
+@pytest.mark.parametrize(
+    "damage", [empty_the_pointer, point_with_a_wrong_key, tear_the_pointer, remove_what_it_points_to, tear_the_manifest]
+)
 @pytest.mark.parametrize("date", ["2026-03-01", "2026-03-02"])
 def test_no_damage_ends_all_later_nights(damage: Callable[[Path], None], date: str, place: Path, night: Night) -> None:
     assert night("2026-03-01") == 0

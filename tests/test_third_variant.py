@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fusion.runs import read_pointer
+from fusion import pointers
+from fusion.records import SubmissionPointer
 from tests.conftest import run_command
 
 FILES = {
@@ -89,4 +90,4 @@ def test_a_third_variant_is_one_folder(catalog: Path, tmp_path: Path) -> None:
     evaluated = run_command("text_only.evaluate_by_groups", *where, env=path)
     assert evaluated.code == 0 and "by price_bin" in evaluated.out
     assert run_command("text_only.predict_test", *where, env=path).code == 0
-    assert read_pointer(str(tmp_path / "out"), "submissions", "test", "current") is not None
+    assert pointers.read(SubmissionPointer, str(tmp_path / "out"), "submissions", "test", "current") is not None

@@ -206,6 +206,12 @@ def test_a_checkpoint_of_another_origin(values: dict[str, Any], said: str, outpu
     assert folder.name in line and said in line
 
 
+def test_settings_that_the_run_was_not_trained_with(output: Path, capsys: Capture) -> None:
+    edit(output / "runs/r/config.json", lr=0.5)
+    (line,) = wrong_lines(capsys, output / "runs/r")
+    assert line.startswith("BAD  config.json: config_sha256 of run.json: expected ")
+
+
 def test_weights_without_dims_though_their_digests_fit(output: Path, capsys: Capture) -> None:
     path = newest(output) / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"dims"', b'"dime"', 1))
@@ -254,7 +260,7 @@ def test_what_is_no_error_is_said(output: Path, capsys: Capture) -> None:
     edit(run / "config.json", data=str(output / "nowhere"))
     assert main([str(run)]) == 0
     said = capsys.readouterr().out
-    assert f"note {path.name}: not committed" in said and "note config.json: not the settings" in said
+    assert f"note {path.name}: not committed" in said and "ok   config.json: config_sha256" in said
     shutil.rmtree(run / "checkpoints")
     assert main([f"{output}/{POINTER}"]) == 0
     said = capsys.readouterr().out

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fusion import storage
+from fusion import pointers, storage
 from fusion.errors import DataError, ExitCode
 from fusion.manifests import MANIFEST, validated
 from fusion.records import (
@@ -18,7 +18,6 @@ from fusion.records import (
     SubmissionPointer,
     read,
 )
-from fusion.runs import pointer_url
 from jobs.results.transfer import N_THREADS
 
 T = TypeVar("T")
@@ -123,7 +122,7 @@ def _describe_submission(url: str, current: dict[str, str | None]) -> Submission
 
 
 def current_of(output: str, name: str) -> str | None:
-    pointer = read(SubmissionPointer, pointer_url(output, "submissions", name, "current"))
+    pointer = read(SubmissionPointer, pointers.url(output, "submissions", name, "current"))
     return pointer.submission if pointer else None
 
 

@@ -66,7 +66,8 @@ def _emit(level: str, fields: dict[str, object]) -> None:
     who = {"run": _context.run, "rank": f"{_context.rank}/{_context.world_size}"}
     line = " ".join([now, level, *(f"{key}={_format(value)}" for key, value in (who | fields).items())])
     _context.lines.append(line)
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")  # in one piece, unlike print: the ranks of a node share the stream
+    sys.stderr.flush()
 
 
 def _format(value: object) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
-from contextlib import suppress
+from typing import IO
 
 import numpy as np
 import torch
@@ -24,35 +25,35 @@ def node_tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Ten
     """
     if world.local_size == 1:
         return torch.zeros(shape, dtype=dtype)
-    token = world.on_main(lambda: os.urandom(8).hex())
     size = int(np.prod(shape))
-    mine = world.together(lambda: _shared_file(token, size * dtype.itemsize) if world.local_rank == 0 else "")
-    path = world.exchange(mine)[world.rank - world.local_rank]
+    file = world.together(lambda: _reserved(size * dtype.itemsize) if world.local_rank == 0 else None)
+    paths = world.exchange(f"/proc/{os.getpid()}/fd/{file.fileno()}" if file else "")
+    path = paths[world.rank - world.local_rank]
     shared = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
-    world.together(lambda: None)
-    if world.local_rank == 0:
-        os.unlink(path)  # the mappings keep it alive, and nothing is left behind when the job dies
+    world.together(lambda: None)  # all have mapped it
+    if file:
+        file.close()
     return shared
 
 
-def _shared_file(token: str, n_bytes: int) -> str:
-    """A file of that size for the ranks of a node to share: in memory if it fits there.
+def _reserved(n_bytes: int) -> IO[bytes]:
+    """A file without a name, so that nothing is left when the job dies: in memory if it fits there.
 
     Raises:
         ConfigError: it fits nowhere.
     """
     found = []
     for folder in SHARED_FOLDERS:
-        path = os.path.join(folder, f"fusion-{token}.rows")
         try:
-            with open(path, "wb") as file:
-                # Reserved at once: a sparse file would end the rank by SIGBUS when the memory runs out later.
-                os.posix_fallocate(file.fileno(), 0, max(1, n_bytes))
-            return path
+            room = os.statvfs(folder)
+            if n_bytes > room.f_bavail * room.f_frsize:  # reserving what there is would fill the disk for a moment
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (its holder closes it)
+            # Reserved at once: a sparse file would end the rank by SIGBUS when the memory runs out later.
+            os.posix_fallocate(file.fileno(), 0, max(1, n_bytes))
+            return file
         except OSError as error:
             found.append(f"{folder} ({error.strerror})")
-            with suppress(OSError):
-                os.unlink(path)
     raise ConfigError(
         f"the ranks of this node share an array of {n_bytes >> 20} MiB, which fits neither {' nor '.join(found)}",
         "enlarge /dev/shm (docker: --shm-size; Kubernetes: sizeLimit of the volume shm)",

@@ -13,6 +13,7 @@ import boto3
 import fsspec
 import pytest
 
+from fusion import storage
 from fusion.demo_catalog import generate
 from tests.s3_server import KEY, SECRET, S3Server
 
@@ -48,6 +49,12 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("catalog")
     generate(folder, n_products=603, dims=DIMS)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def usual_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command in this process has set is forgotten."""
+    monkeypatch.setattr(storage, "_patience", 60.0)
 
 
 def start_s3(folder: Path) -> S3Server:

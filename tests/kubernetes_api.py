@@ -34,7 +34,7 @@ class KubernetesApi:
         ready = threading.Event()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(ready),))
         self._thread.start()
-        assert ready.wait(10), "the API server did not start"
+        assert ready.wait(60), "the API server did not start"
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._ended.set)

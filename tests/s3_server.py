@@ -71,7 +71,7 @@ class S3Server:
         command += [f"-s3.config={self.folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         with (self.folder / "weed.log").open("ab") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output)
-        self._wait(30)
+        self._wait(90)
 
     def stop(self) -> None:
         self.process.kill()  # SIGTERM takes 16 s; nothing that was acknowledged is lost

@@ -56,7 +56,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=5
+KillWait=30
 # Nodes may claim more cores than this machine has.
 SlurmdParameters=config_overrides
 ReturnToService=2
@@ -94,12 +94,15 @@ def is_installed() -> bool:
     return all(shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") for name in PROGRAMS)
 
 
+PATIENTLY = ("-o", "DPkg::Lock::Timeout=600", "-o", "Acquire::Retries=3")  # with other users of apt, and the mirror
+
+
 def install() -> bool:
     """Whether Slurm is here, or could be installed."""
     if not is_installed() and os.geteuid() == 0 and shutil.which("apt-get"):
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
-            subprocess.run(["apt-get", *command], check=False, capture_output=True, env=environment)
+            subprocess.run(["apt-get", *PATIENTLY, *command], check=False, capture_output=True, env=environment)
     return is_installed() and os.geteuid() == 0
 
 
@@ -135,7 +138,7 @@ class SlurmCluster:
     def stop(self) -> None:
         if any(name == "slurmctld" for name, _ in self._processes):
             subprocess.run(["scancel", "--user=root"], check=False, env=self.environment)
-            _wait(lambda: not self.run("squeue", "--noheader"), "jobs to end", 30, self._logs)
+            _wait(lambda: not self.run("squeue", "--noheader"), "jobs to end", 90, self._logs)
         for _, process in reversed(self._processes):
             process.terminate()
             try:
@@ -151,7 +154,7 @@ class SlurmCluster:
         self._start_munge()
         self._start_database()
         self._spawn("slurmdbd", "-D")
-        _wait(lambda: self._succeeds("sacctmgr", "-n", "show", "cluster"), "slurmdbd", 30, self._logs)
+        _wait(lambda: self._succeeds("sacctmgr", "-n", "show", "cluster"), "slurmdbd", 120, self._logs)
         self.run("sacctmgr", "-i", "add", "cluster", "test")
         (self.folder / "state").mkdir()
         self._spawn("slurmctld", "-D", "-c")
@@ -159,7 +162,7 @@ class SlurmCluster:
             (self.folder / f"spool-{node}").mkdir()
             self._spawn("slurmd", "-D", "-N", node)
         idle = ("sinfo", "--noheader", "--Node", "--partition=main", "--states=idle", "--format=%N")
-        _wait(lambda: len(self._output(*idle).split()) == len(NODES), "the nodes", 30, self._logs)
+        _wait(lambda: len(self._output(*idle).split()) == len(NODES), "the nodes", 120, self._logs)
 
     def _start_munge(self) -> None:
         self.folder.chmod(0o755)
@@ -170,7 +173,7 @@ class SlurmCluster:
         places |= {"log-file": "munge.log", "seed-file": "munge.seed"}
         # --force: the folders above this one belong to the tests, and may be open to all
         self._spawn("munged", "--foreground", "--force", *(f"--{k}={self.folder / v}" for k, v in places.items()))
-        _wait((self.folder / "munge.sock").exists, "munged", 10, self._logs)
+        _wait((self.folder / "munge.sock").exists, "munged", 120, self._logs)
 
     def _start_database(self) -> None:
         data = self.folder / "mysql"
@@ -180,7 +183,7 @@ class SlurmCluster:
         self._spawn("mariadbd", *common, socket, f"--pid-file={data}/pid", "--bind-address=127.0.0.1",
             f"--port={self._ports['mariadb']}", "--innodb-buffer-pool-size=64M", "--innodb-log-file-size=32M",
             "--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=0", "--skip-log-bin")  # fmt: skip
-        _wait(lambda: self._succeeds("mariadb", "--no-defaults", socket, "-e", "select 1"), "mariadb", 60, self._logs)
+        _wait(lambda: self._succeeds("mariadb", "--no-defaults", socket, "-e", "select 1"), "mariadb", 120, self._logs)
         self.run("mariadb", "--no-defaults", socket, "-e", DATABASE)
 
     def _spawn(self, program: str, *arguments: str) -> None:

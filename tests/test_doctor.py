@@ -202,7 +202,7 @@ class LateExchange(_Exchange):
     ("minutes", "code", "verdict", "expected"),
     [
         (0, 0, "ok", "0 s"),
-        (-20, 78, "fail", r"120[01] s ahead of"),  # dates of HTTP are whole seconds
+        (-20, 78, "fail", r"1(199|20\d) s ahead of"),  # dates of HTTP are whole seconds
         (20, 78, "fail", "s behind"),
         (1, 0, "warn", "s behind"),
     ],

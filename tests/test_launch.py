@@ -16,7 +16,8 @@ import pytest
 from fusion.errors import UsageError
 from fusion.launch import _n_cores, _parse
 
-LIMIT = 40.0  # seconds for anything to happen on a busy machine: torch alone loads in 4
+LIMIT = 120.0  # seconds for anything to happen on a busy machine: torch alone loads in 4
+AT_ONCE = 30.0  # far below --grace and what the workers sleep
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PET_", "MASTER_", "JOB_"))}
 
 
@@ -88,7 +89,7 @@ def wait_until(condition: Callable[[], bool], limit: float = LIMIT) -> None:
 def is_gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 
@@ -158,8 +159,10 @@ def test_a_stop_with_nothing_left_to_do_is_success(start: Start) -> None:
 def test_a_rank_that_ignores_the_stop_is_killed_after_the_grace_period(start: Start) -> None:
     launcher = start("--nproc-per-node=2", "--grace=1", worker="deaf")
     pids = launcher.pids(0, 1)
+    began = time.monotonic()
     launcher.process.terminate()
-    assert 1 < launcher.seconds_to_end() < 3
+    launcher.end()
+    assert 1 < time.monotonic() - began < AT_ONCE
     assert launcher.process.returncode == 137
     assert launcher.err.startswith("error: rank 0 had not ended 1 s after it was asked to stop, and was killed\nto do:")
     assert all(map(is_gone, pids))
@@ -168,7 +171,7 @@ def test_a_rank_that_ignores_the_stop_is_killed_after_the_grace_period(start: St
 def test_ranks_that_leave_on_their_own_do_not_wait_for_one_that_hangs(start: Start) -> None:
     launcher = start("--nproc-per-node=2", "--grace=1", worker="hang", code=75)
     launcher.pids(0)
-    assert launcher.seconds_to_end() < 4
+    assert launcher.seconds_to_end() < AT_ONCE
     assert launcher.process.returncode == 137
 
 
@@ -176,7 +179,7 @@ def test_no_rank_outlives_a_killed_launcher(start: Start) -> None:
     launcher = start("--nproc-per-node=2", worker="deaf")
     pids = launcher.pids(0, 1)
     launcher.process.kill()
-    wait_until(lambda: all(map(is_gone, pids)), limit=5)
+    wait_until(lambda: all(map(is_gone, pids)), limit=AT_ONCE)
 
 
 def test_a_rank_that_dies_takes_the_hanging_ones_along(start: Start) -> None:

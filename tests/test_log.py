@@ -37,7 +37,7 @@ def test_a_terminal_gets_a_bar(catalog: Path, tmp_path: Path) -> None:
     flags = ["--data", str(catalog), "--output", str(tmp_path / "terminal"), *SMALL, "--epochs", "1"]
     command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags, "--checkpoint-steps", "1"]
     ours, theirs = pty.openpty()
-    job = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL)
+    job = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
     said = b"".join(iter(lambda: read(ours), b""))
     os.close(ours)

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from fusion.errors import ConfigError
-from fusion.sharing import _shared_file
+from fusion.sharing import _reserved
 
 
 def test_ranks_share_memory_only_where_it_fits() -> None:
-    path = Path(_shared_file("of-a-test", 1000))
-    assert (path.parent, path.stat().st_size) == (Path("/dev/shm"), 1000)
-    path.unlink()
-    with pytest.raises(ConfigError, match=r"array of 1048576 MiB, which fits neither /dev/shm \(No space left"):
-        _shared_file("of-a-test", 1 << 40)
-    assert not path.exists()
+    before = set(Path("/dev/shm").iterdir())
+    with _reserved(1000) as file:
+        assert os.fstat(file.fileno()).st_size == 1000
+        assert os.fstat(file.fileno()).st_dev == Path("/dev/shm").stat().st_dev
+        assert set(Path("/dev/shm").iterdir()) <= before, "a killed rank leaves no file"
+    with pytest.raises(ConfigError, match=r"array of 1099511627776 MiB, which fits neither /dev/shm \(No space left"):
+        _reserved(1 << 60)

@@ -189,7 +189,7 @@ def test_a_wait_outlasts_a_cluster_that_is_away_for_a_moment(cluster: Cluster) -
 
 
 def test_a_wait_for_a_cluster_that_stays_away_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kubernetes, "PATIENCE", 0.3)
+    monkeypatch.setattr(kubernetes, "PATIENCE", 3)
     monkeypatch.setattr(kubernetes, "POLL", 0.1)
     (tmp_path / "kubectl").write_text(
         f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho connection refused >&2\nexit 1\n"

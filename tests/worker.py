@@ -24,6 +24,11 @@ def _ready(folder: Path) -> None:
     part.rename(folder / f"{RANK}.pid")
 
 
+def _wait_for_ranks(folder: Path) -> None:
+    while not all((folder / f"{rank}.pid").exists() for rank in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.01)
+
+
 def _listen(folder: Path) -> list[int]:
     """The signals that arrive from now on."""
     got: list[int] = []
@@ -87,14 +92,14 @@ def stop(folder: Path, code: int) -> int:
 def deaf(folder: Path, code: int) -> int:
     _listen(folder)
     _ready(folder)
-    time.sleep(120)
+    time.sleep(600)
     return code
 
 
 def unready(folder: Path, code: int) -> int:
     """Does not listen to signals yet."""
     _ready(folder)
-    time.sleep(120)
+    time.sleep(600)
     return code
 
 
@@ -111,8 +116,12 @@ def end(folder: Path, code: int) -> int:
 
 
 def hang(folder: Path, code: int) -> int:
-    """Rank 1 ends with `code`, the others never."""
-    return end(folder, code) if RANK == 1 else deaf(folder, code)
+    """Rank 1 ends with `code` once all are ready, the others never."""
+    if RANK != 1:
+        return deaf(folder, code)
+    _ready(folder)
+    _wait_for_ranks(folder)
+    return end(folder, code)
 
 
 def bug(folder: Path, code: int) -> int:
@@ -125,6 +134,8 @@ def report(folder: Path, code: int) -> int:
         0: ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer", 70),
         1: ("train.csv is empty", code),
     }.get(RANK, ("expected 2 values, got 1", 70))
+    _ready(folder)
+    _wait_for_ranks(folder)
     told = {"code": code, "error": error, "to_do": "fill it", "time": 100.0 + (RANK == 1)}
     (Path(os.environ["FUSION_EXIT_DIR"]) / f"{RANK}.json").write_text(json.dumps(told))
     return code

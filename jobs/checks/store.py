@@ -76,12 +76,9 @@ def clock(job: Job) -> Finding | None:
     buckets = _buckets(job)
     if not buckets:
         return None
-    before = datetime.now(UTC)
-    said = _date_header(buckets[0])
-    if said is None:
+    skew = _skew(buckets[0])
+    if skew is None:
         return warn("the store does not say what time it is", "compare the clock of this machine yourself: `date -u`")
-    here = before + (datetime.now(UTC) - before) / 2
-    skew = here - parsedate_to_datetime(said)
     ahead = f"{abs(skew).total_seconds():.0f} s {'ahead of' if skew > timedelta() else 'behind'} the store's"
     if abs(skew) > REFUSED_AFTER:
         return fail(
@@ -92,8 +89,8 @@ def clock(job: Job) -> Finding | None:
     return ok(f"this clock is {ahead}")
 
 
-def _date_header(bucket: str) -> str | None:
-    """The Date of an answer to an unsigned request: whatever else it says, it comes from the store.
+def _skew(bucket: str) -> timedelta | None:
+    """This clock less the Date of an answer to an unsigned request: whatever else it says, it comes from the store.
 
     Raises:
         UnreachableError: there is no answer.
@@ -107,6 +104,7 @@ def _date_header(bucket: str) -> str | None:
     settings = fsspec.config.conf.get("s3", {})
     endpoint = settings.get("endpoint_url") or settings.get("client_kwargs", {}).get("endpoint_url")
     client: Any = get_session().create_client("s3", endpoint_url=endpoint, config=asked)
+    before = datetime.now(UTC)
     try:
         answer = client.head_bucket(Bucket=bucket)
     except ClientError as error:
@@ -115,8 +113,9 @@ def _date_header(bucket: str) -> str | None:
         raise UnreachableError(
             f"{client.meta.endpoint_url} does not answer ({error})", "check endpoint and network"
         ) from error
+    here = before + (datetime.now(UTC) - before) / 2
     headers = answer["ResponseMetadata"]["HTTPHeaders"]
-    return str(headers["date"]) if "date" in headers else None
+    return here - parsedate_to_datetime(headers["date"]) if "date" in headers else None
 
 
 def _buckets(job: Job) -> list[str]:

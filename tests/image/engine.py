@@ -50,7 +50,12 @@ def _installed() -> bool:
 
 def _apt(*arguments: str) -> None:
     unattended = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run(["apt-get", "--quiet", *arguments], check=False, stdout=sys.stderr, env=unattended)
+    subprocess.run(
+        ["apt-get", "--quiet", "-o", "DPkg::Lock::Timeout=600", "-o", "Acquire::Retries=3", *arguments],
+        check=False,
+        stdout=sys.stderr,
+        env=unattended,
+    )
 
 
 def build() -> str:

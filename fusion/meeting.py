@@ -54,7 +54,7 @@ class NodesMeeting(Meeting):
 
         self._node, self._n, self._address, self._grace, self._stop = node, n_nodes, address, grace, stop
         self._endings: dict[int, Ending] = {}
-        self._failing = False
+        self._over = self._failing = False
         if self._node == 0:
             try:
                 self._server = TCPStore("localhost", address[1], is_master=True, wait_for_workers=False)
@@ -66,7 +66,8 @@ class NodesMeeting(Meeting):
             self._check_patience("node 0", "of this try did not come")
             time.sleep(10 * POLL)
         self._wait_for_all_to_join()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def _join(self, store_class: type[TCPStore]) -> bool:
         """Whether the store is that of this try; one that knows this node already is left over from an earlier try."""
@@ -135,11 +136,13 @@ class NodesMeeting(Meeting):
         if ending.failed or self._failing:  # then all others have been told, and all that still run have answered
             known += [_gone(node) for node in range(self._n) if node != self._node and node not in self._endings]
         self._leave()
+        self._over = True
+        self._listener.join(SETTLE)  # Python must not wind up under a thread that is inside of torch
         return min((other for other in known if other.failed), default=ending)
 
     def _listen(self) -> None:
         try:
-            while len(self._endings) < self._n:
+            while len(self._endings) < self._n and not self._over:
                 self._failing = self._failing or self._store.check(["fusion/failing"])
                 for node in set(range(self._n)) - set(self._endings):
                     if self._store.check([key := f"fusion/ended/{node}"]):

@@ -77,8 +77,9 @@ class Rank:
 
     def tell(self) -> None:
         """Asks the rank to stop, and it alone: a rank whose loaders die of the signal cannot stop in order."""
-        self.told = True
-        os.kill(self._process.pid, signal.SIGTERM)
+        self.told = True  # also one that Slurm, which signals every process of a step, has asked before, and ended
+        if self.code is None:
+            os.kill(self._process.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         self.killed = True
@@ -91,7 +92,12 @@ class Rank:
     @property
     def stopped(self) -> bool:
         """Whether it ended as asked, if only because it did not listen yet."""
-        return self.code == ExitCode.STOPPED or (self.told and self.code == -signal.SIGTERM)
+        return self.code == ExitCode.STOPPED or self.cut_short
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether a stop signal ended it, because it did not listen yet."""
+        return self.told and -(self.code or 0) in STOP_SIGNALS
 
     @property
     def failed(self) -> bool:
@@ -123,9 +129,12 @@ class Group:
 
     def watch(self, stop: Stop, others: OtherNodes) -> None:
         """Returns when all ranks have ended; sees to it that they do once one has failed or a stop was asked for."""
-        while running := [rank for rank in self._ranks if rank.is_running()]:
+        while True:
+            running = [rank for rank in self._ranks if rank.is_running()]
             if stop.name:
-                self._tell(running)
+                self._tell()
+            if not running:
+                return
             overdue = time.monotonic() - self._deadline(others)
             if overdue > SETTLE:
                 return  # not even SIGKILL ends a process that the kernel holds, such as in a driver
@@ -133,9 +142,9 @@ class Group:
                 self.kill()
             time.sleep(POLL)
 
-    def _tell(self, running: Sequence[Rank]) -> None:
+    def _tell(self) -> None:
         self._leaving_since = min(self._leaving_since, time.monotonic())
-        for rank in running:
+        for rank in self._ranks:
             if not rank.told:
                 rank.tell()
 
@@ -159,7 +168,7 @@ class Group:
         """How the group ended: its first failure, else whether a rank stopped on request."""
         endings = [self._ending_of(rank, folder / f"{rank.number}.json") for rank in self._ranks]
         # Who was stopped before it listened leaves the others without a peer: no failure either.
-        cut_short = any(rank.told and rank.code == -signal.SIGTERM for rank in self._ranks)
+        cut_short = any(rank.cut_short for rank in self._ranks)
         failures = [ending for ending in endings if ending.failed and not (cut_short and ending.suspicion == ECHO)]
         return min(failures) if failures else max(endings, key=lambda ending: (ending.code, ending.report))
 

@@ -324,3 +324,10 @@ def test_a_rank_that_is_asked_to_stop_before_it_listens(start: Start) -> None:
     launcher.process.terminate()
     report = "error: rank 1 was asked to stop before it had begun\nto do: run the same command again\n"
     assert launcher.end() == (75, report)
+
+
+def test_slurm_signals_the_ranks_as_well(start: Start) -> None:
+    launcher = start("--nproc-per-node=2", worker="unready", code=75)
+    for pid in (launcher.process.pid, *launcher.pids(0, 1)):
+        os.kill(pid, signal.SIGUSR2)
+    assert launcher.end()[0] == 75

@@ -170,12 +170,17 @@ def parse(kind: type[T], data: bytes, url: str) -> T:
         DataError: it is no JSON, or a key is missing or holds something else.
     """
     try:
-        return cast(T, _adapter(cast(Any, kind)).validate_json(data, strict=True))
+        return validated(kind, data)
     except ValidationError as error:
         expected, found = reason(error.errors()[0])
         raise DataError(
             f"{url} is damaged: expected {expected}, found {found}", "`python -m fusion.verify URL` says what else is"
         ) from error
+
+
+def validated(kind: type[T], data: bytes) -> T:
+    """The JSON as `kind`; raises pydantic's ValidationError."""
+    return cast(T, _adapter(cast(Any, kind)).validate_json(data, strict=True))
 
 
 @cache

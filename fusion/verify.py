@@ -20,15 +20,14 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
 
 import fsspec
-from pydantic import PositiveInt, TypeAdapter, ValidationError
+from pydantic import PositiveInt, TypeAdapter
 
 from fusion import storage
 from fusion.command import guarded
 from fusion.errors import CredentialsError, DataError, ExitCode, Parser
+from fusion.findings import Finding, Report, check_files, check_once, first_line, parsed, read, some
 from fusion.inputs import find_table
 from fusion.manifests import MANIFEST, MODEL, STATE, SUBMISSION
 from fusion.records import (
@@ -38,62 +37,13 @@ from fusion.records import (
     RunFacts,
     SubmissionManifest,
     SubmissionPointer,
-    reason,
 )
 from fusion.runs import config_digest
-
-T = TypeVar("T")
-_M = TypeVar("_M", bound=Manifest)
 
 _POINTERS = "pointers/submissions/"
 _PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")
 _KINDS = "a run, a checkpoint folder, a submission folder, or pointers/submissions/<name>/current.json"
 _NOT_READABLE = (DataError, CredentialsError, ImportError, ValueError)  # not: a store that is silent, which is 69
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check came to; as text, its line of the report.
-
-    >>> print(Finding("BAD", "rows: expected 3, found 2"))
-    BAD  rows: expected 3, found 2
-    """
-
-    verdict: Literal["ok", "BAD", "note"]
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.verdict:<5}{self.what}"
-
-
-class _Report:
-    def __init__(self, say: Callable[[Finding], None]) -> None:
-        self.findings: list[Finding] = []
-        self.say = say
-
-    @property
-    def n_wrong(self) -> int:
-        return sum(finding.verdict == "BAD" for finding in self.findings)
-
-    def add(self, *findings: Finding) -> None:
-        for finding in findings:
-            self.findings.append(finding)
-            self.say(finding)
-
-    def ok(self, what: str) -> None:
-        self.add(Finding("ok", what))
-
-    def note(self, what: str) -> None:
-        self.add(Finding("note", what))
-
-    def bad(self, what: str, expected: object, found: object) -> None:
-        self.add(Finding("BAD", f"{what}: expected {expected}, found {found}"))
-
-    def expect(self, what: str, expected: object, found: object) -> None:
-        if found == expected:
-            self.ok(f"{what}: {found}")
-        else:
-            self.bad(what, expected, found)
 
 
 def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = lambda _: None) -> list[Finding]:
@@ -107,8 +57,8 @@ def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = l
         DataError: there is no such thing at `url`.
         CredentialsError, UnreachableError: as for `fusion.storage.read`.
     """
-    url, report = url.rstrip("/"), _Report(say)
-    manifest = None if url.endswith(".json") else _read(storage.join(url, MANIFEST))
+    url, report = url.rstrip("/"), Report(say)
+    manifest = None if url.endswith(".json") else read(storage.join(url, MANIFEST))
     if url.endswith(".json") and _POINTERS in url and storage.exists(url):
         _check_pointer(report, url, data)
     elif manifest is not None and b'"rows"' in manifest:
@@ -122,24 +72,24 @@ def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = l
     return report.findings
 
 
-def _check_pointer(report: _Report, url: str, data: str | None) -> None:
+def _check_pointer(report: Report, url: str, data: str | None) -> None:
     output, _, rest = url.rpartition(_POINTERS)
-    pointer = _parsed(report, rest, _read(url), SubmissionPointer)
+    pointer = parsed(report, rest, read(url), SubmissionPointer)
     if pointer is None:
         return
     report.expect(f"{rest}: name of the submission", rest.split("/")[0], pointer.submission.split("/")[0])
     _check_submission(report, f"{output}submissions/{pointer.submission}", data)
 
 
-def _check_run(report: _Report, url: str) -> None:
-    settings = _read(storage.join(url, "config.json"))
-    config = _parsed(report, "config.json", settings, DataOfRun)
-    facts = _parsed(report, "run.json", _read(storage.join(url, "run.json")), RunFacts)
+def _check_run(report: Report, url: str) -> None:
+    settings = read(storage.join(url, "config.json"))
+    config = parsed(report, "config.json", settings, DataOfRun)
+    facts = parsed(report, "run.json", read(storage.join(url, "run.json")), RunFacts)
     if settings and config and facts:
         report.expect(
             "config.json: config_sha256 of run.json", facts.config_sha256, config_digest(json.loads(settings))
         )
-    split = _read(storage.join(url, "split.parquet"))
+    split = read(storage.join(url, "split.parquet"))
     _check_split(report, split)
     folders = storage.ls(storage.join(url, "checkpoints"))
     committed = [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST))]
@@ -151,11 +101,11 @@ def _check_run(report: _Report, url: str) -> None:
     if not committed:
         report.note("no committed checkpoint")
     if storage.exists(storage.join(url, "metrics", MANIFEST)):
-        _check_files(report, storage.join(url, "metrics"), Manifest, set())
+        check_files(report, storage.join(url, "metrics"), Manifest, set())
 
 
-def _check_checkpoint_of_run(report: _Report, folder: str, facts: RunFacts | None, split: bytes | None) -> None:
-    part = _Report(lambda _: None)
+def _check_checkpoint_of_run(report: Report, folder: str, facts: RunFacts | None, split: bytes | None) -> None:
+    part = Report(lambda _: None)
     manifest = _check_checkpoint(part, folder)
     if manifest is not None and manifest.split_sha256 and split is not None:
         part.expect(
@@ -170,9 +120,9 @@ def _check_checkpoint_of_run(report: _Report, folder: str, facts: RunFacts | Non
         report.add(*part.findings)
 
 
-def _check_checkpoint(report: _Report, folder: str) -> CheckpointManifest | None:
+def _check_checkpoint(report: Report, folder: str) -> CheckpointManifest | None:
     name = storage.base(folder)
-    manifest, contents = _check_files(report, folder, CheckpointManifest, {MODEL, STATE})
+    manifest, contents = check_files(report, folder, CheckpointManifest, {MODEL, STATE})
     if manifest is not None and name.startswith("step-"):
         report.expect(f"{name}: step of the manifest", name, f"step-{manifest.step:08d}")
     if MODEL in contents:
@@ -180,30 +130,7 @@ def _check_checkpoint(report: _Report, folder: str) -> CheckpointManifest | None
     return manifest
 
 
-def _check_files(
-    report: _Report, folder: str, kind: type[_M], required: set[str]
-) -> tuple[_M | None, dict[str, bytes]]:
-    """The manifest, if it is one, and the bytes of every file in it that is there, whole or not."""
-    name, contents = storage.base(folder), dict[str, bytes]()
-    manifest = _parsed(report, f"{name}/{MANIFEST}", _read(storage.join(folder, MANIFEST)), kind)
-    if manifest is None:
-        return None, contents
-    keys = {entry.key for entry in manifest.files}
-    if required - keys:
-        report.bad(f"{name}/{MANIFEST}", " and ".join(sorted(required)), " and ".join(sorted(keys)) or "no files")
-    for entry in manifest.files:
-        data = _read(storage.join(folder, entry.key))
-        found = "no such file" if data is None else _measure(len(data), storage.sha256(data))
-        report.expect(f"{name}/{entry.key}", _measure(entry.bytes, entry.sha256), found)
-        contents |= {} if data is None else {entry.key: data}
-    return manifest, contents
-
-
-def _measure(n_bytes: int, sha256: str) -> str:
-    return f"{n_bytes} bytes, sha256 {sha256[:12]}…{sha256[-4:]}"
-
-
-def _check_header(report: _Report, what: str, data: bytes) -> None:
+def _check_header(report: Report, what: str, data: bytes) -> None:
     from safetensors import SafetensorError, deserialize
 
     try:
@@ -211,12 +138,12 @@ def _check_header(report: _Report, what: str, data: bytes) -> None:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # its length comes first
         dims = TypeAdapter(dict[str, PositiveInt]).validate_json(header["__metadata__"]["dims"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        report.bad(f"{what}: header", "tensors, and in its metadata the dims of every role", _first_line(error))
+        report.bad(f"{what}: header", "tensors, and in its metadata the dims of every role", first_line(error))
         return
     report.ok(f"{what}: {len(tensors)} tensors, dims {', '.join(f'{role} {dim}' for role, dim in dims.items())}")
 
 
-def _check_split(report: _Report, data: bytes | None) -> None:
+def _check_split(report: Report, data: bytes | None) -> None:
     import pandas as pd
     from pyarrow import ArrowException
 
@@ -226,18 +153,18 @@ def _check_split(report: _Report, data: bytes | None) -> None:
     try:
         split = pd.read_parquet(io.BytesIO(data), columns=["sample_id", "side"])
     except (ArrowException, ValueError, OSError) as error:
-        report.bad("split.parquet", "Parquet with sample_id and side", _first_line(error))
+        report.bad("split.parquet", "Parquet with sample_id and side", first_line(error))
         return
     sides = Counter(map(str, split["side"]))
     if set(sides) == {"train", "validation"}:
         report.ok(f"split.parquet: {sides['train']} rows train, {sides['validation']} validate")
     else:
         report.bad("split.parquet: sides", "train and validation", " and ".join(sorted(sides)) or "no rows")
-    _check_once(report, "split.parquet: ids", list(map(str, split["sample_id"])))
+    check_once(report, "split.parquet: ids", list(map(str, split["sample_id"])))
 
 
-def _check_submission(report: _Report, folder: str, data: str | None) -> None:
-    manifest, contents = _check_files(report, folder, SubmissionManifest, {SUBMISSION})
+def _check_submission(report: Report, folder: str, data: str | None) -> None:
+    manifest, contents = check_files(report, folder, SubmissionManifest, {SUBMISSION})
     if manifest is None:
         return
     if SUBMISSION in contents:
@@ -248,20 +175,20 @@ def _check_submission(report: _Report, folder: str, data: str | None) -> None:
     _compare_model(report, manifest)
 
 
-def _check_csv(report: _Report, content: bytes, n_rows: int) -> list[str]:
+def _check_csv(report: Report, content: bytes, n_rows: int) -> list[str]:
     """Checks header, rows and prices of a submission; its ids."""
     try:
         header, *rows = [*csv.reader(io.StringIO(content.decode(), newline=""), strict=True)] or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
-        report.bad(SUBMISSION, "CSV in UTF-8", _first_line(error))
+        report.bad(SUBMISSION, "CSV in UTF-8", first_line(error))
         return []
     report.expect(f"{SUBMISSION}: header", "sample_id,price", ",".join(header))
     report.expect(f"{SUBMISSION}: rows", n_rows, len(rows))
     ids = [row[0] if row else "" for row in rows]
-    _check_once(report, f"{SUBMISSION}: ids", ids)
+    check_once(report, f"{SUBMISSION}: ids", ids)
     wrong = [",".join(row) for row in rows if len(row) != 2 or not _is_price(row[1])]
     if wrong:
-        report.bad(f"{SUBMISSION}: prices", "plain finite numbers above 0", f"{len(wrong)} others: {_some(wrong)}")
+        report.bad(f"{SUBMISSION}: prices", "plain finite numbers above 0", f"{len(wrong)} others: {some(wrong)}")
     else:
         report.ok(f"{SUBMISSION}: prices are plain finite numbers above 0")
     return ids
@@ -271,15 +198,7 @@ def _is_price(text: str) -> bool:
     return _PLAIN.fullmatch(text) is not None and 0 < float(text) < math.inf
 
 
-def _check_once(report: _Report, what: str, ids: Sequence[str]) -> None:
-    twice = [sample_id for sample_id, count in Counter(ids).items() if count > 1 or not sample_id]
-    if twice:
-        report.bad(what, "each once, none empty", f"{len(twice)} others: {_some(twice)}")
-    else:
-        report.ok(f"{what}: each once")
-
-
-def _compare_ids(report: _Report, ids: list[str], manifest: SubmissionManifest, data: str | None) -> None:
+def _compare_ids(report: Report, ids: list[str], manifest: SubmissionManifest, data: str | None) -> None:
     """Compares with the ids of the `test.csv` it was made from, or of the one in `data`, in their order."""
     from fusion.tables import read_table
 
@@ -288,7 +207,7 @@ def _compare_ids(report: _Report, ids: list[str], manifest: SubmissionManifest, 
         found = storage.sha256(storage.read(find_table(where, "test")))
         table = read_table(where, "test", priced=False)
     except _NOT_READABLE as error:
-        report.note(f"ids not compared: {_first_line(error)}")
+        report.note(f"ids not compared: {first_line(error)}")
         return
     if not data and manifest.table_sha256 not in ("", found):
         report.note(f"ids not compared: test.csv in {where} has changed since; --data names a folder with the old one")
@@ -308,51 +227,22 @@ def _difference(wanted: Sequence[str], ids: Sequence[str]) -> str:
     missing, others = list(set(wanted) - set(ids)), list(set(ids) - set(wanted))
     if not missing and not others:
         return "the same ids, in another order or more than once"
-    return f"{len(missing)} missing ({_some(missing)}), {len(others)} others ({_some(others)})"
+    return f"{len(missing)} missing ({some(missing)}), {len(others)} others ({some(others)})"
 
 
-def _compare_model(report: _Report, manifest: SubmissionManifest) -> None:
+def _compare_model(report: Report, manifest: SubmissionManifest) -> None:
     folder = storage.join(manifest.run, "checkpoints", manifest.checkpoint)
     try:
         data = storage.read_if_exists(storage.join(folder, MANIFEST))
     except _NOT_READABLE as error:
-        report.note(f"model not compared: {_first_line(error)}")
+        report.note(f"model not compared: {first_line(error)}")
         return
     if data is None:
         report.note(f"model not compared: {folder} is no longer there")
         return
-    made = _parsed(report, f"{manifest.checkpoint}/{MANIFEST} of {manifest.run}", data, CheckpointManifest)
+    made = parsed(report, f"{manifest.checkpoint}/{MANIFEST} of {manifest.run}", data, CheckpointManifest)
     if made is not None:
         report.expect(f"model_sha256, as in {manifest.checkpoint}", made.sha256_of(MODEL), manifest.model_sha256)
-
-
-def _parsed(report: _Report, what: str, data: bytes | None, kind: type[T]) -> T | None:
-    """The JSON as `kind`, and that it is: one finding."""
-    if data is None:
-        report.bad(what, "JSON", "no such file")
-        return None
-    try:
-        value = TypeAdapter(kind).validate_json(data, strict=True)
-    except ValidationError as error:
-        report.bad(what, *reason(error.errors()[0]))
-        return None
-    report.ok(what)
-    return value
-
-
-def _read(url: str) -> bytes | None:
-    try:
-        return storage.read(url)
-    except DataError:
-        return None
-
-
-def _some(values: Sequence[str]) -> str:
-    return ", ".join(sorted(values)[:3]) or "none"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

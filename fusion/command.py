@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -29,7 +30,11 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
             job(config)
         return ExitCode.DONE
 
-    return guarded(parsed_job)
+    try:
+        return guarded(parsed_job)
+    except KeyboardInterrupt:  # a second Ctrl-C, or one before the job listens
+        print(FusionError("interrupted", "run the same command again").report(), file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def guarded(job: Callable[[], int]) -> int:

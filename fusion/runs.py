@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,6 +143,9 @@ def attempt(run: str) -> Iterator[Lease]:
             raise
     except FusionError as error:
         end |= {"code": error.code, "error": error.message, "to_do": error.remedy}
+        raise
+    except KeyboardInterrupt:
+        end |= {"code": 128 + signal.SIGINT, "error": "interrupted"}
         raise
     except BaseException as error:
         end |= {"error": f"{type(error).__name__}: {error}"}

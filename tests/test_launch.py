@@ -240,7 +240,10 @@ def test_a_stop_while_the_launcher_counts_gpus(start: Start) -> None:
     launcher = start("--nproc-per-node=auto", worker="end")
     wait_until(lambda: b"libtorch" in Path(f"/proc/{launcher.process.pid}/maps").read_bytes())
     launcher.process.terminate()
-    assert launcher.end() == (75, "error: asked to stop (SIGTERM) before it had begun\nto do: run the same command again\n")
+    assert launcher.end() == (
+        75,
+        "error: asked to stop (SIGTERM) before it had begun\nto do: run the same command again\n",
+    )
     assert not (launcher.folder / "starts").exists()
 
 

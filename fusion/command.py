@@ -45,15 +45,15 @@ def guarded(job: Callable[[], int]) -> int:
     try:
         return job()
     except FusionError as error:
-        _tell(error, "")
+        tell(error)
         return error.code
     except Exception as error:
         message = f"this is a bug in fusion: {type(error).__name__}: {error}"
-        _tell(FusionError(message, "report it with the log of the run"), traceback.format_exc())
+        tell(FusionError(message, "report it with the log of the run"), traceback.format_exc())
         return ExitCode.BUG
 
 
-def _tell(error: FusionError, trace: str) -> None:
+def tell(error: FusionError, trace: str = "") -> None:
     """To the launcher that started this rank, which says it once; without one, on standard error."""
     rank, folder = os.environ.get("RANK", "0"), os.environ.get("FUSION_EXIT_DIR")
     if folder:

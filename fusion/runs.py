@@ -133,7 +133,7 @@ def attempt(run: str) -> Iterator[Lease]:
     lease = take_lease(run)
     folder = storage.join(run, "attempts", str(lease.attempt))
     storage.write(storage.join(folder, "start.json"), storage.as_json({"attempt": lease.attempt, "started": now()}))
-    end: dict[str, Any] = {"attempt": lease.attempt, "code": ExitCode.BUG}
+    end: dict[str, Any] = {"code": ExitCode.BUG}
     try:
         try:
             yield lease
@@ -142,7 +142,7 @@ def attempt(run: str) -> Iterator[Lease]:
             _check_progress(run, lease.attempt)
             raise
     except FusionError as error:
-        end |= {"code": error.code, "error": error.message, "to_do": error.remedy}
+        end = end_of(error)
         raise
     except KeyboardInterrupt:
         end |= {"code": 128 + signal.SIGINT, "error": "interrupted"}
@@ -151,9 +151,20 @@ def attempt(run: str) -> Iterator[Lease]:
         end |= {"error": f"{type(error).__name__}: {error}"}
         raise
     finally:
-        end |= {"step": _newest_step(run), "ended": now()}
-        storage.write(storage.join(folder, "log.txt"), log.text().encode())
-        storage.write(storage.join(folder, "exit.json"), storage.as_json(end))
+        record_end(lease, end)
+
+
+def end_of(error: FusionError) -> dict[str, Any]:
+    return {"code": error.code, "error": error.message, "to_do": error.remedy}
+
+
+def record_end(lease: Lease, end: Mapping[str, Any]) -> None:
+    """Writes `exit.json` and `log.txt` of an attempt."""
+    run = lease.url.rpartition("/")[0]
+    folder = storage.join(run, "attempts", str(lease.attempt))
+    storage.write(storage.join(folder, "log.txt"), log.text().encode())
+    facts = {"attempt": lease.attempt, **end, "step": _newest_step(run), "ended": now()}
+    storage.write(storage.join(folder, "exit.json"), storage.as_json(facts))
 
 
 def _newest_step(run: str) -> int:

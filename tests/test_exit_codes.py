@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import pytest
 
-from tests.conftest import SMALL, start_s3
+from tests.conftest import SMALL, run_command, start_s3
 from tests.s3_server import S3Server
 
 LIMIT = 90.0  # seconds, on a busy machine
@@ -185,8 +185,13 @@ def test_124_a_rank_that_makes_no_progress(catalog: Path, tmp_path: Path) -> Non
     job = Job(2, "train", *flags_of("train", catalog, tmp_path), *ENDLESS, "--stall-timeout", "3")
     wait_for_checkpoint(tmp_path, job)
     os.kill(job.ranks()[-1], signal.SIGSTOP)  # the other waits for it
-    code, said = job.end()
-    assert code == 124, said
+    check(job, 124, "rank 0 at step ")
+    (folder,) = tmp_path.glob("runs/*/attempts/1")
+    end = json.loads((folder / "exit.json").read_text())
+    assert end["code"] == 124 and end["error"].endswith(" made no progress for 3 s") and end["step"] > 0
+    assert "event=stalled" in (folder / "log.txt").read_text()
+    listed = run_command("jobs.pull", "runs", "--output", str(tmp_path)).out
+    assert "failed (124)" in listed and "made no progress for 3 s" in listed
 
 
 @pytest.fixture
@@ -206,4 +211,4 @@ def test_124_alone(catalog: Path, own_s3: S3Server) -> None:
     while "event=committed" not in job.process.stderr.readline():
         assert job.process.poll() is None
     own_s3.process.send_signal(signal.SIGSTOP)
-    assert job.end()[0] == 124
+    check(job, 124, "rank 0 at step ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -29,7 +30,11 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
             job(config)
         return ExitCode.DONE
 
-    return guarded(parsed_job)
+    try:
+        return guarded(parsed_job)
+    except KeyboardInterrupt:  # a second Ctrl-C, or one before the job listens
+        print(FusionError("interrupted", "run the same command again").report(), file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def guarded(job: Callable[[], int]) -> int:
@@ -40,15 +45,15 @@ def guarded(job: Callable[[], int]) -> int:
     try:
         return job()
     except FusionError as error:
-        _tell(error, "")
+        tell(error)
         return error.code
     except Exception as error:
         message = f"this is a bug in fusion: {type(error).__name__}: {error}"
-        _tell(FusionError(message, "report it with the log of the run"), traceback.format_exc())
+        tell(FusionError(message, "report it with the log of the run"), traceback.format_exc())
         return ExitCode.BUG
 
 
-def _tell(error: FusionError, trace: str) -> None:
+def tell(error: FusionError, trace: str = "") -> None:
     """To the launcher that started this rank, which says it once; without one, on standard error."""
     rank, folder = os.environ.get("RANK", "0"), os.environ.get("FUSION_EXIT_DIR")
     if folder:

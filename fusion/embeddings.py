@@ -7,8 +7,9 @@ groups in parallel, straight into one tensor a role that they share, so each vec
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -21,9 +22,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from fusion import log, storage
+from fusion import log, stopping, storage
 from fusion.distributed import World
-from fusion.errors import DataError, UnreachableError
+from fusion.errors import DataError, StopRequested, UnreachableError
 from fusion.inputs import source_files, sources_digest
 from fusion.sharing import node_tensor
 from fusion.tables import report_duplicates
@@ -31,6 +32,7 @@ from fusion.tables import report_duplicates
 STREAM_ROWS = 512  # rows decoded at a time: stays in the cache, and needs little memory besides the tensors
 STREAM_BYTES = 1 << 22  # bytes fetched at a time, so that a file with one huge row group needs no more memory
 N_THREADS = 4
+LOOK = 0.5  # seconds between two moments at which the ranks tell one another of errors and stop requests
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ def load(
     Raises:
         DataError: a source that is missing, unreadable, inconsistent, or lacks too many rows; ids that occur twice.
         UnreachableError: a source was written meanwhile.
+        StopRequested: one of the ranks was asked to stop.
     """
+    world.together(_stop_if_asked)
     versions = world.on_main(lambda: sources_digest(data, split, bindings))
     plans = world.on_main(
         lambda: [_plan(data, split, role, name, ids, world.local_size) for role, name in bindings.items()]
@@ -131,7 +135,7 @@ def load(
     shape = {plan.role: (len(ids), plan.dim) for plan in plans}
     values = {plan.role: node_tensor(shape[plan.role], plan.dtype, world) for plan in plans}
     present = {plan.role: node_tensor((len(ids),), torch.bool, world) for plan in plans}
-    world.together(lambda: _fill(plans, values, present, world))
+    _fill(plans, values, present, world)
     if world.on_main(lambda: sources_digest(data, split, bindings)) != versions:
         raise UnreachableError(
             f"embeddings of {split} in {data} were written while they were read", "run it again once they are complete"
@@ -139,6 +143,12 @@ def load(
     store = RowStore(values, present)
     world.on_main(lambda: _report(plans, bindings, store, ids, max_missing, partial))
     return store
+
+
+def _stop_if_asked() -> None:
+    if stopping.requested():
+        message = "stopped on request while the input was read; nothing was done yet"
+        raise StopRequested(message, "run the same command again")
 
 
 def _plan(data: str, split: str, role: str, name: str, ids: pd.Index, n_readers: int) -> SourcePlan:
@@ -176,6 +186,8 @@ class _Header:
 
 
 def _read_header(url: str) -> _Header:
+    _stop_if_asked()
+
     def read() -> _Header:
         with storage.open_read(url) as raw, _damage_named(url), _parquet(raw) as file:
             _check_columns(url, file.schema_arrow)
@@ -249,20 +261,40 @@ def _fill(
     plans: Iterable[SourcePlan], values: Mapping[str, Tensor], present: Mapping[str, Tensor], world: World
 ) -> None:
     tasks = [(plan, piece) for plan in plans for piece in plan.pieces][world.local_rank :: world.local_size]
+    given_up = threading.Event()
 
     def read(task: tuple[SourcePlan, Piece]) -> None:
         plan, piece = task
         target = values[plan.role].numpy(), present[plan.role].numpy()
-        storage.retrying(piece.url, lambda: _read_piece(plan, piece, *target))
+        storage.retrying(piece.url, lambda: _read_piece(plan, piece, *target, given_up))
+
+    def is_reading() -> bool:
+        done, left = wait(reading, LOOK, FIRST_EXCEPTION)
+        for piece in done:
+            piece.result()
+        _stop_if_asked()
+        return bool(left)
 
     with ThreadPoolExecutor(N_THREADS) as pool:
-        list(pool.map(read, tasks))
+        reading = [pool.submit(read, task) for task in tasks]
+        try:
+            while any(world.exchange(world.together(is_reading))):
+                pass
+        finally:
+            given_up.set()
+            pool.shutdown(cancel_futures=True)
 
 
-def _read_piece(plan: SourcePlan, piece: Piece, values: np.ndarray, present: np.ndarray) -> None:
+def _read_piece(
+    plan: SourcePlan, piece: Piece, values: np.ndarray, present: np.ndarray, given_up: threading.Event
+) -> None:
+    if given_up.is_set():  # before a retry
+        return
     start = 0
     with storage.open_read(piece.url) as raw, _damage_named(piece.url), _parquet(raw) as file:
         for batch in file.iter_batches(STREAM_ROWS, piece.row_groups, columns=["embedding"], use_threads=False):
+            if given_up.is_set():
+                return
             vectors, rows = _vectors(piece.url, batch.column(0), plan.dim)
             with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and counts as not finite
                 vectors = vectors.astype(values.dtype, copy=False)

@@ -93,6 +93,12 @@ class StopRequested(FusionError):
     code = ExitCode.STOPPED
 
 
+class StalledError(FusionError):
+    """A rank made no progress for too long."""
+
+    code = ExitCode.STALLED
+
+
 class SupersededError(FusionError):
     """A newer attempt at the same run has begun: this one may publish nothing more."""
 

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion.errors import ExitCode, FusionError, Parser, UsageError
+from fusion.errors import ExitCode, FusionError, Parser, StopRequested, UsageError
 from fusion.meeting import Meeting, NodesMeeting
 from fusion.ranks import Ending, Group, Rank, Stop
 
@@ -43,9 +43,14 @@ class Options:
     command: tuple[str, ...]
 
 
-def launch(options: Options) -> int:
-    """Exit code of the ranks of all nodes, once all of this node have ended; the cause of a failure is printed."""
-    stop = Stop()
+def launch(options: Options, stop: Stop) -> int:
+    """Exit code of the ranks of all nodes, once all of this node have ended; the cause of a failure is printed.
+
+    Raises:
+        StopRequested: before any rank was started.
+    """
+    if stop.name:
+        raise StopRequested(f"asked to stop ({stop.name}) before it had begun", "run the same command again")
     meeting = _meeting(options, stop)
     for restart in range(options.max_restarts + 1):
         ending = _attempt(options, meeting, stop, restart)
@@ -207,8 +212,9 @@ def _first_host(nodes: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    stop = Stop()  # first: to count the GPUs takes seconds
     try:
-        return launch(_parse(argv))
+        return launch(_parse(argv), stop)
     except FusionError as error:
         _say(error.report())
         return error.code

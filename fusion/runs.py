@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,9 +133,8 @@ def attempt(run: str) -> Iterator[Lease]:
         log.warning(event="store_ignores_conditions", reason="nothing keeps two attempts at this run from mixing")
     lease = take_lease(run)
     folder = storage.join(run, "attempts", str(lease.attempt))
-    storage.write(
-        storage.join(folder, "start.json"), storage.as_json({"attempt": lease.attempt, "started": records.now()})
-    )
+    start = {"attempt": lease.attempt, "started": records.now()}
+    storage.write(storage.join(folder, "start.json"), storage.as_json(start))
     end: dict[str, Any] = {"code": ExitCode.BUG}
     try:
         try:
@@ -144,13 +144,20 @@ def attempt(run: str) -> Iterator[Lease]:
             _check_progress(run, lease.attempt)
             raise
     except FusionError as error:
-        end |= {"code": error.code, "error": error.message, "to_do": error.remedy}
+        end = end_of(error)
+        raise
+    except KeyboardInterrupt:
+        end |= {"code": 128 + signal.SIGINT, "error": "interrupted"}
         raise
     except BaseException as error:
         end |= {"error": f"{type(error).__name__}: {error}"}
         raise
     finally:
         record_end(lease, end)
+
+
+def end_of(error: FusionError) -> dict[str, Any]:
+    return {"code": error.code, "error": error.message, "to_do": error.remedy}
 
 
 def record_end(lease: Lease, end: Mapping[str, Any]) -> None:

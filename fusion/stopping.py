@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# What Kubernetes and Slurm send before they kill, and what users of Slurm's --signal choose.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# What Kubernetes and Slurm send before they kill, a terminal's Ctrl-C, and what users of Slurm's --signal choose.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 _received: list[int] = []
 
@@ -20,7 +20,7 @@ def requested() -> bool:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Inside, a stop signal is remembered instead of killing the process."""
+    """Inside, a stop signal is remembered instead of killing the process; a second Ctrl-C is a KeyboardInterrupt."""
     _received.clear()
     before = {number: signal.signal(number, _remember) for number in SIGNALS}
     try:
@@ -32,3 +32,5 @@ def listening() -> Iterator[None]:
 
 def _remember(number: int, _: FrameType | None) -> None:
     _received.append(number)
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

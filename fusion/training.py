@@ -25,7 +25,17 @@ from fusion.manifests import MODEL
 from fusion.metrics import compute_smape
 from fusion.prediction import BuildNetwork, C
 from fusion.records import RunFacts
-from fusion.runs import Lease, attempt, code_digest, describe_run, point_to_run, run_url, start_run
+from fusion.runs import (
+    Lease,
+    attempt,
+    code_digest,
+    describe_run,
+    end_of,
+    point_to_run,
+    record_end,
+    run_url,
+    start_run,
+)
 from fusion.splits import SPLIT, read_split, split_rows, to_parquet
 from fusion.tables import Table, read_table
 from fusion.watchdog import Watchdog, watched
@@ -71,12 +81,14 @@ def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease
     _log_start(fit)
     saver = Saver(config, fit, lease)
     saver.resume()
-    with watched(config.stall_timeout) as watchdog:  # from here on: reading has time limits of its own
+    record = None if lease is None else lambda error: record_end(lease, end_of(error))
+    # From here on: reading has time limits of its own.
+    with watched(config.stall_timeout, lambda: f"rank {place.rank} at step {fit.step}", record) as watchdog:
         while not fit.finished:
             _run_epoch(fit, saver, watchdog)
-    if fit.stopping.stopped:
-        log.info(event="early_stop", epoch=fit.epoch, smape=fit.smape)
-    saver.finish()
+        if fit.stopping.stopped:
+            log.info(event="early_stop", epoch=fit.epoch, smape=fit.smape)
+        saver.finish()
 
 
 def _run_epoch(fit: Fit, saver: Saver, watchdog: Watchdog) -> None:

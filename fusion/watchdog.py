@@ -1,4 +1,4 @@
-"""Ends a rank that makes no progress: dumps the stacks of all threads, then leaves with 124."""
+"""Ends a rank that makes no progress: dumps the stacks of all threads, says and records it, then leaves with 124."""
 
 from __future__ import annotations
 
@@ -7,35 +7,61 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fusion import log
-from fusion.errors import ExitCode
+from fusion.command import tell
+from fusion.errors import StalledError
+
+RECORD_SECONDS = 5.0  # the store may be what hangs
+
+Record = Callable[[StalledError], None]
 
 
 class Watchdog:
-    """`beat()` says that this rank is alive; too long without one ends the process."""
+    """`beat()` says that this rank is alive; too long without one ends the process.
 
-    def __init__(self, timeout: float) -> None:
-        self.timeout, self.last = timeout, time.monotonic()
+    Args:
+        timeout: seconds.
+        where: which rank this is, and how far it has come.
+        record: keeps how this attempt ended; None where another rank does, which is then given the time to.
+    """
+
+    def __init__(self, timeout: float, where: Callable[[], str], record: Record | None) -> None:
+        self.timeout, self.where, self.record = timeout, where, record
+        self.last = time.monotonic()
 
     def beat(self) -> None:
         self.last = time.monotonic()
 
     def watch(self, ended: threading.Event) -> None:
         while not ended.wait(min(1.0, self.timeout / 10)):
-            silent = time.monotonic() - self.last
-            if silent > self.timeout:
-                log.error(event="stalled", seconds=silent, to_do="see the stacks; raise --stall-timeout if it was busy")
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                os._exit(ExitCode.STALLED)  # nothing else gets out of a collective that waits for a dead rank
+            if time.monotonic() - self.last > self.timeout:
+                self._end()
+
+    def _end(self) -> None:
+        log.error(event="stalled", seconds=time.monotonic() - self.last)
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        error = StalledError(
+            f"{self.where()} made no progress for {self.timeout:g} s",
+            "see the stacks in the log, those of all ranks; raise --stall-timeout if it was busy",
+        )
+        tell(error)
+        recording = threading.Thread(target=self.record or _let_another_record, args=(error,), daemon=True)
+        recording.start()
+        recording.join(RECORD_SECONDS)
+        os._exit(error.code)  # nothing else gets out of a collective that waits for a dead rank
+
+
+def _let_another_record(_: StalledError) -> None:
+    time.sleep(RECORD_SECONDS)  # the launcher ends all ranks soon after the first has left
 
 
 @contextmanager
-def watched(timeout: float) -> Iterator[Watchdog]:
+def watched(timeout: float, where: Callable[[], str], record: Record | None = None) -> Iterator[Watchdog]:
     """Inside, the process ends with 124 after `timeout` seconds without a beat; 0 watches nothing."""
-    watchdog, ended = Watchdog(timeout), threading.Event()
+    watchdog, ended = Watchdog(timeout, where, record), threading.Event()
     thread = threading.Thread(target=watchdog.watch, args=(ended,), daemon=True, name="watchdog")
     if timeout > 0:
         thread.start()

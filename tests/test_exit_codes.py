@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import ClassVar
 
 import pytest
 
-from tests.conftest import SMALL, start_s3
+from tests.conftest import SMALL, run_command, start_s3
 from tests.s3_server import S3Server
 
 LIMIT = 90.0  # seconds, on a busy machine
@@ -26,9 +27,12 @@ class Job:
 
     started: ClassVar[list[Job]] = []
 
-    def __init__(self, ranks: int, command: str, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, ranks: int, command: str, *flags: str, env: dict[str, str] | None = None, slow: bool = False
+    ) -> None:
         line = [sys.executable, "-m", "fusion.launch", "--nproc-per-node", str(ranks)]
-        line += [f"fusion.all_embeddings.{command}", *flags]
+        line += ["--grace=5", "tests.slow_reading", command] if slow else [f"fusion.all_embeddings.{command}"]
+        line += flags
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("FUSION_", "AWS_"))}
         environment = {**clean, "OMP_NUM_THREADS": "1", "AWS_EC2_METADATA_DISABLED": "true", **(env or {})}
         self.process = subprocess.Popen(line, env=environment, text=True, stderr=subprocess.PIPE)
@@ -142,7 +146,24 @@ def test_75_an_early_stop_of_what_has_parts(command: str, ranks: int, catalog: P
         assert time.monotonic() < deadline and job.process.poll() is None
         time.sleep(0.01)
     job.process.send_signal(signal.SIGTERM)
-    check(job, 75, "stopped on request, 0 of 1 parts are done and kept")
+    check(job, 75, "stopped on request while the input was read")
+
+
+@ranks
+@commands
+def test_75_a_stop_while_the_input_is_read(command: str, ranks: int, catalog: Path, run: Path, tmp_path: Path) -> None:
+    """Reading takes more than 20 s, and the ranks have 5."""
+    where = [] if command == "train" else ["--run-dir", str(next((run / "runs").iterdir()))]
+    job = Job(ranks, command, *flags_of(command, catalog, tmp_path), *where, slow=True)
+    assert job.process.stderr is not None
+    while "reading" not in job.process.stderr.readline():
+        assert job.process.poll() is None
+    os.kill(job.process.pid if ranks == 1 else job.ranks()[-1], signal.SIGTERM)  # of several, one is asked
+    started = time.monotonic()
+    check(job, 75, "stopped on request while the input was read; nothing was done yet")
+    assert time.monotonic() - started < 10
+    ends = [json.loads(path.read_text())["code"] for path in tmp_path.glob("runs/*/attempts/1/exit.json")]
+    assert ends == ([75] if command == "train" else [])
 
 
 def listens(pid: int) -> bool:
@@ -164,8 +185,13 @@ def test_124_a_rank_that_makes_no_progress(catalog: Path, tmp_path: Path) -> Non
     job = Job(2, "train", *flags_of("train", catalog, tmp_path), *ENDLESS, "--stall-timeout", "3")
     wait_for_checkpoint(tmp_path, job)
     os.kill(job.ranks()[-1], signal.SIGSTOP)  # the other waits for it
-    code, said = job.end()
-    assert code == 124, said
+    check(job, 124, "rank 0 at step ")
+    (folder,) = tmp_path.glob("runs/*/attempts/1")
+    end = json.loads((folder / "exit.json").read_text())
+    assert end["code"] == 124 and end["error"].endswith(" made no progress for 3 s") and end["step"] > 0
+    assert "event=stalled" in (folder / "log.txt").read_text()
+    listed = run_command("jobs.pull", "runs", "--output", str(tmp_path)).out
+    assert "failed (124)" in listed and "made no progress for 3 s" in listed
 
 
 @pytest.fixture
@@ -185,4 +211,4 @@ def test_124_alone(catalog: Path, own_s3: S3Server) -> None:
     while "event=committed" not in job.process.stderr.readline():
         assert job.process.poll() is None
     own_s3.process.send_signal(signal.SIGSTOP)
-    assert job.end()[0] == 124
+    check(job, 124, "rank 0 at step ")

@@ -239,6 +239,17 @@ def test_a_rank_that_dies_takes_the_other_node_along(start: Start) -> None:
     assert all(node.err.count("error: rank 1 was killed by SIGKILL\n") == 1 for node in nodes)
 
 
+def test_a_stop_while_the_launcher_counts_gpus(start: Start) -> None:
+    launcher = start("--nproc-per-node=auto", worker="end")
+    wait_until(lambda: b"libtorch" in Path(f"/proc/{launcher.process.pid}/maps").read_bytes())
+    launcher.process.terminate()
+    assert launcher.end() == (
+        75,
+        "error: asked to stop (SIGTERM) before it had begun\nto do: run the same command again\n",
+    )
+    assert not (launcher.folder / "starts").exists()
+
+
 def test_a_stop_while_node_0_is_not_there(start: Start) -> None:
     flags = ("--nnodes=2", "--node-rank=1", "--master-addr=node-0.invalid", "--nproc-per-node=1")
     launcher = start(*flags, worker="end")

@@ -348,7 +348,8 @@ def test_changed_data_are_another_run(
     assert "the data have changed since run r began" in capsys.readouterr().err
 
 
-def test_a_real_sigterm_ends_with_75_and_a_checkpoint(catalog: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_real_signal_ends_with_75_and_a_checkpoint(number: signal.Signals, catalog: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags(catalog, tmp_path, "--epochs", "10000")]
     command += ["--patience", "10000"]
     job = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -356,11 +357,40 @@ def test_a_real_sigterm_ends_with_75_and_a_checkpoint(catalog: Path, tmp_path: P
         time.sleep(0.05)
         assert job.poll() is None
     started = time.monotonic()
-    job.send_signal(signal.SIGUSR1 if os.getpid() % 2 else signal.SIGTERM)
+    job.send_signal(number)
     assert job.wait(30) == 75
     assert time.monotonic() - started < 10
     end = json.loads((tmp_path / "runs/r/attempts/1/exit.json").read_text())
     assert end["step"] == manifests.committed(str(tmp_path / "runs/r"))[-1].manifest.step
+
+
+SLOW_TO_SAVE = """
+import sys, time
+from fusion import training
+from fusion.all_embeddings import train
+
+def save(saver, wait=False):
+    print("saving", file=sys.stderr, flush=True)
+    time.sleep(1000)
+
+training.Saver._save = save
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(catalog: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW_TO_SAVE, *flags(catalog, tmp_path, "--epochs", "10000"), "--patience=10000"]
+    with subprocess.Popen([*command, "--checkpoint-steps=0"], stderr=subprocess.PIPE, text=True) as job:
+        try:
+            assert job.stderr is not None
+            for line in ("event=start", "saving"):
+                assert any(line in said for said in job.stderr), job.wait(30)
+                job.send_signal(signal.SIGINT)
+            assert job.stderr.read() == "error: interrupted\nto do: run the same command again\n"
+            assert job.wait(30) == 130
+        finally:
+            job.kill()
+    assert json.loads((tmp_path / "runs/r/attempts/1/exit.json").read_text())["code"] == 130
 
 
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 15), (2, 10)])

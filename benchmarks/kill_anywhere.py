@@ -1,32 +1,40 @@
 """Kills training, evaluation and prediction again and again, and compares what they end with to an undisturbed run.
 
-    python benchmarks/kill_anywhere.py --data DATA --output URL --kills 200 [--ranks 2] [--seed 0]
+    python benchmarks/kill_anywhere.py --data DATA --output URL [--ranks 2] [--kills 200] [--times 2] [--seed 0]
+    python benchmarks/kill_anywhere.py --data DATA --output URL --kills 3 --at model:inside best:before
 
-SIGKILL strikes at a random moment, or at a random write to the store: just before it, in the middle of it, or just
-after it. Every write is such a boundary: the start of an attempt, each file of a checkpoint, its manifest, a pointer, a
-prune, the end of an epoch, a part of a prediction, the submission. One rank or all of them die. The same command then
-starts again, until it ends with 0; then a new run begins, until as many kills have struck as were asked for. Prints a
-line of JSON with the counts; exits 1 when a byte of `model.safetensors`, the metrics or `submission.csv` differs.
+SIGKILL strikes at every boundary of `benchmarks/boundaries.py`, before, inside and after it, and at random moments. One
+rank or all of them die. The same command then starts again, until it ends with 0; then a new run begins, until every
+boundary has been struck as often as was asked for, and there were as many kills. Prints a line of JSON with the counts;
+exits 1 when a byte of `model.safetensors`, the metrics or `submission.csv` differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import random
 import signal
 import socket
 import sys
-import threading
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO
+
+import pandas as pd
 
 # Loaded before the ranks are forked, so that each starts at once. No thread runs yet.
+import pyarrow.dataset  # noqa: F401
+import s3fs  # noqa: F401
+import torch._dynamo  # noqa: F401
+from boundaries import ALL, Boundary, arm
+
 import fusion.evaluation
 import fusion.training  # noqa: F401
 from fusion import manifests, parts, storage
@@ -35,57 +43,119 @@ from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 SMALL = ["--width", "16", "--n-heads", "2", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu", "--epochs", "4", "--checkpoint-steps", "3", "--run-id", "r"]
 PATIENCE = 60.0  # seconds after which an attempt that still runs counts as hung
-
-
-@dataclass(frozen=True)
-class Kill:
-    """Where SIGKILL strikes: after `seconds`, or at the `write`-th write, "before", "inside" or "after" it."""
-
-    seconds: float = 0.0
-    write: int = 0
-    when: str = "before"
-    rank: int = 0
-    group: bool = True
+IN_VAIN = 5  # runs in a row in which no boundary was met: those still owed do not exist
 
 
 @dataclass
-class Tally:
-    kills: Counter[str] = field(default_factory=Counter)
-    attempts: int = 0
+class Plan:
+    """What is still to be struck, and what has been.
+
+    Attributes:
+        owed: times that each boundary is still to be struck.
+        runs: begun so far.
+        left: of the owed, what is to be struck in this run.
+        struck: kills by boundary.
+        random: kills at a random moment.
+        victims: kills of "one rank" and of "all ranks"; a single rank is all.
+    """
+
+    rng: random.Random
+    kills: int
+    owed: Counter[Boundary]
     runs: int = 0
+    left: list[Boundary] = field(default_factory=list)
+    struck: Counter[Boundary] = field(default_factory=Counter)
+    random: int = 0
+    victims: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def n_random_left(self) -> int:
+        return self.kills - self.struck.total() - self.owed.total() - self.random
+
+    @property
+    def done(self) -> bool:
+        return not self.owed and self.n_random_left <= 0
+
+    def begin_run(self) -> None:
+        self.runs, self.left = self.runs + 1, list(self.owed)
+
+    def note(self, told: list[Boundary], at_random: bool, group: bool) -> None:
+        for boundary in told:
+            self.struck[boundary] += 1
+            self.owed -= Counter([boundary])
+            self.left = [other for other in self.left if other != boundary]
+        self.random += at_random
+        self.victims["all ranks" if group else "one rank"] += len(told) + at_random
+
+    def tally(self) -> dict[str, object]:
+        kinds = list(dict.fromkeys(boundary.kind for boundary in ALL))
+        by_kind = {kind: {b.when: self.struck[b] for b in ALL if b.kind == kind and self.struck[b]} for kind in kinds}
+        kills = self.struck.total() + self.random
+        return {"kills": kills, "at random": self.random, **self.victims, "boundaries": by_kind}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How one try of a command goes: where SIGKILL waits for it, and whom it takes.
+
+    Attributes:
+        boundaries: the first of these that is met is the end,
+        skip: or the next one but so many, of what comes again and again;
+        seconds: else this long after the start, if not 0.
+        rank: the one that dies at a random moment; at boundaries it is the one that meets them.
+        group: the others die with it.
+    """
+
+    boundaries: list[Boundary]
+    skip: int
+    seconds: float
+    rank: int
+    group: bool
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--output", required=True, help="folder or bucket; runs go to numbered places below it")
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = _parse()
     parts.PART_ROWS = 16
-    rng, tally = random.Random(options.seed), Tally()
-    expected = _finish(options, storage.join(options.output, "undisturbed"), lambda: None, Tally())
-    while sum(tally.kills.values()) < options.kills:
-        tally.runs += 1
-        place = storage.join(options.output, f"killed-{tally.runs}")
-        found = _finish(options, place, lambda: _plan(rng, options.ranks), tally)
+    wanted = Counter(dict.fromkeys(options.at or ALL, options.times))
+    plan, in_vain = Plan(random.Random(options.seed), options.kills, wanted), 0
+    expected = _finish(options, storage.join(options.output, "undisturbed"), Plan(random.Random(0), 0, Counter()))
+    while not plan.done:
+        before = plan.struck.total()
+        plan.begin_run()
+        found = _finish(options, storage.join(options.output, f"killed-{plan.runs}"), plan)
         if found != expected:
-            print(f"run {tally.runs} ended with {found}, undisturbed: {expected}")
+            print(f"run {plan.runs} ended with {found}, undisturbed: {expected}")
             return 1
-    print(json.dumps({"kills": sum(tally.kills.values()), "identical_runs": tally.runs, **tally.kills}))
+        in_vain = 0 if plan.struck.total() > before or not plan.owed else in_vain + 1
+        if in_vain == IN_VAIN:
+            print(f"not met in {IN_VAIN} runs: {', '.join(map(str, plan.owed))}")
+            return 1
+    print(json.dumps({"identical_runs": plan.runs, **plan.tally()}))
     return 0
 
 
-def _plan(rng: random.Random, ranks: int) -> Kill:
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output", required=True, help="folder or bucket; runs go to numbered places below it")
+    parser.add_argument("--kills", type=int, default=200, help="at least; what boundaries leave strikes at random")
+    parser.add_argument("--times", type=int, default=2, help="that each boundary is struck")
+    parser.add_argument("--at", nargs="+", type=Boundary.named, metavar="KIND:WHEN", help="instead of all boundaries")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def _draw(plan: Plan, ranks: int) -> Attempt:
+    rng = plan.rng
     rank, group = rng.randrange(ranks), ranks == 1 or rng.random() < 0.5
-    if rng.random() < 0.3:
-        return Kill(seconds=rng.uniform(0.05, 1.5), rank=rank, group=group)
-    # Rank 0 writes the most: the others write parts of predictions only.
-    return Kill(write=rng.randint(1, 30), when=rng.choice(["before", "inside", "after"]), group=group)
+    share = 0 if plan.runs == 1 else 0.3  # the first run meets all boundaries, from the first to the last
+    if plan.n_random_left > 0 and (not plan.left or rng.random() < share):
+        return Attempt([], 0, rng.uniform(0.05, 1.5), rank, group)
+    return Attempt(plan.left, rng.randrange(2), 0, rank, group)
 
 
-def _finish(options: argparse.Namespace, output: str, plan: Callable[[], Kill | None], tally: Tally) -> dict[str, str]:
+def _finish(options: argparse.Namespace, output: str, plan: Plan) -> dict[str, str]:
     """Runs the commands until each ends with 0; digests of what they published."""
     where = ["--output", output]
     jobs = [
@@ -94,101 +164,76 @@ def _finish(options: argparse.Namespace, output: str, plan: Callable[[], Kill | 
         (predict_test.main, [*where, "--date", "2026-01-02"]),
     ]
     for job, flags in jobs:
-        while True:
-            tally.attempts += 1
-            codes, struck = _attempt(job, flags, options.ranks, plan())
-            if struck:
-                tally.kills[struck] += 1
-            elif any(codes):
-                raise RuntimeError(f"an attempt that nobody killed ended with {codes}")
-            if not any(codes):
-                break
-    model = manifests.read_file(manifests.best(storage.join(output, "runs", "r")), manifests.MODEL)
+        while not _try(job, flags, options.ranks, plan):
+            pass
+    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in _published(output).items()}
+
+
+def _published(output: str) -> dict[str, bytes]:
+    run = storage.join(output, "runs", "r")
     current = json.loads(storage.read(f"{output}/pointers/submissions/test/current.json"))["submission"]
-    submission = storage.read(f"{output}/submissions/{current}/submission.csv")
-    metrics = storage.read(f"{output}/runs/r/metrics/{manifests.MANIFEST}")
-    made = {"model": model, "metrics": metrics, "submission": submission}
-    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in made.items()}
+    epochs = pd.read_csv(io.BytesIO(storage.read(f"{run}/metrics/epochs.csv"))).drop(columns="seconds")
+    return {
+        "model": manifests.read_file(manifests.best(run), manifests.MODEL),
+        "epochs": epochs.to_csv().encode(),
+        "metrics": storage.read(f"{run}/metrics/{manifests.MANIFEST}"),
+        "submission": storage.read(f"{output}/submissions/{current}/submission.csv"),
+    }
 
 
-def _attempt(job: Callable[[list[str]], int], flags: list[str], ranks: int, kill: Kill | None) -> tuple[list[int], str]:
-    """Exit codes of the ranks (137: killed), and where the kill struck, if it did."""
+def _try(job: Callable[[list[str]], int], flags: list[str], ranks: int, plan: Plan) -> bool:
+    """Whether all ranks ended with 0; the plan learns what struck."""
+    attempt = _draw(plan, ranks)
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as met:
+        codes = _run(job, flags, ranks, attempt, said, met)
+        met.seek(0)
+        told = [Boundary.named(line) for line in met.read().decode().splitlines()]
+        killed = any(code == 137 for code in codes)
+        if any(codes) and not killed:
+            said.seek(0)
+            raise RuntimeError(f"an attempt that nobody killed ended with {codes}: {said.read().decode()[-4000:]}")
+    plan.note(told, killed and not told, attempt.group)
+    return not any(codes)
+
+
+def _run(
+    job: Callable[[list[str]], int], flags: list[str], ranks: int, attempt: Attempt, said: IO[bytes], met: IO[bytes]
+) -> list[int]:
+    """Exit codes of the ranks; 137: killed."""
     port, children = _free_port(), []
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
-            _be_rank(rank, ranks, port, job, flags, kill)
+            _be_rank(rank, ranks, port, said)
+            # Only parts and ends of epochs are everybody's: there the last rank dies, elsewhere the one that writes.
+            arm([b for b in attempt.boundaries if rank == (ranks - 1 if b.everybodys else 0)], attempt.skip, met)
+            os._exit(job(flags))
         children.append(child)
-    struck = _strike(children, kill) if kill and kill.seconds else ""
-    codes = _wait(children, kill)
-    if kill and kill.write and codes[0] == 137:
-        struck = f"{kill.when} a write"
-    return codes, struck
+    return _wait(children, attempt)
 
 
-def _be_rank(
-    rank: int, ranks: int, port: int, job: Callable[[list[str]], int], flags: list[str], kill: Kill | None
-) -> None:
+def _be_rank(rank: int, ranks: int, port: int, said: IO[bytes]) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-    if kill and kill.write and rank == 0:
-        _arm(kill)
-    os._exit(job(flags))
+    os.dup2(said.fileno(), 1)
+    os.dup2(said.fileno(), 2)
 
 
-def _arm(kill: Kill) -> None:
-    """From now on, the `kill.write`-th write of this process is its end."""
-    count, lock = 0, threading.Lock()
-
-    def deadly(name: str, write: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            nonlocal count
-            with lock:
-                count += 1
-                mine = count == kill.write
-            if mine and kill.when == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if mine and kill.when == "inside":  # while another thread is writing
-                threading.Timer(0.002, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            result = write(*arguments, **options)
-            if mine:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return wrapped
-
-    for name in ("_put", "_create", "_replace"):
-        setattr(storage, name, deadly(name, getattr(storage, name)))
-    storage.remove = deadly("remove", storage.remove)
-
-
-def _strike(children: list[int], kill: Kill) -> str:
-    time.sleep(kill.seconds)
-    victims = children if kill.group else [children[kill.rank]]
-    for victim in victims:
-        os.kill(victim, signal.SIGKILL)  # children are not yet waited for, so their ids are still theirs
-    return "at a random moment"
-
-
-def _wait(children: list[int], kill: Kill | None) -> list[int]:
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + PATIENCE
+def _wait(children: list[int], attempt: Attempt) -> list[int]:
+    started, codes, victims = time.monotonic(), dict[int, int](), set[int]()
     while len(codes) < len(children):
         for child in children:
-            if child in codes:
-                continue
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                codes[child] = 137 if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
-                if codes[child] == 137 and kill and kill.group:
-                    for other in children:
-                        if other not in codes:
-                            os.kill(other, signal.SIGKILL)
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"a rank still runs {PATIENCE:.0f} s after another died: {codes}")
+            if child not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
+                codes[child] = 137 if os.WIFSIGNALED(ended[1]) else os.waitstatus_to_exitcode(ended[1])
+        seconds = time.monotonic() - started
+        if seconds > PATIENCE:
+            raise RuntimeError(f"a rank still runs {PATIENCE:.0f} s after the attempt began: {codes}")
+        if not victims and attempt.seconds and seconds > attempt.seconds:
+            victims = {children[attempt.rank]}
+        if attempt.group and (victims or 137 in codes.values()):
+            victims = set(children)
+        for victim in victims - set(codes):  # not yet waited for, so their ids are still theirs
+            os.kill(victim, signal.SIGKILL)
         time.sleep(0.01)
     return [codes[child] for child in children]
 

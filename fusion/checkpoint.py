@@ -98,7 +98,8 @@ def commit(
     }
     url = storage.join(folder, MANIFEST)
     check_lease()
-    storage.remove(url)  # of one that was damaged, and so passed over
+    if storage.exists(url):  # of one that was damaged, and so passed over
+        storage.remove(url)
     _write_history(run, snapshot.state["history"])
     written = write_files(folder, files)
     manifest = CheckpointManifest(schema=1, files=written, step=snapshot.step, **snapshot.facts, **lineage)

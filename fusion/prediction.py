@@ -82,13 +82,14 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         settings = replace(settings, date=place.on_main(settings.day))  # one day for all ranks, also around midnight
         run, config, chosen, data = open_run(settings, config_class, place)
         origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data))
+        parts = parts_folder(storage.join(settings.output, "parts", settings.name), origin, place)
         if place.on_main(lambda: submission.reuse(settings, origin)):
+            place.on_main(lambda: discard(parts))  # of one that was killed after it had published
             return
         model = load_model(chosen, config, build_network, place)
         table = place.on_main(lambda: read_table(data, "test", priced=False))
         store = load(data, "test", config.bindings(), table.ids, place, max_missing=config.max_missing)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
-        parts = parts_folder(storage.join(settings.output, "parts", settings.name), origin, place)
         prices = compute_parts(pricing(model), store.resident_on(place.device), place, parts)["price"]
         if place.on_main(lambda: submission.origin_of(run, chosen, config, data)) != origin:
             raise UnreachableError(

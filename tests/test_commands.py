@@ -1,4 +1,7 @@
-"""What a user sees when something is wrong: an exit code and two lines, through the real commands."""
+"""What a user sees when something is wrong: an exit code and two lines.
+
+Most commands run in this process, as `main`; those of `run_command` are processes, as a user starts them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -15,11 +19,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import fusion.qwen_clip.evaluate_by_groups
+import fusion.qwen_clip.predict_test
+import fusion.qwen_clip.train
+from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from tests.conftest import SMALL, Done, run_command, upload
 from tests.s3_server import READER_KEY, READER_SECRET, S3Server
 
 Damage = Callable[[Path], None]
+Main = Callable[[list[str]], int]
 
 
 def table(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
@@ -97,17 +106,44 @@ def check_error(done: Done, code: int, expected: str) -> None:
         )
 
 
+class Here:
+    """Runs a command in this process; what it sets for all of the process is as before at the end of the test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(storage, "_patience", storage._patience)
+        self.capsys = capsys
+
+    def __call__(self, main: Main, *flags: str) -> Done:
+        self.capsys.readouterr()
+        code = main(list(flags))
+        said = self.capsys.readouterr()
+        return Done(code, said.out, said.err)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    return Here(monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input(case: str, catalog: Path, tmp_path: Path) -> None:
+def test_bad_input(case: str, catalog: Path, tmp_path: Path, here: Here) -> None:
     damage, code, expected = BAD_INPUT[case]
     data = tmp_path / "data"
     shutil.copytree(catalog, data)
     damage(data)
     flags = ["--data", str(data), "--output", str(tmp_path / "out"), *SMALL, "--epochs", "1"]
-    check_error(run_command("fusion.all_embeddings.train", *flags), code, expected)
+    check_error(here(train.main, *flags), code, expected)
     if code:
         end = json.loads(next((tmp_path / "out").rglob("exit.json")).read_text())
         assert end["code"] == code and end["error"] and end["to_do"]
+
+
+def test_bad_input_of_a_process(catalog: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(catalog, data)
+    clip(data).write_bytes(clip(data).read_bytes()[:900])
+    flags = ["--data", str(data), "--output", str(tmp_path / "out"), *SMALL, "--epochs", "1"]
+    check_error(run_command("fusion.all_embeddings.train", *flags), 65, "no complete Parquet")
 
 
 @pytest.mark.parametrize(
@@ -128,35 +164,33 @@ def test_bad_input(case: str, catalog: Path, tmp_path: Path) -> None:
         (["--device", "cuda"], 78, "finds no GPU"),
     ],
 )
-def test_bad_settings(flags: list[str], code: int, expected: str, tmp_path: Path) -> None:
-    done = run_command("fusion.all_embeddings.train", "--output", str(tmp_path), *flags)
-    check_error(done, code, expected)
+def test_bad_settings(flags: list[str], code: int, expected: str, tmp_path: Path, here: Here) -> None:
+    check_error(here(train.main, "--output", str(tmp_path), *flags), code, expected)
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_bad_settings_in_the_environment_and_in_a_file(tmp_path: Path) -> None:
+def test_bad_settings_in_the_environment_and_in_a_file(tmp_path: Path, here: Here) -> None:
     check_error(run_command("fusion.qwen_clip.train", env={"FUSION_EPOCHS": "-1"}), 78, "(in the environment)")
     for text, expected in (('{"epoch": 3}', "did you mean 'epochs'?"), ("[1", "neither JSON nor TOML")):
         (tmp_path / "c.json").write_text(text)
-        check_error(run_command("fusion.qwen_clip.train", "--config", str(tmp_path / "c.json")), 78, expected)
+        check_error(here(fusion.qwen_clip.train.main, "--config", str(tmp_path / "c.json")), 78, expected)
 
 
-def test_a_run_with_other_dims_than_the_test_data(catalog: Path, tmp_path: Path) -> None:
+def test_a_run_with_other_dims_than_the_test_data(catalog: Path, tmp_path: Path, here: Here) -> None:
     data, where = tmp_path / "data", ["--output", str(tmp_path / "out")]
     shutil.copytree(catalog, data)
     assert train.main(["--data", str(data), *where, *SMALL, "--epochs", "1"]) == 0
     path = data / "embeddings" / "test" / "clip_image.parquet"
     embeddings(path, lambda t: t.assign(embedding=[vector[:7] for vector in t["embedding"]]))
-    done = run_command("fusion.all_embeddings.predict_test", *where)
+    done = here(predict_test.main, *where)
     check_error(done, 65, "clip_image has 7 dimensions")
     assert "the model was trained with 12" in done.err
 
 
-def test_commands_that_find_no_run(tmp_path: Path) -> None:
-    for job in ("predict_test", "evaluate_by_groups"):
-        done = run_command(f"fusion.qwen_clip.{job}", "--output", str(tmp_path))
-        check_error(done, 65, "no finished run of qwen_clip")
-        done = run_command(f"fusion.qwen_clip.{job}", "--run-dir", str(tmp_path / "nothing"))
+def test_commands_that_find_no_run(tmp_path: Path, here: Here) -> None:
+    for job in (fusion.qwen_clip.predict_test, fusion.qwen_clip.evaluate_by_groups):
+        check_error(here(job.main, "--output", str(tmp_path)), 65, "no finished run of qwen_clip")
+        done = here(job.main, "--run-dir", str(tmp_path / "nothing"))
         check_error(done, 65, "config.json does not exist")
 
 
@@ -216,12 +250,28 @@ def test_an_unknown_column_to_group_by(catalog: Path, tmp_path: Path, capsys: py
     ids=["wrong secret", "reader", "nobody there", "no output bucket", "no data bucket"],
 )
 def test_the_store_refuses(
-    environment: dict[str, str], code: int, expected: str, bucket: str, s3: S3Server, catalog: Path
+    environment: dict[str, str],
+    code: int,
+    expected: str,
+    bucket: str,
+    catalog: Path,
+    here: Here,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     upload(catalog, bucket)
     places = {"FUSION_DATA": bucket, "FUSION_OUTPUT": f"{bucket}/out", "FUSION_STORE_TIMEOUT": "1"}
-    done = run_command("fusion.all_embeddings.train", *SMALL, env={**s3.environment(), **places, **environment})
-    check_error(done, code, expected)
+    for name, value in {**places, **environment}.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients keep what they were made with
+    check_error(here(train.main, *SMALL), code, expected)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_the_store_refuses_a_process(bucket: str, s3: S3Server, catalog: Path) -> None:
+    upload(catalog, bucket)
+    places = {"FUSION_DATA": bucket, "FUSION_OUTPUT": f"{bucket}/out", "AWS_SECRET_ACCESS_KEY": "wrong"}
+    done = run_command("fusion.all_embeddings.train", *SMALL, env={**s3.environment(), **places})
+    check_error(done, 77, "no access to s3://")
 
 
 @pytest.mark.parametrize("job", ["train", "evaluate_by_groups", "predict_test"])

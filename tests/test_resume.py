@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from benchmarks.boundaries import ALL, KINDS, Boundary
 from fusion import checkpoint, manifests, pointers, storage, verify
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.errors import SupersededError, UnreachableError
@@ -393,16 +394,33 @@ def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(catalog: Path, tmp_pat
     assert json.loads((tmp_path / "runs/r/attempts/1/exit.json").read_text())["code"] == 130
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 15), (2, 10)])
-def test_killed_anywhere_on_s3(ranks: int, kills: int, bucket: str, catalog: Path) -> None:
+def planned(ranks: int) -> list[Boundary]:
+    """Every other kind of boundary, once: before it, inside it or after it. The two cases together strike all kinds."""
+    whens = {kind: [boundary for boundary in ALL if boundary.kind == kind] for kind in KINDS}
+    return [choices[i % len(choices)] for i, choices in enumerate(list(whens.values())[ranks - 1 :: 2])]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_anywhere_on_s3(ranks: int, bucket: str, catalog: Path) -> None:
     upload(catalog, f"{bucket}")
+    wanted = planned(ranks)
+    kills = len(wanted) + 3  # at random moments
     command = [sys.executable, str(ROOT / "benchmarks" / "kill_anywhere.py"), "--data", bucket]
     command += ["--output", f"{bucket}/out", "--kills", str(kills), "--ranks", str(ranks), "--seed", "1"]
+    command += ["--times", "1", "--at", *map(str, wanted)]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["kills"] >= kills
+    tally = json.loads(done.stdout.splitlines()[-1])
+    assert tally["kills"] >= kills and tally["at random"] >= 3
+    assert [boundary for boundary in wanted if not tally["boundaries"][boundary.kind].get(boundary.when)] == []
+
+
+def test_the_kills_of_both_cases_are_at_every_kind_of_boundary() -> None:
+    both = [*planned(1), *planned(2)]
+    assert sorted(boundary.kind for boundary in both) == sorted(KINDS)
+    assert {boundary.when for boundary in both} == {"before", "inside", "after"}
 
 
 def test_a_prediction_killed_before_its_pointer_is_repeated(catalog: Path, tmp_path: Path, undisturbed: Path) -> None:

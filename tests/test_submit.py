@@ -13,7 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -22,6 +25,7 @@ from fusion.errors import ConfigError, UsageError
 from jobs.clusters import slurm_settings
 from jobs.clusters.description import Job, frozen
 from jobs.clusters.slurm_settings import Cluster
+from jobs.submit import main
 from tests.conftest import SMALL, Done
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +58,22 @@ def submit(*flags: str, env: dict[str, str] | None = None) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+def here(*flags: str, env: dict[str, str] | None = None) -> Done:
+    """As `submit`, in this process, whose environment and folder are as before afterwards: for what starts nothing."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("FUSION_", "AWS_"))}
+    out, err = StringIO(), StringIO()
+    with (
+        patch.dict(os.environ, {**clean, "HOME": "/home/ada", **(env or {})}, clear=True),
+        chdir(ROOT),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        code = main(flags)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
 def rendered(case: str) -> str:
-    done = submit("--dry-run", *CASES[case])
+    done = here("--dry-run", *CASES[case])
     assert (done.code, done.err) == (0, "")
     return done.out
 
@@ -97,10 +115,15 @@ def test_scripts_are_bash(case: str) -> None:
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_anything_is_sent(flags: str, code: int, said: str) -> None:
-    done = submit(*flags.split())
+    done = here(*flags.split())
     assert (done.code, done.out) == (code, "")
     assert done.err.startswith(f"error: {said}"), done.err
     assert done.err.count("\n") == 2, done.err
+
+
+@pytest.mark.parametrize("flags", ["--cluster=k8s --dry-run", "--cluster=slurm --nodes=0"])
+def test_as_a_process_it_says_the_same(flags: str) -> None:
+    assert submit(*flags.split()) == here(*flags.split())
 
 
 def test_settings_are_frozen_as_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +180,7 @@ def test_credentials_are_read_by_the_job_and_open_to_nobody_else(tmp_path: Path)
         cluster.check_credentials()
     keys.chmod(0o600)
     cluster.check_credentials()
-    done = submit(
+    done = here(
         "--cluster=slurm", f"--settings={tmp_path}/cluster.toml", "--dry-run", env={"AWS_SECRET_KEY": "hunter2"}
     )
     assert done.code == 0
@@ -206,7 +229,7 @@ def test_a_prediction_is_left_out_while_nothing_has_changed(catalog: Path, tmp_p
 
 def test_the_scrontab_sends_the_prediction_that_kubernetes_runs_every_night() -> None:
     (line,) = (one for one in (ROOT / "slurm" / "scrontab").read_text().splitlines() if not one.startswith("#"))
-    done = submit("--dry-run", *shlex.split(line.partition("jobs/submit.py")[2]))
+    done = here("--dry-run", *shlex.split(line.partition("jobs/submit.py")[2]))
     assert done.code == 0, done.err
     night = yaml.safe_load((ROOT / "k8s" / "predict-nightly.yaml").read_text())["spec"]["jobTemplate"]["spec"]
     _, *command = night["template"]["spec"]["containers"][0]["args"]

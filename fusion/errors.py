@@ -26,7 +26,7 @@ class ExitCode(IntEnum):
 
 
 class FusionError(Exception):
-    """An error with an exit code, one sentence for what is wrong and one for what to do.
+    """An error with an exit code, one line for what is wrong and one for what to do.
 
     >>> print(DataError("train.csv has no column 'price'", "add the column").report())
     error: train.csv has no column 'price'
@@ -37,7 +37,7 @@ class FusionError(Exception):
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message, remedy)  # both, so that the error survives pickling between ranks
-        self.message, self.remedy = message, remedy
+        self.message, self.remedy = (" ".join(text.splitlines()) for text in (message, remedy))
 
     def __str__(self) -> str:
         return self.message

@@ -12,7 +12,7 @@ import fsspec
 
 from fusion import storage
 from fusion.config import RunConfig
-from fusion.errors import ExitCode, UnreachableError
+from fusion.errors import ExitCode
 from jobs.checks.findings import Finding, Job, fail, ok, warn
 from jobs.checks.settings import read_settings
 
@@ -77,7 +77,7 @@ def clock(job: Job) -> Finding | None:
     if not buckets:
         return None
     before = datetime.now(UTC)
-    said = _date_header(buckets[0])
+    said = storage.retrying(f"s3://{buckets[0]}", lambda: _date_header(buckets[0]))
     if said is None:
         return warn("the store does not say what time it is", "compare the clock of this machine yourself: `date -u`")
     here = before + (datetime.now(UTC) - before) / 2
@@ -93,14 +93,10 @@ def clock(job: Job) -> Finding | None:
 
 
 def _date_header(bucket: str) -> str | None:
-    """The Date of an answer to an unsigned request: whatever else it says, it comes from the store.
-
-    Raises:
-        UnreachableError: there is no answer.
-    """
+    """The Date of an answer to an unsigned request: whatever else it says, it comes from the store."""
     from botocore import UNSIGNED
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import ClientError
     from botocore.session import get_session
 
     asked = Config(signature_version=UNSIGNED, connect_timeout=5, read_timeout=5, retries={"total_max_attempts": 1})
@@ -111,10 +107,6 @@ def _date_header(bucket: str) -> str | None:
         answer = client.head_bucket(Bucket=bucket)
     except ClientError as error:
         answer = error.response
-    except BotoCoreError as error:
-        raise UnreachableError(
-            f"{client.meta.endpoint_url} does not answer ({error})", "check endpoint and network"
-        ) from error
     headers = answer["ResponseMetadata"]["HTTPHeaders"]
     return str(headers["date"]) if "date" in headers else None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from enum import IntEnum
 from typing import NoReturn
 
@@ -61,6 +62,13 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(wrong, known, n=1) if wrong not in known else []
         remedy = f"did you mean {near[0]}? " if near else ""
         raise UsageError(message, f"{remedy}`{self.prog} --help` lists all flags")
+
+
+def seconds(text: str) -> float:
+    """Type of a flag that is a time."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"is {text}, expected 0 or more")
+    return float(text)
 
 
 class DataError(FusionError):

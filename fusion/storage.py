@@ -36,6 +36,10 @@ def set_patience(seconds: float) -> None:
     _patience = seconds
 
 
+def patience() -> float:
+    return _patience
+
+
 def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *parts])
 

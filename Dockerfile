@@ -1,7 +1,11 @@
-# One image trains, evaluates and predicts. `make image` builds it; README, "The image", has the build arguments.
-#
-# The base is pinned to a full version. To pin its content as well, give the digest that your registry shows:
-#   --build-arg BASE=registry.example.com/python:3.11.15-slim-bookworm@sha256:…
+# One image trains, evaluates and predicts: `make image IMAGE_FLAGS="--build-arg EXTRAS=gcs"`. Build arguments:
+#   BASE         a Debian with Python 3.11 or later and pip, pinned to a full version. To pin its content as well, give the
+#                digest that your registry shows: registry.example.com/python:3.11.15-slim-bookworm@sha256:…
+#   TORCH_INDEX  where torch alone comes from; empty: from pip's own index, like all the rest. For CPUs every version is
+#                one of constraints.txt; another index brings NVIDIA's libraries in the versions that its torch asks for.
+#   EXTRAS       extras of pyproject.toml, by commas: gcs for gs://
+#   SOURCE       a URL for the label of that name
+#   VERSION, REVISION, CREATED  for labels and run.json; `make image` takes them from the code and its commit
 ARG BASE=docker.io/library/python:3.11.15-slim-bookworm
 
 FROM ${BASE} AS packages
@@ -10,10 +14,8 @@ WORKDIR /src
 RUN python3 -m venv --without-pip /opt/venv
 COPY constraints.txt pyproject.toml ./
 # torch alone comes from TORCH_INDEX, all else from pip's own index: neither can slip in a package of the other.
-# Empty: torch comes from pip's own index as well.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python3 -m pip --python /opt/venv/bin/python install --no-deps ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torch
-# Extras of pyproject.toml, by commas: gcs for gs://.
 ARG EXTRAS=
 RUN python3 -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 extras = [project['optional-dependencies'][name] for name in os.environ.get('EXTRAS', '').split(',') if name]; \

@@ -72,7 +72,9 @@ class StoreConfig:
         pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "machine", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    store_timeout: float = setting(60.0, "seconds to retry a store that does not answer", "machine", ge=0)
+    store_timeout: float = setting(
+        60.0, "seconds to retry a store that does not answer", "machine", ge=0, allow_inf_nan=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -91,7 +93,9 @@ class RunConfig(StoreConfig):
     folds: int | None = setting(None, "number of folds; replaces --val-fraction", "data", ge=2)
     fold: int = setting(0, "which of the --folds validates, from 0", "data", ge=0)
 
-    model: Literal["concat", "fusion"] = setting("fusion", "concat is the base, fusion the default model", "model")
+    model: Literal["concat", "fusion"] = setting(
+        "fusion", "concat: plain baseline; fusion: attention and mixture of experts", "model"
+    )
     width: int = setting(512, "features that each source is brought to", "model", ge=1)
     n_heads: int = setting(8, "attention heads", "model", ge=1)
     n_experts: int = setting(3, "experts in the mixture", "model", ge=1)
@@ -103,10 +107,10 @@ class RunConfig(StoreConfig):
     batch_size: int = setting(256, "rows a step, over all ranks together", "training", ge=1)
     lr: float = setting(1e-3, "learning rate of AdamW", "training", gt=0)
     weight_decay: float = setting(1e-4, "weight decay of AdamW", "training", ge=0)
-    clip: float = setting(1.0, "largest norm of the gradient", "training", gt=0)
+    clip: float = setting(1.0, "gradients are clipped to this L2 norm", "training", gt=0)
     lr_patience: int = setting(3, "epochs without progress before the learning rate falls", "training", ge=0)
-    lr_factor: float = setting(0.5, "factor by which it falls", "training", gt=0, lt=1)
-    min_lr: float = setting(1e-6, "where it stops falling", "training", ge=0)
+    lr_factor: float = setting(0.5, "factor applied to the learning rate when progress stalls", "training", gt=0, lt=1)
+    min_lr: float = setting(1e-6, "smallest learning rate", "training", ge=0)
     patience: int = setting(15, "epochs without a better validation SMAPE before training stops", "training", ge=1)
     seed: int = setting(41, "seed of the split, the weights, the row order and dropout", "training", ge=0)
     checkpoint_seconds: float = setting(60.0, "seconds between checkpoints, at most one in flight", "stopping", ge=0)
@@ -181,7 +185,7 @@ class PredictConfig(ReadRunConfig):
     max_training_drift: float = setting(
         3.0, "largest factor between a quartile of these prices and of the training prices", "submission", ge=1
     )
-    force: bool = setting(False, "publish what does not pass these checks", "submission")
+    force: bool = setting(False, "publish even if the checks above fail", "submission")
 
     def __post_init__(self) -> None:
         try:

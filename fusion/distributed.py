@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from fusion import storage
 from fusion.errors import ConfigError, FusionError
 
 T = TypeVar("T")
@@ -110,18 +111,23 @@ def world(device: str = "auto") -> Iterator[World]:
     place = _place(device)
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend, timeout=_timeout())
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     if backend == "nccl":
         torch.cuda.set_device(place.device)
-        _groups["control"] = dist.new_group(backend="gloo")
+        _groups["control"] = dist.new_group(backend="gloo", timeout=_timeout())
     try:
         yield place
         _wait_for_all(place)
     finally:
         _groups.clear()
         dist.destroy_process_group()
+
+
+def _timeout() -> timedelta:
+    """How long ranks wait for one that reads or writes: several objects, each of which it may ask for again."""
+    return timedelta(seconds=max(600.0, 10 * storage.patience()))
 
 
 def _wait_for_all(place: World) -> None:

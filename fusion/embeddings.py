@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fusion import log, stopping, storage
+from fusion.answers import is_answer
 from fusion.distributed import World
 from fusion.errors import DataError, StopRequested, UnreachableError
 from fusion.inputs import source_files, sources_digest
@@ -213,7 +214,7 @@ def _damage_named(url: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        if storage.is_answer(error):
+        if is_answer(error):
             raise
         reason = str(error).splitlines()[0]
         raise DataError(f"{url} is no complete Parquet file: {reason}", "write or upload the file again") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from enum import IntEnum
 from typing import NoReturn
 
@@ -26,7 +27,7 @@ class ExitCode(IntEnum):
 
 
 class FusionError(Exception):
-    """An error with an exit code, one sentence for what is wrong and one for what to do.
+    """An error with an exit code, one line for what is wrong and one for what to do.
 
     >>> print(DataError("train.csv has no column 'price'", "add the column").report())
     error: train.csv has no column 'price'
@@ -37,7 +38,7 @@ class FusionError(Exception):
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message, remedy)  # both, so that the error survives pickling between ranks
-        self.message, self.remedy = message, remedy
+        self.message, self.remedy = (" ".join(text.splitlines()) for text in (message, remedy))
 
     def __str__(self) -> str:
         return self.message
@@ -61,6 +62,13 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(wrong, known, n=1) if wrong not in known else []
         remedy = f"did you mean {near[0]}? " if near else ""
         raise UsageError(message, f"{remedy}`{self.prog} --help` lists all flags")
+
+
+def seconds(text: str) -> float:
+    """Type of a flag that is a time."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"is {text}, expected 0 or more")
+    return float(text)
 
 
 class DataError(FusionError):

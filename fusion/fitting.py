@@ -121,7 +121,10 @@ class Fit:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def run_epoch(self) -> Iterator[None]:
-        """Goes through what is left of the epoch; pauses at steps where the ranks agree, the same for any number."""
+        """Trains on what is left of the epoch.
+
+        Yields after the steps at which all ranks synchronise; these do not depend on the number of ranks.
+        """
         self.model.train()
         batches = self._batches()
         every = min(AGREE_STEPS, self.config.checkpoint_steps or AGREE_STEPS)
@@ -158,7 +161,7 @@ class Fit:
             self.smape, self.best = smape, _copy(self.model.state_dict())
         self.scheduler.step(smape)
         self.stopping(smape)
-        return facts
+        return facts | {"step": f"{self.step}/{self.config.epochs * self.n_batches}"}
 
     def snapshot(self) -> Snapshot:
         """Everything that going on needs, copied to this process's memory."""

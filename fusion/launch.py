@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion.errors import ExitCode, FusionError, Parser, StopRequested, UsageError
+from fusion.errors import ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.meeting import Meeting, NodesMeeting
 from fusion.ranks import Ending, Group, Rank, Stop
 
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rdzv-endpoint", metavar="ADDR:PORT", default="", help="the same two in one")
     add("--max-restarts", type=_number(0), default=0, help="times that all ranks are started again when one dies; "
         "never after codes that a retry cannot change (64, 65, 75, 77, 78)")  # fmt: skip
-    add("--grace", type=_seconds, default=60.0, help="seconds that the ranks get to end after a stop signal (SIGTERM, "
+    add("--grace", type=seconds, default=60.0, help="seconds that the ranks get to end after a stop signal (SIGTERM, "
         "SIGINT, SIGUSR1, SIGUSR2), which reaches them as one SIGTERM")  # fmt: skip
     add("module", help="module to run, such as fusion.all_embeddings.train")
     add("arguments", nargs=argparse.REMAINDER, help="its arguments")
@@ -189,12 +189,6 @@ def _number(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
-
-
-def _seconds(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"is {text}, expected at least 0")
-    return float(text)
 
 
 def _variable(*names: str) -> str | None:

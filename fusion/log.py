@@ -1,4 +1,4 @@
-"""One line an event: `2026-01-02T03:04:05Z info run=… rank=0/8 epoch=3 loss=…`, flushed, on standard error.
+"""One line an event: `2026-01-02T03:04:05Z info run=… rank=0/8 epoch=3 step=1200/8000 loss=…`, flushed, on stderr.
 
 On a terminal there is also a progress bar. Rank 0 says everything, other ranks only warnings. What was said is kept, so
 that a run can store its log.

@@ -6,7 +6,6 @@ into an error that names the URL and the cause.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,22 +19,11 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
-from fusion.errors import ConfigError, CredentialsError, DataError, FusionError, UnreachableError
+from fusion.answers import explained, is_absence, is_silence, named
+from fusion.errors import ConfigError
 
 T = TypeVar("T")
 
-_DENIED = (
-    *("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "Forbidden"),
-    *("NoCredentials", "(400) when calling the Head"),  # the latter: an expired token, to a request without a body
-)
-_SILENT = (
-    *("EndpointConnection", "ConnectTimeout", "ReadTimeout", "ConnectionClosed", "HTTPClient", "ClientConnect"),
-    *("ClientPayload", "ResponseStreaming", "ResponseParser"),  # an answer that broke off, or is no XML
-)
-_BUSY = (
-    *("SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttl"),
-    *("(500)", "(502)", "(503)", "(504)"),  # what the answer to a HEAD, which has no body, says instead
-)
 _TEMPORARY = ".tmp"
 # One attempt a request: `retrying` alone tries again, so that `patience` is what a command waits.
 _S3 = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}}
@@ -97,7 +85,7 @@ def read_if_exists(url: str) -> bytes | None:
     """
 
     def cat() -> bytes | None:
-        with suppress(FileNotFoundError):
+        with _unless_absent(url):
             return _cat(url)
         return None
 
@@ -136,7 +124,7 @@ def remove(url: str) -> None:
 
     def rm() -> None:
         fs, path = _locate(url)
-        with suppress(FileNotFoundError):
+        with _unless_absent(url):
             fs.rm(path, recursive=True)
 
     retrying(url, rm)
@@ -161,7 +149,10 @@ def honours_conditions(folder: str) -> bool:
 def exists(url: str) -> bool:
     def found() -> bool:
         fs, path = _locate(url)
-        return bool(fs.exists(path))
+        with _unless_absent(url):
+            fs.info(path)  # and not fs.exists, to which any file that is missing on this machine is the object
+            return True
+        return False
 
     return retrying(url, found)
 
@@ -202,7 +193,7 @@ def retrying(url: str, action: Callable[[], T]) -> T:
     try:
         return attempts(action)
     except Exception as error:
-        raise _explained(url, error) from error
+        raise explained(url, error) from error
 
 
 def _silent_for(seconds: float) -> Callable[[RetryCallState], bool]:
@@ -225,6 +216,16 @@ def _locate(url: str) -> tuple[Any, str]:
     if settings:
         fs.retries = 1
     return fs, path
+
+
+@contextmanager
+def _unless_absent(url: str) -> Iterator[None]:
+    """Goes on after the block where the object does not exist."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not is_absence(url, error):
+            raise
 
 
 def _is_local(fs: Any) -> bool:
@@ -275,13 +276,12 @@ def _create(url: str, data: bytes) -> bool:
 
 def _read_version(url: str) -> tuple[bytes, str] | None:
     fs, path = _locate(url)
-    try:
+    with _unless_absent(url):
         # The tag first: if the object changes in between, the older tag makes `replace` fail, as it must.
         tag = _tag(fs, path)
         data = bytes(fs.cat_file(path))
-    except FileNotFoundError:
-        return None
-    return data, tag or sha256(data)
+        return data, tag or sha256(data)
+    return None
 
 
 def _tag(fs: Any, path: str) -> str:
@@ -315,7 +315,7 @@ def _conditionally(put: Callable[[], None]) -> bool:
     try:
         put()
     except OSError as error:  # s3fs: FileExistsError or EINVAL, by version
-        if isinstance(error, FileExistsError) or _named(error, ("PreconditionFailed", "ConditionalRequestConflict")):
+        if isinstance(error, FileExistsError) or named(error, ("PreconditionFailed", "ConditionalRequestConflict")):
             return False
         raise
     return True
@@ -331,45 +331,8 @@ def _put_object(fs: Any, path: str, data: bytes) -> None:
 
 def _ls(url: str) -> list[str]:
     fs, path = _locate(url)
-    try:
+    names: list[str] = []
+    with _unless_absent(url):
         names = fs.ls(path, detail=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     found = (name.rstrip("/") for name in names if name.strip("/") != path.strip("/"))
     return sorted(join(url, name.rsplit("/", 1)[-1]) for name in found if not name.endswith(_TEMPORARY))
-
-
-def _named(error: BaseException, names: tuple[str, ...]) -> bool:
-    chain = [error, error.__cause__, error.__context__]
-    said = " ".join(f"{type(link).__name__} {link}" for link in chain if link is not None)
-    return any(name in said for name in names)
-
-
-def is_silence(error: BaseException) -> bool:
-    """Whether the store did not answer, so that asking again may help."""
-    if isinstance(error, FusionError | FileNotFoundError | PermissionError) or _named(error, _DENIED):
-        return False
-    return isinstance(error, ConnectionError | TimeoutError) or _named(error, _SILENT + _BUSY)
-
-
-def is_answer(error: BaseException) -> bool:
-    """Whether an error comes from the store, or its silence, and not from the bytes that were read."""
-    missing = isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError)
-    return missing or is_silence(error) or _named(error, _DENIED)
-
-
-def _explained(url: str, error: Exception) -> Exception:
-    cause = f"{type(error).__name__}: {error}".splitlines()[0]
-    if isinstance(error, FusionError):
-        return error
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return UnreachableError(f"no space is left for {url} ({cause})", "free some, then run it again")
-    if isinstance(error, PermissionError) or _named(error, _DENIED) or getattr(error, "errno", None) == errno.EROFS:
-        return CredentialsError(
-            f"no access to {url} ({cause})", "check credentials, their expiry and their permissions"
-        )
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return DataError(f"{url} does not exist ({cause})", "check the bucket and path; --data and --output name them")
-    if is_silence(error):
-        return UnreachableError(f"{url} does not answer ({cause})", "check endpoint and network, then run it again")
-    return error

@@ -26,7 +26,7 @@ from pydantic import PositiveInt, TypeAdapter
 
 from fusion import storage
 from fusion.command import guarded
-from fusion.errors import CredentialsError, DataError, ExitCode, Parser
+from fusion.errors import CredentialsError, DataError, ExitCode, Parser, seconds
 from fusion.findings import Finding, Report, check_files, check_once, first_line, parsed, read, some
 from fusion.inputs import find_table
 from fusion.manifests import MANIFEST, MODEL, STATE, SUBMISSION
@@ -262,13 +262,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--store-timeout",
         metavar="S",
-        type=float,
+        type=seconds,
         default=environment("FUSION_STORE_TIMEOUT", "60"),
         help="seconds to retry a store that does not answer (default: 60)",
     )
     arguments = parser.parse_args(argv)
-    if not arguments.store_timeout >= 0:
-        parser.error(f"--store-timeout is {arguments.store_timeout}, expected 0 or more")
     try:
         fsspec.get_filesystem_class(fsspec.utils.get_protocol(arguments.url))
     except (ValueError, ImportError) as error:

@@ -18,9 +18,10 @@ from dataclasses import asdict
 
 from fusion import storage
 from fusion.command import guarded
-from fusion.errors import ExitCode, FusionError, Parser
+from fusion.errors import ExitCode, FusionError, Parser, seconds
 from jobs.checks import machine, store
 from jobs.checks.findings import Check, Finding, Job, fail, warn
+from jobs.clusters.description import config_class
 
 # What waiting mends comes last: a scheduler may try 69 again, and must not where something else is wrong as well.
 WORST_FIRST = (ExitCode.CREDENTIALS, ExitCode.CONFIG, ExitCode.DATA, ExitCode.BUG, ExitCode.UNREACHABLE)
@@ -41,17 +42,17 @@ CHECKS = (
     Check("folders", "temporary files and caches can be written", machine.folders),
     Check("names", "host names resolve", machine.names),
     Check("cluster", "what runs this, and how long it still may", machine.cluster),
-    Check("grace", "a stop has as long as everybody believes", machine.grace, needs="settings"),
+    Check("grace", "training's grace period fits the launcher's", machine.grace, needs="settings"),
 )
 
 
 def examine(job: Job, checks: Sequence[Check], say: Callable[[str, Finding], None]) -> dict[str, Finding]:
     """What every check found, by its name; `say` is told each as it is found."""
     findings: dict[str, Finding] = {}
-    missed: set[str] = set()  # failed, or not looked at
+    missed: set[str] = set()  # failed or skipped
     for check in checks:
         if check.needs in missed:
-            finding: Finding | None = warn(f"not looked at, for want of {check.needs}", f"mend {check.needs} first")
+            finding: Finding | None = warn(f"skipped: needs check {check.needs}", f"mend {check.needs} first")
         else:
             finding = look(check, job)
         if finding is not None:
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", metavar="URL", default=environment("FUSION_OUTPUT", "output"), help="bucket or folder of the output"
     )
     add("--variant", help="qwen_clip or all_embeddings: also look for its sources")
-    add("--store-timeout", metavar="S", type=float, default=environment("FUSION_STORE_TIMEOUT", "5"),
+    add("--store-timeout", metavar="S", type=seconds, default=environment("FUSION_STORE_TIMEOUT", "5"),
         help="seconds to retry a store that does not answer (default: 5)")  # fmt: skip
     add(
         "--only",
@@ -116,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
 def _job(argv: Sequence[str] | None) -> ExitCode:
     given = _parser().parse_args(argv)
     storage.set_patience(given.store_timeout)
+    if given.variant:
+        config_class(given.variant, "train")  # is there one?
     checks = [check for check in CHECKS if not given.only or check.name in given.only]
     job = Job(given.output, given.data, given.variant)
     findings = examine(job, checks, (lambda *_: None) if given.json else _print)

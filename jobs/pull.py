@@ -25,7 +25,7 @@ from typing import Any
 
 from fusion import storage
 from fusion.command import guarded
-from fusion.errors import DataError, ExitCode, Parser, UsageError
+from fusion.errors import DataError, ExitCode, Parser, UsageError, seconds
 from fusion.manifests import STATE, SUBMISSION
 from jobs.results import shown
 from jobs.results.bucket import list_runs, list_submissions
@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         patience = os.environ.get("FUSION_STORE_TIMEOUT", "60")
         made.add_argument("--output", metavar="URL", default=os.environ.get("FUSION_OUTPUT", "output"),
             help="bucket or folder with runs/ and submissions/ (default: FUSION_OUTPUT, else output)")  # fmt: skip
-        made.add_argument("--store-timeout", metavar="S", type=_seconds, default=patience,
+        made.add_argument("--store-timeout", metavar="S", type=seconds, default=patience,
             help="seconds to retry a store that does not answer (default: 60)")  # fmt: skip
         return made
 
@@ -200,12 +200,6 @@ def _add_pulls(command: Callable[..., Parser]) -> None:
         either.add_argument(
             "--check", action="store_true", help="fetch nothing; end with 65 if FOLDER differs from the manifests"
         )
-
-
-def _seconds(text: str) -> float:
-    if not float(text) >= 0:
-        raise argparse.ArgumentTypeError(f"is {text}, expected 0 or more")
-    return float(text)
 
 
 def _job(argv: Sequence[str] | None) -> ExitCode:

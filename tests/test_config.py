@@ -98,3 +98,9 @@ def test_a_misspelt_variable_is_said(monkeypatch: pytest.MonkeyPatch, capsys: py
     parse(EvaluateConfig, [], prog="x", description="")
     (line,) = capsys.readouterr().err.splitlines()
     assert "event=unknown_variable name=FUSION_PRECISON did_you_mean=FUSION_PRECISION" in line
+
+
+@pytest.mark.parametrize("seconds", ["-1", "inf", "nan"])
+def test_the_patience_with_a_store_is_a_time(seconds: str) -> None:
+    with pytest.raises(ConfigError, match="--store-timeout is "):
+        read("--store-timeout", seconds)

@@ -110,7 +110,7 @@ def test_nobody_answers(place: str, s3: S3Server) -> None:
     assert code == 69
     assert [(one["verdict"], one["code"]) for one in found.values()] == [("fail", 69)] * 3 + [("warn", 0)] * 2
     assert "does not answer" in found["store"]["found"] and "does not answer" in found["clock"]["found"]
-    assert found["writable"]["found"] == "not looked at, for want of store"
+    assert found["writable"]["found"] == "skipped: needs check store"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,20 @@ def test_data_that_lacks_something(catalog: Path, place: str) -> None:
     assert (code, verdict) == (65, "fail") and "has no sources; it has nothing" in found
     storage.remove(f"{place}/data/train.csv")
     assert only("data")[0] == 65
-    assert only("data", "--variant", "none_such")[::2] == (78, "there is no variant 'none_such'")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--variant", "none_such"], "--variant is 'none_such', expected one of all_embeddings, qwen_clip"),
+        (["--store-timeout", "-1"], "--store-timeout: is -1, expected 0 or more"),
+        (["--store-timeout", "nan"], "--store-timeout: is nan, expected 0 or more"),
+        (["--store-timeout", "soon"], "--store-timeout: invalid seconds value: 'soon'"),
+    ],
+)
+def test_usage(flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor_main(flags) == 64
+    assert expected in capsys.readouterr().err.splitlines()[0]
 
 
 class Careless(MemoryFileSystem):  # type: ignore[misc]
@@ -260,6 +273,12 @@ def test_credentials_of_the_environment(profile: Path) -> None:
     assert only("credentials", **token, AWS_CREDENTIAL_EXPIRATION=in_minutes(5))[1] == "warn"
     assert only("credentials", **token, AWS_CREDENTIAL_EXPIRATION=in_minutes(500))[1] == "ok"
     assert only("credentials", **token, AWS_CREDENTIAL_EXPIRATION=in_minutes(-5))[0] == 77
+
+
+def test_a_profile_that_does_not_exist(profile: Path) -> None:
+    code, found = doctor("--only", "credentials", "store", "clock", "data", AWS_PROFILE="nope")
+    assert code == 77
+    assert {name: one["code"] for name, one in found.items()} == dict.fromkeys(found, 77)
 
 
 def test_no_credentials_at_all(profile: Path) -> None:

@@ -267,7 +267,7 @@ def test_a_stop_while_node_0_is_not_there(start: Start) -> None:
         ([], "the following arguments are required"),
         (["fusion.absent"], "there is no module 'fusion.absent'"),
         (["absent.too"], "there is no module 'absent.too'"),
-        (["--grace=-1", "fusion.launch"], "--grace: is -1, expected at least 0"),
+        (["--grace=-1", "fusion.launch"], "--grace: is -1, expected 0 or more"),
         (["--nnodes=2", "fusion.launch"], "--node-rank is None"),
         (["--nnodes=2", "--node-rank=2", "fusion.launch"], "--node-rank is 2"),
         (["--nnodes=2", "--node-rank=0", "fusion.launch"], "node 0 is ?:29500"),

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from fusion import log
+from fusion.all_embeddings import train
 from tests.conftest import SMALL
 
 LINE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ info run=r rank=0/2 event=x text=\"a b\" loss=0\.123457\n"
@@ -43,6 +45,15 @@ def test_a_terminal_gets_a_bar(catalog: Path, tmp_path: Path) -> None:
     os.close(ours)
     assert job.wait(60) == 0
     assert b"epoch 1" in said and b"epoch=1" in said
+
+
+def test_epochs_say_how_far_they_are(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "3", "--run-id", "r"]
+    assert train.main(flags) == 0
+    steps = pd.read_csv(tmp_path / "runs/r/metrics/epochs.csv")["step"].tolist()
+    assert steps == [steps[0], 2 * steps[0], 3 * steps[0]]
+    lines = [line.split() for line in capsys.readouterr().err.splitlines() if " smape=" in line and " rows_s=" in line]
+    assert [line[5] for line in lines] == [f"step={step}/{steps[-1]}" for step in steps]
 
 
 def read(terminal: int) -> bytes:

@@ -87,6 +87,23 @@ def test_every_golden_file_has_its_case() -> None:
     assert {path.stem for path in GOLDEN.iterdir()} == set(CASES)
 
 
+@pytest.mark.parametrize(
+    ("flags", "device", "expected"),
+    [
+        (["--gpus-per-node=4"], {}, True),
+        ([], {}, True),
+        (["--task=predict"], {}, False),
+        (["--gpus-per-node=0"], {}, False),
+        (["--gpus-per-node=4", "--", "--device=cpu"], {}, False),
+        (["--gpus-per-node=4"], {"FUSION_DEVICE": "cpu"}, False),
+    ],
+)
+def test_a_slurm_job_that_asks_for_gpus_demands_them(flags: list[str], device: dict[str, str], expected: bool) -> None:
+    done = submit("--cluster=slurm", "--dry-run", *flags, env=device)
+    assert done.code == 0, done.err
+    assert ("export FUSION_DEVICE=cuda" in done.out) == expected
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("slurm")])
 def test_scripts_are_bash(case: str) -> None:
     subprocess.run(["bash", "-n", str(GOLDEN / f"{case}.txt")], check=True)
@@ -150,7 +167,10 @@ def settings(tmp_path: Path, text: str, task: str = "train") -> Cluster:
     [
         ("partion = 'gpu'", "partion: Unexpected keyword argument"),
         ("time_minutes = 0", "time_minutes: Input should be greater than or equal to 1"),
-        ("time_minutes = 3", "time_minutes = 3 would spend it on being stopped signal_seconds = 120 before its end"),
+        (
+            "time_minutes = 3",
+            "time_minutes = 3 leaves no time to work: the job is told to stop signal_seconds = 120 before its end",
+        ),
         ("signal_seconds = 30", "signal_seconds: Input should be greater than or equal to 90"),
         ("partition", "no TOML"),
         ("[environment]\nAWS_SECRET_ACCESS_KEY = 'x'", "environment holds AWS_SECRET_ACCESS_KEY"),

@@ -305,7 +305,7 @@ def test_a_pointer_that_names_nothing(output: Path, capsys: Capture) -> None:
     assert line.startswith("BAD  test/current.json: expected submission for which")
 
 
-@pytest.mark.parametrize("flags", [[], ["x", "--stor", "1"], ["x", "--store-timeout", "-1"], ["no-such://x"]])
+@pytest.mark.parametrize("flags", [[], ["x", "--stor", "1"], ["x", "--store-timeout", "nan"], ["no-such://x"]])
 def test_usage(flags: list[str], capsys: Capture) -> None:
     assert main(flags) == 64
     assert len(capsys.readouterr().err.splitlines()) == 2

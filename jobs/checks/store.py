@@ -12,7 +12,7 @@ import fsspec
 
 from fusion import storage
 from fusion.config import RunConfig
-from fusion.errors import ExitCode, UnreachableError
+from fusion.errors import ExitCode
 from jobs.checks.findings import Finding, Job, fail, ok, warn
 from jobs.checks.settings import read_settings
 
@@ -76,7 +76,7 @@ def clock(job: Job) -> Finding | None:
     buckets = _buckets(job)
     if not buckets:
         return None
-    skew = _skew(buckets[0])
+    skew = storage.retrying(f"s3://{buckets[0]}", lambda: _skew(buckets[0]))
     if skew is None:
         return warn("the store does not say what time it is", "compare the clock of this machine yourself: `date -u`")
     ahead = f"{abs(skew).total_seconds():.0f} s {'ahead of' if skew > timedelta() else 'behind'} the store's"
@@ -90,14 +90,10 @@ def clock(job: Job) -> Finding | None:
 
 
 def _skew(bucket: str) -> timedelta | None:
-    """This clock less the Date of an answer to an unsigned request: whatever else it says, it comes from the store.
-
-    Raises:
-        UnreachableError: there is no answer.
-    """
+    """This clock less the Date of an answer to an unsigned request: whatever else it says, it comes from the store."""
     from botocore import UNSIGNED
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import ClientError
     from botocore.session import get_session
 
     asked = Config(signature_version=UNSIGNED, connect_timeout=5, read_timeout=5, retries={"total_max_attempts": 1})
@@ -109,10 +105,6 @@ def _skew(bucket: str) -> timedelta | None:
         answer = client.head_bucket(Bucket=bucket)
     except ClientError as error:
         answer = error.response
-    except BotoCoreError as error:
-        raise UnreachableError(
-            f"{client.meta.endpoint_url} does not answer ({error})", "check endpoint and network"
-        ) from error
     here = before + (datetime.now(UTC) - before) / 2
     headers = answer["ResponseMetadata"]["HTTPHeaders"]
     return here - parsedate_to_datetime(headers["date"]) if "date" in headers else None

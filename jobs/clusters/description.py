@@ -72,7 +72,12 @@ def variants() -> list[str]:
 
 
 def config_class(variant: str, task: str) -> type[Any]:
-    """The settings that a task of a variant takes."""
+    """The settings that a task of a variant takes.
+
+    Raises:
+        UsageError: there is no such variant.
+    """
+    _expect_one_of("--variant", variant, variants())
     trains: type[RunConfig] = import_module(f"fusion.{variant}.config").Config
     return {"train": trains, "evaluate": EvaluateConfig, "predict": PredictConfig}[task]
 

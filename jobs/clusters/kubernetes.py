@@ -1,8 +1,8 @@
 """Jobs on Kubernetes: the files of `k8s/` are the templates, and `kubectl` sends what becomes of them.
 
-With nothing but a variant and a task this is the file itself; of the nightly prediction, without its flags, as those of
-a job are the same on every cluster. What differs goes into the command's arguments, the
-number of nodes, the GPUs and the image; such a job has a name of its own, which ends with a digest of its settings.
+Given only a variant and a task, what is sent is the template itself; of the nightly prediction without its flags, since
+a job has the same flags on every cluster. Anything else that is given changes the command's arguments, the number of
+nodes, the GPUs or the image. Such a job has a name of its own, which ends with a digest of its settings.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ failed() { echo "error: the setup failed at: $1"; echo "to do: correct the setti
 # Nothing of the submitting shell is here (--export=NONE). What is set from here on reaches the steps.
 export SLURM_EXPORT_ENV=ALL"""
 
+DEVICE = "export FUSION_DEVICE=cuda  # a node or a build of torch without GPUs ends the job with 78"
+
 # Slurm signals this shell, and not the steps alone, when it ends the job itself: cancelled, out of time, or requeued.
 TRY = """\
 ended=
@@ -137,6 +139,8 @@ def _executor(jobs: Sequence[Job], cluster: Cluster, max_requeues: int) -> tuple
 
 def _setup(jobs: Sequence[Job], cluster: Cluster) -> list[str]:
     lines = [SETUP, *(f"export {name}={shlex.quote(value)}" for name, value in cluster.exports().items())]
+    if cluster.n_gpus(jobs[0].task, jobs[0].gpus_per_node) and "--device" not in jobs[0].flags:
+        lines += [DEVICE]
     lines += [f"{line} || failed {shlex.quote(line)}" for line in cluster.lines()]
     if jobs[0].nodes > 1:
         lines += [

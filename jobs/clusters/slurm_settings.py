@@ -47,10 +47,9 @@ class Cluster:
         secret = next(filter(SECRET.search, self.environment), None)
         if secret:
             raise ValueError(f"environment holds {secret}, and would be written into the script of the job")
-
         if self.time_minutes * 60 < 2 * self.signal_seconds:
-            stop = f"signal_seconds = {self.signal_seconds} before its end"
-            raise ValueError(f"a job of time_minutes = {self.time_minutes} would spend it on being stopped {stop}")
+            stop = f"the job is told to stop signal_seconds = {self.signal_seconds} before its end"
+            raise ValueError(f"time_minutes = {self.time_minutes} leaves no time to work: {stop}")
 
     def parameters(self, task: str, gpus_per_node: int | None) -> dict[str, Any]:
         """What submitit renders as `#SBATCH`."""
@@ -59,11 +58,14 @@ class Cluster:
         asked |= {"time": self.time_minutes, "cpus_per_task": self.cpus_per_node, "signal_delay_s": self.signal_seconds}
         asked |= {"mem": f"{self.mem_gb}G"} if self.mem_gb else {}
         extra = {"requeue": True, "export": ",".join(self.export) or "NONE", **self.sbatch}
-        return asked | self._gpus(task, gpus_per_node) | {"additional_parameters": extra}
+        return asked | self._gpus(self.n_gpus(task, gpus_per_node)) | {"additional_parameters": extra}
 
-    def _gpus(self, task: str, asked: int | None) -> dict[str, Any]:
+    def n_gpus(self, task: str, asked: int | None) -> int:
+        """GPUs of a node: as many as the job asks for, else as these settings have it."""
         default = self.gpus_per_node if self.gpus_per_node is not None else int(task == "train")
-        n_gpus = default if asked is None else asked
+        return default if asked is None else asked
+
+    def _gpus(self, n_gpus: int) -> dict[str, Any]:
         if not n_gpus:
             return {}
         return {"gres": self.gres.replace("{n}", str(n_gpus))} if self.gres else {"gpus_per_node": n_gpus}

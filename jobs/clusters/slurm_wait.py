@@ -15,7 +15,7 @@ from jobs.clusters.slurm_settings import Cluster
 ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "PREEMPTED": 143, "OUT_OF_MEMORY": 137}
 OVER = {*ENDED_BY_SLURM, "COMPLETED", "FAILED", "NODE_FAIL", "BOOT_FAIL", "REVOKED"} - {"PREEMPTED"}
 POLL = 5  # seconds between two looks at the states
-SETTLE = 2  # seconds for which a job that is requeued may have ended
+SETTLE = 2  # seconds: a job that requeues itself looks finished for a moment, so a final state is looked at twice
 PATIENCE = 300  # seconds for which a sacct that fails is asked again
 
 

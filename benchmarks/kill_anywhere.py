@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -42,7 +43,8 @@ from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 
 SMALL = ["--width", "16", "--n-heads", "2", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu", "--epochs", "4", "--checkpoint-steps", "3", "--run-id", "r"]
-PATIENCE = 60.0  # seconds after which an attempt that still runs counts as hung
+SETTLE = 15.0  # seconds that the others get to end by themselves, as the launcher gives them some
+PATIENCE = 300.0  # seconds after which an attempt that still runs counts as hung
 IN_VAIN = 5  # runs in a row in which no boundary was met: those still owed do not exist
 
 
@@ -221,6 +223,7 @@ def _be_rank(rank: int, ranks: int, port: int, said: IO[bytes]) -> None:
 
 def _wait(children: list[int], attempt: Attempt) -> list[int]:
     started, codes, victims = time.monotonic(), dict[int, int](), set[int]()
+    died = math.inf
     while len(codes) < len(children):
         for child in children:
             if child not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
@@ -230,7 +233,10 @@ def _wait(children: list[int], attempt: Attempt) -> list[int]:
             raise RuntimeError(f"a rank still runs {PATIENCE:.0f} s after the attempt began: {codes}")
         if not victims and attempt.seconds and seconds > attempt.seconds:
             victims = {children[attempt.rank]}
-        if attempt.group and (victims or 137 in codes.values()):
+        if 137 in codes.values():
+            died = min(died, seconds)
+        # A rank that dies before the group has met leaves the others waiting for it.
+        if (attempt.group and (victims or died < math.inf)) or seconds > died + SETTLE:
             victims = set(children)
         for victim in victims - set(codes):  # not yet waited for, so their ids are still theirs
             os.kill(victim, signal.SIGKILL)

@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from fusion.errors import ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.meeting import Meeting, NodesMeeting
-from fusion.ranks import Ending, Group, Rank, Stop
+from fusion.ranks import STOP_SIGNALS, Ending, Group, Rank, Stop
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 FINAL = (ExitCode.DONE, ExitCode.USAGE, ExitCode.DATA, ExitCode.STOPPED, ExitCode.CREDENTIALS, ExitCode.CONFIG)
@@ -218,4 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    for number in STOP_SIGNALS:  # one that comes while Python winds up would end this process in place of its code
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(ended)

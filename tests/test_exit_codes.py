@@ -166,7 +166,8 @@ def test_75_a_stop_while_the_input_is_read(command: str, ranks: int, catalog: Pa
 
 def listens(pid: int) -> bool:
     """Whether the rank catches SIGTERM by now; until it runs its own command, it has the launcher's handlers."""
-    if b"fusion.launch" in Path(f"/proc/{pid}/cmdline").read_bytes():
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    if b"fusion.launch" in command or b"fusion.all_embeddings" not in command:
         return False
     status = Path(f"/proc/{pid}/status").read_text()
     caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
@@ -180,16 +181,16 @@ def wait_for_checkpoint(output: Path, job: Job) -> None:
 
 
 def test_124_a_rank_that_makes_no_progress(catalog: Path, tmp_path: Path) -> None:
-    job = Job(2, "train", *flags_of("train", catalog, tmp_path), *ENDLESS, "--stall-timeout", "3")
+    job = Job(2, "train", *flags_of("train", catalog, tmp_path), *ENDLESS, "--stall-timeout", "8")
     wait_for_checkpoint(tmp_path, job)
     os.kill(job.ranks()[-1], signal.SIGSTOP)  # the other waits for it
     check(job, 124, "rank 0 at step ")
     (folder,) = tmp_path.glob("runs/*/attempts/1")
     end = json.loads((folder / "exit.json").read_text())
-    assert end["code"] == 124 and end["error"].endswith(" made no progress for 3 s") and end["step"] > 0
+    assert end["code"] == 124 and end["error"].endswith(" made no progress for 8 s") and end["step"] > 0
     assert "event=stalled" in (folder / "log.txt").read_text()
     listed = run_command("jobs.pull", "runs", "--output", str(tmp_path)).out
-    assert "failed (124)" in listed and "made no progress for 3 s" in listed
+    assert "failed (124)" in listed and "made no progress for 8 s" in listed
 
 
 @pytest.fixture
@@ -202,7 +203,7 @@ def own_s3(tmp_path: Path) -> Iterator[S3Server]:
 
 def test_124_alone(catalog: Path, own_s3: S3Server) -> None:
     """The store hangs, and the next checkpoint is due: no step is taken until the one in flight is written."""
-    flags = [*flags_of("train", catalog, "s3://fusion-tests/out"), *ENDLESS, "--stall-timeout", "3"]
+    flags = [*flags_of("train", catalog, "s3://fusion-tests/out"), *ENDLESS, "--stall-timeout", "8"]
     flags += ["--checkpoint-steps", "1"]
     job = Job(1, "train", *flags, env=own_s3.environment())
     assert job.process.stderr is not None

@@ -274,7 +274,7 @@ def test_a_stalled_answer_is_given_up(place: Place, monkeypatch: pytest.MonkeyPa
         started = time.monotonic()
         with pytest.raises(UnreachableError, match="does not answer"):
             action()
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 12  # the proxy stalls for 300 s, and the client would wait 15 s each time
     place.proxy.plan = None
     storage.write(f"{place.url}/x", b"1")
     assert storage.read(f"{place.url}/x") == b"1"

@@ -17,35 +17,35 @@ def waits_for_ever():
 
 with watched({timeout}, lambda: "rank 0 at step 7", lambda error: {record}) as watchdog:
     for _ in range(6):
-        time.sleep(0.1)
+        time.sleep({pause})
         {beat}
     {end}
 """
 
 
-def run(timeout: float, beat: str, end: str, record: str = "None") -> subprocess.CompletedProcess[str]:
-    script = SCRIPT.format(timeout=timeout, beat=beat, end=end, record=record)
-    return subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=30)
+def run(timeout: float, pause: float, beat: str, end: str, record: str = "None") -> subprocess.CompletedProcess[str]:
+    script = SCRIPT.format(timeout=timeout, pause=pause, beat=beat, end=end, record=record)
+    return subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
 
 
 def test_no_progress_ends_with_124_and_the_stacks() -> None:
-    done = run(0.5, "watchdog.beat()", "waits_for_ever()", "print(error, flush=True)")
+    done = run(2, 0, "watchdog.beat()", "waits_for_ever()", "print(error, flush=True)")
     assert done.returncode == ExitCode.STALLED
     assert "event=stalled" in done.stderr
     assert "in waits_for_ever" in done.stderr
-    assert done.stdout == "rank 0 at step 7 made no progress for 0.5 s\n"
-    assert "\nerror: rank 0 at step 7 made no progress for 0.5 s\nto do: see the stacks" in done.stderr
+    assert done.stdout == "rank 0 at step 7 made no progress for 2 s\n"
+    assert "\nerror: rank 0 at step 7 made no progress for 2 s\nto do: see the stacks" in done.stderr
 
 
 def test_a_record_that_cannot_be_written_is_not_waited_for() -> None:
     started = time.monotonic()
-    assert run(0.5, "watchdog.beat()", "waits_for_ever()", "time.sleep(1000)").returncode == ExitCode.STALLED
-    assert 5 < time.monotonic() - started < 15
+    assert run(2, 0, "watchdog.beat()", "waits_for_ever()", "time.sleep(1000)").returncode == ExitCode.STALLED
+    assert 5 < time.monotonic() - started < 60  # and not the 1000 s
 
 
-@pytest.mark.parametrize(("timeout", "beat"), [(0.4, "watchdog.beat()"), (0, "pass")], ids=["beating", "switched off"])
+@pytest.mark.parametrize(("timeout", "beat"), [(3, "watchdog.beat()"), (0, "pass")], ids=["beating", "switched off"])
 def test_who_makes_progress_or_is_not_watched_goes_on(timeout: float, beat: str) -> None:
-    assert run(timeout, beat, "print('done')").stdout == "done\n"
+    assert run(timeout, 0.6, beat, "print('done')").stdout == "done\n"
 
 
 @pytest.mark.parametrize("place", ["fitting.Fit._train_batch", "training.Saver._finish"])
@@ -67,6 +67,6 @@ small = "--width 16 --n-heads 2 --hidden 8 --device cpu --stall-timeout 3 --max-
 sys.exit(train.main(["--data", folder, "--output", folder + "/out", *small]))
 """
     command = [sys.executable, "-c", script.replace("{place}", place)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=180)
     assert done.returncode == ExitCode.STALLED
     assert "<lambda>" in done.stderr

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from fusion import stopping, storage
-from fusion.config import StoreConfig, parse
+from fusion.config import StoreConfig
 from fusion.errors import ExitCode, FusionError
+from fusion.flags import parse
 
 C = TypeVar("C", bound=StoreConfig)
 

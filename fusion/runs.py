@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fusion import __version__, log, manifests, pointers, records, storage
-from fusion.config import HOW, ReadRunConfig, RunConfig, digest, from_json, to_json
+from fusion.config import HOW, ReadRunConfig, RunConfig, digest
 from fusion.errors import ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
+from fusion.flags import from_json, to_json
 from fusion.records import AttemptEnd, LeaseRecord, RunFacts, RunPointer
 
 C = TypeVar("C", bound=RunConfig)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from fusion import storage
 from fusion.command import guarded
-from fusion.config import parse
 from fusion.errors import ExitCode, Parser, UsageError
+from fusion.flags import parse
 from jobs.clusters import local
 from jobs.clusters.description import MODULES, Job, check_together, config_class, each_fold, frozen, variants
 

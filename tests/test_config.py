@@ -8,8 +8,9 @@ from typing import get_args
 import pytest
 
 from fusion.all_embeddings.config import Config
-from fusion.config import EvaluateConfig, LossName, from_json, parse, to_json
+from fusion.config import EvaluateConfig, LossName
 from fusion.errors import ConfigError, UsageError
+from fusion.flags import from_json, parse, to_json
 from fusion.loss_functions import LOSSES
 
 

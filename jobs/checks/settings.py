@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fusion.config import RunConfig, parse
+from fusion.config import RunConfig
+from fusion.flags import parse
 from jobs.checks.findings import Job
 from jobs.clusters.description import config_class
 

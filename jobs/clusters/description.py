@@ -13,8 +13,9 @@ from importlib import import_module
 from typing import Any
 
 import fusion
-from fusion.config import EvaluateConfig, PredictConfig, RunConfig, as_flags, digest
+from fusion.config import EvaluateConfig, PredictConfig, RunConfig, digest
 from fusion.errors import UsageError
+from fusion.flags import as_flags
 
 MODULES = {"train": "train", "evaluate": "evaluate_by_groups", "predict": "predict_test"}
 

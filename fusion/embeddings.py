@@ -10,28 +10,21 @@ import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from fusion import log, stopping, storage
-from fusion.answers import is_answer
 from fusion.distributed import World
 from fusion.errors import DataError, StopRequested, UnreachableError
 from fusion.inputs import source_files, sources_digest
 from fusion.sharing import node_tensor
+from fusion.source_file import Header, read_header, read_vectors
 from fusion.tables import report_duplicates
 
-STREAM_ROWS = 512  # rows decoded at a time: stays in the cache, and needs little memory besides the tensors
-STREAM_BYTES = 1 << 22  # bytes fetched at a time, so that a file with one huge row group needs no more memory
 N_THREADS = 4
 LOOK = 0.5  # seconds between two moments at which the ranks tell one another of errors and stop requests
 
@@ -177,81 +170,12 @@ def _plan(data: str, split: str, role: str, name: str, ids: pd.Index, n_readers:
     return SourcePlan(role, dim, stored, pieces, n_unknown=int((targets < 0).sum()))
 
 
-@dataclass(frozen=True)
-class _Header:
-    url: str
-    dim: int
-    dtype: str
-    ids: np.ndarray
-    group_rows: list[int]
-
-
-def _read_header(url: str) -> _Header:
+def _read_header(url: str) -> Header:
     _stop_if_asked()
-
-    def read() -> _Header:
-        with storage.open_read(url) as raw, _damage_named(url), _parquet(raw) as file:
-            _check_columns(url, file.schema_arrow)
-            if file.metadata.num_rows == 0:
-                raise DataError(f"{url} has no rows", "write the embeddings again")
-            ids = file.read(columns=["sample_id"]).column(0).cast(pa.string())
-            if ids.null_count:
-                raise DataError(f"{url} has {ids.null_count} rows without a sample_id", "give every row an id")
-            dim, dtype = _dim_and_dtype(url, file)
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-            return _Header(url, dim, dtype, ids.to_numpy(), groups)
-
-    return storage.retrying(url, read)
+    return read_header(url)
 
 
-def _parquet(raw: BinaryIO) -> pq.ParquetFile:
-    return pq.ParquetFile(raw, buffer_size=STREAM_BYTES, pre_buffer=False)
-
-
-@contextmanager
-def _damage_named(url: str) -> Iterator[None]:
-    """Turns what pyarrow says of broken bytes into an error that names the file; what the store says passes."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        if is_answer(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{url} is no complete Parquet file: {reason}", "write or upload the file again") from error
-
-
-def _check_columns(url: str, schema: pa.Schema) -> None:
-    wanted = {"sample_id": "int64 or string", "embedding": "a list of float16, float32 or float64"}
-    for column, kind in wanted.items():
-        if column not in schema.names:
-            raise DataError(f"{url} has no column {column!r}; it has {schema.names}", "add or rename the column")
-        found = schema.field(column).type
-        if not (_is_vector(found) if column == "embedding" else _is_id(found)):
-            raise DataError(f"column {column!r} of {url} is {found}, expected {kind}", "write the column as expected")
-
-
-def _is_id(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _is_vector(kind: pa.DataType) -> bool:
-    lists = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
-    return any(is_list(kind) for is_list in lists) and pa.types.is_floating(kind.value_type)
-
-
-def _dim_and_dtype(url: str, file: pq.ParquetFile) -> tuple[int, str]:
-    kind = file.schema_arrow.field("embedding").type
-    dtype = {"halffloat": "float16", "float": "float32", "double": "float64"}[str(kind.value_type)]
-    if pa.types.is_fixed_size_list(kind):
-        return kind.list_size, dtype
-    for batch in file.iter_batches(STREAM_ROWS, columns=["embedding"]):
-        lengths = pc.list_value_length(batch.column(0)).drop_null()
-        if len(lengths):
-            return lengths[0].as_py(), dtype
-    raise DataError(f"every embedding in {url} is null", "write the embeddings again")
-
-
-def _pieces(header: _Header, targets: np.ndarray, n_pieces: int) -> Iterator[Piece]:
+def _pieces(header: Header, targets: np.ndarray, n_pieces: int) -> Iterator[Piece]:
     starts = np.concatenate([[0], np.cumsum(header.group_rows)])
     for groups in np.array_split(np.arange(len(header.group_rows)), min(n_pieces, len(header.group_rows))):
         first, last = int(groups[0]), int(groups[-1])
@@ -291,33 +215,15 @@ def _read_piece(
 ) -> None:
     if given_up.is_set():  # before a retry
         return
-    start = 0
-    with storage.open_read(piece.url) as raw, _damage_named(piece.url), _parquet(raw) as file:
-        for batch in file.iter_batches(STREAM_ROWS, piece.row_groups, columns=["embedding"], use_threads=False):
-            if given_up.is_set():
-                return
-            vectors, rows = _vectors(piece.url, batch.column(0), plan.dim)
-            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and counts as not finite
-                vectors = vectors.astype(values.dtype, copy=False)
-            targets = piece.targets[start + rows]
-            good = (targets >= 0) & np.isfinite(vectors).all(1)
-            values[targets[good]] = vectors if good.all() else vectors[good]
-            present[targets[good]] = True
-            start += len(batch)
-
-
-def _vectors(url: str, column: pa.Array, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """[M, D] vectors that are not null, and [M] their positions in the column."""
-    rows = np.arange(len(column))
-    if column.null_count:
-        rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-        column = column.drop_null()
-    if not pa.types.is_fixed_size_list(column.type):
-        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
-        if (lengths != dim).any():
-            other = lengths[lengths != dim][0]
-            raise DataError(f"{url} has vectors of {dim} and of {other} numbers", "write vectors of one length")
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), dim), rows
+    for vectors, rows in read_vectors(piece.url, piece.row_groups, plan.dim):
+        if given_up.is_set():
+            return
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and counts as not finite
+            vectors = vectors.astype(values.dtype, copy=False)
+        targets = piece.targets[rows]
+        good = (targets >= 0) & np.isfinite(vectors).all(1)
+        values[targets[good]] = vectors if good.all() else vectors[good]
+        present[targets[good]] = True
 
 
 def _report(

@@ -8,9 +8,9 @@ import time
 from importlib import import_module
 from typing import Any
 
-from fusion import embeddings
+from fusion import source_file
 
-vectors = embeddings._vectors
+vectors = source_file._vectors
 begun: list[str] = []
 
 
@@ -23,5 +23,5 @@ def slowly(url: str, *arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    embeddings.STREAM_ROWS, embeddings._vectors = 2, slowly
+    source_file.STREAM_ROWS, source_file._vectors = 2, slowly
     sys.exit(import_module(f"fusion.all_embeddings.{sys.argv[1]}").main(sys.argv[2:]))

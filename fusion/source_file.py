@@ -1,0 +1,124 @@
+"""One Parquet file of a source, columns `sample_id` and `embedding`: its header, and its vectors as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fusion import storage
+from fusion.answers import is_answer
+from fusion.errors import DataError
+
+STREAM_ROWS = 512  # rows decoded at a time: stays in the cache, and needs little memory besides the tensors
+STREAM_BYTES = 1 << 22  # bytes fetched at a time, so that a file with one huge row group needs no more memory
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says before its vectors are read; `ids` [N] as text, `group_rows` the rows of each row group."""
+
+    url: str
+    dim: int
+    dtype: str
+    ids: np.ndarray
+    group_rows: list[int]
+
+
+def read_header(url: str) -> Header:
+    """Raises a DataError when the file is no Parquet with ids and vectors."""
+
+    def read() -> Header:
+        with storage.open_read(url) as raw, _damage_named(url), _parquet(raw) as file:
+            _check_columns(url, file.schema_arrow)
+            if file.metadata.num_rows == 0:
+                raise DataError(f"{url} has no rows", "write the embeddings again")
+            ids = file.read(columns=["sample_id"]).column(0).cast(pa.string())
+            if ids.null_count:
+                raise DataError(f"{url} has {ids.null_count} rows without a sample_id", "give every row an id")
+            dim, dtype = _dim_and_dtype(url, file)
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+            return Header(url, dim, dtype, ids.to_numpy(), groups)
+
+    return storage.retrying(url, read)
+
+
+def read_vectors(url: str, row_groups: Sequence[int], dim: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Vectors [M, D] of row groups that are not null, part by part, and the position [M] of each in these groups.
+
+    Raises:
+        DataError: the file is damaged, or has vectors of another length.
+    """
+    start = 0
+    with storage.open_read(url) as raw, _damage_named(url), _parquet(raw) as file:
+        for batch in file.iter_batches(STREAM_ROWS, row_groups, columns=["embedding"], use_threads=False):
+            vectors, rows = _vectors(url, batch.column(0), dim)
+            yield vectors, start + rows
+            start += len(batch)
+
+
+def _parquet(raw: BinaryIO) -> pq.ParquetFile:
+    return pq.ParquetFile(raw, buffer_size=STREAM_BYTES, pre_buffer=False)
+
+
+@contextmanager
+def _damage_named(url: str) -> Iterator[None]:
+    """Turns what pyarrow says of broken bytes into an error that names the file; what the store says passes."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if is_answer(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{url} is no complete Parquet file: {reason}", "write or upload the file again") from error
+
+
+def _check_columns(url: str, schema: pa.Schema) -> None:
+    wanted = {"sample_id": "int64 or string", "embedding": "a list of float16, float32 or float64"}
+    for column, kind in wanted.items():
+        if column not in schema.names:
+            raise DataError(f"{url} has no column {column!r}; it has {schema.names}", "add or rename the column")
+        found = schema.field(column).type
+        if not (_is_vector(found) if column == "embedding" else _is_id(found)):
+            raise DataError(f"column {column!r} of {url} is {found}, expected {kind}", "write the column as expected")
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
+    return any(is_list(kind) for is_list in lists) and pa.types.is_floating(kind.value_type)
+
+
+def _dim_and_dtype(url: str, file: pq.ParquetFile) -> tuple[int, str]:
+    kind = file.schema_arrow.field("embedding").type
+    dtype = {"halffloat": "float16", "float": "float32", "double": "float64"}[str(kind.value_type)]
+    if pa.types.is_fixed_size_list(kind):
+        return kind.list_size, dtype
+    for batch in file.iter_batches(STREAM_ROWS, columns=["embedding"]):
+        lengths = pc.list_value_length(batch.column(0)).drop_null()
+        if len(lengths):
+            return lengths[0].as_py(), dtype
+    raise DataError(f"every embedding in {url} is null", "write the embeddings again")
+
+
+def _vectors(url: str, column: pa.Array, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """[M, D] vectors that are not null, and [M] their positions in the column."""
+    rows = np.arange(len(column))
+    if column.null_count:
+        rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+        column = column.drop_null()
+    if not pa.types.is_fixed_size_list(column.type):
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+        if (lengths != dim).any():
+            other = lengths[lengths != dim][0]
+            raise DataError(f"{url} has vectors of {dim} and of {other} numbers", "write vectors of one length")
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), dim), rows

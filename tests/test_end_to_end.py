@@ -55,7 +55,7 @@ def test_train_evaluate_predict(variant: str, catalog: Path, tmp_path: Path) -> 
     assert best is not None
     run = Path(output, "runs", best.run_id)
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    folder = f"checkpoints/{best['checkpoint']}"
+    folder = f"checkpoints/{best.checkpoint}"
     assert names == {
         "config.json",
         "run.json",

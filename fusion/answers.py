@@ -80,11 +80,11 @@ def explained(url: str, error: Exception) -> Exception:
     cause = _cause(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return UnreachableError(f"no space is left for {url} ({cause})", "free some, then run it again")
-    if remedy := _mistake(error):
-        return ConfigError(f"{url} cannot be opened ({cause})", remedy)
     missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     if missing and is_absence(url, error):
         return DataError(f"{url} does not exist ({cause})", "check the bucket and path; --data and --output name them")
+    if remedy := _mistake(error):
+        return ConfigError(f"{url} cannot be opened ({cause})", remedy)
     if missing or _is_refusal(error):
         return CredentialsError(
             f"no access to {url} ({cause})", "check credentials, their expiry and their permissions"

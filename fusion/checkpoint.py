@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pickle import UnpicklingError
 from typing import Any
@@ -78,7 +79,9 @@ class Writer:
         made = commit(self.run, snapshot, self.dims, self.lineage, self.check_lease)
         self.seconds = time.monotonic() - started
         log.info(event="committed", checkpoint=made.url, smape=made.smape, seconds=self.seconds)
-        prune(self.run, self.keep, self.resumed_from)
+        with suppress(SupersededError):  # what a newer attempt is writing is not for this one to remove
+            self.check_lease()
+            prune(self.run, self.keep, self.resumed_from)
         return made
 
 
@@ -130,6 +133,16 @@ def prune(run: str, keep: int, resumed_from: str | None) -> None:
         if url not in kept and url < found[-1].url:
             storage.remove(storage.join(url, MANIFEST))
             storage.remove(url)
+
+
+def forget_after(run: str, url: str | None) -> None:
+    """Removes the manifests of the checkpoints after this one, or of all: `newest` found them damaged.
+
+    They would count as the newest, for pruning and for whether the run gets on.
+    """
+    for checkpoint in committed(run):
+        if url is None or checkpoint.url > url:
+            storage.remove(storage.join(checkpoint.url, MANIFEST))
 
 
 def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | None:

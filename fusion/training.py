@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -125,7 +126,7 @@ class Saver:
 
     def resume(self) -> None:
         """Goes on from the newest committed checkpoint that is whole, if there is one."""
-        found = self.place.on_main(lambda: checkpoint.newest(self.run))
+        found = self.place.on_main(self._newest)
         if found is None:
             return
         made, best, state = found
@@ -134,6 +135,13 @@ class Saver:
         if self.writer is not None:
             self.writer.resumed_from = made.url
         log.info(event="resumed", checkpoint=made.url, epoch=self.fit.epoch + 1, step=self.fit.step)
+
+    def _newest(self) -> tuple[manifests.Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
+        assert self.writer is not None, "rank 0 writes"
+        found = checkpoint.newest(self.run)
+        self.writer.check_lease()
+        checkpoint.forget_after(self.run, found[0].url if found else None)
+        return found
 
     def agree(self, *, may_save: bool = True) -> None:
         """A moment at which all ranks do the same: add up losses, save when it is due, stop when one was asked to.
@@ -188,8 +196,8 @@ class Saver:
             )
 
     def _finish(self) -> None:
-        made = self._save(wait=True)
-        assert made is not None, "the last step of an epoch is not committed before its end"
+        # Nothing is left to commit when an earlier attempt's last manifest arrived after this one had looked for it.
+        made = self._save(wait=True) or manifests.committed(self.run)[-1]
         point_to_run(self.config, made.name, self.fit.smape)
         seconds = time.monotonic() - self.started
         log.info(event="finished", checkpoint=made.url, smape=self.fit.smape, blocked=self.blocked / seconds)

@@ -167,6 +167,22 @@ def test_a_step_that_was_passed_over_is_committed_anew(
     assert verify.main([str(tmp_path / "runs/r")]) == 0
 
 
+def test_what_follows_a_damaged_checkpoint_is_kept(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 12)
+        assert train.main(flags(catalog, tmp_path, "--keep", "3")) == 75
+    made = manifests.committed(str(tmp_path / "runs/r"))
+    assert [one.manifest.step for one in made] == [6, 9, 12]
+    for one in made[1:]:
+        damaged(Path(one.url, manifests.STATE))
+    stopped_at(monkeypatch, 7)
+    assert train.main(flags(catalog, tmp_path, "--keep", "1")) == 75
+    assert manifests.committed(str(tmp_path / "runs/r"))[-1].manifest.step == 7
+    assert json.loads((tmp_path / "runs/r/attempts/2/exit.json").read_text())["step"] == 7
+
+
 def test_settings_that_were_changed_are_not_predicted_with(
     tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

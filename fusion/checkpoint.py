@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion import log, storage
-from fusion.errors import DataError, SupersededError
+from fusion.errors import DataError, FusionError, SupersededError
 from fusion.manifests import MANIFEST, MODEL, STATE, Checkpoint, best_of, committed, read_file, write_files
 from fusion.records import CheckpointManifest
 
@@ -104,7 +104,11 @@ def commit(
     if storage.exists(url):  # of one that was damaged, and so passed over
         storage.remove(url)
     _write_history(run, snapshot.state["history"])
-    written = write_files(folder, files)
+    try:
+        written = write_files(folder, files)
+    except (FusionError, OSError):
+        check_lease()  # a newer attempt prunes what an older one is still writing
+        raise
     manifest = CheckpointManifest(schema=1, files=written, step=snapshot.step, **snapshot.facts, **lineage)
     check_lease()
     if not storage.create(url, storage.as_json(asdict(manifest))):
@@ -131,8 +135,11 @@ def prune(run: str, keep: int, resumed_from: str | None) -> None:
     kept = {checkpoint.url for checkpoint in [*found[-keep:], best_of(found)]} | {resumed_from}
     for url in storage.ls(storage.join(run, "checkpoints")):
         if url not in kept and url < found[-1].url:
-            storage.remove(storage.join(url, MANIFEST))
-            storage.remove(url)
+            try:
+                storage.remove(storage.join(url, MANIFEST))
+                storage.remove(url)
+            except (FusionError, OSError) as error:  # an older attempt may be writing it; the next commit tries again
+                log.warning(event="not_pruned", checkpoint=url, reason=error)
 
 
 def forget_after(run: str, url: str | None) -> None:

@@ -69,3 +69,5 @@ def watched(timeout: float, where: Callable[[], str], record: Record | None = No
         yield watchdog
     finally:
         ended.set()
+        if thread.is_alive():
+            thread.join()  # a thread that Python finds running while it winds up can abort the process

@@ -278,7 +278,7 @@ def _began(config: RunConfig, pointer: RunPointer) -> str:
 
 
 def _same_split(output: str, *runs: RunPointer) -> bool:
-    splits = [storage.read_if_exists(storage.join(_run_of(output, run), "split.parquet")) for run in runs]
+    splits = [storage.read_if_exists(storage.join(_run_of(output, run), manifests.SPLIT)) for run in runs]
     return splits[0] in (None, splits[1])
 
 

@@ -15,9 +15,9 @@ from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 from fusion import log, storage
 from fusion.config import RunConfig
 from fusion.errors import DataError
+from fusion.manifests import SPLIT
 from fusion.tables import Table
 
-SPLIT = "split.parquet"
 N_STRATA = 10
 PLACEHOLDER_ROWS = 50  # a text or vector that more rows share says "no image" or "no text", not "the same product"
 

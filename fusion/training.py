@@ -22,7 +22,7 @@ from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, StopRequested
 from fusion.fitting import Fit, TrainingData, set_seed
 from fusion.layers import PriceModel
-from fusion.manifests import MODEL
+from fusion.manifests import MODEL, SPLIT
 from fusion.metrics import compute_smape
 from fusion.prediction import BuildNetwork, C
 from fusion.records import RunFacts
@@ -37,7 +37,7 @@ from fusion.runs import (
     run_url,
     start_run,
 )
-from fusion.splits import SPLIT, read_split, split_rows, to_parquet
+from fusion.splits import read_split, split_rows, to_parquet
 from fusion.tables import Table, read_table
 from fusion.watchdog import Watchdog, watched
 

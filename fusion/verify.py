@@ -29,7 +29,7 @@ from fusion.command import guarded
 from fusion.errors import CredentialsError, DataError, ExitCode, Parser, seconds
 from fusion.findings import Finding, Report, check_files, check_once, first_line, parsed, read, some
 from fusion.inputs import find_table
-from fusion.manifests import MANIFEST, MODEL, STATE, SUBMISSION
+from fusion.manifests import MANIFEST, MODEL, SPLIT, STATE, SUBMISSION
 from fusion.records import (
     CheckpointManifest,
     DataOfRun,
@@ -37,6 +37,7 @@ from fusion.records import (
     RunFacts,
     SubmissionManifest,
     SubmissionPointer,
+    read_required,
 )
 from fusion.runs import config_digest
 
@@ -89,7 +90,7 @@ def _check_run(report: Report, url: str) -> None:
         report.expect(
             "config.json: config_sha256 of run.json", facts.config_sha256, config_digest(json.loads(settings))
         )
-    split = read(storage.join(url, "split.parquet"))
+    split = read(storage.join(url, SPLIT))
     _check_split(report, split)
     folders = storage.ls(storage.join(url, "checkpoints"))
     committed = [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST))]
@@ -220,7 +221,7 @@ def _compare_ids(report: Report, ids: list[str], manifest: SubmissionManifest, d
 
 
 def _data_of(run: str) -> str:
-    return TypeAdapter(DataOfRun).validate_json(storage.read(storage.join(run, "config.json"))).data
+    return read_required(DataOfRun, storage.join(run, "config.json")).data
 
 
 def _difference(wanted: Sequence[str], ids: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
-from fusion.manifests import validated
+from fusion.manifests import SPLIT, validated
 
 NAMES = {"by", "group"}
 WHERE = {"output", "run_id"}  # different for any two runs
@@ -71,7 +71,7 @@ def _smape(run: str) -> float | None:
 
 
 def _split(run: str) -> bytes | None:
-    return storage.read_if_exists(storage.join(run, "split.parquet"))
+    return storage.read_if_exists(storage.join(run, SPLIT))
 
 
 def _json(url: str) -> Any:

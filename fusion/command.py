@@ -58,7 +58,7 @@ def tell(error: FusionError, trace: str = "") -> None:
     """To the launcher that started this rank, which says it once; without one, on standard error."""
     rank, folder = os.environ.get("RANK", "0"), os.environ.get("FUSION_EXIT_DIR")
     if folder:
-        told = {"code": error.code, "error": error.message, "to_do": error.remedy, "time": time.time()}
+        told = {"code": error.code, "error": error.message, "hint": error.remedy, "time": time.time()}
         with suppress(OSError):  # a full disk: then say it here
             Path(folder, f"{rank}.json").write_text(json.dumps(told | {"traceback": trace}))
             return

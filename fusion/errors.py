@@ -31,7 +31,7 @@ class FusionError(Exception):
 
     >>> print(DataError("train.csv has no column 'price'", "add the column").report())
     error: train.csv has no column 'price'
-    to do: add the column
+    hint: add the column
     """
 
     code = ExitCode.BUG
@@ -44,7 +44,7 @@ class FusionError(Exception):
         return self.message
 
     def report(self) -> str:
-        return f"error: {self.message}\nto do: {self.remedy}"
+        return f"error: {self.message}\nhint: {self.remedy}"
 
 
 class UsageError(FusionError):

@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(error.report())
         return error.code
     except Exception:
-        _say(f"{traceback.format_exc()}error: this is a bug in fusion.launch\nto do: report it with the lines above")
+        _say(f"{traceback.format_exc()}error: this is a bug in fusion.launch\nhint: report it with the lines above")
         return ExitCode.BUG
 
 

@@ -173,5 +173,5 @@ class NodesMeeting(Meeting):
 
 def _gone(node: int) -> Ending:
     # The ranks of other nodes then fail in ways of their own, which look like bugs.
-    report = f"error: node {node} ended without a word\nto do: see whether it was killed or its machine was lost"
+    report = f"error: node {node} ended without a word\nhint: see whether it was killed or its machine was lost"
     return Ending(GONE, time.time(), 128 + signal.SIGKILL, report)

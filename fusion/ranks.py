@@ -178,18 +178,18 @@ class Group:
         if not rank.killed or rank.code not in (None, -signal.SIGKILL):
             return _plain_ending(rank)
         if self._failing_since < math.inf:  # because of another
-            report = f"error: rank {rank.number} was killed\nto do: see the logs of the other ranks"
+            report = f"error: rank {rank.number} was killed\nhint: see the logs of the other ranks"
             return Ending(ECHO, rank.ended, 128 + signal.SIGKILL, report)
         late = f"error: rank {rank.number} had not ended {self._grace:g} s after it was asked to stop, and was killed"
-        report = f"{late}\nto do: raise --grace, and the grace period of the pod or job with it"
+        report = f"{late}\nhint: raise --grace, and the grace period of the pod or job with it"
         return Ending(CAUSE, rank.ended, 128 + signal.SIGKILL, report)
 
 
 def _own_ending(path: Path) -> Ending | None:
-    # What the rank wrote, as fusion.command does: code, error, to_do, time and, of a bug, traceback.
+    # What the rank wrote, as fusion.command does: code, error, hint, time and, of a bug, traceback.
     try:
         told = json.loads(path.read_text())
-        code, report = int(told["code"]), f"error: {told['error']}\nto do: {told['to_do']}"
+        code, report = int(told["code"]), f"error: {told['error']}\nhint: {told['hint']}"
         report = told.get("traceback", "") + report
         return Ending(_suspicion(code, report), float(told["time"]), code, report)
     except (OSError, ValueError, KeyError, TypeError):
@@ -201,14 +201,14 @@ def _plain_ending(rank: Rank) -> Ending:
     if code in (ExitCode.DONE, ExitCode.STOPPED):
         return Ending(CAUSE, rank.ended, code, "")
     if rank.stopped:
-        report = f"error: rank {rank.number} was asked to stop before it had begun\nto do: run the same command again"
+        report = f"error: rank {rank.number} was asked to stop before it had begun\nhint: run the same command again"
         return Ending(CAUSE, rank.ended, ExitCode.STOPPED, report)
     if code > 0:
         kept = ExitCode.BUG if code == 1 else code  # Python ends with 1 after a traceback
-        report = f"error: rank {rank.number} ended with exit code {code}\nto do: see what it wrote above"
+        report = f"error: rank {rank.number} ended with exit code {code}\nhint: see what it wrote above"
         return Ending(_suspicion(kept), rank.ended, kept, report)
     remedy = "give it more memory if that ran out" if code == -signal.SIGKILL else "report it with the log of the run"
-    report = f"error: rank {rank.number} was killed by {signal.Signals(-code).name}\nto do: {remedy}"
+    report = f"error: rank {rank.number} was killed by {signal.Signals(-code).name}\nhint: {remedy}"
     return Ending(_suspicion(128 - code), rank.ended, 128 - code, report)
 
 

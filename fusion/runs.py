@@ -158,7 +158,7 @@ def attempt(run: str) -> Iterator[Lease]:
 
 
 def end_of(error: FusionError) -> dict[str, Any]:
-    return {"code": error.code, "error": error.message, "to_do": error.remedy}
+    return {"code": error.code, "error": error.message, "hint": error.remedy}
 
 
 def record_end(lease: Lease, end: Mapping[str, Any]) -> None:
@@ -268,7 +268,7 @@ def point_to_run(config: RunConfig, checkpoint_name: str, smape: float) -> None:
             other_smape=before.smape,
             smape=smape,
             is_best=is_best,
-            to_do="name the run to predict with: --run-id",
+            hint="name the run to predict with: --run-id",
         )
 
 

@@ -57,7 +57,7 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
             log.info(
                 event="finished_before",
                 folder=run_url(config),
-                to_do="train under another --run-id, if at all",
+                hint="train under another --run-id, if at all",
             )
             return
         with attempt(run_url(config)) if place.is_main else nullcontext() as lease:
@@ -192,7 +192,7 @@ class Saver:
                 event="grace_too_short",
                 commit_seconds=self.writer.seconds,
                 grace=self.config.grace,
-                to_do="give the job a longer grace period and --grace",
+                hint="give the job a longer grace period and --grace",
             )
 
     def _finish(self) -> None:

@@ -81,7 +81,7 @@ def worst(findings: Sequence[Finding]) -> ExitCode:
 def _print(name: str, finding: Finding) -> None:
     print(f"{finding.verdict:<5}{name:<12} {finding.found}", flush=True)
     if finding.remedy:
-        print(f"{'':<17} to do: {finding.remedy}", flush=True)
+        print(f"{'':<17} hint: {finding.remedy}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -208,8 +208,8 @@ def test_a_sign_in_that_has_expired(home: Path) -> None:
 def check(ended: Done, code: int, said: str) -> None:
     """Two lines, and nothing else."""
     assert (ended.code, ended.out) == (code, ""), ended.err
-    error, to_do = ended.err.splitlines()
-    assert error.startswith("error: ") and said in error and to_do.startswith("to do: "), ended.err
+    error, hint = ended.err.splitlines()
+    assert error.startswith("error: ") and said in error and hint.startswith("hint: "), ended.err
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def check_error(done: Done, code: int, expected: str) -> None:
     assert expected in done.err
     assert "Traceback" not in done.err
     if code:
-        assert [line for line in done.err.splitlines() if line.startswith(("error: ", "to do: "))] == (
+        assert [line for line in done.err.splitlines() if line.startswith(("error: ", "hint: "))] == (
             done.err.splitlines()[-2:]
         )
 
@@ -136,7 +136,7 @@ def test_bad_input(case: str, catalog: Path, tmp_path: Path, here: Here) -> None
     check_error(here(train.main, *flags), code, expected)
     if code:
         end = json.loads(next((tmp_path / "out").rglob("exit.json")).read_text())
-        assert end["code"] == code and end["error"] and end["to_do"]
+        assert end["code"] == code and end["error"] and end["hint"]
 
 
 def test_bad_input_of_a_process(catalog: Path, tmp_path: Path) -> None:

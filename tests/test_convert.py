@@ -255,7 +255,7 @@ def test_payload_is_not_executed(
     refused(tmp_path, content)
     said = capsys.readouterr().err
     assert culprit in said
-    assert "to do: " in said
+    assert "hint: " in said
 
 
 def test_payload_in_zip_of_torch_save(
@@ -354,7 +354,7 @@ def test_npy_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: st
     np.save(tmp_path / "ids.npy", ids)
     assert run_npy(tmp_path) == 65
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and "\nto do: " in said
+    assert said.startswith("error: ") and "\nhint: " in said
     assert [text for text in expected if text not in said] == []
     assert not (tmp_path / "out").exists()
 
@@ -423,7 +423,7 @@ def test_pickle_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], name:
     content, expected = BAD_PICKLES[name]
     refused(tmp_path, content)
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and "\nto do: " in said
+    assert said.startswith("error: ") and "\nhint: " in said
     assert [text for text in [*expected, "in.pkl"] if text not in said] == []
 
 
@@ -473,7 +473,7 @@ def test_failed_conversion_keeps_the_file_of_before(tmp_path: Path, monkeypatch:
 def test_usage_errors(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     assert main(argv) == 64
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and "\nto do: " in said
+    assert said.startswith("error: ") and "\nhint: " in said
 
 
 def test_help_as_a_command() -> None:

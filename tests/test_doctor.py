@@ -366,7 +366,7 @@ def test_little_shared_memory() -> None:
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     done = process("--only", "shm", wrap=("unshare", "-m", "sh", "-c", mount, "-"))
     assert done.returncode == 0, done.stderr
-    assert re.match(r"warn shm +/dev/shm has 64 MiB, 64 MiB free\n +to do: mount a larger one", done.stdout)
+    assert re.match(r"warn shm +/dev/shm has 64 MiB, 64 MiB free\n +hint: mount a larger one", done.stdout)
 
 
 def test_a_name_that_does_not_resolve() -> None:

@@ -101,7 +101,7 @@ def check(job: Job, code: int, message: str) -> None:
     ended, said = job.end()
     assert ended == code, said
     assert said.count("\nerror: ") + said.startswith("error: ") == 1, said
-    assert message in said.split("error: ")[1].splitlines()[0] and "\nto do: " in said, said
+    assert message in said.split("error: ")[1].splitlines()[0] and "\nhint: " in said, said
 
 
 @each

@@ -151,7 +151,7 @@ def is_commit(request: Request) -> bool:
 
 def check_two_lines(said: str, expected: str) -> None:
     assert "Traceback" not in said
-    assert [line.split(":")[0] for line in said.splitlines()[-2:]] == ["error", "to do"], said
+    assert [line.split(":")[0] for line in said.splitlines()[-2:]] == ["error", "hint"], said
     assert expected in said.splitlines()[-2]
 
 

@@ -105,7 +105,7 @@ def test_keeps_the_exit_code_of_one_rank_among_several(start: Start, code: int, 
 
 def test_says_which_rank_died_of_which_signal(start: Start) -> None:
     _, err = start("--nproc-per-node=2", worker="end", code=-signal.SIGKILL).end()
-    assert err == "error: rank 1 was killed by SIGKILL\nto do: give it more memory if that ran out\n"
+    assert err == "error: rank 1 was killed by SIGKILL\nhint: give it more memory if that ran out\n"
 
 
 def test_a_traceback_is_a_bug(start: Start) -> None:
@@ -117,7 +117,7 @@ def test_a_traceback_is_a_bug(start: Start) -> None:
 def test_prints_the_report_of_the_cause_once(start: Start) -> None:
     assert start("--nproc-per-node=4", worker="report", code=65).end() == (
         65,
-        "error: train.csv is empty\nto do: fill it\n",
+        "error: train.csv is empty\nhint: fill it\n",
     )
 
 
@@ -164,7 +164,7 @@ def test_a_rank_that_ignores_the_stop_is_killed_after_the_grace_period(start: St
     launcher.end()
     assert 1 < time.monotonic() - began < AT_ONCE
     assert launcher.process.returncode == 137
-    assert launcher.err.startswith("error: rank 0 had not ended 1 s after it was asked to stop, and was killed\nto do:")
+    assert launcher.err.startswith("error: rank 0 had not ended 1 s after it was asked to stop, and was killed\nhint:")
     assert all(map(is_gone, pids))
 
 
@@ -197,7 +197,7 @@ def test_a_rank_killed_amid_collectives_is_the_cause(start: Start) -> None:
     os.kill(launcher.pids(0, 1)[1], signal.SIGKILL)
     assert launcher.seconds_to_end() < 10
     assert launcher.process.returncode == 137
-    assert launcher.err.endswith("error: rank 1 was killed by SIGKILL\nto do: give it more memory if that ran out\n")
+    assert launcher.err.endswith("error: rank 1 was killed by SIGKILL\nhint: give it more memory if that ran out\n")
 
 
 def test_a_second_attempt_can_succeed(start: Start) -> None:
@@ -245,7 +245,7 @@ def test_a_stop_while_the_launcher_counts_gpus(start: Start) -> None:
     launcher.process.terminate()
     assert launcher.end() == (
         75,
-        "error: asked to stop (SIGTERM) before it had begun\nto do: run the same command again\n",
+        "error: asked to stop (SIGTERM) before it had begun\nhint: run the same command again\n",
     )
     assert not (launcher.folder / "starts").exists()
 
@@ -255,7 +255,7 @@ def test_a_stop_while_node_0_is_not_there(start: Start) -> None:
     launcher = start(*flags, worker="end")
     wait_until(lambda: b"libtorch" in Path(f"/proc/{launcher.process.pid}/maps").read_bytes())
     launcher.process.terminate()
-    assert launcher.end() == (75, "error: got SIGTERM while waiting for node 0\nto do: run the same command again\n")
+    assert launcher.end() == (75, "error: got SIGTERM while waiting for node 0\nhint: run the same command again\n")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_usage_errors(flags: list[str], message: str, monkeypatch: pytest.Monkey
 def test_a_usage_error_is_two_lines_and_64() -> None:
     done = subprocess.run([sys.executable, "-m", "fusion.launch", "--x"], check=False, capture_output=True, text=True)
     assert done.returncode == 64
-    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "to do"]
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_a_rank_that_is_asked_to_stop_before_it_listens(start: Start) -> None:
     launcher = start("--nproc-per-node=2", worker="unready", code=75)
     launcher.pids(0, 1)
     launcher.process.terminate()
-    report = "error: rank 1 was asked to stop before it had begun\nto do: run the same command again\n"
+    report = "error: rank 1 was asked to stop before it had begun\nhint: run the same command again\n"
     assert launcher.end() == (75, report)
 
 

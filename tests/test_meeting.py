@@ -47,7 +47,7 @@ def test_a_node_that_vanishes_is_no_bug_of_the_others(start: Start, port: int, v
     code, err = nodes[1 - vanishes].end()
     assert code == 137, err
     assert err.endswith(
-        f"error: node {vanishes} ended without a word\nto do: see whether it was killed or its machine was lost\n"
+        f"error: node {vanishes} ended without a word\nhint: see whether it was killed or its machine was lost\n"
     )
 
 
@@ -83,7 +83,7 @@ def test_no_rank_starts_before_all_nodes_are_there(start: Start, port: int) -> N
     time.sleep(1)
     assert not (first.folder / "starts").exists()
     second.process.terminate()
-    assert second.end() == (75, "error: got SIGTERM while waiting for node 2\nto do: run the same command again\n")
+    assert second.end() == (75, "error: got SIGTERM while waiting for node 2\nhint: run the same command again\n")
     others = [node(start, number, port, "end", n_nodes=3) for number in (1, 2)]  # it may come again
     assert [launcher.end()[0] for launcher in (first, *others)] == [0, 0, 0]
 
@@ -109,4 +109,4 @@ def test_a_stop_ends_the_wait_for_other_nodes(start: Start, port: int) -> None:
     launcher = node(start, 0, port, "end")
     wait_until(lambda: _listens(port))
     os.kill(launcher.process.pid, signal.SIGTERM)
-    assert launcher.end() == (75, "error: got SIGTERM while waiting for node 1\nto do: run the same command again\n")
+    assert launcher.end() == (75, "error: got SIGTERM while waiting for node 1\nhint: run the same command again\n")

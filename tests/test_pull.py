@@ -100,7 +100,7 @@ def pull(*arguments: str, **env: str) -> Done:
 def check(done: Done, code: int, *expected: str) -> None:
     """It ended with two lines for people, and with this code."""
     assert done.code == code, done.err
-    assert [line.split(":")[0] for line in done.err.splitlines()[-2:]] == ["error", "to do"]
+    assert [line.split(":")[0] for line in done.err.splitlines()[-2:]] == ["error", "hint"]
     for text in expected:
         assert text in done.err
 

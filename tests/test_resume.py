@@ -403,7 +403,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(catalog: Path, tmp_pat
             for line in ("event=start", "saving"):
                 assert any(line in said for said in job.stderr), job.wait(30)
                 job.send_signal(signal.SIGINT)
-            assert job.stderr.read() == "error: interrupted\nto do: run the same command again\n"
+            assert job.stderr.read() == "error: interrupted\nhint: run the same command again\n"
             assert job.wait(30) == 130
         finally:
             job.kill()

@@ -165,9 +165,9 @@ def test_failures_keep_their_code_and_are_not_requeued(submit: Submit, bucket: s
     unreachable = re.sub("AWS_ENDPOINT_URL_S3.*", 'AWS_ENDPOINT_URL_S3 = "http://127.0.0.1:9"', settings)
     jobs = []
     for text, further, code, message, tries in (
-        (unreachable, ["--store-timeout", "0"], 69, "error: .*\nto do: ", ["1", "2"]),
-        (settings, ["--data", f"{bucket}/nothing"], 65, "error: .*nothing/train.csv.*\nto do: ", []),
-        (settings, ["--lr", "1e30", "--clip", "1e30"], 70, "error: .*not both finite.*\nto do: ", []),
+        (unreachable, ["--store-timeout", "0"], 69, "error: .*\nhint: ", ["1", "2"]),
+        (settings, ["--data", f"{bucket}/nothing"], 65, "error: .*nothing/train.csv.*\nhint: ", []),
+        (settings, ["--lr", "1e30", "--clip", "1e30"], 70, "error: .*not both finite.*\nhint: ", []),
         (settings.replace(sys.executable, "/nowhere/python"), [], 2, "FAILED", []),
     ):
         submit.settings.write_text(text)
@@ -221,5 +221,5 @@ def test_what_slurm_refuses_is_said_at_once(submit: Submit) -> None:
     done = ended(submit("--", "--data", "data"))
     assert done.code == 78
     assert done.out.startswith(
-        "error: Slurm refuses the job: sbatch: error: invalid partition specified: nowhere\nto do:"
+        "error: Slurm refuses the job: sbatch: error: invalid partition specified: nowhere\nhint:"
     )

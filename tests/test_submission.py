@@ -168,7 +168,7 @@ def test_what_looks_wrong_is_not_published(
     capsys.readouterr()
     assert night("2026-03-02", "--max-change", "30") == code  # the small model's prices differ little
     lines = capsys.readouterr().err.splitlines()[-2:]
-    assert lines[0].startswith("error: ") and message in lines[0] and lines[1].startswith("to do: ")
+    assert lines[0].startswith("error: ") and message in lines[0] and lines[1].startswith("hint: ")
     assert (publications(place), current(place)) == (before, pointed)
     forced = night("2026-03-02", "--force")
     assert forced == (0 if code == 65 else 70), "what is not finite is never published"

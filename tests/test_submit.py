@@ -112,22 +112,22 @@ def test_scripts_are_bash(case: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
-        ("--cluster=local -- --epoch 5", 64, "unrecognized arguments: --epoch 5\nto do: did you mean --epochs?"),
-        ("--cluster=local -- --epochs 0", 78, "--epochs is '0': input should be greater than or equal to 1\nto do:"),
+        ("--cluster=local -- --epoch 5", 64, "unrecognized arguments: --epoch 5\nhint: did you mean --epochs?"),
+        ("--cluster=local -- --epochs 0", 78, "--epochs is '0': input should be greater than or equal to 1\nhint:"),
         ("--cluster=local -- --loss smaep", 78, "--loss is 'smaep': input should be 'weighted_smape', 'smape', "),
-        ("--cluster=local --epochs 5", 64, "--epochs is no flag of jobs/submit.py\nto do: put flags of the command"),
+        ("--cluster=local --epochs 5", 64, "--epochs is no flag of jobs/submit.py\nhint: put flags of the command"),
         ("--cluster=moon", 64, "argument --cluster: invalid choice: 'moon'"),
         ("", 64, "the following arguments are required: --cluster"),
-        ("--cluster=slurm --task=sleep", 64, "--task is 'sleep', expected one of train, evaluate, predict\nto do:"),
+        ("--cluster=slurm --task=sleep", 64, "--task is 'sleep', expected one of train, evaluate, predict\nhint:"),
         ("--cluster=k8s --variant=clip", 64, "--variant is 'clip', expected one of all_embeddings, qwen_clip\n"),
-        ("--cluster=slurm --nodes=0", 64, "--nodes is 0, expected at least 1\nto do: give --nodes 1 or more\n"),
-        ("--cluster=slurm --gpus-per-node=-1", 64, "--gpus-per-node is -1, expected at least 0\nto do:"),
-        ("--cluster=k8s --task=predict --nodes=2", 64, "--nodes is 2, and predict runs on one node\nto do:"),
-        ("--cluster=local --nodes=2", 64, "--nodes is 2, and --cluster local is one node\nto do:"),
-        ("--cluster=slurm --each-fold", 64, "--each-fold needs a training with --folds\nto do:"),
-        ("--cluster=slurm --each-fold -- --folds 2 --run-id a", 64, "--run-id names one run, and these are 2\nto do:"),
-        ("--cluster=slurm --if-changed", 64, "--if-changed is for predictions, and --task is train\nto do:"),
-        ("--cluster=slurm --settings=no.toml", 78, "cannot read no.toml: No such file or directory\nto do:"),
+        ("--cluster=slurm --nodes=0", 64, "--nodes is 0, expected at least 1\nhint: give --nodes 1 or more\n"),
+        ("--cluster=slurm --gpus-per-node=-1", 64, "--gpus-per-node is -1, expected at least 0\nhint:"),
+        ("--cluster=k8s --task=predict --nodes=2", 64, "--nodes is 2, and predict runs on one node\nhint:"),
+        ("--cluster=local --nodes=2", 64, "--nodes is 2, and --cluster local is one node\nhint:"),
+        ("--cluster=slurm --each-fold", 64, "--each-fold needs a training with --folds\nhint:"),
+        ("--cluster=slurm --each-fold -- --folds 2 --run-id a", 64, "--run-id names one run, and these are 2\nhint:"),
+        ("--cluster=slurm --if-changed", 64, "--if-changed is for predictions, and --task is train\nhint:"),
+        ("--cluster=slurm --settings=no.toml", 78, "cannot read no.toml: No such file or directory\nhint:"),
         ("--cluster=slurm -- --config no.toml", 65, "no.toml does not exist"),
     ],
 )  # fmt: skip
@@ -213,7 +213,7 @@ def test_without_slurm_and_without_kubernetes_it_says_so(tmp_path: Path) -> None
     for cluster, program, *further in (("slurm", "sbatch"), ("slurm", "sacct", "--wait"), ("k8s", "kubectl")):
         done = submit("--cluster", cluster, *further, env=nowhere)
         assert done.code == 69
-        assert done.err.startswith(f"error: there is no {program} here\nto do: ")
+        assert done.err.startswith(f"error: there is no {program} here\nhint: ")
 
 
 def local(catalog: Path, output: Path, *flags: str) -> Sequence[str]:

@@ -154,11 +154,11 @@ def test_a_job_is_sent_followed_and_sent_again_when_it_has_ended(cluster: Cluste
     assert cluster.submit("--variant=qwen_clip").out == f"job/{name} is running already\n"
     with cluster.start("--variant=qwen_clip", "--wait") as process:
         sent(process)
-        told = "a line\nerror: train.csv is empty\nto do: fill it\n"
+        told = "a line\nerror: train.csv is empty\nhint: fill it\n"
         cluster.end(name, "Failed", exitCode=65, message=told)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 65
-    assert out.endswith("failed with exit code 65: as the test says\nerror: train.csv is empty\nto do: fill it\n")
+    assert out.endswith("failed with exit code 65: as the test says\nerror: train.csv is empty\nhint: fill it\n")
     assert f"job.batch/{name} replaced" in cluster.submit("--variant=qwen_clip").out
     with cluster.start("--variant=qwen_clip", "--wait") as process:
         sent(process)

@@ -292,8 +292,8 @@ def test_a_checkpoint_that_is_pruned_meanwhile(output: Path, monkeypatch: pytest
 def test_what_is_none_of_them(url: str, made: Path, capsys: Capture) -> None:
     assert main([f"{made}/{url}"]) == 65
     said = capsys.readouterr()
-    error, to_do = said.err.splitlines()
-    assert error.startswith(f"error: {made}/{url} ") and to_do.startswith("to do: ") and not said.out
+    error, hint = said.err.splitlines()
+    assert error.startswith(f"error: {made}/{url} ") and hint.startswith("hint: ") and not said.out
 
 
 def test_a_pointer_that_names_nothing(output: Path, capsys: Capture) -> None:

@@ -34,7 +34,7 @@ def test_no_progress_ends_with_124_and_the_stacks() -> None:
     assert "event=stalled" in done.stderr
     assert "in waits_for_ever" in done.stderr
     assert done.stdout == "rank 0 at step 7 made no progress for 2 s\n"
-    assert "\nerror: rank 0 at step 7 made no progress for 2 s\nto do: see the stacks" in done.stderr
+    assert "\nerror: rank 0 at step 7 made no progress for 2 s\nhint: see the stacks" in done.stderr
 
 
 def test_a_record_that_cannot_be_written_is_not_waited_for() -> None:

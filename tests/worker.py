@@ -136,7 +136,7 @@ def report(folder: Path, code: int) -> int:
     }.get(RANK, ("expected 2 values, got 1", 70))
     _ready(folder)
     _wait_for_ranks(folder)
-    told = {"code": code, "error": error, "to_do": "fill it", "time": 100.0 + (RANK == 1)}
+    told = {"code": code, "error": error, "hint": "fill it", "time": 100.0 + (RANK == 1)}
     (Path(os.environ["FUSION_EXIT_DIR"]) / f"{RANK}.json").write_text(json.dumps(told))
     return code
 

@@ -30,7 +30,7 @@ TRIES = 3
 SRUN = ("--kill-on-bad-exit=0", "--wait=60", "--open-mode=append")
 
 SETUP = """\
-failed() { echo "error: the setup failed at: $1"; echo "to do: correct the settings of the cluster"; exit 78; }
+failed() { echo "error: the setup failed at: $1"; echo "hint: correct the settings of the cluster"; exit 78; }
 # Nothing of the submitting shell is here (--export=NONE). What is set from here on reaches the steps.
 export SLURM_EXPORT_ENV=ALL"""
 
@@ -62,7 +62,7 @@ if [ $code -eq 75 ] && [ -z "$ended" ]; then
     fi
   fi
   echo "error: stopped on request, and not requeued after ${{SLURM_RESTART_COUNT:-0}} requeues"
-  echo "to do: submit it again, which goes on from the last checkpoint, or allow more with --max-requeues"
+  echo "hint: submit it again, which goes on from the last checkpoint, or allow more with --max-requeues"
 fi
 exit $code"""
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from fusion import storage
+from fusion import storage, transport
 from fusion.errors import ConfigError, FusionError
 
 T = TypeVar("T")
@@ -52,39 +51,47 @@ class World:
         dist.all_reduce(total, group=_control())
         return cast(list[float], total.tolist())
 
-    def gather(self, part: np.ndarray) -> np.ndarray:
-        """The parts of all ranks, one after the other in the order of the ranks, on every rank."""
-        return np.concatenate(self.exchange(part))
-
     def on_main(self, action: Callable[[], T]) -> T:
-        """Runs `action` on rank 0 only; its result, or its error, on every rank."""
-        return self.together(lambda: action() if self.is_main else None, keep=0)  # type: ignore[return-value]
+        """Runs `action` on rank 0 only; its result, or its error, on every rank.
 
-    def together(self, action: Callable[[], T], keep: int | None = None) -> T:
+        The result is broadcast once; the memory of its NumPy arrays is sent as it is (see `fusion.transport`).
+        """
+        result, failure = _tried(action) if self.is_main else (None, None)
+        answer, failed = transport.broadcast((result, _portable(failure, self.rank)), _control())
+        if failed is not None:
+            raise failure or failed
+        return cast(T, answer)
+
+    def together(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank; when it fails on one, the same error is raised on all.
 
-        Returns this rank's result, or that of rank `keep`.
+        Returns this rank's result.
         """
-        result: T | None = None
-        failure: Exception | None = None
-        try:
-            result = action()
-        except Exception as error:  # told to all ranks below, then raised
-            failure = error
-        shared = result if keep is None or keep == self.rank else None
-        answers = self.exchange((_portable(failure, self.rank), None if keep is None else shared))
-        if failure is not None:
-            raise failure
-        for other, _ in answers:
-            if other is not None:
-                raise other
-        return cast(T, result if keep is None else answers[keep][1])
+        result, failure = _tried(action)
+        (n_failed,) = self.sum([float(failure is not None)])
+        if n_failed:
+            failures = self.exchange(_portable(failure, self.rank))
+            raise failure or next(other for other in failures if other is not None)
+        return cast(T, result)
 
     def exchange(self, value: T) -> list[T]:
-        """The values of all ranks, in the order of the ranks, on every rank."""
+        """The values of all ranks, in the order of the ranks, on every rank.
+
+        For small control values only: each is pickled, padded to the largest, and sent to all.
+        """
         answers: list[T | None] = [None] * self.size
         dist.all_gather_object(answers, value, group=_control())
         return cast(list[T], answers)
+
+    def gather_on_main(self, value: T) -> list[T]:
+        """The values of all ranks, in the order of the ranks, on rank 0; an empty list on the others.
+
+        For results of any size: each rank's is sent once, at its own size, arrays without a copy.
+        """
+        if self.is_main:
+            return [value, *(transport.receive(rank, _control()) for rank in range(1, self.size))]
+        transport.send(value, 0, _control())
+        return []
 
 
 def _control() -> dist.ProcessGroup | None:
@@ -93,6 +100,14 @@ def _control() -> dist.ProcessGroup | None:
 
 
 _groups: dict[str, dist.ProcessGroup] = {}
+
+
+def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The result of `action`, or its error."""
+    try:
+        return action(), None
+    except Exception as error:  # raised on all ranks by the caller
+        return None, error
 
 
 def _portable(failure: Exception | None, rank: int) -> Exception | None:

@@ -214,7 +214,7 @@ class Fit:
 
     def _validate(self) -> float:
         predicted = predict_rows(self.model, self.store, self.data.validation, self.place)
-        return compute_smape(self.data.prices, predicted)
+        return self.place.on_main(lambda: compute_smape(self.data.prices, predicted))
 
 
 def _copy(value: Any) -> Any:

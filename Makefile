@@ -13,6 +13,8 @@ REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/de
 CREATED = $(shell git log -1 --format=%cI 2>/dev/null)
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))
 IMAGE ?= fusion:$(VERSION)
+# Test files side by side: one more than there are cores, because the files on Slurm and on stores mostly wait.
+TEST_PROCESSES ?= $(shell expr $$(nproc) + 1)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-image lint lint-manifests image clean
@@ -25,7 +27,7 @@ demo: $(VENV)/.run
 
 test: lint
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -22,6 +22,15 @@ BUCKET = "fusion-tests"
 SMALL = ["--width", "16", "--n-heads", "2", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu"]
 
+# Test files that take minutes, the longest first: started last, each would keep one process busy and the others idle.
+LONG = ["test_slurm", "test_exit_codes", "test_resume", "test_faults", "test_meeting", "test_ranks", "test_end_to_end"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the long files first, and leaves the order inside of each file as it is."""
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
 
 @dataclass(frozen=True)
 class Done:

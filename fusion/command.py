@@ -17,6 +17,7 @@ from fusion import stopping, storage
 from fusion.config import StoreConfig
 from fusion.errors import ExitCode, FusionError
 from fusion.flags import parse
+from fusion.streams import unfailing
 
 C = TypeVar("C", bound=StoreConfig)
 
@@ -31,18 +32,24 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
             job(config)
         return ExitCode.DONE
 
-    try:
-        return guarded(parsed_job)
-    except KeyboardInterrupt:  # a second Ctrl-C, or one before the job listens
-        print(FusionError("interrupted", "run the same command again").report(), file=sys.stderr)
-        return 128 + signal.SIGINT
+    with unfailing():
+        try:
+            return guarded(parsed_job)
+        except KeyboardInterrupt:  # a second Ctrl-C, or one before the job listens
+            print(FusionError("interrupted", "run the same command again").report(), file=sys.stderr)
+            return 128 + signal.SIGINT
 
 
 def guarded(job: Callable[[], int]) -> int:
-    """Exit code of `job`.
+    """Exit code of `job`; what it prints cannot fail.
 
     A `FusionError` prints what is wrong and what to do. Anything else is a bug: its traceback, and 70.
     """
+    with unfailing():
+        return _guarded(job)
+
+
+def _guarded(job: Callable[[], int]) -> int:
     try:
         return job()
     except FusionError as error:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from fusion import pointers
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.command import guarded
 from fusion.demo_catalog import Truth, generate
 from fusion.metrics import compute_smape
 from fusion.records import RunPointer, SubmissionPointer
@@ -30,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--products", type=int, default=6000, help="products to generate (default: 6000)")
     parser.add_argument("--epochs", type=int, default=16, help="passes over the training rows (default: 16)")
     options = parser.parse_args(argv)
+    return guarded(lambda: _demonstrate(options))
+
+
+def _demonstrate(options: argparse.Namespace) -> int:
     started = time.monotonic()
     data, output = options.folder / "data", options.folder / "output"
     truth = generate(data, n_products=options.products)

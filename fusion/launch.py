@@ -27,6 +27,7 @@ from pathlib import Path
 from fusion.errors import ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.meeting import Meeting, NodesMeeting
 from fusion.ranks import STOP_SIGNALS, Ending, Group, Rank, Stop
+from fusion.streams import unfailing
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 FINAL = (ExitCode.DONE, ExitCode.USAGE, ExitCode.DATA, ExitCode.STOPPED, ExitCode.CREDENTIALS, ExitCode.CONFIG)
@@ -208,6 +209,11 @@ def _first_host(nodes: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     stop = Stop()  # first: to count the GPUs takes seconds
+    with unfailing():
+        return _guarded(argv, stop)
+
+
+def _guarded(argv: Sequence[str] | None, stop: Stop) -> int:
     try:
         return launch(_parse(argv), stop)
     except FusionError as error:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import IO, cast
+
+from fusion.streams import Unfailing
 
 
 @dataclass
@@ -51,7 +54,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    with Progress(console=Console(file=cast(IO[str], Unfailing(sys.stderr))), transient=True) as bars:
         task = bars.add_task(label, total=total)
         yield lambda done: bars.update(task, completed=done)
 
@@ -66,8 +69,9 @@ def _emit(level: str, fields: dict[str, object]) -> None:
     who = {"run": _context.run, "rank": f"{_context.rank}/{_context.world_size}"}
     line = " ".join([now, level, *(f"{key}={_format(value)}" for key, value in (who | fields).items())])
     _context.lines.append(line)
-    sys.stderr.write(f"{line}\n")  # in one piece, unlike print: the ranks of a node share the stream
-    sys.stderr.flush()
+    stream = Unfailing(sys.stderr)
+    stream.write(f"{line}\n")  # in one piece, unlike print: the ranks of a node share the stream
+    stream.flush()
 
 
 def _format(value: object) -> str:

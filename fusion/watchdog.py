@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from fusion import log
 from fusion.command import tell
 from fusion.errors import StalledError
+from fusion.streams import LOST
 
 RECORD_SECONDS = 5.0  # the store may be what hangs
 
@@ -42,7 +43,8 @@ class Watchdog:
 
     def _end(self) -> None:
         log.error(event="stalled", seconds=time.monotonic() - self.last)
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        with suppress(*LOST, RuntimeError):  # there may be no standard error
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
         error = StalledError(
             f"{self.where()} made no progress for {self.timeout:g} s",
             "see the stacks in the log, those of all ranks; raise --stall-timeout if it was busy",

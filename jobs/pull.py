@@ -27,6 +27,7 @@ from fusion import storage
 from fusion.command import guarded
 from fusion.errors import DataError, ExitCode, Parser, UsageError, seconds
 from fusion.manifests import STATE, SUBMISSION
+from fusion.streams import unfailing
 from jobs.results import shown
 from jobs.results.bucket import list_runs, list_submissions
 from jobs.results.choice import Choice, choose_run, choose_submission, plan_run, plan_submission
@@ -213,11 +214,12 @@ def _job(argv: Sequence[str] | None) -> ExitCode:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with `argv`; gives its exit code. `--help` raises SystemExit, as argparse does."""
-    try:
-        return guarded(lambda: _job(argv))
-    except KeyboardInterrupt:
-        _say("stopped; the same command goes on where this one ended")
-        return STOPPED_BY_KEYBOARD
+    with unfailing():
+        try:
+            return guarded(lambda: _job(argv))
+        except KeyboardInterrupt:
+            _say("stopped; the same command goes on where this one ended")
+            return STOPPED_BY_KEYBOARD
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from fusion import storage
 from fusion.command import guarded
 from fusion.errors import ExitCode, Parser, UsageError
 from fusion.flags import parse
+from fusion.streams import unfailing
 from jobs.clusters import local
 from jobs.clusters.description import MODULES, Job, check_together, config_class, each_fold, frozen, variants
 
@@ -37,11 +38,12 @@ class Target:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        return guarded(lambda: _submit(list(sys.argv[1:] if argv is None else argv)))
-    except KeyboardInterrupt:
-        print("interrupted; what was submitted goes on", file=sys.stderr)
-        return 128 + signal.SIGINT
+    with unfailing():
+        try:
+            return guarded(lambda: _submit(list(sys.argv[1:] if argv is None else argv)))
+        except KeyboardInterrupt:
+            print("interrupted; what was submitted goes on", file=sys.stderr)
+            return 128 + signal.SIGINT
 
 
 def _submit(argv: list[str]) -> int:

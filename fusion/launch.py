@@ -24,9 +24,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fusion import stopping
 from fusion.errors import ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.meeting import Meeting, NodesMeeting
-from fusion.ranks import STOP_SIGNALS, Ending, Group, Rank, Stop
+from fusion.ranks import Ending, Group, Rank, Stop
 from fusion.streams import unfailing
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -133,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-restarts", type=_number(0), default=0, help="times that all ranks are started again when one dies; "
         "never after codes that a retry cannot change (64, 65, 75, 77, 78)")  # fmt: skip
     add("--grace", type=seconds, default=60.0, help="seconds that the ranks get to end after a stop signal (SIGTERM, "
-        "SIGINT, SIGUSR1, SIGUSR2), which reaches them as one SIGTERM")  # fmt: skip
+        "SIGINT, SIGHUP, SIGUSR1, SIGUSR2), which reaches them as one SIGTERM")  # fmt: skip
     add("module", help="module to run, such as fusion.all_embeddings.train")
     add("arguments", nargs=argparse.REMAINDER, help="its arguments")
     return parser
@@ -226,6 +227,6 @@ def _guarded(argv: Sequence[str] | None, stop: Stop) -> int:
 
 if __name__ == "__main__":
     ended = main()
-    for number in STOP_SIGNALS:  # one that comes while Python winds up would end this process in place of its code
+    for number in stopping.SIGNALS:  # one that comes while Python winds up would end this process in place of its code
         signal.signal(number, signal.SIG_IGN)
     sys.exit(ended)

@@ -21,9 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from fusion import stopping
 from fusion.errors import ExitCode
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL = 0.05  # seconds between two looks at the ranks
 SETTLE = 4.0  # seconds that the others get to end by themselves when a rank has failed
 PR_SET_PDEATHSIG = 1
@@ -51,8 +51,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.name = ""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
+        stopping.catch(self._remember)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.name = self.name or signal.Signals(number).name
@@ -97,7 +96,7 @@ class Rank:
     @property
     def cut_short(self) -> bool:
         """Whether a stop signal ended it, because it did not listen yet."""
-        return self.told and -(self.code or 0) in STOP_SIGNALS
+        return self.told and -(self.code or 0) in stopping.SIGNALS
 
     @property
     def failed(self) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-# What Kubernetes and Slurm send before they kill, a terminal's Ctrl-C, and what users of Slurm's --signal choose.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# What Kubernetes and Slurm send before they kill, a terminal's Ctrl-C, what users of Slurm's --signal choose, and what
+# a terminal that is closed or an ssh connection that is lost sends.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 _received: list[int] = []
 
@@ -22,12 +24,18 @@ def requested() -> bool:
 def listening() -> Iterator[None]:
     """Inside, a stop signal is remembered instead of killing the process; a second Ctrl-C is a KeyboardInterrupt."""
     _received.clear()
-    before = {number: signal.signal(number, _remember) for number in SIGNALS}
+    before = catch(_remember)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def catch(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Gives every stop signal this handler, and returns those before; a SIGHUP that nohup ignores stays ignored."""
+    wanted = [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
 
 
 def _remember(number: int, _: FrameType | None) -> None:

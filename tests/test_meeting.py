@@ -13,7 +13,8 @@ import pytest
 from fusion import meeting
 from fusion.errors import UnreachableError
 from fusion.meeting import NodesMeeting
-from fusion.ranks import STOP_SIGNALS, Stop
+from fusion.ranks import Stop
+from fusion.stopping import SIGNALS
 from tests.test_launch import Launcher, Start, is_gone, start, wait_until
 
 __all__ = ["start"]
@@ -33,7 +34,7 @@ def port() -> int:
 
 @pytest.fixture
 def stop() -> Iterator[Stop]:
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield Stop()
     for number, handler in before.items():
         signal.signal(number, handler)

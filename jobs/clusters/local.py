@@ -9,10 +9,9 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from fusion import stopping
 from fusion.errors import ExitCode, UsageError
 from jobs.clusters.description import Job
-
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def render(jobs: Sequence[Job]) -> str:
@@ -51,7 +50,7 @@ def _run(command: Sequence[str], stops: list[int]) -> int:
         for process in running:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before = stopping.catch(forward)
     try:
         running.append(subprocess.Popen(command))
         code = running[0].wait()

@@ -163,7 +163,10 @@ class _ExpertLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_experts, 1, dim_out).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x.transpose(0, 1), self.weight).transpose(0, 1)
+        # The gradient of a bias must have the bias's own strides, or DDP warns and copies. Through this view it has
+        # them also for a batch of one row, whose gradient is otherwise handed through with the strides of the output.
+        bias = self.bias.flatten(1).unsqueeze(1)
+        return torch.baddbmm(bias, x.transpose(0, 1), self.weight).transpose(0, 1)
 
 
 class MixtureOfExperts(nn.Module):

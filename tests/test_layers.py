@@ -59,6 +59,14 @@ def test_every_parameter_gets_a_gradient(model: PriceModel) -> None:
     assert dead == []
 
 
+@pytest.mark.parametrize("n_rows", [1, 2])
+def test_gradients_have_the_strides_of_their_parameters(n_rows: int, model: PriceModel) -> None:
+    """DDP warns of others, on every rank, and copies them."""
+    model.train()(*batch_for(model, n_rows)).square().mean().backward()
+    gradients = [(name, p.stride(), p.grad.stride()) for name, p in model.named_parameters() if p.grad is not None]
+    assert [each for each in gradients if each[1] != each[2]] == []
+
+
 @pytest.mark.parametrize("variant", ["all", "pair"])
 def test_every_query_gets_a_gradient_above_rounding(variant: str) -> None:
     model = build(variant, "fusion").eval()

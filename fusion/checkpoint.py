@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,12 +128,13 @@ def _write_history(run: str, history: Sequence[Mapping[str, Any]]) -> None:
 def prune(run: str, keep: int, resumed_from: str | None) -> None:
     """Removes committed checkpoints but the `keep` newest, the best and the one resumed from: each manifest first.
 
+    The newest that a validation has confirmed stays too: those after it may come from a training that has diverged.
     What a kill has left of one that is older than the newest goes as well.
     """
     found = committed(run)
     if not found:
         return
-    kept = {checkpoint.url for checkpoint in [*found[-keep:], best_of(found)]} | {resumed_from}
+    kept = {checkpoint.url for checkpoint in [*found[-keep:], *_validated(found), best_of(found)]} | {resumed_from}
     for url in storage.ls(storage.join(run, "checkpoints")):
         if url not in kept and url < found[-1].url:
             try:
@@ -140,6 +142,11 @@ def prune(run: str, keep: int, resumed_from: str | None) -> None:
                 storage.remove(url)
             except (FusionError, OSError) as error:  # an older attempt may be writing it; the next commit tries again
                 log.warning(event="not_pruned", checkpoint=url, reason=error)
+
+
+def _validated(found: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The newest checkpoint whose training went on to a validation, in a list; empty before the first validation."""
+    return [made for made in found if made.manifest.epoch < found[-1].manifest.epoch][-1:]
 
 
 def forget_after(run: str, url: str | None) -> None:
@@ -153,9 +160,9 @@ def forget_after(run: str, url: str | None) -> None:
 
 
 def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
-    """The newest committed checkpoint whose files are as they were written, with its weights and its state.
+    """The newest committed checkpoint that can be resumed from, with its weights and its state.
 
-    A damaged one is named in the log and passed over.
+    One that is damaged, or not finite, is named in the log and passed over.
     """
     for checkpoint in reversed(committed(run)):
         try:
@@ -164,8 +171,22 @@ def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | N
         except DataError as error:
             log.warning(event="checkpoint_damaged", checkpoint=checkpoint.url, reason=error.message)
             continue
-        return checkpoint, weights, state
+        wrong = not_finite({"best": weights, **state})
+        if wrong is None:
+            return checkpoint, weights, state
+        log.warning(event="checkpoint_not_finite", checkpoint=checkpoint.url, first=wrong)
     return None
+
+
+def not_finite(value: Any, name: str = "") -> str | None:
+    """Name of the first tensor or loss sum, through dicts and lists, that is not finite; None when all are."""
+    if isinstance(value, Tensor):
+        return None if bool(torch.isfinite(value).all()) else name
+    if name.endswith("loss_sum"):  # other numbers may be infinite, such as the best SMAPE before the first validation
+        return None if math.isfinite(value) else name
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    found = (not_finite(each, f"{name}.{key}".strip(".")) for key, each in inner)
+    return next((wrong for wrong in found if wrong is not None), None)
 
 
 def read_model(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, int]]:

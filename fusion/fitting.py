@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fusion.checkpoint import Snapshot
+from fusion.checkpoint import Snapshot, not_finite
 from fusion.config import RunConfig
 from fusion.distributed import World
 from fusion.embeddings import RowStore
@@ -136,24 +136,27 @@ class Fit:
                 yield
 
     def share_loss(self, *flags: float) -> list[float]:
-        """Adds the ranks' losses up; each flag summed over the ranks."""
+        """Adds the ranks' losses up; each flag summed over the ranks.
+
+        Raises:
+            DivergedError: the loss is not finite; the same on every rank.
+        """
         total, *shared = self.place.sum([self._unshared.item(), *flags])
         self.loss_sum += total
         self._unshared.zero_()
+        if not math.isfinite(self.loss_sum):
+            raise self._diverged(f"the loss is {self.loss_sum}, which is not finite")
         return shared
 
     def end_epoch(self, seconds: float) -> dict[str, Any]:
         """Validates, and moves on to the next epoch; what there is to say of this one.
 
         Raises:
-            DivergedError: the loss or the SMAPE is not finite.
+            DivergedError: the SMAPE is not finite.
         """
         loss, smape = self.loss_sum / len(self.data.train), self._validate()
-        if not np.isfinite([loss, smape]).all():
-            raise DivergedError(
-                f"loss {loss} and validation SMAPE {smape} after epoch {self.epoch + 1} are not both finite",
-                "lower --lr, or use --precision fp32",
-            )
+        if not math.isfinite(smape):
+            raise self._diverged(f"the validation SMAPE is {smape}, which is not finite")
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
         facts = {"epoch": self.epoch, "step": self.step, "loss": loss, "smape": smape, "lr": self.lr}
         self.history.append(facts | {"seconds": seconds})
@@ -164,7 +167,15 @@ class Fit:
         return facts | {"step": f"{self.step}/{self.config.epochs * self.n_batches}"}
 
     def snapshot(self) -> Snapshot:
-        """Everything that going on needs, copied to this process's memory."""
+        """Everything that going on needs, copied to this process's memory.
+
+        Raises:
+            DivergedError: some of it is not finite, and going on from it would lead nowhere.
+        """
+        moving = {"weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
+        wrong = not_finite(moving)
+        if wrong is not None:
+            raise self._diverged(f"{wrong} is not finite")
         smape = self.smape if math.isfinite(self.smape) else None
         state = {
             "weights": _copy(self.model.state_dict()),
@@ -186,6 +197,13 @@ class Fit:
         for name, value in state["position"].items():
             setattr(self, name, value)
         self.smape, self.history, self.best = state["smape"], state["history"], best
+
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"{what} at step {self.step}, in epoch {self.epoch + 1}",
+            "run the same command again to go on from the last checkpoint, in case a GPU or its memory failed; "
+            "if it ends the same way, lower --lr or use --precision fp32 under another --run-id",
+        )
 
     def _batches(self) -> tuple[Tensor, ...]:
         """Global batches of the next epoch: the same for any number of ranks."""

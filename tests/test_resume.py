@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_is_said_though_the_store_is_away_at_the_end(
     more = ["--lr", "1e30", "--loss", "mse", "--clip", "1e30", "--epochs", "9"]
     assert train.main(flags(catalog, tmp_path, *more)) == 70
     said = capsys.readouterr().err
-    assert "event=end_not_recorded" in said and "are not both finite" in said
+    assert "event=end_not_recorded" in said and "which is not finite at step" in said
 
 
 def test_the_latest_run_is_the_one_that_began_last(catalog: Path, tmp_path: Path) -> None:

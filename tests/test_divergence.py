@@ -1,0 +1,83 @@
+"""One NaN costs the steps since the last good checkpoint, not the run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusion import checkpoint, fitting, manifests, storage
+from fusion.all_embeddings import train
+from fusion.fitting import Fit
+from fusion.records import CheckpointManifest
+from tests.conftest import SMALL
+
+BROKEN_FROM = 33  # step; an epoch has 60
+
+
+def flags(catalog: Path, output: Path) -> list[str]:
+    where = ["--data", str(catalog), "--output", str(output), "--run-id", "r"]
+    return [*where, *SMALL, "--batch-size", "8", "--epochs", "1", "--checkpoint-steps", "5", "--keep", "2"]
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """From one step on the hardware puts a NaN into the loss, or into a weight, or into a moment of the optimizer."""
+    original = Fit._train_batch
+
+    def train_batch(self: Fit, batch: Tensor) -> Tensor:
+        loss = original(self, batch)
+        if self.step < BROKEN_FROM:
+            return loss
+        if what == "loss":
+            return loss * float("nan")
+        weight = next(self.model.parameters())
+        broken = weight if what == "weight" else self.optimizer.state[weight]["exp_avg"]
+        with torch.no_grad():
+            broken[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(Fit, "_train_batch", train_batch)
+
+
+@pytest.mark.parametrize("what", ["loss", "weight", "moment"])
+def test_a_state_that_is_not_finite_is_never_committed(
+    what: str, catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "runs/r")
+    with monkeypatch.context() as patch:
+        broken(patch, what)
+        assert train.main(flags(catalog, tmp_path)) == 70
+    assert "not finite at step 35, in epoch 1" in capsys.readouterr().err
+    assert [made.manifest.step for made in manifests.committed(run)] == [25, 30]
+    assert train.main(flags(catalog, tmp_path)) == 0  # on a healthy machine
+    assert "event=resumed" in capsys.readouterr().err
+    assert manifests.committed(run)[-1].manifest.finished
+
+
+def test_a_state_that_is_not_finite_is_never_resumed_from(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As earlier versions have committed them."""
+    run = str(tmp_path / "runs/r")
+    with monkeypatch.context() as patch:
+        broken(patch, "weight")
+        patch.setattr(fitting, "not_finite", lambda *_: None)
+        patch.setattr(Fit, "share_loss", lambda self, *flags: self.place.sum(flags))
+        assert train.main([*flags(catalog, tmp_path), "--keep", "9"]) == 70
+    assert manifests.committed(run)[-1].manifest.step > BROKEN_FROM
+    capsys.readouterr()
+    assert train.main(flags(catalog, tmp_path)) == 0
+    said = capsys.readouterr().err
+    assert "event=checkpoint_not_finite" in said and "step-00000030 epoch=1 step=30" in said
+
+
+def test_the_newest_validated_checkpoint_is_kept(tmp_path: Path) -> None:
+    """The two newest come after it, from a training that may have diverged in the meantime."""
+    for step, epoch, smape in ((10, 1, 40.0), (20, 2, 50.0), (30, 2, 50.0), (40, 3, 60.0), (50, 3, 60.0)):
+        manifest = CheckpointManifest(1, [], step, epoch, smape, False, "0" * 64, "0" * 64, "")
+        storage.write(str(tmp_path / f"checkpoints/step-{step:08d}/MANIFEST.json"), storage.as_json(asdict(manifest)))
+    checkpoint.prune(str(tmp_path), keep=1, resumed_from=None)
+    assert [made.manifest.step for made in manifests.committed(str(tmp_path))] == [10, 30, 50]

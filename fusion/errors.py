@@ -26,6 +26,15 @@ class ExitCode(IntEnum):
     STALLED = 124
 
 
+def visible(text: str) -> str:
+    """The text with control characters written out: what a file or a bucket says must not drive the terminal.
+
+    >>> print(visible("a\x1b[2J"))
+    a\\x1b[2J
+    """
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 class FusionError(Exception):
     """An error with an exit code, one line for what is wrong and one for what to do.
 
@@ -38,7 +47,7 @@ class FusionError(Exception):
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message, remedy)  # both, so that the error survives pickling between ranks
-        self.message, self.remedy = (" ".join(text.splitlines()) for text in (message, remedy))
+        self.message, self.remedy = (visible(" ".join(text.splitlines())) for text in (message, remedy))
 
     def __str__(self) -> str:
         return self.message

@@ -18,7 +18,7 @@ from dataclasses import asdict
 
 from fusion import storage
 from fusion.command import guarded
-from fusion.errors import ExitCode, FusionError, Parser, seconds
+from fusion.errors import ExitCode, FusionError, Parser, seconds, visible
 from jobs.checks import machine, store
 from jobs.checks.findings import Check, Finding, Job, fail, warn
 from jobs.clusters.description import config_class
@@ -79,9 +79,9 @@ def worst(findings: Sequence[Finding]) -> ExitCode:
 
 
 def _print(name: str, finding: Finding) -> None:
-    print(f"{finding.verdict:<5}{name:<12} {finding.found}", flush=True)
+    print(f"{finding.verdict:<5}{name:<12} {visible(finding.found)}", flush=True)
     if finding.remedy:
-        print(f"{'':<17} hint: {finding.remedy}", flush=True)
+        print(f"{'':<17} hint: {visible(finding.remedy)}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,7 +46,7 @@ def compare(runs: Sequence[str], metric: str = "smape") -> Comparison:
         DataError: a run lacks its settings, or they are damaged.
         UsageError: there is no such metric.
     """
-    settings = [dict(_flat(_json(storage.join(run, "config.json")))) for run in runs]
+    settings = [dict(_flat(_settings(storage.join(run, "config.json")))) for run in runs]
     metrics = [_groups(run, metric) for run in runs]
     evaluated = [groups for groups in metrics if groups]
     keys = dict.fromkeys(key for one in settings for key in one if key not in WHERE)
@@ -74,11 +74,20 @@ def _split(run: str) -> bytes | None:
     return storage.read_if_exists(storage.join(run, SPLIT))
 
 
-def _json(url: str) -> Any:
+def _settings(url: str) -> dict[str, Any]:
     try:
-        return json.loads(storage.read(url))
+        values = json.loads(storage.read(url))
     except ValueError as error:
-        raise DataError(f"{url} is no JSON: {error}", "compare other runs") from error
+        raise _damaged(url, str(error)) from error
+    if not isinstance(values, dict):
+        raise _damaged(url, f"expected an object with settings, found {values!r:.80}")
+    return values
+
+
+def _damaged(url: str, cause: str) -> DataError:
+    return DataError(
+        f"{url} is damaged: {cause}", "compare other runs; `python -m fusion.verify URL` says what else is"
+    )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -95,8 +104,21 @@ def _groups(run: str, metric: str) -> dict[tuple[str, str], float]:
     data = storage.read_if_exists(url)
     if data is None:
         return {}
-    rows = csv.DictReader(io.StringIO(data.decode()))
-    known = [name for name in rows.fieldnames or [] if name not in NAMES]
-    if metric not in known:
-        raise UsageError(f"--metric is {metric!r}, which {url} does not have", f"choose one of {', '.join(known)}")
-    return {(row["by"], row["group"]): float(row[metric] or "nan") for row in rows}
+    try:
+        return dict(_values(url, data.decode(), metric))
+    except (ValueError, csv.Error) as error:
+        raise _damaged(url, str(error)) from error
+
+
+def _values(url: str, text: str, metric: str) -> Iterator[tuple[tuple[str, str], float]]:
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    columns = rows.fieldnames or []
+    if not set(columns) >= NAMES:
+        raise ValueError(f"expected the columns by and group, found {', '.join(columns) or 'none'}")
+    if metric not in set(columns) - NAMES:
+        known = ", ".join(name for name in columns if name not in NAMES)
+        raise UsageError(f"--metric is {metric!r}, which {url} does not have", f"choose one of {known}")
+    for row in rows:
+        if row[metric] is None:
+            raise ValueError(f"line {rows.line_num} has fewer fields than the first")
+        yield (row["by"], row["group"]), float(row[metric] or "nan")  # empty: not defined for this group

@@ -1,4 +1,7 @@
-"""Tables of runs, submissions and comparisons on standard output."""
+"""Tables of runs, submissions and comparisons on standard output.
+
+Text from a bucket is shown, never obeyed: markup is off, and control characters are written out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from fusion.errors import visible
 from jobs.results.bucket import Run, Submission
 from jobs.results.compare import Comparison
 
@@ -20,7 +25,7 @@ def runs(found: Sequence[Run], output: str) -> None:
     table = _table(f"Runs in {output}", "run", "variant", "SMAPE", "started", "state", "attempts", "why")
     for run in found:
         state = run.state if run.code in (None, 0) else f"{run.state} ({run.code})"
-        table.add_row(run.run_id, run.variant, _cell(run.smape), run.started, state, str(run.attempts), run.error)
+        _add(table, run.run_id, run.variant, _cell(run.smape), run.started, state, str(run.attempts), run.error)
     _print(table, len(found))
 
 
@@ -28,33 +33,43 @@ def submissions(found: Sequence[Submission], output: str) -> None:
     table = _table(f"Submissions in {output}", "name", "date", "digest", "rows", "run", "", "why")
     for one in found:
         rows = "-" if one.rows is None else str(one.rows)
-        table.add_row(one.name, one.date, one.digest, rows, one.run, "current" if one.current else "", one.error)
+        _add(table, one.name, one.date, one.digest, rows, one.run, "current" if one.current else "", one.error)
     _print(table, len(found))
 
 
 def comparison(found: Comparison) -> None:
     settings = _table("What differs", "", *found.runs)
-    settings.add_row("validation SMAPE", *map(_cell, found.smape), style="bold")
+    _add(settings, "validation SMAPE", *map(_cell, found.smape), style="bold")
     for key, values in found.settings.items():
-        settings.add_row(key, *map(_cell, values))
+        _add(settings, key, *map(_cell, values))
     _print(settings, 1)
     if found.groups:
         groups = _table(f"{found.metric} by group", "by", "group", *found.runs)
         for (by, group), values in found.groups.items():
-            groups.add_row(by, group, *map(_cell, values))
+            _add(groups, by, group, *map(_cell, values))
         _print(groups, 1)
     for run in found.not_evaluated:
-        print(f"note: {run} has no metrics by group; evaluate_by_groups --run-id {run} makes them")
+        print(f"note: {visible(run)} has no metrics by group; evaluate_by_groups --run-id {visible(run)} makes them")
     if not found.same_rows:
         print("note: these runs did not validate on the same rows; their figures differ for that reason as well")
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+    table = Table(
+        title=_text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0)
+    )
     for heading in headings:
         right = heading in ("SMAPE", "rows", "attempts")
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        table.add_column(_text(heading), justify="right" if right else "left", overflow="fold")
     return table
+
+
+def _add(table: Table, *cells: str, style: str | None = None) -> None:
+    table.add_row(*map(_text, cells), style=style)
+
+
+def _text(text: str) -> Text:
+    return Text(visible(text))
 
 
 def _print(table: Table, n_rows: int) -> None:

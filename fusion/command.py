@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import TypeVar
 
 from fusion import stopping, storage
 from fusion.config import StoreConfig
+from fusion.ending import tell
 from fusion.errors import ExitCode, FusionError
 from fusion.flags import parse
 from fusion.streams import unfailing
@@ -59,15 +55,3 @@ def _guarded(job: Callable[[], int]) -> int:
         message = f"this is a bug in fusion: {type(error).__name__}: {error}"
         tell(FusionError(message, "report it with the log of the run"), traceback.format_exc())
         return ExitCode.BUG
-
-
-def tell(error: FusionError, trace: str = "") -> None:
-    """To the launcher that started this rank, which says it once; without one, on standard error."""
-    rank, folder = os.environ.get("RANK", "0"), os.environ.get("FUSION_EXIT_DIR")
-    if folder:
-        told = {"code": error.code, "error": error.message, "hint": error.remedy, "time": time.time()}
-        with suppress(OSError):  # a full disk: then say it here
-            Path(folder, f"{rank}.json").write_text(json.dumps(told | {"traceback": trace}))
-            return
-    if trace or folder or rank == "0":  # what users can mend goes wrong on all ranks alike: one of them speaks
-        print(f"{trace}{error.report()}", file=sys.stderr, flush=True)

@@ -15,12 +15,16 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from fusion import storage, transport
+from fusion import transport
 from fusion.errors import ConfigError, FusionError
+from fusion.heartbeats import ARRIVAL, FOR_EVER, Heartbeats
 
 T = TypeVar("T")
+
+STALL_TIMEOUT = 600.0  # seconds, of commands that have no --stall-timeout
 
 
 @dataclass(frozen=True)
@@ -117,37 +121,54 @@ def _portable(failure: Exception | None, rank: int) -> Exception | None:
 
 
 @contextmanager
-def world(device: str = "auto") -> Iterator[World]:
+def world(device: str = "auto", stall_timeout: float = STALL_TIMEOUT) -> Iterator[World]:
     """Joins torchrun's group, or makes a group of one; leaves it at the end.
+
+    Ranks wait for one another for as long as all of them give signs of life (see `fusion.heartbeats`).
+
+    Args:
+        stall_timeout: seconds without a sign of life of a rank after which the others end with 124; 0: they never do.
 
     Raises:
         ConfigError: a cuda device is asked for and there is none.
+        UnreachableError: not all ranks came.
     """
     place = _place(device)
     backend = "nccl" if place.device.type == "cuda" else "gloo"
+    store: Store = HashStore()
+    heartbeats: Heartbeats | None = None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=_timeout())
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    if backend == "nccl":
-        torch.cuda.set_device(place.device)
-        _groups["control"] = dist.new_group(backend="gloo", timeout=_timeout())
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
+    if place.size > 1:
+        heartbeats = Heartbeats(store, place.rank, place.size, stall_timeout)
     try:
-        yield place
-        _wait_for_all(place)
+        with _group(backend, store, place):
+            yield place
+            _wait_for_all(place, heartbeats)
+    finally:
+        if heartbeats:
+            heartbeats.stop()
+
+
+@contextmanager
+def _group(backend: str, store: Store, place: World) -> Iterator[None]:
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=FOR_EVER)
+    try:
+        if backend == "nccl":
+            torch.cuda.set_device(place.device)
+            _groups["control"] = dist.new_group(backend="gloo", timeout=FOR_EVER)
+        yield
     finally:
         _groups.clear()
         dist.destroy_process_group()
 
 
-def _timeout() -> timedelta:
-    """How long ranks wait for one that reads or writes: several objects, each of which it may ask for again."""
-    return timedelta(seconds=max(600.0, 10 * storage.patience()))
-
-
-def _wait_for_all(place: World) -> None:
-    # gloo can abort a rank whose peer has already torn its connections down.
+def _wait_for_all(place: World, heartbeats: Heartbeats | None) -> None:
     dist.barrier(group=_control())
+    if heartbeats:
+        heartbeats.stop()
+        dist.barrier(group=_control())  # nobody asks the store of rank 0 any more
+    # gloo can abort a rank whose peer has already torn its connections down.
     time.sleep(0.05 if place.size > 1 else 0)
 
 

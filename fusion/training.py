@@ -51,7 +51,7 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
         StopRequested: a signal came; what was done is committed.
         SupersededError: a newer attempt at the run began.
     """
-    with world(config.device) as place:
+    with world(config.device, config.stall_timeout) as place:
         log.configure(config.name(), place.rank, place.size)
         if place.on_main(lambda: _is_finished(config)):
             log.info(

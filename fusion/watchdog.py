@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from fusion import log
-from fusion.command import tell
+from fusion.ending import tell
 from fusion.errors import StalledError
 from fusion.streams import LOST
 

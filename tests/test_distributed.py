@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -9,25 +12,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusion import storage
 from fusion.distributed import World, world
-from fusion.errors import DataError
+from fusion.errors import DataError, ExitCode
 from tests.forked import run_ranks
 from tests.s3_server import _free_ports as free_ports
 
 
-@pytest.mark.parametrize(("patience", "minutes"), [(5, 10), (60, 10), (600, 100)])
-def test_ranks_wait_for_one_that_asks_the_store_again(
-    patience: float, minutes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_time_limit_ends_ranks_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(storage, "_patience", patience)
     with world("cpu"):
         assert dist.group.WORLD is not None
         backend = dist.group.WORLD._get_backend(torch.device("cpu"))
-        assert backend.options._timeout == timedelta(minutes=minutes)
+        assert backend.options._timeout > timedelta(days=100)
 
 
 def values_travel(place: World) -> None:
@@ -70,9 +68,13 @@ def main_sends_each_array_once(place: World) -> None:
     assert allocated < 1.1 * received.nbytes * (2 if place.rank == 1 else 1), allocated
 
 
-@pytest.mark.parametrize("function", [values_travel, errors_reach_all_ranks, main_sends_each_array_once])
-def test_ranks(function: Callable[[World], None]) -> None:
-    done = run_ranks(3, function)
+def everything(place: World) -> None:
+    for function in (values_travel, errors_reach_all_ranks, main_sends_each_array_once):
+        function(place)
+
+
+def test_ranks() -> None:
+    done = run_ranks(3, everything)
     assert done.returncode == 0, done.stderr
 
 
@@ -80,3 +82,30 @@ def test_ranks(function: Callable[[World], None]) -> None:
 def test_a_group_of_one_has_the_same_answers(function: Callable[[World], None]) -> None:
     with world("cpu") as place:
         function(place)
+
+
+def rank_2_stops(place: World) -> None:
+    """As a node without power: its connections stay open, and it says nothing."""
+    if place.rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    place.together(lambda: None)
+
+
+def main_is_killed(place: World) -> None:
+    place.on_main(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_named() -> None:
+    started = time.monotonic()
+    done = run_ranks(3, rank_2_stops, stall_timeout=2)
+    assert done.returncode == ExitCode.STALLED
+    assert "event=rank_silent silent=2" in done.stderr
+    assert "error: rank 2 has given no sign of life for 2 s" in done.stderr
+    assert time.monotonic() - started < 60
+
+
+def test_a_rank_that_died_is_noticed_at_once_without_a_launcher() -> None:
+    started = time.monotonic()
+    done = run_ranks(3, main_is_killed, stall_timeout=1000)
+    assert done.returncode not in (0, ExitCode.STALLED)
+    assert time.monotonic() - started < 60

@@ -160,9 +160,10 @@ class PredictConfig(ReadRunConfig):
     min_rows: float = setting(
         0.8, "smallest number of rows, as a share of the last submission's", "submission", ge=0, le=1
     )
-    max_change: float = setting(
-        50.0,
-        "largest SMAPE between prices of the same products in this submission and the last, in %",
+    max_change: float | None = setting(
+        None,
+        "largest SMAPE between prices of the same products in this submission and the last, in %; by default 0.4 of "
+        "what shuffled prices would give, 0.6 when the model is another one",
         "submission",
         ge=0,
     )

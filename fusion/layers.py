@@ -249,7 +249,7 @@ class PriceModel(nn.Module):
     def forward(self, inputs: Inputs, present: Inputs) -> Tensor:
         """[B] log1p(price)."""
         present = self._hidden(present)
-        output = self.network(self._standardised(inputs, present), present)
+        output = self.network(self.standardised(inputs, present), present)
         output = output.float() * self.get_buffer("target_scale") + self.get_buffer("target_median")
         known = torch.stack(list(present.values())).any(0)
         return torch.where(known, output, self.get_buffer("target_median"))
@@ -257,9 +257,10 @@ class PriceModel(nn.Module):
     def explain(self, inputs: Inputs, present: Inputs) -> dict[str, Tensor]:
         """What the network tells about its inner choices, such as {"gate": [B, E]}; empty when it tells nothing."""
         explain = getattr(self.network, "explain", None)
-        return explain(self._standardised(inputs, present), present) if explain else {}
+        return explain(self.standardised(inputs, present), present) if explain else {}
 
-    def _standardised(self, inputs: Inputs, present: Inputs) -> dict[str, Tensor]:
+    def standardised(self, inputs: Inputs, present: Inputs) -> dict[str, Tensor]:
+        """{role: [B, D_role]} as the network gets them: in deviations of the training rows, zeros where missing."""
         scaled = {}
         for role, x in inputs.items():
             x = (x - self.get_buffer(f"mean_{role}")) * self.get_buffer(f"scale_{role}")

@@ -17,6 +17,7 @@ MANIFEST: Final = "MANIFEST.json"
 MODEL: Final = "model.safetensors"
 STATE: Final = "state.pt"
 SUBMISSION: Final = "submission.csv"
+FINGERPRINTS: Final = "fingerprints.parquet"  # of a submission's embeddings, which the next night is compared with
 SPLIT: Final = "split.parquet"  # has no manifest of its own; every checkpoint's has its hash
 
 

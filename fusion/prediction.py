@@ -10,17 +10,20 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fusion import checkpoint, log, manifests, runs, storage, submission
+from fusion import checkpoint, guards, log, manifests, runs, storage, submission
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
-from fusion.errors import DataError, UnreachableError
+from fusion.errors import DataError, DivergedError, UnreachableError
+from fusion.fingerprints import Look, look, to_parquet
 from fusion.layers import PriceModel, to_price
+from fusion.manifests import FINGERPRINTS, SUBMISSION
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.parts import Compute, compute_parts, compute_rows, discard
 from fusion.tables import Table, read_table
 
 C = TypeVar("C", bound=RunConfig)
+T = TypeVar("T")
 BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]
 
 
@@ -93,26 +96,47 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         table = place.on_main(lambda: read_table(data, "test", priced=False))
         store = load(data, "test", config.bindings(), table.ids, place, max_missing=config.max_missing)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
-        prices = compute_parts(pricing(model), store.resident_on(place.device), place, parts)["price"]
         if place.on_main(lambda: submission.origin_of(run, chosen, config, data)) != origin:
             raise UnreachableError(
                 f"the input in {data} was written while it was read", "run it again once it is complete"
             )
-        place.on_main(lambda: _publish(settings, origin, chosen, table, prices))
+        store, last = store.resident_on(place.device), _on_main_alone(place, lambda: submission.last(settings))
+        seen = look(model, store, table.ids, place)
+        about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
+        place.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
+        prices = compute_parts(pricing(model), store, place, parts)["price"]
+        try:
+            place.on_main(lambda: _publish(settings, origin, chosen.smape, table, prices, seen, last))
+        except (DataError, DivergedError):
+            place.on_main(lambda: discard(parts))  # refused: the input or the model will be replaced
+            raise
         place.on_main(lambda: discard(parts))
+
+
+def _on_main_alone(place: World, action: Callable[[], T]) -> T | None:
+    """Result of `action` on rank 0, which keeps it; an error is raised on every rank."""
+    return place.together(lambda: action() if place.is_main else None)
 
 
 def _publish(
     settings: PredictConfig,
     origin: submission.Origin,
-    chosen: manifests.Checkpoint,
+    smape: float,
     table: Table,
     prices: np.ndarray,
+    seen: Look,
+    last: submission.Last | None,
 ) -> None:
-    content = submission.submission_csv(list(table.ids[table.file_order]), prices[table.file_order])
-    warn_of_leak(table, prices, chosen.smape)
-    submission.check(settings, pd.Series(prices, table.ids), origin.run)
-    submission.publish(settings, origin, content, len(table))
+    warn_of_leak(table, prices, smape)
+    priced = pd.Series(prices, table.ids)
+    guards.conclude(settings, guards.about_prices(settings, priced, smape, last, origin))
+    ids = table.ids[table.file_order]
+    files = {
+        SUBMISSION: submission.submission_csv(list(ids), prices[table.file_order]),
+        FINGERPRINTS: to_parquet(seen.prints.loc[ids]),
+    }
+    history = guards.remembered(priced, last, settings.day(), origin.model_sha256)
+    submission.publish(settings, origin, submission.Made(files, len(table), smape, history))
 
 
 def warn_of_leak(table: Table, prices: np.ndarray, validation_smape: float) -> None:

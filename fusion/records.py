@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from datetime import UTC, datetime
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fusion import log, storage
@@ -48,6 +49,26 @@ class CheckpointManifest(Manifest):
     revision: str
     split_sha256: str = ""
     code_sha256: str = ""
+    validation_sha256: str = ""  # of the validation rows' prices and vectors, whatever files they came from
+    agreement: dict[str, float] = field(default_factory=dict)  # of each pair of roles on the training rows
+
+
+@dataclass(frozen=True)
+class Night:
+    """What a published night did to the prices of the products that the one before had.
+
+    Attributes:
+        change: SMAPE between both nights' prices, in %.
+        factor: median of tonight's price over the last one.
+    """
+
+    date: str
+    model_sha256: Sha256
+    change: Smape
+    factor: PositiveFloat
+
+
+MAX_NIGHTS = 30  # a month: as long as prices may creep before anybody compares
 
 
 @dataclass(frozen=True)
@@ -61,6 +82,8 @@ class SubmissionManifest(Manifest):
     table_sha256: str = ""
     inputs_sha256: str = ""
     code_sha256: str = ""
+    smape: Smape | None = None  # of the model on its validation rows
+    history: list[Night] = field(default_factory=list)  # oldest first
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
@@ -16,11 +16,11 @@ import pandas as pd
 
 from fusion import log, manifests, pointers, records, storage
 from fusion.config import PredictConfig, RunConfig, digest
-from fusion.errors import DataError, DivergedError
+from fusion.errors import DivergedError
 from fusion.inputs import find_table, sources_digest
-from fusion.manifests import MANIFEST, SUBMISSION
-from fusion.metrics import MIN_PRICE, compute_smape
-from fusion.records import RunFacts, SubmissionManifest, SubmissionPointer
+from fusion.manifests import FINGERPRINTS, MANIFEST, SUBMISSION
+from fusion.metrics import MIN_PRICE
+from fusion.records import Night, SubmissionManifest, SubmissionPointer
 from fusion.runs import code_digest, open_run
 
 C = TypeVar("C", bound=RunConfig)
@@ -56,6 +56,31 @@ class Origin:
         return all(getattr(made, name) == getattr(self, name) for name in compared)
 
 
+@dataclass(frozen=True)
+class Made:
+    """A submission before it is published.
+
+    Attributes:
+        files: name to content; the last that is written is committed by the manifest.
+        smape: of the model on its validation rows, in %.
+        history: what earlier nights did to prices.
+    """
+
+    files: Mapping[str, bytes]
+    rows: int
+    smape: float | None
+    history: list[Night]
+
+
+@dataclass(frozen=True)
+class Last:
+    """The submission that is current: prices by sample_id, and the fingerprints of its embeddings where it has them."""
+
+    manifest: SubmissionManifest
+    prices: pd.Series
+    prints: pd.DataFrame | None
+
+
 def origin_of(run: str, chosen: manifests.Checkpoint, config: RunConfig, data: str, split: str = "test") -> Origin:
     """What predictions of a split are made of.
 
@@ -83,9 +108,12 @@ def published(settings: PredictConfig, config_class: type[C]) -> str | None:
 def reuse(settings: PredictConfig, origin: Origin) -> str | None:
     """As `published`, for a known origin."""
     for folder, manifest in _candidates(settings):
-        content = _read_verified(folder, manifest) if origin.same_as(manifest) else None
-        if content is not None:
-            return publish(settings, origin, content, manifest.rows)
+        if not origin.same_as(manifest):
+            continue
+        found = {entry.key: _read_verified(folder, manifest, entry.key) for entry in manifest.files}
+        files = {key: content for key, content in found.items() if content is not None}
+        if SUBMISSION in files:
+            return publish(settings, origin, Made(files, manifest.rows, manifest.smape, manifest.history))
     return None
 
 
@@ -114,25 +142,32 @@ def _whole(kind: type[T], url: str) -> T | None:
     return records.read_if_whole(kind, url, "submission_damaged")
 
 
-def _read_verified(folder: str, manifest: SubmissionManifest) -> bytes | None:
-    url = storage.join(folder, SUBMISSION)
+def _read_verified(folder: str, manifest: SubmissionManifest, key: str) -> bytes | None:
+    url = storage.join(folder, key)
     content = storage.read_if_exists(url)
-    if content is not None and storage.sha256(content) == manifest.sha256_of(SUBMISSION):
+    if content is not None and storage.sha256(content) == manifest.sha256_of(key):
         return content
     log.warning(event="submission_damaged", submission=url, reason="it is not what its manifest says")
     return None
 
 
-def publish(settings: PredictConfig, origin: Origin, content: bytes, n_rows: int) -> str:
+def publish(settings: PredictConfig, origin: Origin, made: Made) -> str:
     """Commits the submission under its date and points to it, unless a later date is current; its URL."""
-    key = f"{settings.name}/{settings.day()}/{storage.sha256(content)[:12]}"
+    key = f"{settings.name}/{settings.day()}/{storage.sha256(made.files[SUBMISSION])[:12]}"
     folder = storage.join(settings.output, "submissions", key)
     before = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
-    if storage.read_if_exists(storage.join(folder, SUBMISSION)) != content:  # another one is damaged: see its name
-        manifests.write_files(folder, {SUBMISSION: content})
+    _write_damaged(folder, made.files)
     if before is None or not origin.same_as(before):
-        files = manifests.entries({SUBMISSION: content})
-        manifest = SubmissionManifest(schema=1, files=files, rows=n_rows, date=settings.day(), **asdict(origin))
+        files = manifests.entries(made.files)
+        manifest = SubmissionManifest(
+            schema=1,
+            files=files,
+            rows=made.rows,
+            date=settings.day(),
+            smape=made.smape,
+            history=made.history,
+            **asdict(origin),
+        )
         committed, data = storage.join(folder, MANIFEST), storage.as_json(asdict(manifest))
         if not storage.create(committed, data):  # a damaged one, or one of another origin with the same prices
             storage.write(committed, data)
@@ -143,10 +178,17 @@ def publish(settings: PredictConfig, origin: Origin, content: bytes, n_rows: int
         unless=lambda current: current.date > settings.day(),
     )
     url = storage.join(folder, SUBMISSION)
-    log.info(event="published_before" if before else "published", rows=n_rows, submission=url)
+    log.info(event="published_before" if before else "published", rows=made.rows, submission=url)
     if not is_current:
         log.warning(event="not_current", date=settings.day(), reason="a submission of a later date is")
     return url
+
+
+def _write_damaged(folder: str, files: Mapping[str, bytes]) -> None:
+    """Writes the files that are not there as they should be."""
+    for name, content in files.items():
+        if storage.read_if_exists(storage.join(folder, name)) != content:
+            manifests.write_files(folder, {name: content})
 
 
 def submission_csv(ids: Sequence[str], prices: np.ndarray) -> bytes:
@@ -169,61 +211,21 @@ def submission_csv(ids: Sequence[str], prices: np.ndarray) -> bytes:
     return buffer.getvalue().encode()
 
 
-def check(settings: PredictConfig, prices: pd.Series, run: str) -> None:
-    """Compares prices, by sample_id, with those of the last submission and with the training prices.
-
-    Raises:
-        DataError: they are too far from what is expected, and --force was not given. The last one stays current.
-    """
-    wrong = [*_against_last(settings, prices), *_against_training(settings, prices, run)]
-    if wrong and settings.force:
-        log.warning(event="forced", reason="; ".join(wrong))
-    elif wrong:
-        raise DataError(
-            f"not published: {'; '.join(wrong)}",
-            "look for the cause in the embeddings and test.csv; if it is right, publish it with --force",
-        )
-
-
-def _against_last(settings: PredictConfig, prices: pd.Series) -> Iterator[str]:
-    last = _last_prices(settings)
-    if last is None:
-        return
-    if len(prices) < settings.min_rows * len(last):
-        yield f"{len(prices)} rows, the last submission has {len(last)} (--min-rows {settings.min_rows})"
-    common = prices.index.intersection(last.index)
-    if len(common):
-        change = compute_smape(last[common].to_numpy(), prices[common].to_numpy())
-        log.info(event="compared", rows=len(common), change=change)
-        if change > settings.max_change:
-            yield (
-                f"prices of {len(common)} products differ by {change:.1f}% (SMAPE) from the last submission's: "
-                f"embeddings under other ids, or quite another model (--max-change {settings.max_change:g})"
-            )
-    yield from _drift(prices, _quartiles(last), settings.max_drift, "the last submission's", "--max-drift")
-
-
-def _against_training(settings: PredictConfig, prices: pd.Series, run: str) -> Iterator[str]:
-    facts = records.read(RunFacts, storage.join(run, "run.json"))
-    if facts and facts.price_quartiles:  # runs of earlier versions have none
-        limit = settings.max_training_drift
-        yield from _drift(prices, facts.price_quartiles, limit, "the training prices'", "--max-training-drift")
-
-
-def _drift(prices: pd.Series, expected: Sequence[float], limit: float, whose: str, flag: str) -> Iterator[str]:
-    for quantile, now, then in zip((25, 50, 75), _quartiles(prices), expected, strict=True):
-        if max(now / then, then / now) > limit:
-            yield f"the {quantile}% quantile is {now:.2f}, {whose} {then:.2f} ({flag} {limit:g})"
-
-
-def _quartiles(prices: pd.Series) -> list[float]:
-    return [float(value) for value in prices.quantile([0.25, 0.5, 0.75])]
-
-
-def _last_prices(settings: PredictConfig) -> pd.Series | None:
-    last = _current(settings)
-    content = _read_verified(*last) if last else None
-    if content is None:
+def last(settings: PredictConfig) -> Last | None:
+    """The submission that is current under this name; None if there is none, or it is damaged."""
+    found = _current(settings)
+    content = _read_verified(*found, SUBMISSION) if found else None
+    if found is None or content is None:
         return None
     frame = pd.read_csv(io.BytesIO(content), dtype={"sample_id": "str"}, keep_default_na=False)
-    return frame.set_index("sample_id")["price"]
+    return Last(found[1], frame.set_index("sample_id")["price"], _prints(*found))
+
+
+def _prints(folder: str, manifest: SubmissionManifest) -> pd.DataFrame | None:
+    if not manifest.sha256_of(FINGERPRINTS):  # of an earlier version
+        return None
+    content = _read_verified(folder, manifest, FINGERPRINTS)
+    if content is None:
+        return None
+    frame = pd.read_parquet(io.BytesIO(content))
+    return frame.set_index(frame.pop("sample_id").astype("str"))

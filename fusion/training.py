@@ -20,6 +20,7 @@ from fusion.config import RunConfig, digest
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, StopRequested
+from fusion.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 from fusion.fitting import Fit, TrainingData, set_seed
 from fusion.layers import PriceModel
 from fusion.manifests import MODEL, SPLIT
@@ -122,6 +123,7 @@ class Saver:
             lineage = {key: getattr(facts, key) for key in ("config_sha256", "data_sha256", "revision")}
             lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, SPLIT)))
             lineage["code_sha256"] = code_digest()
+            lineage["agreement"] = _agreement(fit)
             self.writer = checkpoint.Writer(self.run, fit.data.store.dims, lineage, lease.check, config.keep)
 
     def resume(self) -> None:
@@ -201,6 +203,14 @@ class Saver:
         point_to_run(self.config, made.name, self.fit.smape)
         seconds = time.monotonic() - self.started
         log.info(event="finished", checkpoint=made.url, smape=self.fit.smape, blocked=self.blocked / seconds)
+
+
+def _agreement(fit: Fit) -> dict[str, float]:
+    """How much the roles agree on the training rows; predictions expect the same of their rows."""
+    store, train = fit.data.store, fit.data.train
+    rows = train[:: -(-len(train) // MAX_AGREEMENT_ROWS)]
+    prints = fingerprints(fit.model, store, rows, fit.place.device)
+    return agreements(pd.DataFrame(prints, columns=list(store.dims)))
 
 
 def _log_start(fit: Fit) -> None:

@@ -38,7 +38,8 @@ class Look:
     """What the embeddings of a table look like to a model.
 
     Attributes:
-        prints: one row a sample, index sample_id, a uint64 column for each role, 0 where it is missing.
+        prints: one row per sample, index sample_id, a uint64 column for each role, 0 where it is missing; no row on
+            any rank but 0.
         shift: role to the root mean square, over dimensions, of the mean in deviations of the training rows: 0 there.
         spread: role to the variance as a multiple of the training rows': 1 there.
     """
@@ -64,13 +65,15 @@ class Comparison:
 
 
 def look(model: PriceModel, store: RowStore, ids: pd.Index, place: World) -> Look:
-    """Looks at all rows of the store, shared out among the ranks; every rank gets the same."""
+    """Looks at all rows of the store, shared out among the ranks; the fingerprints of all rows are on rank 0 only."""
     mine = torch.arange(len(store))[place.share(len(store))]
     prints, sums = _of_rows(model, store, mine, place.device)
     totals = np.split(np.array(place.sum(np.concatenate(list(sums.values())).tolist())), _bounds(sums))
     moments = dict(zip(sums, totals, strict=True))
+    found = place.gather_on_main(prints)
+    table = pd.DataFrame(np.concatenate(found), index=ids) if found else pd.DataFrame(prints[:0])
     return Look(
-        pd.DataFrame(place.gather(prints), index=ids, columns=list(store.dims)),
+        table.set_axis(list(store.dims), axis=1),
         {role: _shift(total) for role, total in moments.items()},
         {role: _spread(total) for role, total in moments.items()},
     )

@@ -138,6 +138,14 @@ class LeaseRecord:
 
 
 @dataclass(frozen=True)
+class AttemptStart:
+    """`attempts/<n>/start.json`"""
+
+    attempt: PositiveInt
+    started: str
+
+
+@dataclass(frozen=True)
 class AttemptEnd:
     """`attempts/<n>/exit.json`"""
 

@@ -14,6 +14,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
@@ -160,6 +162,29 @@ def exists(url: str) -> bool:
 def ls(url: str) -> list[str]:
     """URLs directly below `url`, sorted; none when there is no such folder."""
     return retrying(url, lambda: _ls(url))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a listing says of an object, without asking for it.
+
+    Attributes:
+        size: in bytes.
+        modified: when it was last written; None where the store does not say.
+    """
+
+    url: str
+    size: int
+    modified: datetime | None
+
+
+def find(url: str) -> dict[str, Found]:
+    """All objects below `url` by their path below it: one request per 1000 objects. Empty when there is no such folder.
+
+    Raises:
+        CredentialsError, UnreachableError: as for `read`.
+    """
+    return retrying(url, lambda: _find(url))
 
 
 def open_read(url: str) -> BinaryIO:
@@ -336,3 +361,22 @@ def _ls(url: str) -> list[str]:
         names = fs.ls(path, detail=False)
     found = (name.rstrip("/") for name in names if name.strip("/") != path.strip("/"))
     return sorted(join(url, name.rsplit("/", 1)[-1]) for name in found if not name.endswith(_TEMPORARY))
+
+
+def _find(url: str) -> dict[str, Found]:
+    fs, path = _locate(url)
+    listed: dict[str, dict[str, Any]] = {}
+    with _unless_absent(url):
+        listed = fs.find(path, detail=True)
+    paths = {name.removeprefix(f"{path}/"): facts for name, facts in listed.items() if name.startswith(f"{path}/")}
+    return {
+        below: Found(join(url, below), int(facts["size"]), _modified(facts))
+        for below, facts in paths.items()
+        if not below.endswith((_TEMPORARY, "/"))
+    }
+
+
+def _modified(facts: dict[str, Any]) -> datetime | None:
+    """S3 says LastModified; a file system, and Google's store, mtime; the store in memory, created."""
+    when = next((facts[key] for key in ("LastModified", "mtime", "created") if facts.get(key)), None)
+    return datetime.fromtimestamp(when, UTC) if isinstance(when, int | float) else cast(datetime | None, when)

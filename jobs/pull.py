@@ -35,6 +35,10 @@ from jobs.results.compare import compare
 from jobs.results.transfer import Outcome, Plan, damaged, fetch
 
 STOPPED_BY_KEYBOARD = 130  # as shells have it
+_LISTED = """`served` is what predict_test uses unless --run-id names another run. Runs of one split letter
+validated on the same rows, so that their SMAPEs can be compared. A run that was killed outright could
+not say so: it is `running`, and `silent` once nothing of it has been written for 15 minutes. --json
+lists all runs, failed ones included."""
 _PULLED = """Of a run comes everything but its lease and all but its best checkpoint: config.json, run.json,
 split.parquet, metrics/, attempts/ with the logs, and the weights with their manifest. state.pt, from
 which training goes on, is about three times as large and comes with --state."""
@@ -45,7 +49,7 @@ def _runs(given: argparse.Namespace) -> None:
     if given.json:
         _print_json([asdict(run) for run in found])
     else:
-        shown.runs(found, given.output)
+        shown.runs(found, given.output, given.failed)
 
 
 def _submissions(given: argparse.Namespace) -> None:
@@ -171,8 +175,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_lists(command: Callable[..., Parser]) -> None:
-    states = "An attempt that was killed outright could not say so, and is listed as running."
-    runs = command("runs", _runs, "lists the runs, newest first", states)
+    runs = command("runs", _runs, "lists the runs: finished ones first, then the others, each newest first", _LISTED)
+    runs.add_argument("--failed", action="store_true", help="also those that failed before they had a model")
     submissions = command("submissions", _submissions, "lists the submissions, newest date first")
     comparison = command("compare", _compare, "shows what differs between runs: settings, SMAPE, metrics by group")
     submissions.add_argument("--name", help="only those published under this name")
@@ -223,4 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == STOPPED_BY_KEYBOARD:
+        os._exit(code)  # sys.exit would wait for threads, and they for a store that may not answer
+    sys.exit(code)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import time
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 
 from fusion import storage
 from fusion.errors import DataError
 from jobs.pull import main
 from tests.conftest import Done
-from tests.made_runs import make_run
+from tests.fault_proxy import FaultProxy
+from tests.made_runs import make_run, serve
+from tests.s3_server import S3Server
 
 HOSTILE = "no column [price] in \x1b[2Jtrain.csv \u202etxt [/b]"
 
@@ -72,3 +81,88 @@ def test_compare_shows_text_as_it_is(tmp_path: Path) -> None:
     assert done.code == 0 and "[price]" in done.out and r"\x1b[2J" in done.out and "[b]brand" in done.out
     assert all(letter.isprintable() for line in done.out.splitlines() for letter in line)
     assert json.loads(pull("compare", "a", "b", "--output", str(tmp_path), "--json").out)["runs"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket", "memory"])
+def test_find_lists_all_objects_below(kind: str, bucket: str, tmp_path: Path) -> None:
+    url = {"folder": str(tmp_path / "a"), "bucket": f"{bucket}/a", "memory": "memory://a"}[kind]
+    assert storage.find(url) == {}
+    before = datetime.now(UTC) - timedelta(seconds=2)
+    for name in ("x", "b/c/y", "b/z"):
+        storage.write(f"{url}/{name}", name.encode())
+    storage.write(f"{url}b/other", b"")
+    found = storage.find(url)
+    assert {name: one.size for name, one in found.items()} == {"x": 1, "b/c/y": 5, "b/z": 3}
+    assert {name: storage.read(one.url) for name, one in found.items()} == {n: n.encode() for n in found}
+    assert all(one.modified and before < one.modified < before + timedelta(seconds=60) for one in found.values())
+
+
+def listed(output: Path, *flags: str) -> dict[str, dict[str, Any]]:
+    return {run["run_id"]: run for run in json.loads(pull("runs", "--output", str(output), "--json", *flags).out)}
+
+
+def test_finished_runs_come_first_and_failed_tries_in_one_line(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    make_run(output, "first", started="2026-01-01T00:00:00Z")
+    make_run(output, "second", started="2026-01-02T00:00:00Z", smapes=(None, 40.0, 41.0))
+    make_run(output, "stopped", started="2026-01-03T00:00:00Z", code=75)
+    make_run(output, "diverged", started="2026-01-04T00:00:00Z", code=70, error="the loss is nan")
+    for i in range(3):
+        make_run(output, f"typo{i}", started="2026-01-05T00:00:00Z", smapes=(), code=65, error="no train.csv")
+    table = pull("runs", "--output", output).out
+    assert re.findall(r"^ (\w+)", table, re.MULTILINE)[1:] == ["second", "first", "diverged", "stopped"]
+    assert "40.00" in table and "failed (70)" in table and "diverged: the loss is nan\n" in table
+    assert table.endswith("3 failed tries without a model: --failed lists them\n")
+    everything = pull("runs", "--output", output, "--failed").out
+    assert "typo2" in everything and "failed (65)" in everything and "--failed" not in everything
+    assert list(listed(tmp_path)) == ["second", "first", "typo2", "typo1", "typo0", "diverged", "stopped"]
+
+
+def test_a_first_try_that_failed_is_shown(tmp_path: Path) -> None:
+    assert pull("runs", "--output", str(tmp_path)).out == f"no runs in {tmp_path}\n"
+    make_run(str(tmp_path), "typo", smapes=(), code=65, error="no train.csv")
+    assert "typo: no train.csv\n" in pull("runs", "--output", str(tmp_path)).out
+
+
+def test_the_served_run_and_runs_on_the_same_rows(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    for run, split in (("a", "1" * 64), ("b", "2" * 64), ("c", "1" * 64)):
+        make_run(output, run, split=split)
+    serve(output, "qwen_clip", "b", 50.0)
+    found = listed(tmp_path)
+    assert [run for run, facts in found.items() if facts["served"]] == ["b"]
+    assert found["a"]["split"] == found["c"]["split"] != found["b"]["split"]
+    table = pull("runs", "--output", output).out
+    letters = {line.split()[0]: line.split()[3] for line in table.splitlines() if " qwen_clip " in line}
+    assert letters == {"c": "A", "b": "B", "a": "A"}
+    assert re.search(r"^ b .* finished, served", table, re.MULTILINE) and "SMAPE can be compared" in table
+
+
+def test_a_run_that_was_killed_outright(tmp_path: Path) -> None:
+    run = Path(make_run(str(tmp_path), "killed", code=None))
+    assert listed(tmp_path)["killed"]["state"] == "running"
+    an_hour_ago = time.time() - 3600
+    for path in run.rglob("*"):
+        os.utime(path, (an_hour_ago, an_hour_ago))
+    found = listed(tmp_path)["killed"]
+    sign = datetime.fromtimestamp(int(an_hour_ago), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert (found["state"], found["last_sign"]) == ("silent", sign)
+    assert f"killed: no sign since {sign}" in pull("runs", "--output", str(tmp_path)).out
+    (run / "checkpoints/step-00000000/MANIFEST.json").touch()
+    assert listed(tmp_path)["killed"]["state"] == "running"
+    assert listed(tmp_path)["killed"]["started"] == "2026-01-02T03:04:05Z"
+
+
+def test_a_listing_takes_three_requests_per_run(bucket: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_runs = 8
+    for i in range(n_runs):
+        make_run(bucket, f"run-{i}")
+    serve(bucket, "qwen_clip", "run-0", 50.0)
+    proxy, seen = FaultProxy(s3.endpoint), Counter[str]()
+    proxy.plan = lambda request: seen.update(["LIST" if "list-type=2" in request.path else request.method])
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    assert pull("runs", "--output", bucket).code == 0
+    proxy.stop()
+    assert seen["LIST"] == 1
+    assert seen["GET"] <= 3 * n_runs + 1  # run.json, exit.json, the checkpoint's manifest; and which run is served

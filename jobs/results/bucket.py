@@ -1,40 +1,59 @@
-"""What lies in a bucket: runs and submissions, and how they ended. Lists no more than the folders that it needs."""
+"""What lies in a bucket: runs and submissions, and how they ended.
+
+One listing names all objects; only the documents that are shown are read, once each and several at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 from fusion import pointers, storage
 from fusion.errors import DataError, ExitCode
-from fusion.manifests import MANIFEST, validated
+from fusion.manifests import MANIFEST, Checkpoint, best_of
 from fusion.records import (
     AttemptEnd,
-    LeaseRecord,
+    AttemptStart,
+    CheckpointManifest,
     RunFacts,
+    RunPointer,
     SubmissionManifest,
     SubmissionPointer,
     read,
+    read_if_whole,
 )
-from jobs.results.transfer import N_THREADS
+from fusion.storage import Found
 
 T = TypeVar("T")
 U = TypeVar("U")
 
+Listing = Mapping[str, Found]  # by the path below a folder
+
 LEASE = "lease.json"
+# Documents read at a time: s3fs keeps ten connections by default, so more would only wait.
+N_THREADS = 10
+# A running training commits every minute unless --checkpoint-seconds says otherwise, and ends itself after 10 minutes
+# without a step (--stall-timeout). After 15 it has most likely been killed outright, which no document can say.
+SILENT_AFTER = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as a list shows it.
+    """A run as a list shows it. Times are UTC.
 
     Attributes:
         smape: validation SMAPE of its best checkpoint, in %; None before the first.
-        state: finished, running, stopped, failed, or unreadable. One that was killed outright never said so: running.
+        state: finished, running, silent, stopped, failed, or unreadable. One that was killed outright could not say
+            so: it is running until nothing has been written for `SILENT_AFTER`, then silent.
         code: exit code of its newest attempt, once that has ended.
         started, ended: of the run and of its newest attempt.
+        last_sign: when anything of it was last written; empty where the store does not say.
+        split: 12 letters that are equal for runs that validated on the same rows; empty before the first checkpoint.
+        served: whether predictions use it unless they name another run.
         error: what the newest attempt, or the reading of the run, says went wrong.
     """
 
@@ -46,7 +65,15 @@ class Run:
     attempts: int = 0
     started: str = ""
     ended: str = ""
+    last_sign: str = ""
+    split: str = ""
+    served: bool = False
     error: str = ""
+
+    @property
+    def is_failed_try(self) -> bool:
+        """Whether it ended with an error before it had anything to show."""
+        return self.state == "failed" and self.smape is None
 
 
 @dataclass(frozen=True)
@@ -61,34 +88,84 @@ class Submission:
 
 
 def list_runs(output: str, variant: str | None = None) -> list[Run]:
-    """All runs, newest first."""
-    runs = _in_parallel(_describe_run, storage.ls(storage.join(output, "runs")))
-    wanted = [run for run in runs if variant in (None, run.variant)]
-    return sorted(wanted, key=lambda run: (run.started, run.run_id), reverse=True)
+    """All runs: the finished ones, then the others, each newest first."""
+    folders = _by_folder(storage.find(storage.join(output, "runs")), depth=1)
+    root, now = storage.join(output, "runs"), datetime.now(UTC)
+    runs = _in_parallel(lambda run_id: _describe_run(root, run_id, folders[run_id], now), folders)
+    served = _served(output, {run.variant for run in runs if run.variant})
+    wanted = [replace(run, served=run.run_id in served) for run in runs if variant in (None, run.variant)]
+    newest = sorted(wanted, key=lambda run: (run.started, run.run_id), reverse=True)
+    return sorted(newest, key=lambda run: run.state != "finished")
 
 
-def _describe_run(url: str) -> Run:
-    run_id = storage.base(url)
+def _by_folder(listing: Listing, depth: int) -> dict[str, Listing]:
+    """The objects of each folder that many levels down, by their paths below it."""
+    folders: dict[str, dict[str, Found]] = defaultdict(dict)
+    for path, found in listing.items():
+        parts = path.split("/")
+        if len(parts) > depth:
+            folders["/".join(parts[:depth])]["/".join(parts[depth:])] = found
+    return dict(folders)
+
+
+def _served(output: str, variants: Iterable[str]) -> set[str]:
+    """Ids of the runs that predictions use."""
+    found = _in_parallel(lambda variant: pointers.read(RunPointer, output, "runs", variant, "best"), variants)
+    return {pointer.run_id for pointer in found if pointer}
+
+
+def _describe_run(root: str, run_id: str, listing: Listing, now: datetime) -> Run:
+    seen = max((found.modified for found in listing.values() if found.modified), default=None)
+    sign = f"{seen.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}" if seen else ""
+    if LEASE not in listing:
+        return Run(run_id, last_sign=sign, error="it has no lease.json: no attempt ever began")
     try:
-        facts = read(RunFacts, storage.join(url, "run.json"))  # none: it never read its data
-        lease = read(LeaseRecord, storage.join(url, LEASE))
-        if lease is None:
-            return Run(run_id, error="it has no lease.json: no attempt ever began")
-        end = read(AttemptEnd, storage.join(url, "attempts", str(lease.attempt), "exit.json"))
-        smapes = [checkpoint.smape for checkpoint in validated(url)]
+        run = _read_run(storage.join(root, run_id), listing)
     except DataError as error:
-        return Run(run_id, error=error.message)
+        return Run(run_id, last_sign=sign, error=error.message)
+    if run.state == "running" and seen and now - seen > SILENT_AFTER:
+        return replace(run, state="silent", last_sign=sign, error=f"no sign since {sign}: killed, most likely")
+    return replace(run, last_sign=sign)
+
+
+def _read_run(url: str, listing: Listing) -> Run:
+    attempt = max((int(name) for name in _by_folder(_below(listing, "attempts"), 1) if name.isdecimal()), default=1)
+    facts = _read_listed(RunFacts, url, "run.json", listing)  # none: it never read its data
+    end = _read_listed(AttemptEnd, url, f"attempts/{attempt}/exit.json", listing)
+    begun = facts or _read_listed(AttemptStart, url, f"attempts/{attempt}/start.json", listing)
+    best = best_checkpoint(url, listing)
     return Run(
-        run_id,
+        storage.base(url),
         facts.variant if facts else "",
-        min(smapes, default=None),
+        best.smape if best else None,
         _state(end),
         end.code if end else None,
-        lease.attempt,
-        facts.started if facts else lease.started,
-        end.ended if end else "",
-        end.error if end else "",
+        attempt,
+        started=begun.started if begun else "",
+        ended=end.ended if end else "",
+        split=best.manifest.split_sha256[:12] if best else "",
+        error=end.error if end else "",
     )
+
+
+def _read_listed(kind: type[T], url: str, path: str, listing: Listing) -> T | None:
+    return read(kind, storage.join(url, path)) if path in listing else None
+
+
+def _below(listing: Listing, folder: str) -> Listing:
+    return {path.removeprefix(f"{folder}/"): found for path, found in listing.items() if path.startswith(f"{folder}/")}
+
+
+def best_checkpoint(run: str, listing: Listing) -> Checkpoint | None:
+    """The best of the committed checkpoints that were validated; a damaged one is named in the log and left out."""
+    names = _by_folder(_below(listing, "checkpoints"), 1)
+    folders = [storage.join(run, "checkpoints", name) for name, files in names.items() if MANIFEST in files]
+    found = []
+    for folder in folders:
+        manifest = read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
+        if manifest and manifest.smape is not None:
+            found.append(Checkpoint(folder, manifest))
+    return best_of(found) if found else None
 
 
 def _state(end: AttemptEnd | None) -> str:
@@ -100,22 +177,21 @@ def _state(end: AttemptEnd | None) -> str:
 def list_submissions(output: str, name: str | None = None) -> list[Submission]:
     """All committed submissions, newest date first."""
     root = storage.join(output, "submissions")
-    names = [storage.join(root, name)] if name else storage.ls(root)
-    folders = [folder for dates in _in_parallel(_dates, names) for folder in dates]
-    current = {storage.base(url): current_of(output, storage.base(url)) for url in names}
-    found = [one for one in _in_parallel(lambda url: _describe_submission(url, current), folders) if one]
-    return sorted(found, key=lambda one: (one.date, one.name, one.current), reverse=True)
+    listing = storage.find(storage.join(root, name) if name else root)
+    if name:
+        listing = {f"{name}/{path}": found for path, found in listing.items()}
+    folders = [path for path, files in _by_folder(listing, depth=3).items() if MANIFEST in files]
+    names = sorted({path.split("/")[0] for path in folders})
+    current = dict(zip(names, _in_parallel(lambda one: current_of(output, one), names), strict=True))
+    found = _in_parallel(lambda path: _describe_submission(root, path, current), folders)
+    return sorted(filter(None, found), key=lambda one: (one.date, one.name, one.current), reverse=True)
 
 
-def _dates(url: str) -> list[str]:
-    return [folder for date in storage.ls(url) for folder in storage.ls(date)]
-
-
-def _describe_submission(url: str, current: dict[str, str | None]) -> Submission | None:
-    name, date, digest = url.split("/")[-3:]
-    is_current = current[name] == f"{name}/{date}/{digest}"
+def _describe_submission(root: str, path: str, current: Mapping[str, str | None]) -> Submission | None:
+    name, date, digest = path.split("/")
+    is_current = current[name] == path
     try:
-        manifest = read(SubmissionManifest, storage.join(url, MANIFEST))
+        manifest = read(SubmissionManifest, storage.join(root, path, MANIFEST))
     except DataError as error:
         return Submission(name, date, digest, None, "", is_current, error.message)
     return Submission(name, date, digest, manifest.rows, storage.base(manifest.run), is_current) if manifest else None

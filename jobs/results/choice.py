@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
-from fusion.manifests import MANIFEST, STATE, best_of, validated
-from fusion.records import CheckpointManifest, Manifest, RunPointer, SubmissionManifest, SubmissionPointer, parse
-from jobs.results.bucket import LEASE, current_of
+from fusion.manifests import MANIFEST, SPLIT, STATE, Checkpoint
+from fusion.records import (
+    CheckpointManifest,
+    FileEntry,
+    Manifest,
+    RunPointer,
+    SubmissionManifest,
+    SubmissionPointer,
+    parse,
+)
+from jobs.results.bucket import LEASE, Listing, best_checkpoint, current_of
 from jobs.results.transfer import Item, Plan
 
 POINTERS = ("latest", "best")
+# Files of a run that are pulled without a manifest. What else lies there, such as the parts of an evaluation under way,
+# stays; and no name leads out of the folder, whoever wrote it.
+BESIDE = re.compile(r"(attempts/\d+/|metrics/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -90,14 +102,12 @@ def _current_submission(output: str, name: str) -> Choice:
 def plan_run(output: str, choice: Choice, *, state: bool) -> Plan:
     """All files of a run but its lease and all but its best checkpoint; `state.pt` of that one only if asked for."""
     run = storage.join(output, choice.path)
-    found = validated(run)
-    plan = _folder(output, choice.path, listed=True)
-    for below in ["metrics", *(f"attempts/{storage.base(url)}" for url in storage.ls(storage.join(run, "attempts")))]:
-        plan = _joined(plan, _folder(output, f"{choice.path}/{below}", listed=True))
-    if found:
-        weights = _folder(
-            output, f"{choice.path}/checkpoints/{best_of(found).name}", listed=False, kind=CheckpointManifest
-        )
+    listing = storage.find(run)
+    best = best_checkpoint(run, listing)
+    metrics = _committed(output, f"{choice.path}/metrics", Manifest, required=False)
+    plan = _joined(metrics, _beside(choice.path, listing, metrics, best))
+    if best:
+        weights = _committed(output, f"{choice.path}/checkpoints/{best.name}", CheckpointManifest)
         kept = [item for item in weights.items if state or storage.base(item.path) != STATE]
         plan = _joined(plan, Plan(kept, weights.last))
     return _joined(plan, Plan([], choice.pointer))
@@ -105,26 +115,33 @@ def plan_run(output: str, choice: Choice, *, state: bool) -> Plan:
 
 def plan_submission(output: str, choice: Choice) -> Plan:
     """A submission and its manifest."""
-    plan = _folder(output, choice.path, listed=False, kind=SubmissionManifest)
-    return _joined(plan, Plan([], choice.pointer))
+    return _joined(_committed(output, choice.path, SubmissionManifest), Plan([], choice.pointer))
 
 
-def _folder(output: str, path: str, *, listed: bool, kind: type[Manifest] = Manifest) -> Plan:
-    """The files that the folder's manifest names and, if asked for, those beside them, from a listing."""
-    url = storage.join(output, path)
-    names = {storage.base(found) for found in storage.ls(url)} if listed else set[str]()
-    content = _manifest(storage.join(url, MANIFEST), required=not listed)
-    named = parse(kind, content, storage.join(url, MANIFEST)).files if content else []
-    items = [Item(storage.join(url, entry.key), f"{path}/{entry.key}", entry) for entry in named]
-    beside = names - {entry.key for entry in named} - {MANIFEST, LEASE}
-    others = sorted(name for name in beside if "." in name.strip("."))  # files have a dot in their names, folders none
-    items += [Item(storage.join(url, name), f"{path}/{name}") for name in others]
-    return Plan(items, {f"{path}/{MANIFEST}": content} if content else {})
+def _committed(output: str, path: str, kind: type[Manifest], *, required: bool = True) -> Plan:
+    """The files that the folder's manifest names."""
+    url = storage.join(output, path, MANIFEST)
+    # The metrics have none before the first evaluation, and while one writes them again.
+    content = storage.read(url) if required else storage.read_if_exists(url)
+    if content is None:
+        return Plan([], {})
+    files = parse(kind, content, url).files
+    items = [Item(storage.join(output, path, entry.key), f"{path}/{entry.key}", entry) for entry in files]
+    return Plan(items, {f"{path}/{MANIFEST}": content})
 
 
-def _manifest(url: str, *, required: bool) -> bytes | None:
-    # None is there while an evaluation writes the metrics anew.
-    return storage.read(url) if required else storage.read_if_exists(url)
+def _beside(path: str, listing: Listing, metrics: Plan, best: Checkpoint | None) -> Plan:
+    """The files of a run that no manifest of files names; every checkpoint's has the hash of the split."""
+    named = {item.path for item in metrics.items} | set(metrics.last)
+    below = sorted(name for name in listing if BESIDE.fullmatch(name) and f"{path}/{name}" not in named)
+    split = best.manifest.split_sha256 if best else ""
+    left_out = {LEASE, SPLIT, f"metrics/{MANIFEST}"}
+    items = [Item(listing[name].url, f"{path}/{name}") for name in below if name not in left_out]
+    if SPLIT in listing:
+        found = listing[SPLIT]
+        entry = FileEntry(SPLIT, found.size, split) if split else None  # runs of earlier versions say nothing of it
+        items.append(Item(found.url, f"{path}/{SPLIT}", entry))
+    return Plan(items, {})
 
 
 def _joined(first: Plan, second: Plan) -> Plan:

@@ -11,20 +11,21 @@ The exit code is 0 when nothing fails, else that of the worst failure: 77 creden
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from fusion import storage
 from fusion.command import guarded
-from fusion.errors import ExitCode, FusionError, Parser, seconds, visible
+from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds, visible
+from jobs.arguments import refuse_empty, variable
 from jobs.checks import machine, store
-from jobs.checks.findings import Check, Finding, Job, fail, warn
+from jobs.checks.findings import Check, Finding, Job, fail, read_settings, warn
 from jobs.clusters.description import config_class
 
 # What waiting mends comes last: a scheduler may try 69 again, and must not where something else is wrong as well.
 WORST_FIRST = (ExitCode.CREDENTIALS, ExitCode.CONFIG, ExitCode.DATA, ExitCode.BUG, ExitCode.UNREACHABLE)
+SOURCES = "--sources."
 
 CHECKS = (
     Check("settings", "FUSION_… variables hold what is allowed", store.settings),
@@ -52,7 +53,7 @@ def examine(job: Job, checks: Sequence[Check], say: Callable[[str, Finding], Non
     missed: set[str] = set()  # failed or skipped
     for check in checks:
         if check.needs in missed:
-            finding: Finding | None = warn(f"skipped: needs check {check.needs}", f"mend {check.needs} first")
+            finding: Finding | None = warn(f"skipped: needs check {check.needs}", f"see check {check.needs}")
         else:
             finding = look(check, job)
         if finding is not None:
@@ -94,14 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    environment = os.environ.get
     add = parser.add_argument
-    add("--data", metavar="URL", default=environment("FUSION_DATA", "data"), help="bucket or folder of the input")
-    add(
-        "--output", metavar="URL", default=environment("FUSION_OUTPUT", "output"), help="bucket or folder of the output"
-    )
-    add("--variant", help="qwen_clip or all_embeddings: also look for its sources")
-    add("--store-timeout", metavar="S", type=seconds, default=environment("FUSION_STORE_TIMEOUT", "5"),
+    add("--data", metavar="URL", help="bucket or folder of the input (default: FUSION_DATA, else data)")
+    add("--output", metavar="URL", help="bucket or folder of the output (default: FUSION_OUTPUT, else output)")
+    add("--variant", metavar="NAME", help="qwen_clip or all_embeddings: also look for its sources")
+    add(f"{SOURCES}ROLE", metavar="NAME", action="append",
+        help="source of a role of the --variant, as in training: --sources.clip-image cnn")  # fmt: skip
+    add("--store-timeout", metavar="S", type=seconds, default=variable("FUSION_STORE_TIMEOUT", "5"),
         help="seconds to retry a store that does not answer (default: 5)")  # fmt: skip
     add(
         "--only",
@@ -114,13 +114,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _job(argv: Sequence[str] | None) -> ExitCode:
-    given = _parser().parse_args(argv)
-    storage.set_patience(given.store_timeout)
+def _read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Job]:
+    """The flags, and the job that they and the environment describe.
+
+    Raises:
+        UsageError: a flag, a variant or a role that does not exist.
+    """
+    parser = _parser()
+    given, unknown = parser.parse_known_args(argv)
+    refuse_empty(given)
+    if unknown and not unknown[0].startswith(SOURCES):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if unknown and not given.variant:
+        raise UsageError(f"{unknown[0]} is of a role, and roles are of a variant", "name it: --variant all_embeddings")
     if given.variant:
         config_class(given.variant, "train")  # is there one?
+    typed = {"--output": given.output, "--data": given.data}
+    flags = (*(word for name, value in typed.items() if value for word in (name, value)), *unknown)
+    try:
+        settings = read_settings(given.variant, flags)
+        output, data = settings.output, settings.data
+    except UsageError:
+        raise
+    except FusionError:  # the check of the settings says what is wrong with them
+        output = given.output or variable("FUSION_OUTPUT", "output")
+        data = given.data or variable("FUSION_DATA", "data")
+    return given, Job(output, data, given.variant, flags)
+
+
+def _job(argv: Sequence[str] | None) -> ExitCode:
+    given, job = _read(argv)
+    storage.set_patience(given.store_timeout)
     checks = [check for check in CHECKS if not given.only or check.name in given.only]
-    job = Job(given.output, given.data, given.variant)
     findings = examine(job, checks, (lambda *_: None) if given.json else _print)
     if given.json:
         listed = [{"check": name, **asdict(finding)} for name, finding in findings.items()]

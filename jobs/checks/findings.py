@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
+from fusion.config import RunConfig
 from fusion.errors import ExitCode
+from fusion.flags import parse
+from jobs.clusters.description import config_class
 
 
 @dataclass(frozen=True)
@@ -15,11 +20,34 @@ class Job:
 
     Attributes:
         variant: whose sources the data must have; None: any.
+        flags: settings as they were typed: --output, --data, --sources.ROLE.
     """
 
     output: str
     data: str
     variant: str | None = None
+    flags: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> RunConfig:
+        """Settings of the job's variant, or those that all variants share.
+
+        Raises:
+            ConfigError: a variable, or the file that FUSION_CONFIG names, holds what is not allowed.
+        """
+        return read_settings(self.variant, self.flags)
+
+
+def read_settings(variant: str | None, flags: Sequence[str]) -> RunConfig:
+    """What these flags and the environment set, of a variant or of what all share; read once, as it may warn."""
+    environment = sorted(item for item in os.environ.items() if item[0].startswith("FUSION_"))
+    return _read_settings(variant, tuple(flags), tuple(environment))
+
+
+@cache
+def _read_settings(variant: str | None, flags: tuple[str, ...], environment: tuple[tuple[str, str], ...]) -> RunConfig:
+    wanted: type[RunConfig] = config_class(variant, "train") if variant else RunConfig
+    return parse(wanted, flags, prog="python jobs/doctor.py", description="")
 
 
 @dataclass(frozen=True)

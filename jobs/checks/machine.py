@@ -24,11 +24,11 @@ from packaging.specifiers import SpecifierSet
 import fusion
 from fusion.errors import ExitCode
 from jobs.checks.findings import Finding, Job, fail, ok, size, warn
-from jobs.checks.settings import read_settings
 
 SHM = Path("/dev/shm")
 LITTLE = 2**30  # bytes; less is worth a word
 FEW_FILES = 1024
+TORCH_TIMEOUT = 120.0  # seconds; it loads in 5, in 60 from a cold network disk
 SOON = 600  # seconds
 LAUNCHER_GRACE = 60.0  # seconds that fusion.launch gives its ranks unless told otherwise
 CACHES = ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR")
@@ -75,13 +75,13 @@ def _mismatch(name: str, needed: SpecifierSet, found: str | None) -> str:
 
 def gpus(job: Job) -> Finding | None:
     """The GPUs and their driver, as nvidia-smi tells."""
-    device = read_settings(job).device
+    device = job.settings.device
     if device == "cpu":
         return None
     try:
         listed = _nvidia_smi()
-    except (OSError, subprocess.SubprocessError) as error:
-        return fail(f"nvidia-smi does not work ({error})", "mend the driver, or ask for another node", ExitCode.CONFIG)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return fail(f"nvidia-smi does not work ({error})", "fix the driver, or ask for another node", ExitCode.CONFIG)
     if not listed and device != "auto":
         return fail(
             f"no GPU, and FUSION_DEVICE is {device}", "ask for a GPU, or set FUSION_DEVICE=cpu", ExitCode.CONFIG
@@ -91,17 +91,34 @@ def gpus(job: Job) -> Finding | None:
     names = sorted({one["name"] for one in listed})
     found = f"{len(listed)} x {' and '.join(names)}, driver {listed[0]['driver_version']}"
     busy = [f"GPU {one['index']} has {one['memory.used']} of {one['memory.total']} MiB in use" for one in listed if
-            float(one["memory.used"]) > 0.1 * float(one["memory.total"])]  # fmt: skip
+            _is_busy(one["memory.used"], one["memory.total"])]  # fmt: skip
     return warn(f"{found}; {', '.join(busy)}", "see `nvidia-smi` for whose it is") if busy else ok(found)
 
 
+def _is_busy(used: str, total: str) -> bool:
+    """Whether more than a tenth of the memory, in MiB, is in use: an idle GPU holds some hundred MiB."""
+    numbers = used.replace(".", "").isdecimal() and total.replace(".", "").isdecimal()
+    return numbers and float(used) > 0.1 * float(total)  # "[N/A]" where memory is shared with the CPU
+
+
 def _nvidia_smi() -> list[dict[str, str]]:
+    """What nvidia-smi says of each GPU; raises ValueError when that is no table."""
     if not shutil.which("nvidia-smi"):
         return []
     names = ["index", "name", "driver_version", "memory.used", "memory.total"]
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    return [dict(zip(names, line.split(", "), strict=True)) for line in done.stdout.splitlines() if line]
+    rows = [line.split(", ") for line in done.stdout.splitlines() if line]
+    if any(len(row) != len(names) for row in rows):
+        raise ValueError(f"it says {done.stdout.splitlines()[0]!r}")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _has_gpus() -> bool:
+    try:
+        return bool(_nvidia_smi())
+    except (OSError, subprocess.SubprocessError, ValueError):  # the check of the GPUs says what is wrong
+        return False
 
 
 def torch(job: Job) -> Finding:
@@ -109,22 +126,29 @@ def torch(job: Job) -> Finding:
     if not find_spec("torch"):
         return warn("torch is not installed: of Fusion, only jobs/ works here", "install it where jobs run")
     command = [sys.executable, "-c", _ASK_TORCH]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TORCH_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        to_do = "look at the disk that it lies on, and at the driver: `nvidia-smi`"
+        return fail(f"torch did not load within {TORCH_TIMEOUT:g} s", to_do, ExitCode.CONFIG)
     if done.returncode:
         cause = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return fail(f"torch cannot be loaded ({cause})", "install it again", ExitCode.CONFIG)
     version, cuda, n_devices, nccl = json.loads(done.stdout)
-    if not n_devices and read_settings(job).device != "cpu" and _nvidia_smi():
+    if not n_devices and job.settings.device != "cpu" and _has_gpus():
         to_do = "install a build of torch for this driver, or a driver for this build"
         return fail(f"torch {version} (CUDA {cuda}) finds none of the GPUs", to_do, ExitCode.CONFIG)
     return ok(f"torch {version}, " + (f"CUDA {cuda}, NCCL {nccl}, {n_devices} GPUs" if n_devices else "on the CPU"))
 
 
 def shared_memory(_: Job) -> Finding:
-    """The size of /dev/shm, through which NCCL moves data between the GPUs of a node."""
+    """The size of /dev/shm, through which NCCL moves data between the GPUs of a node, and whether it can be written."""
     to_do = "mount a larger one: a memory-backed emptyDir on Kubernetes, --shm-size=1g with Docker or Podman"
     if not SHM.is_dir():
         return warn(f"there is no {SHM}", to_do)
+    if cause := _write_error(SHM):
+        to_do = "mount one that this user can write: NCCL, and the ranks of a node, share data there"
+        return warn(f"{SHM} cannot be written ({cause})", to_do)
     total, _used, free = shutil.disk_usage(SHM)
     found, limit = f"{SHM} has {size(total)}, {size(free)} free", memory_limit()
     if total < LITTLE or free < total / 10:
@@ -166,19 +190,34 @@ def _text(path: Path) -> str:
 
 def folders(_: Job) -> Finding:
     """Whether temporary files and caches can be written, and have room."""
-    wanted = {"TMPDIR": tempfile.gettempdir()} | {name: os.environ[name] for name in CACHES if os.environ.get(name)}
+    try:
+        temporary = tempfile.gettempdir()
+    except OSError as error:
+        to_do = "mount a writable volume at /tmp, or set TMPDIR to a folder that this user can write"
+        return fail(f"temporary files cannot be written: {error.strerror}", to_do, ExitCode.CONFIG)
     free: dict[str, int] = {}
-    for name, folder in wanted.items():
+    for name, folder in {"TMPDIR": temporary, **_caches()}.items():
         there = _nearest(Path(folder).absolute())
-        try:
-            with tempfile.TemporaryFile(dir=there) as file:
-                file.write(b"probe")
-            free[folder] = shutil.disk_usage(there).free
-        except OSError as error:
+        if cause := _write_error(there):
             to_do = f"mount a writable volume there, or set {name} to one"
-            return fail(f"{folder} ({name}) cannot be written: {error.strerror}", to_do, ExitCode.CONFIG)
+            return fail(f"{folder} ({name}) cannot be written: {cause}", to_do, ExitCode.CONFIG)
+        free[folder] = shutil.disk_usage(there).free
     found = ", ".join(f"{folder} {size(n_bytes)} free" for folder, n_bytes in free.items())
     return warn(found, "make room: compiled kernels and logs need some") if min(free.values()) < LITTLE else ok(found)
+
+
+def _caches() -> dict[str, str]:
+    return {name: os.environ[name] for name in CACHES if os.environ.get(name)}
+
+
+def _write_error(folder: Path) -> str:
+    """Why no file can be written there; empty when one can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"probe")
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _nearest(folder: Path) -> Path:
@@ -236,7 +275,7 @@ def n_nodes() -> int:
 
 def grace(job: Job) -> Finding:
     """Whether training counts on more time for a stop than its launcher gives."""
-    seconds = read_settings(job).grace
+    seconds = job.settings.grace
     if seconds > LAUNCHER_GRACE:
         found = f"FUSION_GRACE is {seconds:g} s, and fusion.launch kills its ranks after {LAUNCHER_GRACE:g} s"
         to_do = (

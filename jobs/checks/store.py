@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -11,14 +12,13 @@ from typing import Any
 import fsspec
 
 from fusion import storage
-from fusion.config import RunConfig
 from fusion.errors import ExitCode
 from jobs.checks.findings import Finding, Job, fail, ok, warn
-from jobs.checks.settings import read_settings
 
 REFUSED_AFTER = timedelta(minutes=15)  # S3 refuses signatures of a clock that is further off
 NOTABLE = timedelta(seconds=30)
 SOON = timedelta(minutes=15)
+WHERE = ("data", "output")  # settings that other checks name
 
 
 def credentials(job: Job) -> Finding | None:
@@ -116,31 +116,32 @@ def _buckets(job: Job) -> list[str]:
 
 def data(job: Job) -> Finding:
     """Whether the tables and the embeddings are there."""
-    wanted = _wanted_sources(job)
+    bindings = job.settings.bindings() if job.variant else {}
     tables = {storage.base(url).removesuffix(".csv").removesuffix(".parquet") for url in storage.ls(job.data)}
     if "train" not in tables:
         return fail(f"{job.data} has no train.csv", "name the folder that holds it with --data", ExitCode.DATA)
     train, test = _sources(job, "train"), _sources(job, "test")
-    missing = sorted((wanted or set()) - train)
+    missing = {role: name for role, name in bindings.items() if name not in train}
     if missing or not train:
-        found = f"{job.data}/embeddings/train has no {' and no '.join(missing) or 'sources'}"
-        has = ", ".join(sorted(train)) or "nothing"
-        return fail(f"{found}; it has {has}", "add them, or name others with --sources.ROLE NAME", ExitCode.DATA)
-    needed = wanted or train
+        return _without_sources(job, missing, train)
+    needed = set(bindings.values()) or train
     lacking = ([] if "test" in tables else ["test.csv"]) + sorted(needed - test)
     if lacking:
         return warn(f"train is there, test lacks {', '.join(lacking)}", "add what is missing before predict_test")
     return ok(f"{job.data} has train, test, and for both {', '.join(sorted(needed))}")
 
 
-def _wanted_sources(job: Job) -> set[str] | None:
-    return set(read_settings(job).bindings().values()) if job.variant else None
+def _without_sources(job: Job, missing: dict[str, str], there: set[str]) -> Finding:
+    lacks = " and no ".join(sorted(missing.values())) or "sources"
+    flags = " ".join(f"--sources.{role.replace('_', '-')} NAME" for role in missing)
+    remedy = f"add them, or name those that are there: {flags}" if there else "add them: README.md says how"
+    found = f"{job.data}/embeddings/train has no {lacks}; it has {', '.join(sorted(there)) or 'nothing'}"
+    return fail(found, remedy, ExitCode.DATA)
 
 
 def _sources(job: Job, split: str) -> set[str]:
-    return {
-        storage.base(url).removesuffix(".parquet") for url in storage.ls(storage.join(job.data, "embeddings", split))
-    }
+    folder = storage.join(job.data, "embeddings", split)
+    return {storage.base(url).removesuffix(".parquet") for url in storage.ls(folder)}
 
 
 def writable(job: Job) -> Finding:
@@ -168,11 +169,15 @@ def conditions(job: Job) -> Finding:
 
 
 def settings(job: Job) -> Finding:
-    """Whether what the environment sets is allowed."""
-    found = read_settings(job)
-    defaults = RunConfig.__pydantic_fields__  # type: ignore[attr-defined]
-    changed = [
-        key for key in defaults if key not in ("data", "output") and getattr(found, key) != defaults[key].default
-    ]
-    named = ", ".join(f"{key} {getattr(found, key)}" for key in changed)
-    return ok(f"{job.variant or 'settings of all variants'}, from the environment: {named or 'nothing but defaults'}")
+    """Whether what is set is allowed."""
+    found = job.settings
+    usual = asdict(type(found)())
+    settings = {key: value for key, value in asdict(found).items() if key not in WHERE}
+    changed = [text for key, value in settings.items() for text in _changed(key, usual[key], value)]
+    return ok(f"{job.variant or 'settings of all variants'}: {', '.join(changed) or 'nothing but defaults'}")
+
+
+def _changed(key: str, usual: Any, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for name in value for text in _changed(f"{key}.{name}", usual[name], value[name])]
+    return [] if value == usual else [f"{key} {value}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import platform
@@ -212,6 +213,15 @@ def find_run(settings: ReadRunConfig, variant: str) -> str:
     return storage.join(settings.output, "runs", best.run_id)
 
 
+def no_run(output: str, run_id: str) -> DataError:
+    """The error that there is no run of this id, with the nearest that exists."""
+    known = [storage.base(url) for url in storage.ls(storage.join(output, "runs"))]
+    near = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(run_id, known, n=1))
+    return DataError(
+        f"no run {run_id} under {output}", f"{near}`python jobs/pull.py runs --output {output}` lists what is there"
+    )
+
+
 def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[str, C, manifests.Checkpoint]:
     """URL of the run to use, the settings it was started with, and its best checkpoint.
 
@@ -221,7 +231,9 @@ def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[str, C, ma
     """
     run = find_run(settings, config_class.variant)
     url = storage.join(run, "config.json")
-    content = storage.read(url)
+    content = storage.read(url) if settings.run_dir else storage.read_if_exists(url)
+    if content is None:
+        raise no_run(settings.output, storage.base(run))
     config = from_json(config_class, content, url)
     best = manifests.best(run)
     if config_digest(json.loads(content)) != best.manifest.config_sha256:

@@ -15,13 +15,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from fusion import storage
-from fusion.command import guarded
-from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds, visible
-from jobs.arguments import refuse_empty, variable
-from jobs.checks import machine, store
-from jobs.checks.findings import Check, Finding, Job, fail, read_settings, warn
-from jobs.clusters.description import config_class
+try:
+    from fusion import storage
+    from fusion.command import guarded
+    from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds, visible
+    from jobs.arguments import refuse_empty, variable
+    from jobs.checks import machine, store
+    from jobs.checks.findings import Check, Finding, Job, fail, read_settings, warn
+    from jobs.clusters.description import config_class
+except ImportError as wrong_python:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {wrong_python} for {sys.executable}", file=sys.stderr)
+    print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
+    sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
 # What waiting mends comes last: a scheduler may try 69 again, and must not where something else is wrong as well.
 WORST_FIRST = (ExitCode.CREDENTIALS, ExitCode.CONFIG, ExitCode.DATA, ExitCode.BUG, ExitCode.UNREACHABLE)

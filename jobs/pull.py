@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections import Counter
@@ -23,17 +24,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fusion import storage
-from fusion.command import guarded
-from fusion.errors import DataError, ExitCode, Parser, UsageError, seconds
-from fusion.manifests import STATE, SUBMISSION
-from fusion.streams import unfailing
-from jobs.results import shown
-from jobs.results.bucket import list_runs, list_submissions
-from jobs.results.choice import Choice, choose_run, choose_submission, plan_run, plan_submission
-from jobs.results.compare import compare
-from jobs.results.transfer import Outcome, Plan, damaged, fetch
+try:
+    from fusion import storage
+    from fusion.command import guarded
+    from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds
+    from fusion.manifests import STATE, SUBMISSION
+    from fusion.streams import unfailing
+    from jobs.arguments import refuse_empty, variable
+    from jobs.results import shown
+    from jobs.results.bucket import list_runs, list_submissions
+    from jobs.results.choice import Choice, choose_run, choose_submission, plan_run, plan_submission
+    from jobs.results.compare import compare
+    from jobs.results.transfer import Outcome, Plan, damaged, fetch
+except ImportError as wrong_python:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {wrong_python} for {sys.executable}", file=sys.stderr)
+    print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
+    sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
+EXAMPLE = "`python jobs/pull.py runs --output s3://my-bucket/output`"
 STOPPED_BY_KEYBOARD = 130  # as shells have it
 _LISTED = """`served` is what predict_test uses unless --run-id names another run. Runs of one split letter
 validated on the same rows, so that their SMAPEs can be compared. A run that was killed outright could
@@ -62,7 +72,8 @@ def _submissions(given: argparse.Namespace) -> None:
 
 def _compare(given: argparse.Namespace) -> None:
     if len(given.runs) < 2:
-        raise UsageError(f"compare got {' '.join(given.runs)}, expected at least two runs", "`pull.py runs` lists them")
+        lists = f"`python jobs/pull.py runs --output {given.output}` lists them"
+        raise UsageError(f"compare got {' '.join(given.runs)}, expected at least two runs", lists)
     chosen = [choose_run(given.output, which, given.variant) for which in given.runs]
     found = compare([storage.join(given.output, one.path) for one in chosen], given.metric)
     if given.json:
@@ -119,7 +130,7 @@ def _check(plan: Plan, folder: str) -> None:
     if wrong:
         path, what = next(iter(wrong.items()))
         others = f", and {len(wrong) - 1} more are wrong" if len(wrong) > 1 else ""
-        raise DataError(f"{os.path.join(folder, path)} {what}{others}", "pull again without --check, which mends it")
+        raise DataError(f"{os.path.join(folder, path)} {what}{others}", "pull again without --check, which repairs it")
     _say(f"{sum(1 for item in plan.items if item.entry)} files are what their manifests say")
 
 
@@ -162,10 +173,9 @@ def _parser() -> argparse.ArgumentParser:
             name, help=text, description=f"{text}. {more}", formatter_class=form, allow_abbrev=False
         )
         made.set_defaults(job=job, parser=made)
-        patience = os.environ.get("FUSION_STORE_TIMEOUT", "60")
-        made.add_argument("--output", metavar="URL", default=os.environ.get("FUSION_OUTPUT", "output"),
+        made.add_argument("--output", metavar="URL", default=variable("FUSION_OUTPUT", "output"),
             help="bucket or folder with runs/ and submissions/ (default: FUSION_OUTPUT, else output)")  # fmt: skip
-        made.add_argument("--store-timeout", metavar="S", type=seconds, default=patience,
+        made.add_argument("--store-timeout", metavar="S", type=seconds, default=variable("FUSION_STORE_TIMEOUT", "60"),
             help="seconds to retry a store that does not answer (default: 60)")  # fmt: skip
         return made
 
@@ -208,12 +218,25 @@ def _add_pulls(command: Callable[..., Parser]) -> None:
 
 
 def _job(argv: Sequence[str] | None) -> ExitCode:
+    if not (sys.argv[1:] if argv is None else argv):
+        message = "pull.py expects a command: runs, submissions, compare, run or submission"
+        raise UsageError(
+            message, "for example `python jobs/pull.py runs --output s3://my-bucket/output`; --help says more"
+        )
     given, unknown = _parser().parse_known_args(argv)
     if unknown:
         given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # which knows the flags that are near
+    refuse_empty(given)
+    _refuse_url(given)
     storage.set_patience(given.store_timeout)
     given.job(given)
     return ExitCode.DONE
+
+
+def _refuse_url(given: argparse.Namespace) -> None:
+    to = getattr(given, "to", "")
+    if re.match(r"[a-z0-9]+:/", to):
+        raise ConfigError(f"--to is {to}, expected a folder of this machine", "give --to a folder, such as pulled")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,13 +17,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion import storage
-from fusion.command import guarded
-from fusion.errors import ExitCode, Parser, UsageError
-from fusion.flags import parse
-from fusion.streams import unfailing
-from jobs.clusters import local
-from jobs.clusters.description import MODULES, Job, check_together, config_class, each_fold, frozen, variants
+try:
+    from fusion import storage
+    from fusion.command import guarded
+    from fusion.errors import ExitCode, Parser, UsageError
+    from fusion.flags import parse
+    from fusion.streams import unfailing
+    from jobs.clusters import local
+    from jobs.clusters.description import MODULES, Job, check_together, config_class, each_fold, frozen, variants
+except ImportError as wrong_python:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {wrong_python} for {sys.executable}", file=sys.stderr)
+    print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
+    sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
 ROOT = Path(__file__).parents[1]  # the checkout, wherever the packages are installed
 SETTINGS = ROOT / "slurm" / "cluster.toml"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
@@ -166,3 +168,41 @@ def test_a_listing_takes_three_requests_per_run(bucket: str, s3: S3Server, monke
     proxy.stop()
     assert seen["LIST"] == 1
     assert seen["GET"] <= 3 * n_runs + 1  # run.json, exit.json, the checkpoint's manifest; and which run is served
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        ([], 64, "for example `python jobs/pull.py runs --output s3://my-bucket/output`"),
+        (["runs", "--output", ""], 78, "--output is empty"),
+        (["run", "best", "--output="], 78, "--output is empty"),
+        (["run", "best", "--to", ""], 78, "--to is empty"),
+        (["run", "best", "--to", "s3://bucket/pulled"], 78, "--to is s3://bucket/pulled, expected a folder"),
+        (["run", "best", "--to", "s3:/bucket/pulled"], 78, "expected a folder of this machine"),
+        (["run", "god"], 65, "did you mean good? `python jobs/pull.py runs --output output` lists what is there"),
+        (["run", "../good"], 65, "no run ../good under output"),
+    ],
+)
+def test_what_users_get_wrong(
+    arguments: list[str], code: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FUSION_OUTPUT", "")  # an empty variable is unset: the default is ./output
+    monkeypatch.setenv("FUSION_STORE_TIMEOUT", "")
+    make_run("output", "good")
+    done = pull(*arguments)
+    assert done.code == code and expected in done.err, done.err
+    assert [line.split(":")[0] for line in done.err.splitlines()] == ["error", "hint"]
+
+
+@pytest.mark.parametrize("script", ["pull", "doctor", "submit"])
+@pytest.mark.parametrize("has_fusion", [True, False], ids=["fsspec is missing", "fusion is missing"])
+def test_python_of_another_environment(script: str, has_fusion: bool) -> None:
+    root = Path(__file__).parents[1]
+    env = {"PYTHONPATH": str(root)} if has_fusion else {}
+    command = [sys.executable, "-S", f"jobs/{script}.py", "--help"]  # -S: without the installed packages
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 78, done.stderr
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: No module named ") and error.endswith(f" for {sys.executable}")
+    assert hint == "hint: run `. .venv/bin/activate` first; `make demo` makes .venv"

@@ -19,6 +19,7 @@ from fusion.records import (
     SubmissionPointer,
     parse,
 )
+from fusion.runs import no_run
 from jobs.results.bucket import LEASE, Listing, best_checkpoint, current_of
 from jobs.results.transfer import Item, Plan
 
@@ -45,12 +46,12 @@ def choose_run(output: str, which: str, variant: str | None) -> Choice:
     if which not in POINTERS:
         known = [storage.base(url) for url in storage.ls(storage.join(output, "runs"))]
         if which not in known:
-            raise DataError(f"no run {which} under {output}", _nearest(which, known, "pull.py runs"))
+            raise no_run(output, which)
         return Choice(f"runs/{which}", {})
     variant = variant or _only_variant(output)
     path = f"pointers/runs/{variant}/{which}.json"
     if not storage.exists(storage.join(output, path)):
-        raise DataError(f"no finished run of {variant} under {output}", "`pull.py runs` lists what is there")
+        raise DataError(f"no finished run of {variant} under {output}", _lists("runs", output))
     content = storage.read(storage.join(output, path))
     return Choice(f"runs/{parse(RunPointer, content, storage.join(output, path)).run_id}", {path: content})
 
@@ -60,9 +61,7 @@ def _only_variant(output: str) -> str:
     if len(variants) == 1:
         return variants[0]
     if not variants:
-        raise DataError(
-            f"no finished run under {output}", "`pull.py runs` lists what is there; --output names the bucket"
-        )
+        raise DataError(f"no finished run under {output}", f"{_lists('runs', output)}; --output names the bucket")
     raise UsageError(f"there are runs of {' and '.join(variants)}", f"choose with --variant {variants[0]}")
 
 
@@ -85,7 +84,7 @@ def choose_submission(output: str, which: str, name: str) -> Choice:
     there = ", ".join(f"{date}/{storage.base(url)}" for url in found)
     raise DataError(
         f"{len(matching) or 'no'} submissions {which} of {name!r} under {output}",
-        f"name one of {there}" if there else "`pull.py submissions` lists what is there",
+        f"name one of {there}" if there else _lists("submissions", output),
     )
 
 
@@ -93,7 +92,7 @@ def _current_submission(output: str, name: str) -> Choice:
     path = f"pointers/submissions/{name}/current.json"
     if not storage.exists(storage.join(output, path)):
         known = [storage.base(url) for url in storage.ls(storage.join(output, "pointers", "submissions"))]
-        raise DataError(f"no submission named {name!r} under {output}", _nearest(name, known, "pull.py submissions"))
+        raise DataError(f"no submission named {name!r} under {output}", _nearest(name, known, output))
     content = storage.read(storage.join(output, path))
     pointer = parse(SubmissionPointer, content, storage.join(output, path))
     return Choice(f"submissions/{pointer.submission}", {path: content})
@@ -152,6 +151,10 @@ def _is_committed(folder: str) -> bool:
     return storage.exists(storage.join(folder, MANIFEST))
 
 
-def _nearest(wrong: str, known: Iterable[str], command: str) -> str:
+def _nearest(wrong: str, known: Iterable[str], output: str) -> str:
     near = difflib.get_close_matches(wrong, list(known), n=1)
-    return "".join(f"did you mean {name}? " for name in near) + f"`{command}` lists what is there"
+    return "".join(f"did you mean {name}? " for name in near) + _lists("submissions", output)
+
+
+def _lists(what: str, output: str) -> str:
+    return f"`python jobs/pull.py {what} --output {output}` lists what is there"

@@ -1,0 +1,32 @@
+"""Which run a command means: by its id, or what it says when there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fusion.config import ReadRunConfig
+from fusion.errors import DataError
+from fusion.qwen_clip.config import Config
+from fusion.runs import open_run
+from tests.made_runs import make_run
+
+
+def test_an_id_that_is_unknown_gets_the_nearest(tmp_path: Path) -> None:
+    make_run(str(tmp_path), "qwen-clip-b427c785")
+    with pytest.raises(DataError) as caught:
+        open_run(ReadRunConfig(output=str(tmp_path), run_id="qwen-clip-b427c758"), Config)
+    assert caught.value.message == f"no run qwen-clip-b427c758 under {tmp_path}"
+    listing = f"`python jobs/pull.py runs --output {tmp_path}` lists what is there"
+    assert caught.value.remedy == f"did you mean qwen-clip-b427c785? {listing}"
+
+
+def test_an_output_without_runs(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no run old under"):
+        open_run(ReadRunConfig(output=str(tmp_path), run_id="old"), Config)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{tmp_path}/config.json does not exist"):
+        open_run(ReadRunConfig(run_dir=str(tmp_path)), Config)

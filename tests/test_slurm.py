@@ -216,6 +216,23 @@ def test_an_array_of_variants_requeues_the_task_that_was_stopped(
     assert f"{number}_1 COMPLETED with exit code 0" in done.out
 
 
+def test_a_stop_request_between_two_tries_requeues_the_job(cluster: SlurmCluster, submit: Submit) -> None:
+    launcher = submit.folder / "python"  # its first try fails, and after a requeue it succeeds
+    launcher.write_text("#!/bin/bash\n[ ${SLURM_RESTART_COUNT:-0} -eq 1 ] || exit 69\n")
+    launcher.chmod(0o755)
+    submit.settings.write_text(submit.settings.read_text().replace(sys.executable, str(launcher)))
+    process = submit("--wait", "--nodes=2", "--", "--data", "data")
+    number = job_id(process)
+    wait_for(lambda: (submit.folder / "logs" / f"{number}_0_log.out").exists(), "the log")
+    wait_for(lambda: "again in" in submit.log(number), "the pause")
+    cluster.run("scancel", "--signal=USR2", number)
+    done = ended(process)
+    assert done.code == 0, done.out + submit.log(number)
+    assert submit.restarts(number) == 1
+    assert submit.log(number).count("again in") == 1
+    assert submit.log(number).count("stopped on request, requeued") == 1
+
+
 def test_what_slurm_refuses_is_said_at_once(submit: Submit) -> None:
     submit.settings.write_text('partition = "nowhere"\n' + submit.settings.read_text())
     done = ended(submit("--", "--data", "data"))

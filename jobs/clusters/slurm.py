@@ -36,21 +36,43 @@ export SLURM_EXPORT_ENV=ALL"""
 
 DEVICE = "export FUSION_DEVICE=cuda  # a node or a build of torch without GPUs ends the job with 78"
 
-# Slurm signals this shell, and not the steps alone, when it ends the job itself: cancelled, out of time, or requeued.
-TRY = """\
+# Slurm sends stop signals (`scancel --signal`, the time limit, preemption) to the steps of a job and not to its shell, so
+# that one which comes while no launcher runs, or before it listens, would be lost. A step of the job's whole length
+# therefore runs nothing but `sleep`, which any stop signal ends. To the shell Slurm sends SIGTERM, when it ends the job
+# itself: cancelled, out of time, or requeued. Others come there by `scancel --batch` and `--full`.
+LISTEN = """\
 ended=
+stopping=
 trap 'ended=yes' TERM
-for try in {tries}; do"""
+trap 'stopping=yes' USR1 USR2
+srun --overlap --nodes=1 --ntasks=1 --output=/dev/null sleep infinity 2> /dev/null &
+listener=$!
+trap 'kill $listener 2> /dev/null' EXIT
+# Whether to stop. A signal ends the listener with more than 128; 1 means that its step could not be started.
+stop_asked() {
+  kill -0 $listener 2> /dev/null || wait $listener || [ $? -le 128 ] || stopping=yes
+  [ -n "$stopping$ended" ]
+}"""
+
+TRY = """\
+code=75
+for try in {tries}; do
+stop_asked && break"""
 
 TEARDOWN = """\
 code=$?
 case $code in {final}) break ;; esac
-if [ $try -lt {n_tries} ] && [ -z "$ended" ]; then
+sleep 1  # the listener's end may be heard of after the launcher's
+stop_asked && break
+if [ $try -lt {n_tries} ]; then
   echo "try $try of {n_tries} ended with $code: again in $((10 * try)) s"
-  sleep $((10 * try))
+  for ((second = 0; second < 10 * try; second++)); do stop_asked || sleep 1; done
 fi
-[ -n "$ended" ] && break
 done
+case $code in
+  {final}) ;;
+  *) stop_asked && [ -z "$ended" ] && code=75 ;;  # asked to stop, and would have been tried again: later
+esac
 if [ $code -eq 75 ] && [ -z "$ended" ]; then
   # Stopped on request with a committed checkpoint: goes on from there in the queue's next turn.
   if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then
@@ -138,7 +160,7 @@ def _executor(jobs: Sequence[Job], cluster: Cluster, max_requeues: int) -> tuple
 
 
 def _setup(jobs: Sequence[Job], cluster: Cluster) -> list[str]:
-    lines = [SETUP, *(f"export {name}={shlex.quote(value)}" for name, value in cluster.exports().items())]
+    lines = [SETUP, LISTEN, *(f"export {name}={shlex.quote(value)}" for name, value in cluster.exports().items())]
     if cluster.n_gpus(jobs[0].task, jobs[0].gpus_per_node) and "--device" not in jobs[0].flags:
         lines += [DEVICE]
     lines += [f"{line} || failed {shlex.quote(line)}" for line in cluster.lines()]

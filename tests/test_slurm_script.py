@@ -1,0 +1,123 @@
+"""The batch script that Slurm gets, under bash, with stand-ins for Slurm's commands: `pytest tests/test_slurm_script.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from jobs.clusters import slurm
+from jobs.clusters.description import Job
+from jobs.clusters.slurm_settings import Cluster
+
+# As Slurm's: a signal reaches all steps of a job, and ends a `sleep`; srun ends with 128 + the signal.
+SRUN = """\
+#!/bin/bash
+case "$*" in *--overlap*) echo $$ > listener; {listener} ;; esac
+echo "$*" >> tries
+{launcher}
+"""
+SCONTROL = '#!/bin/bash\necho "$*" >> requeued\n'
+SLEEP = "#!/bin/bash\n[ -e at_pause ] && . ./at_pause\nexit 0\n"  # no test waits for a pause
+SIGNAL_STEPS = "until [ -s listener ]; do :; done; kill -USR2 $(cat listener); "
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    log: str
+    tries: int
+    requeued: str
+
+
+class Script:
+    """A rendered script in a folder of its own, whose commands come from there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.listener = "exec /bin/sleep infinity"
+        self.cluster = Cluster(folder=str(folder), gpus_per_node=0)
+
+    def run(self, launcher: str, at_pause: str = "", setup: tuple[str, ...] = (), jobs: int = 1) -> Ended:
+        self._write("srun", SRUN.format(listener=self.listener, launcher=launcher))
+        self._write("scontrol", SCONTROL)
+        self._write("sleep", SLEEP)
+        if at_pause:
+            (self.folder / "at_pause").write_text(at_pause)
+        sent = [Job("all_embeddings", "train"), Job("qwen_clip", "train")][:jobs]
+        (self.folder / "script").write_text(slurm.render(sent, replace(self.cluster, setup=setup), max_requeues=3))
+        environment = {"PATH": f"{self.folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+        done = subprocess.run(
+            ["bash", "script"],
+            check=False,
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+        return Ended(done.returncode, done.stdout + done.stderr, self._lines("tries"), self._text("requeued"))
+
+    def _write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+        (self.folder / name).chmod(0o755)
+
+    def _text(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text() if path.exists() else ""
+
+    def _lines(self, name: str) -> int:
+        return len(self._text(name).splitlines())
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    return Script(tmp_path)
+
+
+def test_a_failure_that_may_pass_is_tried_three_times(script: Script) -> None:
+    ended = script.run("exit 69")
+    assert (ended.code, ended.tries, ended.requeued) == (69, 3, "")
+
+
+def test_a_failure_that_stays_is_tried_once(script: Script) -> None:
+    ended = script.run("exit 65")
+    assert (ended.code, ended.tries, ended.requeued) == (65, 1, "")
+
+
+def test_a_stop_request_between_two_tries_requeues_the_job(script: Script) -> None:
+    ended = script.run("exit 69", at_pause=SIGNAL_STEPS)
+    assert (ended.code, ended.tries, ended.requeued) == (75, 1, "requeue 7\n"), ended.log
+
+
+@pytest.mark.parametrize("signalled", ["kill -USR2 $$", SIGNAL_STEPS + "/bin/sleep 0.2"], ids=["shell", "steps"])
+def test_a_stop_request_before_the_first_try_requeues_the_job(script: Script, signalled: str) -> None:
+    ended = script.run("exit 0", setup=(signalled,))
+    assert (ended.code, ended.tries, ended.requeued) == (75, 0, "requeue 7\n"), ended.log
+
+
+def test_a_stop_request_while_the_launcher_starts_requeues_the_job(script: Script) -> None:
+    """Also in the last try: the signal ends a Python that has no handler yet."""
+    third = f"[ $(wc -l < tries) -lt 3 ] && exit 69; {SIGNAL_STEPS} kill -USR2 $$"
+    ended = script.run(third)
+    assert (ended.code, ended.tries, ended.requeued) == (75, 3, "requeue 7\n"), ended.log
+
+
+def test_a_stop_request_does_not_hide_how_the_work_ended(script: Script) -> None:
+    for code in (0, 65):
+        assert script.run(f"{SIGNAL_STEPS} exit {code}").code == code
+    assert not (script.folder / "requeued").exists()
+
+
+def test_a_job_that_is_cancelled_between_two_tries_is_not_requeued(script: Script) -> None:
+    ended = script.run("exit 69", at_pause=f"kill -TERM $PPID; {SIGNAL_STEPS}")
+    assert (ended.code, ended.tries, ended.requeued) == (69, 1, ""), ended.log
+
+
+def test_where_no_step_can_listen_failures_are_tried_again_all_the_same(script: Script) -> None:
+    script.listener = "exit 1"
+    ended = script.run("exit 69")
+    assert (ended.code, ended.tries, ended.requeued) == (69, 3, "")

@@ -223,7 +223,7 @@ def test_a_stop_request_between_two_tries_requeues_the_job(cluster: SlurmCluster
     submit.settings.write_text(submit.settings.read_text().replace(sys.executable, str(launcher)))
     process = submit("--wait", "--nodes=2", "--", "--data", "data")
     number = job_id(process)
-    wait_for(lambda: (submit.folder / "logs" / f"{number}_0_log.out").exists(), "the log")
+    wait_for((submit.folder / "logs" / f"{number}_0_log.out").exists, "the log")
     wait_for(lambda: "again in" in submit.log(number), "the pause")
     cluster.run("scancel", "--signal=USR2", number)
     done = ended(process)

@@ -1,4 +1,4 @@
-"""The batch script that Slurm gets, under bash, with stand-ins for Slurm's commands: `pytest tests/test_slurm_script.py`."""
+"""The batch script of a job, under bash and with stand-ins for Slurm: `pytest tests/test_slurm_script.py`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import pytest
 
@@ -55,11 +56,12 @@ class Script:
             check=False,
             cwd=self.folder,
             env=environment,
-            capture_output=True,
+            stdout=PIPE,
+            stderr=STDOUT,
             text=True,
             timeout=10,
         )
-        return Ended(done.returncode, done.stdout + done.stderr, self._lines("tries"), self._text("requeued"))
+        return Ended(done.returncode, done.stdout, self._lines("tries"), self._text("requeued"))
 
     def _write(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text)
@@ -121,3 +123,18 @@ def test_where_no_step_can_listen_failures_are_tried_again_all_the_same(script: 
     script.listener = "exit 1"
     ended = script.run("exit 69")
     assert (ended.code, ended.tries, ended.requeued) == (69, 3, "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["false  # module load cuda", "false \\", "echo 'unbalanced", "true && false", "cd /nowhere 2> /dev/null; false"],
+)
+def test_a_line_of_setup_that_fails_ends_the_job(script: Script, line: str) -> None:
+    ended = script.run("exit 0", setup=(line,))
+    assert (ended.code, ended.tries) == (78, 0), ended.log
+    assert f"error: the setup failed at: {line}\nhint: " in ended.log
+
+
+def test_what_setup_exports_reaches_the_launcher(script: Script) -> None:
+    ended = script.run('echo "$A $B" > seen', setup=("export A='a b'  # as in a module", "declare -x B=2"))
+    assert (ended.code, (script.folder / "seen").read_text()) == (0, "a b 2\n")

@@ -204,7 +204,8 @@ def test_credentials_are_read_by_the_job_and_open_to_nobody_else(tmp_path: Path)
         "--cluster=slurm", f"--settings={tmp_path}/cluster.toml", "--dry-run", env={"AWS_SECRET_KEY": "hunter2"}
     )
     assert done.code == 0
-    assert f"set -a && . '{keys}' && set +a || failed" in done.out
+    (line,) = (one for one in done.out.splitlines() if one.startswith("eval "))
+    assert shlex.split(line)[1] == f"set -a && . '{keys}' && set +a"
     assert "hunter2" not in done.out
 
 

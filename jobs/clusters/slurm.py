@@ -36,10 +36,10 @@ export SLURM_EXPORT_ENV=ALL"""
 
 DEVICE = "export FUSION_DEVICE=cuda  # a node or a build of torch without GPUs ends the job with 78"
 
-# Slurm sends stop signals (`scancel --signal`, the time limit, preemption) to the steps of a job and not to its shell, so
-# that one which comes while no launcher runs, or before it listens, would be lost. A step of the job's whole length
-# therefore runs nothing but `sleep`, which any stop signal ends. To the shell Slurm sends SIGTERM, when it ends the job
-# itself: cancelled, out of time, or requeued. Others come there by `scancel --batch` and `--full`.
+# Slurm sends stop signals (`scancel --signal`, the time limit, preemption) to the steps of a job and not to its shell:
+# one that came while no launcher runs, or before it listens, would be lost. So a step of the job's whole length runs
+# nothing but `sleep`, which any stop signal ends. To the shell Slurm sends SIGTERM, when it ends the job itself:
+# cancelled, out of time, or requeued. Others come there by `scancel --batch` and `--full`.
 LISTEN = """\
 ended=
 stopping=
@@ -163,7 +163,8 @@ def _setup(jobs: Sequence[Job], cluster: Cluster) -> list[str]:
     lines = [SETUP, LISTEN, *(f"export {name}={shlex.quote(value)}" for name, value in cluster.exports().items())]
     if cluster.n_gpus(jobs[0].task, jobs[0].gpus_per_node) and "--device" not in jobs[0].flags:
         lines += [DEVICE]
-    lines += [f"{line} || failed {shlex.quote(line)}" for line in cluster.lines()]
+    # eval: what ends a line, a comment, a backslash or an open quote, is of that line alone and of nothing that follows.
+    lines += [f"eval {shlex.quote(line)} || failed {shlex.quote(line)}" for line in cluster.lines()]
     if jobs[0].nodes > 1:
         lines += [
             "export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))  # jobs that share a node meet at ports of their own"

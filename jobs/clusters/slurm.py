@@ -163,7 +163,7 @@ def _setup(jobs: Sequence[Job], cluster: Cluster) -> list[str]:
     lines = [SETUP, LISTEN, *(f"export {name}={shlex.quote(value)}" for name, value in cluster.exports().items())]
     if cluster.n_gpus(jobs[0].task, jobs[0].gpus_per_node) and "--device" not in jobs[0].flags:
         lines += [DEVICE]
-    # eval: what ends a line, a comment, a backslash or an open quote, is of that line alone and of nothing that follows.
+    # eval: a comment, a backslash or an open quote that ends a line is no part of what follows it.
     lines += [f"eval {shlex.quote(line)} || failed {shlex.quote(line)}" for line in cluster.lines()]
     if jobs[0].nodes > 1:
         lines += [

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fusion.errors import ConfigError, UnreachableError
 from jobs.clusters.errors import last_error
+from jobs.clusters.patience import patiently
 from jobs.clusters.slurm import logs
 from jobs.clusters.slurm_settings import Cluster
 
@@ -16,7 +17,7 @@ ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "PREEMPTED"
 OVER = {*ENDED_BY_SLURM, "COMPLETED", "FAILED", "NODE_FAIL", "BOOT_FAIL", "REVOKED"} - {"PREEMPTED"}
 POLL = 5  # seconds between two looks at the states
 SETTLE = 2  # seconds: a job that requeues itself looks finished for a moment, so a final state is looked at twice
-PATIENCE = 300  # seconds for which a sacct that fails is asked again
+PATIENCE = 300  # seconds for which a sacct that fails is asked again; a restart of slurmdbd takes less
 
 
 def check_accounting() -> None:
@@ -37,7 +38,11 @@ def check_accounting() -> None:
 
 
 def wait(ids: Sequence[str], cluster: Cluster) -> int:
-    """Exit code of the first of these jobs that did not end with 0; tells where each log is, and why it failed."""
+    """Exit code of the first of these jobs that did not end with 0; tells where each log is, and why it failed.
+
+    Raises:
+        UnreachableError: Slurm did not answer for too long.
+    """
     shown: dict[str, str] = {}
     while True:
         states = _states(ids)
@@ -53,10 +58,8 @@ def wait(ids: Sequence[str], cluster: Cluster) -> int:
 
 
 def _states(ids: Sequence[str]) -> dict[str, str]:
-    """State of each job that sacct knows and answers for."""
-    command = ["sacct", f"--jobs={','.join(ids)}", "--allocations", "--noheader", "--parsable2", "--format=JobID,State"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    rows = [line.split("|") for line in done.stdout.splitlines()]
+    """State of each job that sacct knows."""
+    rows = _sacct(ids, "JobID,State")
     return {job_id: state.split()[0] for job_id, state in rows if job_id in ids}
 
 
@@ -70,9 +73,8 @@ def _is_over(job_id: str, state: str) -> bool:
 
 
 def _is_queued(job_id: str) -> bool:
-    command = ["squeue", "--noheader", f"--jobs={job_id}"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    return bool(done.stdout.strip())
+    queued = _ask(["squeue", "--noheader", "--me", "--array", "--format=%i"], [job_id])
+    return job_id in queued.split()
 
 
 def _conclude(job_id: str, cluster: Cluster) -> int:
@@ -85,18 +87,28 @@ def _conclude(job_id: str, cluster: Cluster) -> int:
 
 
 def _ending(job_id: str) -> tuple[str, int]:
-    command = ["sacct", f"--jobs={job_id}", "--allocations", "--noheader", "--parsable2"]
-    command.append("--format=State,ExitCode,DerivedExitCode")
-    deadline = time.monotonic() + PATIENCE
-    while True:
+    *_, (state, exit_code, derived) = _sacct([job_id], "State,ExitCode,DerivedExitCode", is_known=True)
+    return state, exit_status(state, exit_code, derived)
+
+
+def _sacct(ids: Sequence[str], columns: str, is_known: bool = False) -> list[list[str]]:
+    """Rows of sacct; of a job that is known to it at least one."""
+    flags = [f"--jobs={','.join(ids)}", "--allocations", "--noheader", "--parsable2", f"--format={columns}"]
+    return [line.split("|") for line in _ask(["sacct", *flags], ids, is_known).splitlines()]
+
+
+def _ask(command: Sequence[str], ids: Sequence[str], is_known: bool = False) -> str:
+    """What a command of Slurm says, asked again while it fails, or says nothing of what is known to it."""
+
+    def ask() -> str:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if not done.returncode and done.stdout.strip():
-            state, exit_code, derived = done.stdout.strip().splitlines()[-1].split("|")
-            return state, exit_status(state, exit_code, derived)
-        if time.monotonic() > deadline:
-            said = done.stderr.strip() or "nothing"
-            raise UnreachableError(f"sacct does not say how {job_id} ended: {said}", f"ask again: sacct -j {job_id}")
-        time.sleep(SETTLE)
+        if done.returncode or (is_known and not done.stdout.strip()):
+            said = (done.stderr.strip() or "nothing").splitlines()[-1]
+            remedy = f"the job goes on; ask again: sacct --jobs={','.join(ids)}"
+            raise UnreachableError(f"{command[0]} does not answer: {said}", remedy)
+        return done.stdout
+
+    return patiently(ask, PATIENCE, SETTLE)
 
 
 def exit_status(state: str, exit_code: str, derived: str) -> int:

@@ -1,0 +1,31 @@
+"""Asks a cluster again when it does not answer: a job that is waited for runs on, whatever happens to who waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from fusion.errors import FusionError
+
+T = TypeVar("T")
+
+
+def patiently(ask: Callable[[], T], seconds: float, pause: float) -> T:
+    """The answer of a cluster, asked for again every `pause` seconds for up to `seconds`; says so once.
+
+    Raises:
+        FusionError: what `ask` raised last.
+    """
+    deadline = time.monotonic() + seconds
+    has_told = False
+    while True:
+        try:
+            return ask()
+        except FusionError as error:
+            if time.monotonic() > deadline:
+                raise
+            if not has_told:
+                print(f"{error.message}; asking again for up to {seconds:g} s", flush=True)
+            has_told = True
+            time.sleep(pause)

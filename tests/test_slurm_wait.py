@@ -1,0 +1,54 @@
+"""Following a job while Slurm does not answer: `pytest tests/test_slurm_wait.py`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fusion.errors import ExitCode, UnreachableError
+from jobs.clusters import slurm_wait
+from jobs.clusters.slurm_settings import Cluster
+
+ROW = 'case "$*" in *DerivedExitCode*) echo "{state}|0:0|0:0" ;; *) echo "7|{state}" ;; esac'
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm_wait, "POLL", 0.01)
+    monkeypatch.setattr(slurm_wait, "SETTLE", 0.01)
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_a_sacct_that_stays_away_ends_the_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm_wait, "PATIENCE", 0.1)
+    program(tmp_path, "sacct", f"echo asked >> {tmp_path}/asked; echo 'Connection refused' >&2; exit 1")
+    with pytest.raises(UnreachableError, match="sacct does not answer: Connection refused") as raised:
+        slurm_wait.wait(["7"], Cluster(folder=str(tmp_path)))
+    assert raised.value.code == ExitCode.UNREACHABLE
+    assert raised.value.remedy == "the job goes on; ask again: sacct --jobs=7"
+    assert (tmp_path / "asked").read_text().count("asked") > 1
+    assert capsys.readouterr().out.count("asking again") == 1
+
+
+def test_a_sacct_that_comes_back_is_believed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = ROW.format(state="COMPLETED")
+    program(tmp_path, "sacct", f"[ -e {tmp_path}/failed ] || {{ touch {tmp_path}/failed; exit 1; }}\n{row}")
+    assert slurm_wait.wait(["7"], Cluster(folder=str(tmp_path))) == ExitCode.DONE
+    out = capsys.readouterr().out
+    assert out.startswith("sacct does not answer: nothing; asking again for up to 300 s\n7 COMPLETED\n")
+
+
+def test_a_preempted_job_is_not_over_while_squeue_does_not_answer(tmp_path: Path) -> None:
+    gone = f"{tmp_path}/gone"
+    program(tmp_path, "squeue", f"[ -e {gone} ] || {{ touch {gone}; exit 1; }}\necho 7; echo 8")
+    program(tmp_path, "sacct", f"[ -e {gone} ] && state=COMPLETED || state=PREEMPTED\n{ROW.format(state='$state')}")
+    assert slurm_wait.wait(["7"], Cluster(folder=str(tmp_path))) == ExitCode.DONE

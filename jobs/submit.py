@@ -94,13 +94,15 @@ def _slurm(given: argparse.Namespace, flags: Sequence[str]) -> Target:
 
 
 def _kubernetes(given: argparse.Namespace, flags: Sequence[str]) -> Target:
-    from jobs.clusters import kubernetes
+    from jobs.clusters import kubernetes, kubernetes_wait
+    from jobs.clusters.kubectl import Kubectl
 
     jobs = _jobs(given, flags)
 
     def run() -> int:
-        names = kubernetes.submit(jobs, given.image, given.namespace, ROOT / "k8s")
-        return kubernetes.wait(names, given.namespace) if given.wait else ExitCode.DONE
+        kubectl = Kubectl.now(given.namespace)
+        names = kubernetes.submit(jobs, given.image, kubectl, ROOT / "k8s")
+        return kubernetes_wait.wait(names, kubectl) if given.wait else ExitCode.DONE
 
     return Target(lambda: kubernetes.render(jobs, given.image, ROOT / "k8s"), run)
 

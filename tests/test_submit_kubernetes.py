@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fusion.errors import UnreachableError
-from jobs.clusters import kubernetes
 from jobs.clusters.description import Job
-from jobs.clusters.kubernetes import _refusal, objects
+from jobs.clusters.kubernetes import objects
 from tests.conftest import Done
 from tests.kubernetes_api import KubernetesApi
 from tests.manifests import K8S, KUBECTL, Object
@@ -84,19 +82,6 @@ def test_gpus_come_and_go_with_their_toleration() -> None:
     assert [pod["containers"][0]["resources"]["limits"].get(GPU) for pod in pods] == [None, 2]
     device = {"name": "FUSION_DEVICE", "value": "cuda"}
     assert [pod["containers"][0].get("env") for pod in pods] == [None, [device]]
-
-
-@pytest.mark.parametrize(
-    ("said", "code"),
-    [
-        ("The connection to the server localhost:8080 was refused", 69),
-        ("Error from server (ServiceUnavailable): the server is currently unable to handle the request", 69),
-        ('Error from server (Forbidden): jobs.batch is forbidden: User "ada" cannot create', 77),
-        ("The Job is invalid: spec.completions: Required value", 78),
-    ],
-)
-def test_what_the_cluster_refuses(said: str, code: int) -> None:
-    assert _refusal(said).code == code
 
 
 class Cluster:
@@ -186,19 +171,6 @@ def test_a_wait_outlasts_a_cluster_that_is_away_for_a_moment(cluster: Cluster) -
         assert process.stdout and "asking again" in process.stdout.readline()
         cluster.end("fusion-train-qwen-clip", "Complete")
         assert process.wait(60) == 0
-
-
-def test_a_wait_for_a_cluster_that_stays_away_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kubernetes, "PATIENCE", 3)
-    monkeypatch.setattr(kubernetes, "POLL", 0.1)
-    (tmp_path / "kubectl").write_text(
-        f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho connection refused >&2\nexit 1\n"
-    )
-    (tmp_path / "kubectl").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(UnreachableError):
-        kubernetes.wait(["fusion-train-qwen-clip"], None)
-    assert (tmp_path / "asked").read_text().count("asked") > 1
 
 
 def test_several_variants_are_several_jobs(cluster: Cluster) -> None:

@@ -7,21 +7,20 @@ nodes, the GPUs or the image. Such a job has a name of its own, which ends with 
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import yaml
 
-from fusion.errors import ConfigError, CredentialsError, FusionError, UnreachableError
+from fusion.errors import ConfigError
 from jobs.clusters.description import Job
-from jobs.clusters.errors import last_error
+from jobs.clusters.kubectl import BusyError, Kubectl, Object
+from jobs.clusters.kubernetes_wait import ending, standing
+from jobs.clusters.patience import patiently
 
 K8S = Path(__file__).parents[2] / "k8s"
 TEMPLATES = {
@@ -33,16 +32,9 @@ MULTINODE = "train-all-embeddings-multinode"
 GPU = "nvidia.com/gpu"
 TOLERATION = {"key": GPU, "operator": "Exists", "effect": "NoSchedule"}
 DEVICE = {"name": "FUSION_DEVICE", "value": "cuda"}  # ends with 78 where image or node have none
-NO_ANSWER = (
-    "refused", "Unable to connect", "timeout", "timed out", "no such host", "unexpected EOF", "reset by peer",
-    "connection lost", "unable to handle the request", "InternalError", "TooManyRequests",
-)  # fmt: skip
 TRIES = 3  # counted failures that a job survives; of several nodes each counts
-POLL = 5.0  # seconds between two looks at a job
-PATIENCE = 300.0  # seconds that a wait goes on without an answer of the cluster
-
-Object = dict[str, Any]
-T = TypeVar("T")
+PATIENCE = 30.0  # seconds for which a cluster that says it is busy is asked again; somebody sits in front of it
+PAUSE = 2.0
 
 
 def render(jobs: Sequence[Job], image: str | None = None, templates: Path = K8S) -> str:
@@ -70,7 +62,7 @@ def instance(job: Job, image: str | None = None) -> str:
     return name if is_template else f"{name}-{job.digest(image or '')}"
 
 
-def submit(jobs: Sequence[Job], image: str | None, namespace: str | None, templates: Path = K8S) -> list[str]:
+def submit(jobs: Sequence[Job], image: str | None, kubectl: Kubectl, templates: Path = K8S) -> list[str]:
     """Starts the jobs, those again that have ended; names of the Jobs.
 
     Raises:
@@ -78,13 +70,8 @@ def submit(jobs: Sequence[Job], image: str | None, namespace: str | None, templa
         CredentialsError: the cluster does not let this user.
         ConfigError: it refuses the objects.
     """
-    return [_submit(objects(job, image, templates), namespace) for job in jobs]
-
-
-def wait(names: Sequence[str], namespace: str | None) -> int:
-    """Exit code of the first of these Jobs that failed, and 0 when there is none; tells why it did."""
-    codes = [_wait(name, namespace) for name in names]
-    return next((code for code in codes if code), 0)
+    sent = [partial(_submit, objects(job, image, templates), kubectl) for job in jobs]
+    return [patiently(send, PATIENCE, PAUSE, BusyError) for send in sent]
 
 
 def _load(template: Path) -> list[Object]:
@@ -133,84 +120,13 @@ def _set_gpus(pod: Object, container: Object, n_gpus: int) -> None:
         pod["tolerations"] = tolerations
 
 
-def _submit(found: list[Object], namespace: str | None) -> str:
+def _submit(found: list[Object], kubectl: Kubectl) -> str:
     name = cast(str, found[-1]["metadata"]["name"])
-    existing = _find(name, namespace)
-    if existing and not _condition(existing):
-        print(f"job/{name} is running already", flush=True)
+    existing = kubectl.get("job", name)
+    if existing and not ending(existing):
+        print(standing(existing, kubectl), flush=True)
         return name
     verb = ["replace", "--force"] if existing else ["apply"]
-    said = _kubectl(namespace, *verb, "--filename=-", text=yaml.safe_dump_all(found, sort_keys=False))
-    print(f"{said.strip()}\nlog: kubectl logs --follow job/{name}", flush=True)
+    said = kubectl(*verb, "--filename=-", text=yaml.safe_dump_all(found, sort_keys=False))
+    print(f"{said.strip()}\nlog: {kubectl.command} logs --follow job/{name}", flush=True)
     return name
-
-
-def _wait(name: str, namespace: str | None) -> int:
-    while (job := _patiently(lambda: _find(name, namespace))) and not _condition(job):
-        time.sleep(POLL)
-    if job is None:
-        print(f"job/{name} was deleted", flush=True)
-        return 128 + signal.SIGTERM
-    condition = _condition(job) or {}
-    if condition["type"] == "Complete":
-        print(f"job/{name} is complete", flush=True)
-        return 0
-    ended = _patiently(lambda: _last_failure(name, namespace))
-    code = int(ended.get("exitCode", 1))
-    print(f"job/{name} failed with exit code {code}: {condition.get('message', '')}", flush=True)
-    print(last_error(ended.get("message", "")) or ended.get("reason", ""), flush=True)
-    return code
-
-
-def _patiently(ask: Callable[[], T]) -> T:
-    """The answer of the cluster, asked again for a while when there is none: the job runs on without us."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return ask()
-        except UnreachableError as error:
-            if time.monotonic() > deadline:
-                raise
-            print(f"{error.message}; asking again", flush=True)
-            time.sleep(POLL)
-
-
-def _find(name: str, namespace: str | None) -> Object | None:
-    said = _kubectl(namespace, "get", "job", name, "--ignore-not-found", "--output=json")
-    return json.loads(said) if said.strip() else None
-
-
-def _condition(job: Object) -> Object | None:
-    """How a Job has ended; None while it has not."""
-    conditions = job.get("status", {}).get("conditions", [])
-    return next((one for one in conditions if one["type"] in ("Complete", "Failed") and one["status"] == "True"), None)
-
-
-def _last_failure(name: str, namespace: str | None) -> Object:
-    """The terminated state of the container that failed last: exitCode, message, reason."""
-    pods = _kubectl(namespace, "get", "pods", f"--selector=batch.kubernetes.io/job-name={name}", "--output=json")
-    statuses = [status for pod in json.loads(pods)["items"] for status in pod["status"].get("containerStatuses", [])]
-    ended = [status["state"]["terminated"] for status in statuses if "terminated" in status["state"]]
-    return max((one for one in ended if one["exitCode"]), key=lambda one: one["finishedAt"], default={})
-
-
-def _kubectl(namespace: str | None, *arguments: str, text: str | None = None) -> str:
-    command = ["kubectl", *([f"--namespace={namespace}"] if namespace else []), *arguments]
-    try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, input=text)
-    except FileNotFoundError as error:
-        raise UnreachableError(
-            "there is no kubectl here", "install kubectl, and give it access to the cluster"
-        ) from error
-    if done.returncode:
-        raise _refusal(done.stderr.strip())
-    return done.stdout
-
-
-def _refusal(said: str) -> FusionError:
-    first = said.splitlines()[-1] if said else "kubectl failed without a word"
-    if any(word in said for word in NO_ANSWER):
-        return UnreachableError(f"the cluster does not answer: {first}", "see `kubectl cluster-info`")
-    if any(word in said for word in ("orbidden", "Unauthorized")):
-        return CredentialsError(f"the cluster does not let you: {first}", "see `kubectl auth whoami`")
-    return ConfigError(f"the cluster refuses the job: {first}", "see `kubectl config get-contexts` and k8s/README.md")

@@ -11,8 +11,11 @@ from fusion.errors import FusionError
 T = TypeVar("T")
 
 
-def patiently(ask: Callable[[], T], seconds: float, pause: float) -> T:
+def patiently(ask: Callable[[], T], seconds: float, pause: float, retried: type[FusionError] = FusionError) -> T:
     """The answer of a cluster, asked for again every `pause` seconds for up to `seconds`; says so once.
+
+    Args:
+        retried: errors after which it is asked again.
 
     Raises:
         FusionError: what `ask` raised last.
@@ -22,7 +25,7 @@ def patiently(ask: Callable[[], T], seconds: float, pause: float) -> T:
     while True:
         try:
             return ask()
-        except FusionError as error:
+        except retried as error:
             if time.monotonic() > deadline:
                 raise
             if not has_told:

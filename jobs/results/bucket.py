@@ -26,12 +26,12 @@ from fusion.records import (
     read,
     read_if_whole,
 )
-from fusion.storage import Found
+from fusion.storage import Entry
 
 T = TypeVar("T")
 U = TypeVar("U")
 
-Listing = Mapping[str, Found]  # by the path below a folder
+Listing = Mapping[str, Entry]  # by the path below a folder
 
 LEASE = "lease.json"
 # Documents read at a time: s3fs keeps ten connections by default, so more would only wait.
@@ -100,7 +100,7 @@ def list_runs(output: str, variant: str | None = None) -> list[Run]:
 
 def _by_folder(listing: Listing, depth: int) -> dict[str, Listing]:
     """The objects of each folder that many levels down, by their paths below it."""
-    folders: dict[str, dict[str, Found]] = defaultdict(dict)
+    folders: dict[str, dict[str, Entry]] = defaultdict(dict)
     for path, found in listing.items():
         parts = path.split("/")
         if len(parts) > depth:

@@ -1,0 +1,343 @@
+"""URLs as stores and paths, and what every store can do: whole objects are read, written, listed and deleted.
+
+One try per call, with the errors of the store's own client; `fusion.storage` tries again and explains them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import fsspec
+from fsspec.asyn import sync
+
+from fusion import log
+from fusion.answers import is_absence, is_no_bucket
+from fusion.errors import ConfigError
+
+TEMPORARY = ".tmp"
+# One attempt per request: `storage.retrying` alone tries again, so that its patience is what a command waits.
+_S3 = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}}
+_S3_SCHEMES = ("s3://", "s3a://")
+# `s3:/bucket`, `s3:bucket` and `s3//bucket` would be folders of this machine.
+_SLIPPED = re.compile(r"(s3a?|gs|gcs|az|abfss?|adl)(?::/?|//+)(?!/)(.*)", re.IGNORECASE)
+_N_DELETIONS = 8  # requests at a time: S3 takes 3,500 per second, a small server some tens
+# Answers of file systems that cannot flush a file: FUSE's, or a device in the place of a file.
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_lacks: set[tuple[str, str]] = set()  # store and operation
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object, or a folder, as a listing shows it.
+
+    Attributes:
+        size: bytes; 0 for a folder.
+        version: changes when the object is written; empty for a folder.
+        modified: when it was last written; None for a folder, and where the store does not say.
+    """
+
+    url: str
+    size: int = 0
+    version: str = ""
+    is_folder: bool = False
+    modified: datetime | None = None
+
+
+def locate(url: str) -> tuple[Any, str]:
+    """The store's file system and the path in it.
+
+    Raises:
+        ConfigError: the URL is empty or misspelt, or the package for it is missing.
+    """
+    _check(url)
+    settings = _S3 | fsspec.config.conf.get("s3", {}) if url.startswith(_S3_SCHEMES) else {}
+    try:
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **settings)
+    except (ImportError, ValueError) as error:  # fsspec says which package, or that it knows no such protocol
+        raise ConfigError(f"{url} cannot be opened: {error}", "install that package, or correct the URL") from error
+    if settings:
+        fs.retries = 1
+    return fs, path
+
+
+def _check(url: str) -> None:
+    if not url:
+        raise ConfigError("an empty text is no bucket or folder", "name one, such as s3://bucket/path")
+    if slipped := _SLIPPED.fullmatch(url):
+        raise ConfigError(f"{url} is no URL", f"did you mean {slipped[1].lower()}://{slipped[2]}?")
+    if url.startswith(_S3_SCHEMES) and "?versionId=" in url:  # s3fs would cut the key there
+        raise ConfigError(f"{url} names one version of an object", "give the URL without ?versionId=")
+
+
+def store_of(url: str) -> str:
+    """`s3://bucket` of an object in it; of a path, the root folder."""
+    scheme, found, rest = url.partition("://")
+    return f"{scheme}://{rest.split('/', 1)[0]}" if found else "/"
+
+
+def is_lacking(url: str, operation: str) -> bool:
+    """Whether `name_lack` was called for this operation of this store."""
+    return (store_of(url), operation) in _lacks
+
+
+def name_lack(url: str, operation: str, reason: str, hint: str) -> None:
+    """Warns, once per process, that a store lacks an operation and that it is done without."""
+    if not is_lacking(url, operation):
+        _lacks.add((store_of(url), operation))
+        log.warning(event="store_lacks", operation=operation, store=url, reason=reason, hint=hint)
+
+
+def is_local(fs: Any) -> bool:
+    return "file" in fs.protocol
+
+
+def is_s3(fs: Any) -> bool:
+    return "s3" in fs.protocol
+
+
+@contextmanager
+def unless_absent(url: str) -> Iterator[None]:
+    """Goes on after the block where the object does not exist; a bucket that does not is an error."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if is_no_bucket(error) or not is_absence(url, error):
+            raise
+
+
+def cat(url: str) -> bytes:
+    return cat_tagged(url)[0]
+
+
+def cat_tagged(url: str) -> tuple[bytes, str]:
+    """The object's bytes, and the store's own tag of this version; empty where it has none."""
+    fs, path = locate(url)
+    if is_s3(fs):
+        return _get(fs, path)
+    # The tag first: if the object changes in between, the older tag makes a replacement fail, as it must.
+    tag = "" if is_local(fs) else _version(fs.info(path))
+    return bytes(fs.cat_file(path)), tag
+
+
+def _get(fs: Any, path: str) -> tuple[bytes, str]:
+    """One request: s3fs would ask for the size first, and read large objects in parts that may be of two versions."""
+    bucket, key, _ = fs.split_path(path)
+    answer = fs.call_s3("get_object", Bucket=bucket, Key=key)
+    try:
+        return bytes(sync(fs.loop, answer["Body"].read)), str(answer.get("ETag", ""))
+    finally:
+        answer["Body"].close()
+
+
+def put(url: str, data: bytes) -> None:
+    """Writes all of the object or nothing."""
+    fs, path = locate(url)
+    if is_local(fs):
+        with temporary(path, data) as complete:
+            os.replace(complete, path)
+        return
+    pipe(fs, path, data)
+
+
+def pipe(fs: Any, path: str, data: bytes, **condition: str) -> None:
+    """Sends the object in one atomic put."""
+    try:
+        fs.pipe_file(path, data, **condition)
+    except PermissionError:
+        fs.ls(path.split("/")[0])  # some stores refuse a write to a bucket that does not exist: then say that
+        raise
+
+
+@contextmanager
+def temporary(path: str, data: bytes) -> Iterator[str]:
+    """A complete file beside `path`, to be moved or linked there; gone at the end."""
+    _make_folder(os.path.dirname(path))
+    name = f"{path}.{uuid.uuid4().hex}{TEMPORARY}"
+    try:
+        with open(name, "wb") as file:
+            file.write(data)
+            file.flush()
+            _sync(file.fileno(), path)
+        yield name
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _make_folder(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:  # the last of a folder such as /proc
+        there = path
+        while not os.path.lexists(there):
+            there = os.path.dirname(there)
+        reason = error.strerror if os.path.isdir(there) else "it is a file"
+        raise ConfigError(
+            f"cannot write below {there}: {reason}", "name a folder, or a bucket as s3://bucket"
+        ) from error
+
+
+def _sync(descriptor: int, path: str) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        name_lack(path, "fsync", str(error), "results may be lost when the power fails: keep a copy elsewhere")
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def is_there(url: str) -> bool:
+    """Whether the object, or a folder of this name, exists."""
+    fs, path = locate(url)
+    with unless_absent(url):
+        fs.info(path)  # and not fs.exists, to which any file that is missing on this machine is the object
+        return True
+    return False
+
+
+def version(url: str) -> str:
+    """A tag that changes when the object is written: the store's own; a file's size, time and inode."""
+    fs, path = locate(url)
+    return _file_version(os.stat(path)) if is_local(fs) else _version(fs.info(path))
+
+
+def _version(facts: Mapping[str, Any]) -> str:
+    tag = facts.get("ETag") or facts.get("etag")
+    return str(tag or "-".join(str(facts.get(key)) for key in ("size", "mtime", "created")))
+
+
+def _file_version(facts: os.stat_result) -> str:
+    return f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}"
+
+
+def entries(url: str) -> list[Entry]:
+    """What is directly below `url`, sorted by URL; nothing when there is no such folder."""
+    fs, path = locate(url)
+    found: list[Entry] = []
+    with unless_absent(url):
+        found = [entry for entry in _entries(fs, path, url.rstrip("/")) if not entry.url.endswith(TEMPORARY)]
+    return sorted(found, key=lambda entry: entry.url)
+
+
+def _entries(fs: Any, path: str, url: str) -> list[Entry]:
+    if is_local(fs):
+        with os.scandir(path) as files:
+            return [_file_entry(f"{url}/{file.name}", file) for file in files]
+    if is_s3(fs):
+        bucket, key, _ = fs.split_path(path)
+        prefix = f"{key}/" if key else ""
+        return [entry for page in _pages(fs, bucket, prefix, "/") for entry in _page_entries(page, prefix, url)]
+    found = [facts for facts in fs.ls(path, detail=True) if facts["name"].strip("/") != path.strip("/")]
+    return [_other_entry(f"{url}/{facts['name'].rstrip('/').rsplit('/', 1)[-1]}", facts) for facts in found]
+
+
+def _file_entry(url: str, file: os.DirEntry[str]) -> Entry:
+    try:
+        facts = file.stat()
+    except FileNotFoundError:  # a link to nothing, or gone since it was listed
+        return Entry(url)
+    if file.is_dir():
+        return Entry(url, is_folder=True)
+    return Entry(url, facts.st_size, _file_version(facts), modified=_moment(facts.st_mtime))
+
+
+def _other_entry(url: str, facts: Mapping[str, Any]) -> Entry:
+    if facts["type"] == "directory":
+        return Entry(url, is_folder=True)
+    return Entry(url, int(facts["size"] or 0), _version(facts), modified=_modified(facts))
+
+
+def _modified(facts: Mapping[str, Any]) -> datetime | None:
+    """A file system, and Google's store, say mtime; the store in memory, created."""
+    return next((_moment(facts[key]) for key in ("LastModified", "mtime", "created") if facts.get(key)), None)
+
+
+def _moment(when: float | datetime) -> datetime:
+    return when if isinstance(when, datetime) else datetime.fromtimestamp(when, UTC)
+
+
+def _pages(fs: Any, bucket: str, prefix: str, delimiter: str) -> Iterator[Mapping[str, Any]]:
+    """Answers of a listing, 1,000 keys each."""
+    more: dict[str, str] = {}
+    while True:
+        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter=delimiter, **more)
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _page_entries(page: Mapping[str, Any], prefix: str, url: str) -> Iterator[Entry]:
+    for folder in page.get("CommonPrefixes", []):
+        yield Entry(f"{url}/{folder['Prefix'][len(prefix) :].rstrip('/')}", is_folder=True)
+    for item in page.get("Contents", []):
+        if not item["Key"].endswith("/"):  # such an object stands for a folder
+            tag = item.get("ETag") or f"{item['Size']}-{item.get('LastModified')}"
+            yield Entry(f"{url}/{item['Key'][len(prefix) :]}", item["Size"], tag, modified=item.get("LastModified"))
+
+
+def find(url: str) -> dict[str, Entry]:
+    """Every object below `url`, at any depth, by its path below it; nothing when there is no such folder."""
+    fs, path = locate(url)
+    found: list[Entry] = []
+    with unless_absent(url):
+        found = list(_all_below(fs, path, url.rstrip("/")))
+    paths = {entry.url.removeprefix(f"{url.rstrip('/')}/"): entry for entry in found}
+    return {below: entry for below, entry in paths.items() if not below.endswith((TEMPORARY, "/"))}
+
+
+def _all_below(fs: Any, path: str, url: str) -> Iterator[Entry]:
+    if is_s3(fs):
+        bucket, key, _ = fs.split_path(path)
+        prefix = f"{key}/" if key else ""
+        for page in _pages(fs, bucket, prefix, ""):
+            yield from _page_entries(page, prefix, url)
+        return
+    for name, facts in fs.find(path, detail=True).items():
+        yield _other_entry(f"{url}/{name.removeprefix(f'{path}/')}", facts)
+
+
+def remove(url: str) -> None:
+    """Deletes the object, or everything below the folder: by their names, for in a pattern they would be others."""
+    fs, path = locate(url)
+    if is_local(fs):
+        _remove_files(path)
+        return
+    with ThreadPoolExecutor(_N_DELETIONS) as pool:
+        list(pool.map(lambda key: _remove_object(fs, key), _keys(fs, path)))
+
+
+def _remove_files(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
+def _remove_object(fs: Any, path: str) -> None:
+    with suppress(FileNotFoundError):  # someone else was faster
+        fs.rm_file(path)
+
+
+def _keys(fs: Any, path: str) -> list[str]:
+    """Paths of the object and of everything below it."""
+    if not is_s3(fs):
+        return [str(found) for found in fs.find(path)]
+    bucket, key, _ = fs.split_path(path)
+    found = [item["Key"] for page in _pages(fs, bucket, key, "") for item in page.get("Contents", [])]
+    return [f"{bucket}/{name}" for name in found if name == key or name.startswith(f"{key}/")]

@@ -1,0 +1,158 @@
+"""Stores and file systems that lack an operation: it is named once, and done without."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from fusion import backend, storage
+from fusion.errors import ConfigError
+from fusion.runs import take_lease
+from tests.plain_s3 import BUCKET, PlainS3
+
+PLACE = f"s3://{BUCKET}/out"
+CONDITIONS = ("if-none-match", "if-match")
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlainS3]:
+    server = PlainS3()
+    settings = {"AWS_ENDPOINT_URL_S3": server.endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    yield server
+    server.stop()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_lacks", set())
+
+
+def refusing(
+    names: tuple[str, ...], status: int, code: str
+) -> Callable[[str, Mapping[str, str]], tuple[int, str] | None]:
+    """Answers so to every request that has one of these headers."""
+    return lambda method, headers: (status, code) if any(name in headers for name in names) else None
+
+
+def works_for_one_writer(place: str) -> None:
+    """Creating, replacing, and noticing what is there, as all callers rely on it."""
+    url = storage.join(place, "pointer")
+    assert storage.create(url, b"1") and not storage.create(url, b"2")
+    held = storage.read_version(url)
+    assert held is not None and held[0] == b"1"
+    assert storage.replace(url, b"2", held[1]) and not storage.replace(url, b"3", held[1])
+    assert storage.read(url) == b"2"
+    run = storage.join(place, "run")
+    assert [take_lease(run).attempt, take_lease(run).attempt] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (501, "NotImplemented: A header you provided implies functionality that is not implemented"),
+        (405, "MethodNotAllowed"),
+        (400, "InvalidArgument: If-None-Match and If-Match are not supported"),
+    ],
+)
+def test_a_store_that_refuses_conditions(
+    status: int, code: str, plain: PlainS3, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain.refuse = refusing(CONDITIONS, status, code)
+    assert not storage.honours_conditions(PLACE)
+    works_for_one_writer(PLACE)
+    (said,) = capfd.readouterr().err.splitlines()
+    assert " warning " in said and 'event=store_lacks operation="conditional writes"' in said
+
+
+def test_a_store_that_refuses_conditions_and_was_not_probed(plain: PlainS3) -> None:
+    plain.refuse = refusing(CONDITIONS, 501, "NotImplemented")
+    works_for_one_writer(PLACE)
+
+
+def test_a_store_that_ignores_conditions(plain: PlainS3, capfd: pytest.CaptureFixture[str]) -> None:
+    assert not storage.honours_conditions(PLACE) and not storage.honours_conditions(PLACE)
+    works_for_one_writer(PLACE)
+    assert capfd.readouterr().err.count("event=store_lacks") == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "code", "status", "variable"),
+    [
+        ("x-amz-sdk-checksum-algorithm", "NotImplemented", 501, "AWS_REQUEST_CHECKSUM_CALCULATION"),
+        ("x-amz-checksum-crc32", "InvalidArgument: Unsupported header 'x-amz-checksum-crc32'", 400,
+            "AWS_REQUEST_CHECKSUM_CALCULATION"),
+        ("x-amz-checksum-mode", "NotImplemented", 501, "AWS_RESPONSE_CHECKSUM_VALIDATION"),
+        ("x-amz-checksum-mode", "InvalidArgument: Unsupported header x-amz-checksum-mode", 400,
+            "AWS_RESPONSE_CHECKSUM_VALIDATION"),
+    ],
+)  # fmt: skip
+def test_a_store_that_refuses_checksums(
+    header: str, code: str, status: int, variable: str, plain: PlainS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain.refuse = refusing((header,), status, code)
+    plain.objects["out/x"] = b"1"
+    act = storage.read if "RESPONSE" in variable else lambda url: storage.create(f"{url}2", b"1")
+    with pytest.raises(ConfigError) as caught:
+        act(f"{PLACE}/x")
+    assert f"{variable}=when_required" in caught.value.remedy
+    monkeypatch.setenv(variable, "when_required")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    act(f"{PLACE}/x")
+    assert storage.honours_conditions(PLACE) is False  # it ignores them: nothing else was held against it
+
+
+def failing(number: int) -> Callable[..., None]:
+    """Stands for a call of the system that this file system does not have."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EMLINK])
+def test_a_file_system_without_hard_links(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "link", failing(number))
+    works_for_one_writer(str(tmp_path))
+    assert storage.honours_conditions(str(tmp_path)), "the folder's lock tells two writers of this machine apart"
+    assert capfd.readouterr().err.count('event=store_lacks operation="hard links"') == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF])
+def test_a_file_system_without_locks(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    works_for_one_writer(str(tmp_path))
+    monkeypatch.setattr(os, "link", failing(errno.EOPNOTSUPP))  # SMB has neither
+    works_for_one_writer(str(tmp_path / "smb"))
+    assert capfd.readouterr().err.count("event=store_lacks operation=locks") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_that_cannot_flush(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", failing(number))
+    works_for_one_writer(str(tmp_path))
+
+
+def test_what_was_removed_meanwhile_is_not_replaced(tmp_path: Path, bucket: str) -> None:
+    for place in (str(tmp_path), bucket):
+        url = storage.join(place, "x")
+        storage.write(url, b"1")
+        held = storage.read_version(url)
+        assert held is not None
+        storage.remove(url)
+        assert not storage.replace(url, b"2", held[1])

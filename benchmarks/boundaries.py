@@ -168,12 +168,12 @@ def _deadly_removal(ambush: Ambush, remove: Callable[[str], None]) -> Callable[[
 
 
 def _deadly_end(ambush: Ambush, end_epoch: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(fit: fitting.Fit, seconds: float) -> Any:
+    def wrapped(fit: fitting.Fit, seconds: float, beat: fitting.Beat) -> Any:
         def inside(boundary: Boundary) -> None:
-            fit._validate()
+            fit._validate(beat)
             ambush.strike(boundary)
 
-        return ambush.meets("end epoch", lambda: end_epoch(fit, seconds), inside)
+        return ambush.meets("end epoch", lambda: end_epoch(fit, seconds, beat), inside)
 
     return wrapped
 

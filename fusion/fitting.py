@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,11 @@ from fusion.errors import DivergedError
 from fusion.layers import PriceModel, random_rows
 from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape
-from fusion.prediction import predict_rows
+from fusion.prediction import predict_rows, pricing
 
 AGREE_STEPS = 10  # steps between two moments at which the ranks add up their losses and may stop or save
+
+Beat = Callable[[], None]  # tells the watchdog that this rank gets on
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,8 @@ class Fit:
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def run_epoch(self) -> Iterator[None]:
-        """Trains on what is left of the epoch.
+    def run_epoch(self, beat: Beat) -> Iterator[None]:
+        """Trains on what is left of the epoch; calls `beat` after every step.
 
         Yields after the steps at which all ranks synchronise; these do not depend on the number of ranks.
         """
@@ -132,6 +134,7 @@ class Fit:
             self._unshared += self._train_batch(batch) * len(batch)
             self.step += 1
             self.batch += 1
+            beat()
             if self.batch < len(batches) and self.step % every == 0:
                 yield
 
@@ -148,13 +151,13 @@ class Fit:
             raise self._diverged(f"the loss is {self.loss_sum}, which is not finite")
         return shared
 
-    def end_epoch(self, seconds: float) -> dict[str, Any]:
-        """Validates, and moves on to the next epoch; what there is to say of this one.
+    def end_epoch(self, seconds: float, beat: Beat) -> dict[str, Any]:
+        """Validates, calling `beat` for every chunk of rows, and moves on to the next epoch; what there is to say.
 
         Raises:
             DivergedError: the SMAPE is not finite.
         """
-        loss, smape = self.loss_sum / len(self.data.train), self._validate()
+        loss, smape = self.loss_sum / len(self.data.train), self._validate(beat)
         if not math.isfinite(smape):
             raise self._diverged(f"the validation SMAPE is {smape}, which is not finite")
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
@@ -230,8 +233,14 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _validate(self) -> float:
-        predicted = predict_rows(self.model, self.store, self.data.validation, self.place)
+    def _validate(self, beat: Beat) -> float:
+        price = pricing(self.model)
+
+        def compute(inputs: dict[str, Tensor], present: dict[str, Tensor]) -> Mapping[str, Tensor]:
+            beat()
+            return price(inputs, present)
+
+        predicted = predict_rows(compute, self.store, self.data.validation, self.place)
         return self.place.on_main(lambda: compute_smape(self.data.prices, predicted))
 
 

@@ -27,12 +27,12 @@ T = TypeVar("T")
 BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]
 
 
-def predict_rows(model: nn.Module, store: RowStore, rows: Tensor, place: World) -> np.ndarray:
-    """Prices [n] in dollars, float64, of the store's rows [n], in their order: each computed once over all ranks.
+def predict_rows(compute: Compute, store: RowStore, rows: Tensor, place: World) -> np.ndarray:
+    """What `pricing` computes of the store's rows [n], in their order: each once over all ranks.
 
     Rank 0 has them all; the others have none.
     """
-    part = compute_rows(pricing(model), store, rows[place.share(len(rows))], place.device)
+    part = compute_rows(compute, store, rows[place.share(len(rows))], place.device)
     return np.concatenate([np.empty(0), *place.gather_on_main(part.get("price", np.empty(0)))])
 
 

@@ -96,12 +96,12 @@ def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease
 def _run_epoch(fit: Fit, saver: Saver, watchdog: Watchdog) -> None:
     started = time.monotonic()
     with log.progress(f"epoch {fit.epoch + 1}", fit.n_batches) as show:
-        for _ in fit.run_epoch():
+        for _ in fit.run_epoch(watchdog.beat):
             show(fit.batch)
-            watchdog.beat()
             saver.agree()
+            watchdog.beat()
     saver.agree(may_save=False)
-    facts = fit.end_epoch(time.monotonic() - started)
+    facts = fit.end_epoch(time.monotonic() - started, watchdog.beat)
     watchdog.beat()
     seconds = time.monotonic() - started
     log.info(**facts, rows_s=len(fit.data.train) / seconds, eta_s=seconds * (fit.config.epochs - fit.epoch))

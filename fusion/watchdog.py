@@ -31,18 +31,22 @@ class Watchdog:
 
     def __init__(self, timeout: float, where: Callable[[], str], record: Record | None) -> None:
         self.timeout, self.where, self.record = timeout, where, record
-        self.last = time.monotonic()
+        self.idle = 0.0  # seconds since the last beat
 
     def beat(self) -> None:
-        self.last = time.monotonic()
+        self.idle = 0.0
 
     def watch(self, ended: threading.Event) -> None:
-        while not ended.wait(min(1.0, self.timeout / 10)):
-            if time.monotonic() - self.last > self.timeout:
+        pause, last = min(1.0, self.timeout / 10), time.monotonic()
+        while not ended.wait(pause):
+            # A job that was suspended and goes on has lost that time on the clock, but has not stalled in it.
+            passed, last = time.monotonic() - last, time.monotonic()
+            self.idle += min(passed, 2 * pause)
+            if self.idle > self.timeout:
                 self._end()
 
     def _end(self) -> None:
-        log.error(event="stalled", seconds=time.monotonic() - self.last)
+        log.error(event="stalled", seconds=self.idle)
         with suppress(*LOST, RuntimeError):  # there may be no standard error
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         error = StalledError(

@@ -114,3 +114,46 @@ def test_a_checkpoint_that_cannot_be_used(tmp_path: Path) -> None:
         load_checkpoint(path, model)
     with pytest.raises(DataError, match="does not exist"):
         load_checkpoint(str(tmp_path / "nothing.pt"), model)
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (np.mean([1.0, 2.0]), 1.5),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.array(2.5), 2.5),
+        (torch.tensor(4.0), 4.0),
+        (np.str_("a"), "a"),
+        ({"by": [np.float64(1), (np.bool_(True), None)]}, {"by": [1.0, [True, None]]}),
+        (np.arange(3), [0, 1, 2]),
+    ],
+    ids=repr,
+)
+def test_metrics_and_epochs_of_numpy_come_back_plain(value: object, plain: object, tmp_path: Path) -> None:
+    path, model = str(tmp_path / "model.pt"), nn.Linear(3, 1)
+    save_checkpoint(model, None, None, np.int64(3), {"x": value}, path)  # type: ignore[arg-type, dict-item]
+    epoch, metrics = load_checkpoint(path, model)
+    assert (epoch, metrics) == (3, {"x": plain})
+    assert type(epoch) is int and type(metrics["x"]) is type(plain)
+
+
+@pytest.mark.parametrize("part", ["metrics", "scheduler"])
+def test_what_could_not_be_loaded_is_not_saved(part: str, tmp_path: Path) -> None:
+    path, (model, optimizer, scheduler) = tmp_path / "model.pt", parts()
+    scheduler.extra = Path("x")  # type: ignore[attr-defined]
+    metrics = {"smape": Path("x")} if part == "metrics" else {}
+    with pytest.raises(TypeError, match=f"{part}.* is a PosixPath"):
+        save_checkpoint(model, optimizer, None if part == "metrics" else scheduler, 1, metrics, str(path))  # type: ignore[arg-type]
+    assert not path.exists()
+
+
+def test_a_scheduler_with_numbers_of_numpy_is_saved(tmp_path: Path) -> None:
+    """As after `scheduler.step(np.mean(losses))`."""
+    path, model = str(tmp_path / "model.pt"), nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=np.float64(0.1))
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    scheduler.step(np.mean([1.0, 2.0]))
+    save_checkpoint(model, optimizer, scheduler, 1, {}, path)
+    load_checkpoint(path, model, optimizer, scheduler)
+    assert scheduler.best == 1.5

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from fusion import parts, watchdog
+from fusion.all_embeddings import train
 from fusion.errors import ExitCode
+from tests.conftest import SMALL
 
 SCRIPT = """
 import threading, time
@@ -70,3 +75,24 @@ sys.exit(train.main(["--data", folder, "--output", folder + "/out", *small]))
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=180)
     assert done.returncode == ExitCode.STALLED
     assert "<lambda>" in done.stderr
+
+
+def test_a_process_that_was_suspended_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm, a container runtime or Ctrl-Z stops a process for an hour: its clock runs on, its work does not."""
+    hour = iter([0.0, *[3600.0] * 1000])
+    now, ended = time.monotonic, []
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now() + next(hour))
+    monkeypatch.setattr(watchdog.Watchdog, "_end", lambda self: ended.append(self.idle))
+    with watchdog.watched(2, lambda: "rank 0"):
+        threading.Event().wait(0.7)
+    assert ended == []
+
+
+def test_every_step_and_every_chunk_of_validation_is_a_beat(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats = []
+    monkeypatch.setattr(parts, "CHUNK", 16)
+    monkeypatch.setattr(watchdog.Watchdog, "beat", lambda self: beats.append(1))
+    assert train.main(["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1"]) == 0
+    assert len(beats) >= 7 + 7  # steps of 64 of the 402 rows, chunks of 16 of the 101 that validate

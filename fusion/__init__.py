@@ -20,8 +20,8 @@ _EXPORTS = {
     "compute_metrics": "metrics",
     "EarlyStopping": "fitting",
     "set_seed": "fitting",
-    "save_checkpoint": "checkpoint",
-    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "portable",
+    "load_checkpoint": "portable",
 }
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 (names, spread from the table above)
 

@@ -13,13 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pickle import UnpicklingError
 from typing import Any
 
 import pandas as pd
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusion import log, storage
 from fusion.errors import DataError, FusionError, SupersededError
@@ -196,44 +195,6 @@ def read_model(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, int
     header = json.loads(data[8 : 8 + length])
     log.info(event="model", checkpoint=checkpoint.url, smape=checkpoint.manifest.smape)
     return safetensors.torch.load(data), json.loads(header["__metadata__"]["dims"])
-
-
-def save_checkpoint(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-    epoch: int,
-    metrics: Mapping[str, float],
-    path: str,
-) -> None:
-    """Writes everything into one object at any URL, atomically."""
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    state = {name: part.state_dict() for name, part in parts.items() if part is not None}
-    storage.write(str(path), _torch_bytes(state | {"epoch": epoch, "metrics": dict(metrics)}))
-
-
-def load_checkpoint(
-    path: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-) -> tuple[int, dict[str, float]]:
-    """Restores what `save_checkpoint` wrote; the epoch and the metrics it was given.
-
-    Raises:
-        DataError: it does not exist, is damaged, holds more than tensors and plain values, or lacks a part asked for.
-    """
-    try:
-        state = torch.load(io.BytesIO(storage.read(str(path))), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, OSError, UnpicklingError) as error:
-        raise DataError(f"{path} is no checkpoint: {str(error).splitlines()[0]}", "use another file") from error
-    for name, part in {"model": model, "optimizer": optimizer, "scheduler": scheduler}.items():
-        if part is None:
-            continue
-        if name not in state:
-            raise DataError(f"{path} was saved without {name}", f"load it without {name}")
-        part.load_state_dict(state[name])
-    return state["epoch"], state["metrics"]
 
 
 def _torch_bytes(value: object) -> bytes:

@@ -96,7 +96,7 @@ class Evil:
 def test_a_checkpoint_is_never_executed(tmp_path: Path) -> None:
     path, marker = tmp_path / "evil.pt", tmp_path / "executed"
     torch.save({"model": Evil(f"touch {marker}")}, path)
-    with pytest.raises(DataError, match="is no checkpoint"):
+    with pytest.raises(DataError, match=r"is no checkpoint: it holds [a-z]+.system, which could execute code"):
         load_checkpoint(str(path), nn.Linear(3, 1))
     assert not marker.exists()
     torch.load(path, weights_only=False)  # the file does what it says where it is trusted
@@ -125,7 +125,7 @@ def test_a_checkpoint_that_cannot_be_used(tmp_path: Path) -> None:
         (np.array(2.5), 2.5),
         (torch.tensor(4.0), 4.0),
         (np.str_("a"), "a"),
-        ({"by": [np.float64(1), (np.bool_(True), None)]}, {"by": [1.0, [True, None]]}),
+        ({"by": [np.float64(1), (np.bool_(True), None)]}, {"by": [1.0, (True, None)]}),
         (np.arange(3), [0, 1, 2]),
     ],
     ids=repr,
@@ -143,7 +143,7 @@ def test_what_could_not_be_loaded_is_not_saved(part: str, tmp_path: Path) -> Non
     path, (model, optimizer, scheduler) = tmp_path / "model.pt", parts()
     scheduler.extra = Path("x")  # type: ignore[attr-defined]
     metrics = {"smape": Path("x")} if part == "metrics" else {}
-    with pytest.raises(TypeError, match=f"{part}.* is a PosixPath"):
+    with pytest.raises(TypeError, match=f"{part} can hold tensors and plain values only: it holds pathlib.PosixPath"):
         save_checkpoint(model, optimizer, None if part == "metrics" else scheduler, 1, metrics, str(path))  # type: ignore[arg-type]
     assert not path.exists()
 

@@ -6,9 +6,10 @@ Nothing else asks whether it is distributed.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -18,12 +19,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from fusion import transport
+from fusion import environment, log, transport
+from fusion.environment import variable
 from fusion.errors import ConfigError, FusionError
 from fusion.heartbeats import ARRIVAL, FOR_EVER, Heartbeats
 
 T = TypeVar("T")
 
+INTERFACE = "GLOO_SOCKET_IFNAME"
 STALL_TIMEOUT = 600.0  # seconds, of commands that have no --stall-timeout
 
 
@@ -137,9 +140,9 @@ def world(device: str = "auto", stall_timeout: float = STALL_TIMEOUT) -> Iterato
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     store: Store = HashStore()
     heartbeats: Heartbeats | None = None
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
     if place.size > 1:
+        _check_interface()
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
         heartbeats = Heartbeats(store, place.rank, place.size, stall_timeout)
     try:
         with _group(backend, store, place):
@@ -152,7 +155,8 @@ def world(device: str = "auto", stall_timeout: float = STALL_TIMEOUT) -> Iterato
 
 @contextmanager
 def _group(backend: str, store: Store, place: World) -> Iterator[None]:
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=FOR_EVER)
+    with _without_interface() if place.size == 1 else nullcontext():
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=FOR_EVER)
     try:
         if backend == "nccl":
             torch.cuda.set_device(place.device)
@@ -172,12 +176,36 @@ def _wait_for_all(place: World, heartbeats: Heartbeats | None) -> None:
     time.sleep(0.05 if place.size > 1 else 0)
 
 
+@contextmanager
+def _without_interface() -> Iterator[None]:
+    """A group of one talks to nobody: which network interface others of this cluster use is nothing to it."""
+    interface = os.environ.pop(INTERFACE, None)
+    try:
+        yield
+    finally:
+        if interface is not None:
+            os.environ[INTERFACE] = interface
+
+
+def _check_interface() -> None:
+    there = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, (variable(INTERFACE) or "").split(",")):
+        if name not in there:
+            raise ConfigError(
+                f"{INTERFACE} is {name}, and the network interfaces of this machine are {', '.join(there)}",
+                f"set {INTERFACE} to one of these, or unset it",
+            )
+
+
 def _place(device: str) -> World:
-    rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    return World(rank, size, local_rank, local_size, _device(device, local_rank))
+    found = environment.place()
+    if found.ignored:
+        log.warning(
+            event="rank_variables_ignored",
+            ignored=" ".join(found.ignored),
+            hint="unset them; ranks are started with python -m fusion.launch",
+        )
+    return World(found.rank, found.size, found.local_rank, found.local_size, _device(device, found.local_rank))
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusion.distributed import World, world
-from fusion.errors import DataError, ExitCode
+from fusion.distributed import World, _check_interface, world
+from fusion.errors import ConfigError, DataError, ExitCode
 from tests.forked import run_ranks
 from tests.s3_server import _free_ports as free_ports
 
@@ -109,3 +109,26 @@ def test_a_rank_that_died_is_noticed_at_once_without_a_launcher() -> None:
     done = run_ranks(3, main_is_killed, stall_timeout=1000)
     assert done.returncode not in (0, ExitCode.STALLED)
     assert time.monotonic() - started < 60
+
+
+def test_one_process_needs_no_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0-absent")
+    with world("cpu") as place:
+        assert place.sum([2.0]) == [2.0]
+
+
+def test_an_interface_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib0-absent")
+    with pytest.raises(ConfigError, match="GLOO_SOCKET_IFNAME is ib0-absent, and the network interfaces"):
+        _check_interface()
+
+
+def test_variables_that_leak_are_named_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with world("cpu") as place:
+        assert (place.rank, place.size, place.local_rank, place.local_size) == (0, 1, 0, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'event=rank_variables_ignored ignored="WORLD_SIZE LOCAL_RANK"' in line

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+
+from fusion.environment import MEETING, RANKS, Place, place, rank, variable
+from fusion.errors import ConfigError
+
+MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    for name in (*RANKS, *MEETING):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in request.param.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSION_TEST_A", "")
+    monkeypatch.setenv("FUSION_TEST_B", "b")
+    assert variable("FUSION_TEST_A") is None
+    assert variable("FUSION_TEST_A", "FUSION_TEST_B") == "b"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, Place()),
+        (MASTER, Place()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Place()),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **MASTER}, Place()),
+        ({"RANK": "3", "WORLD_SIZE": "4", **MASTER}, Place(3, 4)),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MASTER},
+            Place(3, 4, 1, 2),
+        ),
+        ({"WORLD_SIZE": "4"}, Place(ignored=("WORLD_SIZE",))),
+        ({"WORLD_SIZE": "", "RANK": ""}, Place()),
+        ({"RANK": "3", **MASTER}, Place(ignored=("RANK",))),
+        ({"RANK": "3", "WORLD_SIZE": ""}, Place(ignored=("RANK",))),
+        ({"LOCAL_RANK": "1"}, Place(ignored=("LOCAL_RANK",))),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, Place(ignored=("WORLD_SIZE", "LOCAL_RANK"))),
+    ],
+    indirect=["given"],
+)
+@pytest.mark.usefixtures("given")
+def test_the_variables_are_complete_or_count_for_nothing(expected: Place) -> None:
+    assert place() == expected
+    assert rank() == expected.rank
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "4", "WORLD_SIZE": "4", **MASTER}, "RANK is 4, expected less than WORLD_SIZE, which is 4"),
+        ({"RANK": "0", "WORLD_SIZE": "0", **MASTER}, "WORLD_SIZE is 0, expected at least 1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2", **MASTER}, "RANK is '-1', expected a number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', expected a number"),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is 2, expected less than LOCAL_WORLD_SIZE"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "but MASTER_ADDR and MASTER_PORT are not set"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": ""}, "but MASTER_PORT is not set"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **MASTER}, "but LOCAL_WORLD_SIZE is not set"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **MASTER}, "but LOCAL_RANK is not set"),
+    ],
+    indirect=["given"],
+)
+@pytest.mark.usefixtures("given")
+def test_a_contradiction_is_named(message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        place()
+    assert message in raised.value.message
+    assert rank() == 0

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from fusion import safe_pickle, storage
 from fusion.command import guarded
 from fusion.errors import DataError, ExitCode, Parser, UsageError
+from fusion.scratch import temporary_folder
 
 ROW_GROUP: Final = 8192
 _STACK_IDS: Final = "save the ids as one array of int64 or of fixed-width text, not of Python objects"
@@ -249,7 +250,7 @@ def _write_parquet(embeddings: Embeddings, path: Path) -> None:
 
 def convert(arguments: argparse.Namespace) -> str:
     """Runs the command; gives the line that says what was written. Raises FusionError."""
-    with TemporaryDirectory(prefix="fusion-convert-") as folder:
+    with TemporaryDirectory(prefix="fusion-convert-", dir=temporary_folder()) as folder:
         scratch = Path(folder)
         if arguments.pickle:
             found = read_pickle(fetch(arguments.pickle, scratch), arguments.pickle)

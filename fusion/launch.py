@@ -28,6 +28,7 @@ from fusion import stopping
 from fusion.errors import ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.meeting import Meeting, NodesMeeting
 from fusion.ranks import Ending, Group, Rank, Stop
+from fusion.scratch import temporary_folder
 from fusion.streams import unfailing
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -54,6 +55,7 @@ def launch(options: Options, stop: Stop) -> int:
     """
     if stop.name:
         raise StopRequested(f"asked to stop ({stop.name}) before it had begun", "run the same command again")
+    temporary_folder()  # or there is none, before a port is taken
     meeting = _meeting(options, stop)
     for restart in range(options.max_restarts + 1):
         ending = _attempt(options, meeting, stop, restart)
@@ -73,7 +75,7 @@ def _meeting(options: Options, stop: Stop) -> Meeting:
 
 
 def _attempt(options: Options, meeting: Meeting, stop: Stop, restart: int) -> Ending:
-    with tempfile.TemporaryDirectory(prefix="fusion-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fusion-", dir=temporary_folder()) as folder:
         shared = {**_environment(options, restart), **meeting.environment(), "FUSION_EXIT_DIR": folder}
         first = options.node_rank * options.nproc_per_node
         ranks = [

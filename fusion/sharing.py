@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import IO
 
 import numpy as np
@@ -13,8 +15,7 @@ from torch import Tensor
 
 from fusion.distributed import World
 from fusion.errors import ConfigError
-
-SHARED_FOLDERS = ("/dev/shm", tempfile.gettempdir())
+from fusion.scratch import temporary_folder
 
 
 def node_tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Tensor:
@@ -36,6 +37,12 @@ def node_tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Ten
     return shared
 
 
+def _shared_folders() -> Iterator[str]:
+    yield "/dev/shm"
+    with suppress(ConfigError):  # without one, the error names what was wrong with /dev/shm
+        yield temporary_folder()
+
+
 def _reserved(n_bytes: int) -> IO[bytes]:
     """A file without a name, so that nothing is left when the job dies: in memory if it fits there.
 
@@ -43,7 +50,7 @@ def _reserved(n_bytes: int) -> IO[bytes]:
         ConfigError: it fits nowhere.
     """
     found = []
-    for folder in SHARED_FOLDERS:
+    for folder in _shared_folders():
         try:
             room = os.statvfs(folder)
             if n_bytes > room.f_bavail * room.f_frsize:  # reserving what there is would fill the disk for a moment
@@ -55,6 +62,6 @@ def _reserved(n_bytes: int) -> IO[bytes]:
         except OSError as error:
             found.append(f"{folder} ({error.strerror})")
     raise ConfigError(
-        f"the ranks of this node share an array of {n_bytes >> 20} MiB, which fits neither {' nor '.join(found)}",
+        f"the ranks of this node share an array of {n_bytes >> 20} MiB, which does not fit in {' nor in '.join(found)}",
         "enlarge /dev/shm (docker: --shm-size; Kubernetes: sizeLimit of the volume shm)",
     )

@@ -23,6 +23,7 @@ from packaging.specifiers import SpecifierSet
 
 import fusion
 from fusion.errors import ExitCode
+from fusion.scratch import temporary_folder
 from jobs.checks.findings import Finding, Job, fail, ok, size, warn
 
 SHM = Path("/dev/shm")
@@ -190,13 +191,8 @@ def _text(path: Path) -> str:
 
 def folders(_: Job) -> Finding:
     """Whether temporary files and caches can be written, and have room."""
-    try:
-        temporary = tempfile.gettempdir()
-    except OSError as error:
-        to_do = "mount a writable volume at /tmp, or set TMPDIR to a folder that this user can write"
-        return fail(f"temporary files cannot be written: {error.strerror}", to_do, ExitCode.CONFIG)
     free: dict[str, int] = {}
-    for name, folder in {"TMPDIR": temporary, **_caches()}.items():
+    for name, folder in {"TMPDIR": temporary_folder(), **_caches()}.items():
         there = _nearest(Path(folder).absolute())
         if cause := _write_error(there):
             to_do = f"mount a writable volume there, or set {name} to one"

@@ -1,0 +1,47 @@
+"""A machine on which no temporary folder can be written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from fusion import launch, scratch, sharing
+from fusion.errors import ConfigError
+from jobs import doctor
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nothing"])
+
+
+def test_no_temporary_folder_is_a_setting(nowhere: None) -> None:
+    with pytest.raises(ConfigError, match=r"no temporary folder can be written: .*/proc/nothing") as caught:
+        scratch.temporary_folder()
+    assert "TMPDIR" in caught.value.remedy
+
+
+def test_shared_memory_needs_none(nowhere: None) -> None:
+    with sharing._reserved(1) as file:
+        assert file.fileno() > 0
+
+
+def test_the_launcher_says_so(nowhere: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["--nproc-per-node", "1", "fusion.verify"]) == 78
+    assert "TMPDIR" in capsys.readouterr().err
+
+
+def test_doctor_says_so(nowhere: None, capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main(["--only", "folders"])
+    said = capsys.readouterr()
+    assert "no temporary folder can be written" in said.out and "TMPDIR" in said.out
+
+
+def test_importing_looks_for_no_temporary_folder() -> None:
+    code = "import tempfile, fusion.sharing, fusion.launch, jobs.doctor; print(tempfile.tempdir)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"

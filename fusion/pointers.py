@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fusion import records, storage
+from fusion.contention import turns
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ def move(output: str, *parts: str, target: T, unless: Callable[[T], bool] = lamb
     """
     place = url(output, *parts)
     fields: dict[str, Any] = asdict(target)  # type: ignore[call-overload]
-    while True:
+    for _ in turns(place):
         held = storage.read_version(place)
         current = None if held is None else records.parse_if_whole(type(target), held[0], place, DAMAGED)
         if current is not None and (current == target or unless(current)):
@@ -37,3 +38,4 @@ def move(output: str, *parts: str, target: T, unless: Callable[[T], bool] = lamb
         data = storage.as_json({**fields, "updated": records.now()})
         if storage.create(place, data) if held is None else storage.replace(place, data, held[1]):
             return True
+    raise AssertionError("the turns end with an error")

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from fusion import __version__, log, manifests, pointers, records, storage
 from fusion.config import HOW, ReadRunConfig, RunConfig, digest
+from fusion.contention import turns
 from fusion.errors import ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
 from fusion.flags import from_json, to_json
 from fusion.records import AttemptEnd, LeaseRecord, RunFacts, RunPointer
@@ -120,12 +121,13 @@ class Lease:
 def take_lease(run: str) -> Lease:
     """Makes this the newest attempt of the run."""
     url, token = storage.join(run, "lease.json"), uuid.uuid4().hex
-    while True:
+    for _ in turns(url):
         held = storage.read_version(url)
         number = 1 if held is None else 1 + records.parse(LeaseRecord, held[0], url).attempt
         data = storage.as_json({"attempt": number, "token": token, "started": records.now()})
         if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
             return Lease(url, number, token)
+    raise AssertionError("the turns end with an error")
 
 
 @contextmanager

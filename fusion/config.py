@@ -148,6 +148,9 @@ class ReadRunConfig(StoreConfig):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluateConfig(ReadRunConfig):
     by: tuple[str, ...] = setting((), "columns of train.csv to group by, besides prices and presence", "evaluation")
+    other_data: bool = setting(
+        False, "evaluate although prices or embeddings are not those of the training, and say so", "evaluation"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -26,6 +26,7 @@ from fusion.source_file import Header, read_header, read_vectors
 from fusion.tables import report_duplicates
 
 N_THREADS = 4
+DIGEST_ROWS = 4096  # rows brought to float32 at a time
 LOOK = 0.5  # seconds between two moments at which the ranks tell one another of errors and stop requests
 
 
@@ -72,6 +73,16 @@ class RowStore:
             total.update(role.encode())
             total.update(self.present[role].numpy().tobytes())
             total.update(self.values[role].numpy().data.cast("B"))
+        return total.hexdigest()
+
+    def digest_of(self, rows: Tensor) -> str:
+        """sha256 of these rows, in their order: values as float32, whatever the files had, and what is present."""
+        total = hashlib.sha256()
+        for role in sorted(self.values):
+            total.update(role.encode())
+            total.update(self.present[role][rows].numpy().tobytes())
+            for chunk in torch.split(rows, DIGEST_ROWS):
+                total.update(self.values[role][chunk].float().numpy().data.cast("B"))
         return total.hexdigest()
 
 

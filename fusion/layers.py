@@ -183,17 +183,13 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(dim, hidden, n_experts, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.explained(x)[0]
+
+    def explained(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output [B], and {"gate": [B, E]}: the weight of each expert; rows sum to 1."""
         x = self.norm(x)
-        mixed: Tensor = (self._gate(x) * self.experts(x)).sum(-1)
-        return mixed
-
-    def gate(self, x: Tensor) -> Tensor:
-        """[B, E] weight of each expert; rows sum to 1."""
-        return self._gate(self.norm(x))
-
-    def _gate(self, x: Tensor) -> Tensor:
-        weights: Tensor = self.gate_network(x).softmax(-1)
-        return weights
+        gate: Tensor = self.gate_network(x).softmax(-1)
+        return (gate * self.experts(x)).sum(-1), {"gate": gate}
 
 
 class ConcatNetwork(nn.Module):
@@ -223,7 +219,7 @@ class PriceModel(nn.Module):
 
     Args:
         network: `forward({role: [B, D_role]}, {role: [B] bool}) -> [B]`, and optionally
-            `explain(same) -> {name: [B, …]}`.
+            `explained(same) -> ([B], {name: [B, …]})`, which also tells of its inner choices.
         dims: role to D_role.
         modality_dropout: probability that a source is hidden from a row.
     """
@@ -249,15 +245,20 @@ class PriceModel(nn.Module):
     def forward(self, inputs: Inputs, present: Inputs) -> Tensor:
         """[B] log1p(price)."""
         present = self._hidden(present)
-        output = self.network(self.standardised(inputs, present), present)
+        return self._target(self.network(self.standardised(inputs, present), present), present)
+
+    def explained(self, inputs: Inputs, present: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """[B] log1p(price), and the network's inner choices, such as {"gate": [B, E]}; none if it explains nothing."""
+        explained = getattr(self.network, "explained", None)
+        if explained is None:
+            return self(inputs, present), {}
+        output, choices = explained(self.standardised(inputs, present), present)
+        return self._target(output, present), choices
+
+    def _target(self, output: Tensor, present: Inputs) -> Tensor:
         output = output.float() * self.get_buffer("target_scale") + self.get_buffer("target_median")
         known = torch.stack(list(present.values())).any(0)
         return torch.where(known, output, self.get_buffer("target_median"))
-
-    def explain(self, inputs: Inputs, present: Inputs) -> dict[str, Tensor]:
-        """What the network tells about its inner choices, such as {"gate": [B, E]}; empty when it tells nothing."""
-        explain = getattr(self.network, "explain", None)
-        return explain(self.standardised(inputs, present), present) if explain else {}
 
     def standardised(self, inputs: Inputs, present: Inputs) -> dict[str, Tensor]:
         """{role: [B, D_role]} as the network gets them: in deviations of the training rows, zeros where missing."""

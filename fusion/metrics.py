@@ -7,12 +7,17 @@ NaN metric.
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
 MIN_PRICE = 0.01  # dollars; no price is predicted below it
+# Rows above which an interval is computed and not resampled. The mean of 5000 errors, each 0 to 200%, is normally
+# distributed but for a skewness of 0.02; resampling 2 million rows a thousand times takes half a minute per grouping.
+BOOTSTRAP_ROWS = 5000
 _EPSILON = float(np.finfo(np.float64).eps)  # the smallest true value that scikit-learn's MAPE divides by
 
 
@@ -80,16 +85,20 @@ def group_metrics(y_true: object, y_pred: object) -> dict[str, float]:
 def bootstrap_interval(
     values: FloatArray, n_resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron, 1979) of the mean of `values`, one value a row, shape `[N]`.
+    """Percentile bootstrap interval (Efron, 1979) of the mean of `values`, one value per row, shape `[N]`.
 
-    The same seed gives the same interval. No rows give (NaN, NaN). ValueError if `n_resamples` < 1 or `level` is not
-    in (0, 1).
+    Above `BOOTSTRAP_ROWS` rows it is the interval of the normal distribution, which resampling gives as well in the
+    limit. The same seed gives the same interval. No rows give (NaN, NaN). ValueError if `n_resamples` < 1 or `level` is
+    not in (0, 1).
     """
     if n_resamples < 1 or not 0 < level < 1:
         raise ValueError(f"expected n_resamples >= 1 and 0 < level < 1, however: {n_resamples=}, {level=}")
     rows = _as_float64(values).reshape(-1)
     if rows.size == 0:
         return float("nan"), float("nan")
+    if rows.size > BOOTSTRAP_ROWS:
+        half = NormalDist().inv_cdf((1 + level) / 2) * float(rows.std()) / rows.size**0.5
+        return float(rows.mean()) - half, float(rows.mean()) + half
     generator = np.random.default_rng(seed)
     # One resample at a time: memory stays at N, where a matrix of all of them would be n_resamples times that.
     means = [rows[generator.integers(0, rows.size, rows.size)].mean() for _ in range(n_resamples)]

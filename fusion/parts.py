@@ -31,7 +31,7 @@ def compute_rows(compute: Compute, store: RowStore, rows: Tensor, device: torch.
 
 
 def compute_parts(compute: Compute, store: RowStore, place: World, folder: str) -> Arrays:
-    """What `compute` says of all rows of the store, name to [N, …], in their order, on every rank.
+    """What `compute` says of all rows of the store, name to [N, …], in their order, on rank 0; nothing on the others.
 
     The parts are the same for any number of ranks. One that is in `folder` is read instead of computed.
 
@@ -56,8 +56,9 @@ def compute_parts(compute: Compute, store: RowStore, place: World, folder: str) 
             _stop_if_asked(place, first, len(parts))
             place.together(lambda number=first + place.rank: do(number) if number < len(parts) else None)  # type: ignore[misc]
             show(min(first + place.size, len(parts)))
-    everything = {number: part for answer in place.exchange(mine) for number, part in answer.items()}
-    return {name: np.concatenate([everything[number][name] for number in sorted(everything)]) for name in everything[0]}
+    everything = {number: part for answer in place.gather_on_main(mine) for number, part in answer.items()}
+    ordered = [everything[number] for number in sorted(everything)]
+    return {name: np.concatenate([part[name] for part in ordered]) for name in (ordered[0] if ordered else {})}
 
 
 def discard(folder: str) -> None:

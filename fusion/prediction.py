@@ -11,7 +11,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from fusion import checkpoint, guards, log, manifests, runs, storage, submission
-from fusion.config import PredictConfig, ReadRunConfig, RunConfig
+from fusion.config import PredictConfig, ReadRunConfig, RunConfig, digest
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, DivergedError, UnreachableError
@@ -34,6 +34,11 @@ def predict_rows(compute: Compute, store: RowStore, rows: Tensor, place: World) 
     """
     part = compute_rows(compute, store, rows[place.share(len(rows))], place.device)
     return np.concatenate([np.empty(0), *place.gather_on_main(part.get("price", np.empty(0)))])
+
+
+def validation_digest(store: RowStore, rows: Tensor, prices: np.ndarray) -> str:
+    """sha256 of what is validated on: the store's rows [n] and their prices [n], in the order of their ids."""
+    return digest([store.digest_of(rows), storage.sha256(np.ascontiguousarray(prices, np.float64).tobytes())])
 
 
 def pricing(model: nn.Module) -> Compute:
@@ -93,29 +98,36 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
             place.on_main(lambda: discard(parts))  # of one that was killed after it had published
             return
         model = load_model(chosen, config, build_network, place)
-        table = place.on_main(lambda: read_table(data, "test", priced=False))
-        store = load(data, "test", config.bindings(), table.ids, place, max_missing=config.max_missing)
+        table = on_main_alone(place, lambda: read_table(data, "test", priced=False))
+        ids = place.on_main(lambda: held(table).ids)
+        store = load(data, "test", config.bindings(), ids, place, max_missing=config.max_missing)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
         if place.on_main(lambda: submission.origin_of(run, chosen, config, data)) != origin:
             raise UnreachableError(
                 f"the input in {data} was written while it was read", "run it again once it is complete"
             )
-        store, last = store.resident_on(place.device), _on_main_alone(place, lambda: submission.last(settings))
-        seen = look(model, store, table.ids, place)
+        store, last = store.resident_on(place.device), on_main_alone(place, lambda: submission.last(settings))
+        seen = look(model, store, ids, place)
         about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
         place.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
-        prices = compute_parts(pricing(model), store, place, parts)["price"]
+        computed = compute_parts(pricing(model), store, place, parts)
         try:
-            place.on_main(lambda: _publish(settings, origin, chosen.smape, table, prices, seen, last))
+            place.on_main(lambda: _publish(settings, origin, chosen.smape, held(table), computed["price"], seen, last))
         except (DataError, DivergedError):
             place.on_main(lambda: discard(parts))  # refused: the input or the model will be replaced
             raise
         place.on_main(lambda: discard(parts))
 
 
-def _on_main_alone(place: World, action: Callable[[], T]) -> T | None:
-    """Result of `action` on rank 0, which keeps it; an error is raised on every rank."""
+def on_main_alone(place: World, action: Callable[[], T]) -> T | None:
+    """Result of `action` on rank 0, None on the others, to which it is not sent. An error is raised on every rank."""
     return place.together(lambda: action() if place.is_main else None)
+
+
+def held(result: T | None) -> T:
+    """What `on_main_alone` gave, on rank 0."""
+    assert result is not None, "only rank 0 has it"
+    return result
 
 
 def _publish(

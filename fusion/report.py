@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 TEXT_WIDTH = 40
+LEAST_TEXT = 8  # columns below which a text says nothing
+BETWEEN = 2  # columns that a table has between two of its own; one more is left of the first
+WHOLE = ("sample_id", "bin")  # texts that name a row
 PLAIN_WIDTH = 150  # columns where standard output is no terminal
 
 # Metric to its heading; a narrow terminal leaves out the last ones. Everything is in groups.csv.
@@ -31,23 +34,34 @@ HEADINGS = {
 
 
 def show(
-    groups: pd.DataFrame, worst: pd.DataFrame, best: pd.DataFrame, gates: pd.DataFrame, distributions: pd.DataFrame
+    groups: pd.DataFrame,
+    worst: pd.DataFrame,
+    best: pd.DataFrame,
+    gates: pd.DataFrame,
+    distributions: pd.DataFrame,
+    note: str = "",
 ) -> None:
-    """Prints metrics by group, the extreme rows, the distributions and the gate's use on standard output."""
+    """Prints metrics by group, the extreme rows, the distributions and the gate's use on standard output.
+
+    Args:
+        note: what has to be known of the rows.
+    """
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    console.print(_groups(groups, console.width))
+    console.print(_groups(groups, console.width, note))
     for title, rows in (("Worst rows, by SMAPE", worst), ("Best rows, by SMAPE", best)):
         numbers = ["sample_id", "price", "predicted", "smape"]
         texts = [column for column in rows.columns if column not in (*numbers, "present")][:2]
-        console.print(_plain(title, rows[numbers + texts]))
-    console.print(_plain("Quantiles of price, prediction and error in $, and of a row's SMAPE in %", distributions))
+        console.print(_plain(title, rows[numbers + texts], console.width))
+    title = "Quantiles of price, prediction and error in $, and of a row's SMAPE in %"
+    console.print(_plain(title, distributions, console.width))
     if not gates.empty:
-        console.print(_plain("Share of the gate by expert and price bin", gates.rename_axis("bin").reset_index()))
+        title = "Share of the gate by expert and price bin"
+        console.print(_plain(title, gates.rename_axis("bin").reset_index(), console.width))
 
 
-def _groups(groups: pd.DataFrame, width: int) -> Table:
+def _groups(groups: pd.DataFrame, width: int, note: str) -> Table:
     shown = list(HEADINGS)[: 5 if width < 90 else 9 if width < 125 else None]
-    table = _table("Validation rows. SMAPE and MAPE in %, R2 a number, the rest in $")
+    table = _table(f"Validation rows{note}. SMAPE and MAPE in %, R2 a number, the rest in $")
     table.add_column("group", no_wrap=True, max_width=TEXT_WIDTH)
     for name in shown:
         table.add_column(HEADINGS[name], justify="right", no_wrap=True)
@@ -62,13 +76,21 @@ def _groups(groups: pd.DataFrame, width: int) -> Table:
     return table
 
 
-def _plain(title: str, frame: pd.DataFrame) -> Table:
+def _plain(title: str, frame: pd.DataFrame, width: int) -> Table:
+    """Numbers and ids whole, whatever the terminal's width; texts get what is left, or go."""
+    cells = {column: [_number(cell) for cell in frame[column]] for column in frame.columns}
+    texts = [column for column in cells if column not in WHOLE and not pd.api.types.is_numeric_dtype(frame[column])]
+    taken = sum(BETWEEN + max(map(len, [str(column), *cells[column]])) for column in cells if column not in texts)
+    share = min(TEXT_WIDTH, (width - 1 - taken) // max(1, len(texts)) - BETWEEN)
+    if share < LEAST_TEXT:
+        cells = {column: values for column, values in cells.items() if column not in texts}
     table = _table(title)
-    for column in frame.columns:
+    for column in cells:
         number = pd.api.types.is_numeric_dtype(frame[column])
-        table.add_column(str(column), justify="right" if number else "left", no_wrap=True, max_width=TEXT_WIDTH)
-    for row in frame.itertuples(index=False):
-        table.add_row(*(_number(cell) for cell in row))
+        largest = share if column in texts else None
+        table.add_column(str(column), justify="right" if number else "left", no_wrap=True, max_width=largest)
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
     return table
 
 

@@ -25,7 +25,7 @@ from fusion.fitting import Fit, TrainingData, set_seed
 from fusion.layers import PriceModel
 from fusion.manifests import MODEL, SPLIT
 from fusion.metrics import compute_smape
-from fusion.prediction import BuildNetwork, C
+from fusion.prediction import BuildNetwork, C, validation_digest
 from fusion.records import RunFacts
 from fusion.runs import (
     Lease,
@@ -124,6 +124,7 @@ class Saver:
             lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, SPLIT)))
             lineage["code_sha256"] = code_digest()
             lineage["agreement"] = _agreement(fit)
+            lineage["validation_sha256"] = validation_digest(fit.data.store, fit.data.validation, fit.data.prices)
             self.writer = checkpoint.Writer(self.run, fit.data.store.dims, lineage, lease.check, config.keep)
 
     def resume(self) -> None:

@@ -213,6 +213,30 @@ def test_a_leak_is_warned_of(catalog: Path, tmp_path: Path, capsys: pytest.Captu
         assert warned is None or warned in said
 
 
+def test_rows_that_are_not_those_of_the_training_are_evaluated_only_when_asked_to(
+    catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(catalog, data)
+    where = ["--output", str(tmp_path / "out"), "--run-id", "r"]
+    assert train.main(["--data", str(data), *where, *SMALL, "--epochs", "1"]) == 0
+    table = pd.read_csv(data / "train.csv", dtype="str")
+    table.assign(shop="x").iloc[::-1].to_csv(data / "train.csv", index=False)
+    assert evaluate_by_groups.main([*where, "--by", "shop"]) == 0, "order and other columns are free"
+    renumbered = dict(
+        zip(table["sample_id"], table["sample_id"].to_numpy()[np.roll(np.arange(len(table)), 1)], strict=True)
+    )
+    table.assign(sample_id=table["sample_id"].map(renumbered)).to_csv(data / "train.csv", index=False)
+    for path in (data / "embeddings" / "train").glob("*.parquet"):
+        frame = pd.read_parquet(path)
+        ids = frame["sample_id"].astype("str")
+        frame.assign(sample_id=ids.map(renumbered).fillna(ids)).to_parquet(path, index=False)
+    assert evaluate_by_groups.main(where) == 65
+    assert "have other prices or embeddings than in training" in capsys.readouterr().err
+    assert evaluate_by_groups.main([*where, "--other-data"]) == 0
+    assert json.loads((tmp_path / "out/runs/r/metrics/summary.json").read_text())["as_trained"] is False
+
+
 def test_evaluation_covers_validation_rows_even_when_prices_leave_every_bin(catalog: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(catalog, data)

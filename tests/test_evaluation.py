@@ -1,16 +1,25 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from rich.console import Console
 
-from fusion import report
-from fusion.evaluation import BIN_NAMES, RANGE_NAMES, Evaluation, _summary, evaluate, price_bins
+from fusion import pointers, report, stopping, storage
+from fusion.errors import StopRequested, UnreachableError
+from fusion.evaluation import _predictions, _replace, _show, _summary
+from fusion.groups import BIN_NAMES, RANGE_NAMES, Evaluation, evaluate, price_bins
 from fusion.manifests import Checkpoint
-from fusion.metrics import compute_metrics, row_smape
+from fusion.metrics import bootstrap_interval, compute_metrics, row_smape
+from fusion.records import RunPointer
+from fusion.runs import take_lease
+from fusion.tables import Table
 
 
 def rows(prices: list[float] | np.ndarray, **columns: object) -> pd.DataFrame:
@@ -18,6 +27,9 @@ def rows(prices: list[float] | np.ndarray, **columns: object) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"sample_id": [f"id{i}" for i in range(len(prices))], "price": prices, "present": "all"})
     return frame.assign(predicted=np.abs(prices) * np.exp(0.3 * rng.standard_normal(len(prices))), **columns)
+
+
+NOTHING = pd.DataFrame()  # to group by
 
 
 def show(evaluation: Evaluation) -> None:
@@ -28,7 +40,7 @@ def test_every_group_has_the_metrics_of_its_rows() -> None:
     prices = np.random.default_rng(1).lognormal(3, 1.5, 500)
     brands = np.where(np.arange(500) % 3, "a", "b")
     table = rows(prices, brand=brands)
-    groups = evaluate(table, ["brand"]).groups.set_index(["by", "group"])
+    groups = evaluate(table, table[["brand"]]).groups.set_index(["by", "group"])
     assert list(groups.loc["price_bin"].index) == BIN_NAMES
     assert list(groups.loc["price_range"].index) == RANGE_NAMES
     for name in ("price_bin", "price_range", "present", "brand"):
@@ -55,7 +67,7 @@ def test_a_single_row_empty_bins_and_prices_outside_break_nothing(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evaluation = evaluate(rows(prices), [], gate=np.full((len(prices), 3), 1 / 3))
+        evaluation = evaluate(rows(prices), NOTHING, gate=np.full((len(prices), 3), 1 / 3))
         show(evaluation)
     groups = evaluation.groups.set_index(["by", "group"])
     assert groups.loc["price_bin", "count"].sum() == len(prices)
@@ -67,7 +79,7 @@ def test_a_single_row_empty_bins_and_prices_outside_break_nothing(
 
 def test_worst_and_best_rows_are_twenty_and_in_order() -> None:
     table = rows(np.random.default_rng(2).lognormal(3, 1, 100))
-    evaluation = evaluate(table, [])
+    evaluation = evaluate(table, NOTHING)
     errors = np.sort(row_smape(table["price"], table["predicted"]))
     np.testing.assert_allclose(evaluation.worst["smape"], errors[::-1][:20])
     np.testing.assert_allclose(evaluation.best["smape"], errors[:20])
@@ -75,7 +87,7 @@ def test_worst_and_best_rows_are_twenty_and_in_order() -> None:
 
 def test_gates_are_means_over_the_rows_of_a_bin() -> None:
     gate = np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
-    gates = evaluate(rows([3.0, 4.0, 700.0]), [], gate=gate).gates
+    gates = evaluate(rows([3.0, 4.0, 700.0]), NOTHING, gate=gate).gates
     assert gates.loc["0-5"].tolist() == [0.75, 0.25]
     assert gates.loc["500+"].tolist() == [0.0, 1.0]
     assert gates.loc["all rows"].tolist() == [0.5, 0.5]
@@ -83,5 +95,81 @@ def test_gates_are_means_over_the_rows_of_a_bin() -> None:
 
 def test_a_column_of_many_values_is_cut_off_and_said(capsys: pytest.CaptureFixture[str]) -> None:
     table = rows(np.full(600, 9.0), code=[str(i) for i in range(600)])
-    assert (evaluate(table, ["code"]).groups["by"] == "code").sum() == 200
+    assert (evaluate(table, table[["code"]]).groups["by"] == "code").sum() == 200
     assert "event=by_truncated column=code values=600" in capsys.readouterr().err
+
+
+def test_missing_values_are_a_group() -> None:
+    table = rows(np.full(60, 9.0))
+    column = pd.Series(["a"] * 43 + [None] * 9 + [""] * 4 + [" "] * 4)
+    groups = evaluate(table, pd.DataFrame({"brand": column})).groups.query("by == 'brand'").set_index("group")
+    assert groups["count"].to_dict() == {"a": 43, "missing": 17}
+
+
+@pytest.mark.parametrize("name", ["present", "predicted", "smape", "price_bin", "price_range", "overall", "sample_id"])
+def test_a_column_of_the_users_keeps_its_values_whatever_its_name(name: str) -> None:
+    table = rows(np.full(60, 9.0))
+    groups = evaluate(table, pd.DataFrame({name: ["x", "y", "outside"] * 20})).groups
+    ours = groups[groups["group"].isin(["x", "y", "outside"])]
+    assert ours["count"].tolist() == [20] * 3 and not groups.duplicated(["by", "group"]).any()
+    assert groups.set_index("by").loc["overall", "count"] == 60
+
+
+def test_what_is_present_is_said_in_words() -> None:
+    present = {"image": torch.tensor([True, False, True, False]), "text": torch.tensor([True, True, False, False])}
+    table = Table(
+        pd.DataFrame({"price": np.ones(4), "present": 7}, index=pd.Index(list("abcd"), name="sample_id")), np.arange(4)
+    )
+    found = _predictions(table, np.arange(4.0), present)
+    assert found["present"].tolist() == ["all", "without image", "without text", "none"]
+    assert found["sample_id"].tolist() == list("abcd") and found["predicted"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_numbers_and_ids_are_whole_on_any_terminal(width: int) -> None:
+    frame = pd.DataFrame(
+        {"sample_id": ["B01IRPB3L4"], "price": [19.99], "predicted": [1234.5], "smape": [123.45]}
+        | {"title": ["Item Name: Matty M Ladies' Midi Skirt, black, in many sizes"], "category": ["SKIRT or so"]}
+    )
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(report._plain("Worst rows, by SMAPE", frame, width))
+    said = captured.get()
+    assert all(value in said for value in ("B01IRPB3L4", "19.99", "1,234", "123.45"))
+    assert ("Item Name" in said) == (width >= 80)
+
+
+def test_a_removal_that_removes_nothing_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "MANIFEST.json").write_text("another's")
+    monkeypatch.setattr(storage, "remove", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(UnreachableError, match=r"MANIFEST.json was changed by others at each of \d+ tries"):
+        _replace(str(tmp_path), {}, b"ours")
+    monkeypatch.setattr(stopping, "_received", [15])
+    with pytest.raises(StopRequested):
+        _replace(str(tmp_path), {}, b"ours")
+
+
+def test_races_are_not_fought_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(storage, "create", lambda *_: False)
+    with pytest.raises(UnreachableError):
+        pointers.move(str(tmp_path), "runs", "v", "best", target=RunPointer("r", "c", 1.0))
+    with pytest.raises(UnreachableError):
+        take_lease(str(tmp_path))
+
+
+@pytest.mark.parametrize("as_trained", [True, False, None])
+def test_other_data_are_said(as_trained: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
+    table = rows(np.full(9, 9.0))
+    evaluation = evaluate(table, NOTHING, as_trained=as_trained)
+    _show(evaluation, table.set_index("sample_id"))
+    assert ("with other prices or embeddings than in training" in capsys.readouterr().out) == (as_trained is False)
+    checkpoint = Checkpoint("out/runs/r/checkpoints/step-1", {})  # type: ignore[arg-type]
+    assert json.loads(_summary("out/runs/r", checkpoint, evaluation))["as_trained"] is as_trained
+
+
+def test_large_evaluations_take_no_longer_than_they_must() -> None:
+    started = time.process_time()
+    low, high = bootstrap_interval(np.random.default_rng(0).exponential(10, 2_000_000))
+    assert 9.9 < low < high < 10.1 and time.process_time() - started < 2, "27 s, resampled"

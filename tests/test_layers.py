@@ -101,7 +101,7 @@ def test_attention_equals_torchs_own() -> None:
 @pytest.mark.parametrize("variant", ["all", "pair"])
 def test_the_gate_varies_and_uses_every_expert(variant: str) -> None:
     model = build(variant, "fusion").eval()
-    gate = model.explain(*batch_for(model, 256))["gate"]
+    gate = model.explained(*batch_for(model, 256))[1]["gate"]
     assert gate.shape == (256, 3)
     torch.testing.assert_close(gate.sum(1), torch.ones(256))
     assert gate.std(0).min() > 1e-3

@@ -26,11 +26,11 @@ class FusionNetwork(nn.Module):
         self.mixture = MixtureOfExperts(2 * width, config.hidden, config.n_experts, GATE_WIDTH, dropout)
 
     def forward(self, inputs: Inputs, present: Inputs) -> Tensor:
-        priced: Tensor = self.mixture(self._fused(inputs, present))
-        return priced
+        return self.explained(inputs, present)[0]
 
-    def explain(self, inputs: Inputs, present: Inputs) -> dict[str, Tensor]:
-        return {"gate": self.mixture.gate(self._fused(inputs, present))}
+    def explained(self, inputs: Inputs, present: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output [B], and {"gate": [B, E]}."""
+        return self.mixture.explained(self._fused(inputs, present))
 
     def _fused(self, inputs: Inputs, present: Inputs) -> Tensor:
         image, text = (self.branches[role](inputs[role], present[role]) for role in ("clip_image", "qwen_text"))

@@ -1,0 +1,126 @@
+"""Metrics of predicted rows, group by group: by price, by what is present, and by any column of the user's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fusion import log
+from fusion.metrics import bootstrap_interval, group_metrics, row_smape
+
+BINS = (0, 5, 10, 15, 20, 30, 50, 100, 200, 500, np.inf)
+BIN_NAMES = [f"{low:g}-{high:g}" if np.isfinite(high) else f"{low:g}+" for low, high in itertools.pairwise(BINS)]
+RANGES = (0, 10, 30, 100, 300, np.inf)
+RANGE_NAMES = ["very low", "low", "middle", "high", "very high"]
+N_EXTREMES = 20
+LARGEST_COLUMN = 200  # values of a --by column that are shown; a table of more is read by nobody
+OUTSIDE = "outside"  # of all bins
+MISSING = "missing"  # a value of a --by column
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known about predictions.
+
+    Attributes:
+        as_trained: whether prices and embeddings are those of the training; None if the run does not say.
+        groups: one row per group: by, group, count, share, smape with its 95% interval, and the other metrics.
+        worst, best: the rows with the largest and the smallest error.
+        gates: mean gate weight of each expert by price bin; empty for models without a gate.
+        distributions: quantiles of true and predicted prices and of the row errors.
+    """
+
+    groups: pd.DataFrame
+    worst: pd.DataFrame
+    best: pd.DataFrame
+    gates: pd.DataFrame
+    distributions: pd.DataFrame
+    as_trained: bool | None = None
+
+
+def evaluate(
+    rows: pd.DataFrame, by: pd.DataFrame, gate: np.ndarray | None = None, *, as_trained: bool | None = None
+) -> Evaluation:
+    """Metrics of predicted rows, overall and by group.
+
+    Args:
+        rows: columns sample_id, price, predicted, present (which roles were there).
+        by: the user's columns to group by, of the same rows; their names may be anything.
+        gate: [n, E] weight of each expert.
+    """
+    rows = rows.assign(smape=row_smape(rows["price"], rows["predicted"]))
+    groups = [_metrics(rows[chosen], name, group, len(rows)) for name, group, chosen in _groups(rows, by)]
+    ordered = rows.sort_values(["smape", "sample_id"], ascending=[False, True])
+    return Evaluation(
+        pd.DataFrame(groups),
+        ordered.head(N_EXTREMES),
+        ordered.tail(N_EXTREMES).iloc[::-1],
+        _gates(rows, gate),
+        _distributions(rows),
+        as_trained,
+    )
+
+
+def price_bins(prices: pd.Series) -> pd.Series:
+    """The bin of each price, lower edge inclusive; "outside" for what no bin holds."""
+    return _cut(prices, BINS, BIN_NAMES)
+
+
+def _cut(prices: pd.Series, edges: Sequence[float], names: list[str]) -> pd.Series:
+    cut = pd.cut(prices, list(edges), right=False, labels=names)
+    return cut.astype("object").where(cut.notna(), OUTSIDE)
+
+
+def _groups(rows: pd.DataFrame, by: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
+    """What is grouped by, the group, and [n] bool: its rows."""
+    yield "overall", "all rows", np.ones(len(rows), bool)
+    own = {"price_bin": (price_bins(rows["price"]), BIN_NAMES)}
+    own["price_range"] = (_cut(rows["price"], RANGES, RANGE_NAMES), RANGE_NAMES)
+    own["present"] = (rows["present"], sorted(rows["present"].unique()))
+    for name, (labels, groups) in own.items():
+        outside = [OUTSIDE] if (labels == OUTSIDE).any() else []
+        yield from ((name, group, (labels == group).to_numpy()) for group in [*groups, *outside])
+    for name in by.columns:
+        values = _labels(by[name])
+        shown = f"{name} (column)" if name in ("overall", *own) else name
+        yield from ((shown, group, values == group) for group in _values(values, shown))
+
+
+def _labels(values: pd.Series) -> np.ndarray:
+    """[n] text; one label for all that is missing or blank."""
+    text = values.astype("object").where(values.notna(), "").astype("str")
+    return np.where(text.str.strip() == "", MISSING, text).astype(object)
+
+
+def _values(labels: np.ndarray, column: str) -> list[str]:
+    counts = pd.Series(labels).value_counts()
+    if len(counts) > LARGEST_COLUMN:
+        log.warning(event="by_truncated", column=column, values=len(counts), shown=LARGEST_COLUMN)
+    return list(counts.index[:LARGEST_COLUMN])
+
+
+def _metrics(part: pd.DataFrame, name: str, group: str, total: int) -> dict[str, Any]:
+    low, high = bootstrap_interval(part["smape"].to_numpy())
+    head = {"by": name, "group": group, "count": len(part), "share": len(part) / total}
+    metrics = group_metrics(part["price"].to_numpy(), part["predicted"].to_numpy())
+    return head | {"smape": metrics.pop("smape"), "smape_low": low, "smape_high": high} | metrics
+
+
+def _gates(rows: pd.DataFrame, gate: np.ndarray | None) -> pd.DataFrame:
+    if gate is None:
+        return pd.DataFrame()
+    frame = pd.DataFrame(gate, columns=[f"expert_{e}" for e in range(gate.shape[1])])
+    by_bin = frame.groupby(price_bins(rows["price"]).to_numpy()).mean()
+    order = [name for name in [*BIN_NAMES, OUTSIDE] if name in by_bin.index]
+    return pd.concat([frame.mean().to_frame("all rows").T, by_bin.loc[order]])
+
+
+def _distributions(rows: pd.DataFrame) -> pd.DataFrame:
+    quantiles = [0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0]
+    columns = rows.assign(error=rows["predicted"] - rows["price"])[["price", "predicted", "error", "smape"]]
+    return columns.quantile(quantiles).rename_axis("quantile").reset_index()

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 # Settings that say where and how a run is computed, not what it computes.
 HOW = {"output", "run_id", "device", "store_timeout", "grace", "stall_timeout", "fresh"}
-HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep"}
+HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep", "promote"}
 
 
 C = TypeVar("C")
@@ -112,6 +112,7 @@ class RunConfig(StoreConfig):
         "stopping",
         ge=0,
     )
+    promote: bool = setting(False, "predict with this run from now on, whatever data others had", "training")
     fresh: bool = setting(False, "refuse to go on with a run that exists", "stopping")
     precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the training step", "machine")
 

@@ -64,6 +64,12 @@ def committed(run: str) -> list[Checkpoint]:
     return found
 
 
+def split_digest(run: str) -> str:
+    """sha256 of a run's `split.parquet`; empty if it is gone: such a run compares with no other."""
+    content = storage.read_if_exists(storage.join(run, SPLIT))
+    return "" if content is None else storage.sha256(content)
+
+
 def validated(run: str) -> list[Checkpoint]:
     """The committed checkpoints of a run whose validation SMAPE is known, oldest first."""
     return [checkpoint for checkpoint in committed(run) if checkpoint.manifest.smape is not None]

@@ -105,6 +105,7 @@ class RunPointer:
     run_id: Name
     checkpoint: Name
     smape: Smape
+    split_sha256: str = ""  # of `split.parquet`: runs that share it validate on the same rows
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,26 @@
-"""The folder of a run: where it is, what it was started with, how its attempts ended, and who is the best."""
+"""The folder of a run: where it is, what it was started with, and how its attempts ended."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import os
 import platform
 import signal
-import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any, TypeVar
 
-from fusion import __version__, log, manifests, pointers, records, storage
+from fusion import __version__, log, manifests, records, storage
+from fusion.best_run import run_of, served
 from fusion.config import HOW, ReadRunConfig, RunConfig, digest
 from fusion.contention import turns
 from fusion.errors import ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
 from fusion.flags import from_json, to_json
-from fusion.records import AttemptEnd, LeaseRecord, RunFacts, RunPointer
+from fusion.provenance import code_digest, revision
+from fusion.records import AttemptEnd, LeaseRecord, RunFacts
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -83,12 +82,12 @@ def describe_run(
         "run_id": config.name(),
         "variant": config.variant,
         "config_sha256": config_digest(asdict(config)),
-        "code_sha256": code_digest(),
+        "code_sha256": code_digest("training"),
         "data_sha256": data_digest,
         "dims": dict(dims),
         "price_quartiles": list(quartiles),
         "world_size": world_size,
-        "revision": _revision(),
+        "revision": revision(),
         "versions": {
             "fusion": __version__,
             "python": platform.python_version(),
@@ -196,7 +195,7 @@ def _check_progress(run: str, number: int) -> None:
 
 
 def find_run(settings: ReadRunConfig, variant: str) -> str:
-    """URL of the run to use: `--run-dir`, else `--run-id`, else the variant's best under `--output`.
+    """URL of the run to use: `--run-dir`, else `--run-id`, else the one of the variant that is served.
 
     Raises:
         DataError: there is none.
@@ -205,13 +204,13 @@ def find_run(settings: ReadRunConfig, variant: str) -> str:
         return settings.run_dir.rstrip("/")
     if settings.run_id:
         return storage.join(settings.output, "runs", settings.run_id)
-    best = pointers.read(RunPointer, settings.output, "runs", variant, "best")
-    if best is None or not _exists(settings.output, best):
+    best = served(settings.output, variant)
+    if best is None:
         raise DataError(
             f"no finished run of {variant} under {settings.output}",
             f"train one with `python -m fusion.{variant}.train`, or name one with --run-dir",
         )
-    return storage.join(settings.output, "runs", best.run_id)
+    return run_of(settings.output, best)
 
 
 def no_run(output: str, run_id: str) -> DataError:
@@ -248,67 +247,3 @@ def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[str, C, ma
 def config_digest(settings: Mapping[str, Any]) -> str:
     """sha256 of the settings that decide what a run computes, wherever its data lie."""
     return digest({key: value for key, value in settings.items() if key not in HOW | {"data"}})
-
-
-def _run_of(output: str, pointer: RunPointer) -> str:
-    return storage.join(output, "runs", pointer.run_id)
-
-
-def _exists(output: str, pointer: RunPointer) -> bool:
-    return storage.exists(storage.join(_run_of(output, pointer), "config.json"))
-
-
-def point_to_run(config: RunConfig, checkpoint_name: str, smape: float) -> None:
-    """Makes the run its variant's latest unless that began later, and its best if its validation SMAPE is the lowest.
-
-    A best run that validated on other rows (other data, seed or fold) is compared all the same, and the log says so.
-    """
-    target = RunPointer(config.name(), checkpoint_name, smape)
-    where = (config.output, "runs", config.variant)
-    before = pointers.read(RunPointer, *where, "best")
-
-    def is_kept(best: RunPointer) -> bool:
-        return best.smape <= smape and _exists(config.output, best)
-
-    pointers.move(
-        *where, "latest", target=target, unless=lambda latest: _began(config, latest) > _began(config, target)
-    )
-    is_best = pointers.move(*where, "best", target=target, unless=is_kept)
-    if before and not _same_split(config.output, before, target):
-        log.warning(
-            event="compared_on_other_rows",
-            other=before.run_id,
-            other_smape=before.smape,
-            smape=smape,
-            is_best=is_best,
-            hint="name the run to predict with: --run-id",
-        )
-
-
-def _began(config: RunConfig, pointer: RunPointer) -> str:
-    facts = records.read_if_whole(RunFacts, storage.join(_run_of(config.output, pointer), "run.json"), "run_damaged")
-    return facts.started if facts else ""
-
-
-def _same_split(output: str, *runs: RunPointer) -> bool:
-    splits = [storage.read_if_exists(storage.join(_run_of(output, run), manifests.SPLIT)) for run in runs]
-    return splits[0] in (None, splits[1])
-
-
-def _revision() -> str:
-    if "FUSION_REVISION" in os.environ:  # an image has no git
-        return os.environ["FUSION_REVISION"]
-    git, options = ["git", "-C", str(Path(__file__).parent)], ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        # An installed package may lie below somebody else's repository, which does not know this file.
-        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
-        return subprocess.run([*git, "describe", *options], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def code_digest() -> str:
-    """sha256 over the source files of this package."""
-    folder = Path(__file__).parent
-    files = sorted(folder.rglob("*.py"))
-    return digest({str(path.relative_to(folder)): storage.sha256(path.read_bytes()) for path in files})

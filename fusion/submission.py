@@ -20,8 +20,9 @@ from fusion.errors import DivergedError
 from fusion.inputs import find_table, sources_digest
 from fusion.manifests import FINGERPRINTS, MANIFEST, SUBMISSION
 from fusion.metrics import MIN_PRICE
+from fusion.provenance import code_digest
 from fusion.records import Night, SubmissionManifest, SubmissionPointer
-from fusion.runs import code_digest, open_run
+from fusion.runs import open_run
 
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")

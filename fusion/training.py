@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusion import checkpoint, log, manifests, records, stopping, storage
+from fusion.best_run import point_to_run
 from fusion.config import RunConfig, digest
 from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
@@ -26,14 +27,13 @@ from fusion.layers import PriceModel
 from fusion.manifests import MODEL, SPLIT
 from fusion.metrics import compute_smape
 from fusion.prediction import BuildNetwork, C, validation_digest
+from fusion.provenance import code_digest
 from fusion.records import RunFacts
 from fusion.runs import (
     Lease,
     attempt,
-    code_digest,
     describe_run,
     end_of,
-    point_to_run,
     record_end,
     run_url,
     start_run,
@@ -122,7 +122,7 @@ class Saver:
             facts = records.read_required(RunFacts, storage.join(self.run, "run.json"))
             lineage = {key: getattr(facts, key) for key in ("config_sha256", "data_sha256", "revision")}
             lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, SPLIT)))
-            lineage["code_sha256"] = code_digest()
+            lineage["code_sha256"] = code_digest("training")
             lineage["agreement"] = _agreement(fit)
             lineage["validation_sha256"] = validation_digest(fit.data.store, fit.data.validation, fit.data.prices)
             self.writer = checkpoint.Writer(self.run, fit.data.store.dims, lineage, lease.check, config.keep)

@@ -107,13 +107,18 @@ def test_the_environment_says_where_things_are(bucket: str, s3: S3Server, catalo
     assert pointers.read(RunPointer, f"{bucket}/out", "runs", "qwen_clip", "best") is not None
 
 
-def test_the_best_of_other_validation_rows_is_said(
+def test_a_run_on_other_validation_rows_is_served_only_on_request(
     catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1"]
     for more, is_said in (["--lr", "1e-4"], False), (["--lr", "2e-4"], False), (["--seed", "7"], True):
         assert train.main([*flags, *more]) == 0
-        assert ("event=compared_on_other_rows other=all-embeddings-" in capsys.readouterr().err) == is_said
+        said = capsys.readouterr().err
+        assert ("event=not_served" in said and "with --promote" in said) == is_said
+    assert train.main([*flags, "--seed", "7", "--promote"]) == 0
+    best = pointers.read(RunPointer, str(tmp_path), "runs", "all_embeddings", "best")
+    latest = pointers.read(RunPointer, str(tmp_path), "runs", "all_embeddings", "latest")
+    assert best is not None and best == latest, "the same command on the finished run"
 
 
 def test_training_learns(catalog: Path, tmp_path: Path) -> None:

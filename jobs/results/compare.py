@@ -11,7 +11,7 @@ from typing import Any
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
-from fusion.manifests import SPLIT, validated
+from fusion.manifests import split_digest, validated
 
 NAMES = {"by", "group"}
 WHERE = {"output", "run_id"}  # different for any two runs
@@ -58,7 +58,7 @@ def compare(runs: Sequence[str], metric: str = "smape") -> Comparison:
         metric,
         {key: [one.get(key) for one in metrics] for key in groups} if len(evaluated) > 1 else {},
         [storage.base(run) for run, found in zip(runs, metrics, strict=True) if not found],
-        not _differ([_split(run) for run in runs]),
+        _same_rows(runs),
     )
 
 
@@ -70,8 +70,9 @@ def _smape(run: str) -> float | None:
     return min((checkpoint.smape for checkpoint in validated(run)), default=None)
 
 
-def _split(run: str) -> bytes | None:
-    return storage.read_if_exists(storage.join(run, SPLIT))
+def _same_rows(runs: Sequence[str]) -> bool:
+    digests = {split_digest(run) for run in runs}
+    return len(digests) == 1 and "" not in digests
 
 
 def _settings(url: str) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""Which run of a variant is the newest, the best of its kind, and the one that is served.
+
+Runs are of a kind when they validate on the same rows with the same prices: their `split.parquet` is the same. Only
+then do their SMAPEs say which is better. Training on other data starts another best, `best-<digest>.json`; what is
+served, `best.json`, changes by a better run of the same kind, or when a person says so with --promote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fusion import log, manifests, pointers, records, storage
+from fusion.config import RunConfig
+from fusion.records import RunFacts, RunPointer
+
+SERVED = "best"
+
+
+def run_of(output: str, pointer: RunPointer) -> str:
+    return storage.join(output, "runs", pointer.run_id)
+
+
+def exists(output: str, pointer: RunPointer) -> bool:
+    return storage.exists(storage.join(run_of(output, pointer), "config.json"))
+
+
+def served(output: str, variant: str) -> RunPointer | None:
+    """The run that evaluations and predictions of a variant use; None if there is none, or it was deleted."""
+    pointer = pointers.read(RunPointer, output, "runs", variant, SERVED)
+    return pointer if pointer is not None and exists(output, pointer) else None
+
+
+def point_to_run(config: RunConfig, checkpoint_name: str, smape: float) -> None:
+    """Makes a finished run its variant's newest unless that began later, the best of its kind if it is, and served.
+
+    It is served if --promote was given, if no other is, or if it is better than the served one and of its kind.
+    """
+    target = RunPointer(config.name(), checkpoint_name, smape)
+    target = replace(target, split_sha256=manifests.split_digest(run_of(config.output, target)))
+    where = (config.output, "runs", config.variant)
+    kind = f"{SERVED}-{target.split_sha256[:8]}"
+
+    def is_kept(other: RunPointer) -> bool:
+        return other.smape <= smape and exists(config.output, other)
+
+    pointers.move(
+        *where, "latest", target=target, unless=lambda latest: _began(config, latest) > _began(config, target)
+    )
+    pointers.move(*where, kind, target=target, unless=is_kept)
+    before = served(config.output, config.variant)
+
+    def stays_served(now: RunPointer) -> bool:
+        if config.promote or not exists(config.output, now):
+            return False
+        return not _same_kind(config.output, now, target) or now.smape <= smape
+
+    is_now = pointers.move(*where, SERVED, target=target, unless=stays_served)
+    if before is not None and before.run_id != target.run_id:
+        _tell(is_now, before, target, _same_kind(config.output, before, target))
+
+
+def _same_kind(output: str, first: RunPointer, second: RunPointer) -> bool:
+    # A pointer of an earlier version does not say: its run does.
+    known = [one.split_sha256 or manifests.split_digest(run_of(output, one)) for one in (first, second)]
+    return known[0] == known[1] != ""
+
+
+def _tell(is_served: bool, before: RunPointer, target: RunPointer, same_kind: bool) -> None:
+    facts = {"run_id": target.run_id, "smape": target.smape, "other": before.run_id, "other_smape": before.smape}
+    if is_served:
+        log.info(event="served", **facts)
+    elif same_kind:
+        log.info(event="not_better", **facts)
+    else:
+        log.warning(
+            event="not_served",
+            reason="it validated on other rows or prices than the run that is served, so their SMAPEs do not compare",
+            hint="to predict with this run from now on, run the same command again with --promote",
+            **facts,
+        )
+
+
+def _began(config: RunConfig, pointer: RunPointer) -> str:
+    facts = records.read_if_whole(RunFacts, storage.join(run_of(config.output, pointer), "run.json"), "run_damaged")
+    return facts.started if facts else ""

@@ -1,0 +1,49 @@
+"""A night is computed again when the code that decides a price has changed, and only then."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fusion import provenance
+from fusion.provenance import PACKAGE, code_digest
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    copy = tmp_path / "fusion"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "PACKAGE", copy)
+    code_digest.cache_clear()
+    yield copy  # type: ignore[misc]
+    code_digest.cache_clear()
+
+
+def after(path: Path, old: str, new: str, root: str = "prediction") -> bool:
+    """Whether the digest is another once the text is replaced."""
+    before, source = code_digest(root), path.read_text()
+    assert old in source
+    path.write_text(source.replace(old, new, 1))
+    code_digest.cache_clear()
+    return code_digest(root) != before
+
+
+@pytest.mark.parametrize("name", ["layers.py", "prediction.py", "embeddings.py", "tables.py", "qwen_clip/model.py"])
+def test_code_that_decides_a_price_counts(package: Path, name: str) -> None:
+    assert after(package / name, "\n\n\ndef ", "\n\n\nADDED = 1\n\n\ndef ")
+
+
+@pytest.mark.parametrize("name", ["demo.py", "convert.py", "verify.py", "launch.py", "training.py", "evaluation.py"])
+def test_other_commands_do_not_count(package: Path, name: str) -> None:
+    assert not after(package / name, "\n\n\ndef ", "\n\n\nADDED = 1\n\n\ndef ")
+
+
+def test_the_code_of_a_training_counts_for_a_training(package: Path) -> None:
+    assert after(package / "training.py", "\n\n\ndef ", "\n\n\nADDED = 1\n\n\ndef ", "training")
+
+
+def test_words_do_not_count(package: Path) -> None:
+    assert not after(package / "layers.py", "\n\n\ndef ", "\n\n\n# Said.\n\n\ndef ")
+    assert not after(package / "layers.py", '"""The blocks', '"""The parts')

@@ -55,7 +55,8 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         store = load(data, "train", config.bindings(), ids, place, partial=True)
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")
         as_trained = place.on_main(lambda: _is_as_trained(settings, chosen, store, held(table), data))
-        parts = parts_folder(storage.join(run, "parts"), origin, place)
+        under_way = storage.join(run, "parts")
+        parts = parts_folder(under_way, origin, place)
         computed = compute_parts(_explaining(model), store.resident_on(place.device), place, parts)
 
         def finish() -> None:
@@ -66,7 +67,7 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
             _show(evaluation, held(table).frame)
 
         place.on_main(finish)
-        place.on_main(lambda: discard(parts))
+        place.on_main(lambda: discard(under_way))  # also what earlier ones left that did not end
 
 
 def _explaining(model: PriceModel) -> Compute:

@@ -62,7 +62,10 @@ def compute_parts(compute: Compute, store: RowStore, place: World, folder: str) 
 
 
 def discard(folder: str) -> None:
-    """Removes parts whose result is published; another attempt may be writing some, and then they stay."""
+    """Removes all parts below the folder; another attempt may be writing some, and then they stay.
+
+    One that is under way loses nothing but time: it has its parts in memory, and computes again what it cannot read.
+    """
     try:
         storage.remove(folder)
     except (FusionError, OSError) as error:

@@ -93,9 +93,10 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         settings = replace(settings, date=place.on_main(settings.day))  # one day for all ranks, also around midnight
         run, config, chosen, data = open_run(settings, config_class, place)
         origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data))
-        parts = parts_folder(storage.join(settings.output, "parts", settings.name), origin, place)
+        under_way = storage.join(settings.output, "parts", settings.name)
+        parts = parts_folder(under_way, origin, place)
         if place.on_main(lambda: submission.reuse(settings, origin)):
-            place.on_main(lambda: discard(parts))  # of one that was killed after it had published
+            place.on_main(lambda: discard(under_way))  # of one that was killed after it had published
             return
         model = load_model(chosen, config, build_network, place)
         table = on_main_alone(place, lambda: read_table(data, "test", priced=False))
@@ -114,9 +115,9 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         try:
             place.on_main(lambda: _publish(settings, origin, chosen.smape, held(table), computed["price"], seen, last))
         except (DataError, DivergedError):
-            place.on_main(lambda: discard(parts))  # refused: the input or the model will be replaced
+            place.on_main(lambda: discard(under_way))  # refused: the input or the model will be replaced
             raise
-        place.on_main(lambda: discard(parts))
+        place.on_main(lambda: discard(under_way))  # also what earlier nights left that did not end
 
 
 def on_main_alone(place: World, action: Callable[[], T]) -> T | None:

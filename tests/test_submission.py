@@ -62,7 +62,10 @@ def current(place: Path) -> str:
 
 
 def test_the_same_date_twice_is_one_publication(place: Path, night: Night, capsys: pytest.CaptureFixture[str]) -> None:
-    assert night("2026-03-01") == 0
+    left = place / "output/parts/test/0123456789ab-cpu/00000"
+    left.parent.mkdir(parents=True)
+    left.write_text("of a night that was stopped, and whose input has changed since")
+    assert night("2026-03-01") == 0 and not left.exists()
     before = publications(place)
     files = {path: path.stat().st_mtime_ns for path in (place / "output").rglob("*") if path.is_file()}
     capsys.readouterr()

@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import fusion
@@ -68,8 +69,18 @@ class Job:
 
 
 def variants() -> list[str]:
-    """Names of the variants: every folder of `fusion` with a config."""
-    return [found.name for found in pkgutil.iter_modules(fusion.__path__) if found.ispkg]
+    """Names of the variants: every package of `fusion` whose module `config` has the settings of a run."""
+    names = [found.name for found in pkgutil.iter_modules(fusion.__path__) if found.ispkg]
+    return [name for name in names if _has_settings(name)]
+
+
+def _has_settings(name: str) -> bool:
+    package = find_spec(f"fusion.{name}")  # imports nothing: other packages load torch, which may not be installed here
+    folders = package.submodule_search_locations if package else None
+    if "config" not in [found.name for found in pkgutil.iter_modules(folders or [])]:
+        return False
+    config = getattr(import_module(f"fusion.{name}.config"), "Config", None)
+    return isinstance(config, type) and issubclass(config, RunConfig)
 
 
 def config_class(variant: str, task: str) -> type[Any]:

@@ -80,7 +80,8 @@ def _slurm(given: argparse.Namespace, flags: Sequence[str]) -> Target:
 
     cluster = slurm_settings.read(given.settings, given.task)
     for name, value in cluster.environment.items():
-        os.environ.setdefault(name, value)  # the job will have it, and FUSION_… becomes a flag
+        if value and not os.environ.get(name):  # what is empty is unset
+            os.environ[name] = value  # the job will have it, and FUSION_… becomes a flag
     jobs = _jobs(given, flags)
 
     def run() -> int:

@@ -101,26 +101,27 @@ def refusal(said: str) -> FusionError:
     if answer := ANSWER.search(said):
         return _refusal_of_the_server(said, answer["reason"], first)
     if any(word in said for word in LOGIN):
-        return _no_access(first)
+        return _not_let(first, "log in to the cluster again")
     if any(word in said for word in NO_ANSWER) and not any(word in said for word in UNTRUSTED):
         return UnreachableError(f"the cluster does not answer: {first}", "see `kubectl cluster-info`")
-    return _bad(first)
+    return _refused(first, "see `kubectl config get-contexts` and k8s/README.md")
 
 
 def _refusal_of_the_server(said: str, reason: str | None, first: str) -> FusionError:
-    if reason == "Unauthorized" or (reason == "Forbidden" and NO_PERMISSION.search(said)):
-        return _no_access(first)
+    if reason == "Unauthorized":
+        return _not_let(first, "log in to the cluster again")
+    if reason == "Forbidden" and NO_PERMISSION.search(said):
+        return _not_let(first, "ask for the permission; `kubectl auth can-i --list` shows those you have")
     if reason in BUSY or (not reason and DENIED not in said):
         return BusyError(f"the cluster cannot answer now: {first}", "try again in a minute")
-    return _bad(first)
+    if reason == "Forbidden":
+        return _refused(first, "ask for less, or see `kubectl describe resourcequota,limitrange`")
+    return _refused(first, "see k8s/README.md")
 
 
-def _no_access(first: str) -> FusionError:
-    return CredentialsError(
-        f"the cluster does not let you: {first}",
-        "log in to it again; see `kubectl auth whoami` and `kubectl auth can-i --list`",
-    )
+def _not_let(first: str, remedy: str) -> FusionError:
+    return CredentialsError(f"the cluster does not let you: {first}", remedy)
 
 
-def _bad(first: str) -> FusionError:
-    return ConfigError(f"the cluster refuses the job: {first}", "see `kubectl config get-contexts` and k8s/README.md")
+def _refused(first: str, remedy: str) -> FusionError:
+    return ConfigError(f"the cluster refuses the job: {first}", remedy)

@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.clusters import kubernetes
 from jobs.clusters.description import Job
 from jobs.clusters.kubernetes import objects
 from tests.conftest import Done
 from tests.kubernetes_api import KubernetesApi
 from tests.manifests import K8S, KUBECTL, Object
+from tests.test_submit import here
 
 ROOT = Path(__file__).parents[1]
 GPU = "nvidia.com/gpu"
@@ -61,6 +63,39 @@ def test_what_differs_goes_into_the_job_and_its_name() -> None:
     assert {amounts[GPU] for amounts in container["resources"].values()} == {4}
     other = objects(Job("all_embeddings", "train", ("--lr", "0.2"), gpus_per_node=4), image="mine:1")[-1]
     assert len({made["metadata"]["name"] for made in (job, other, *committed("train-all-embeddings"))}) == 3
+
+
+# As numbers, truth values and nothing: what YAML makes of a word differs between its versions and their readers.
+WORDS = [
+    "1e-05",
+    "1e10",
+    "089",
+    "0o7",
+    "1_000",
+    "y",
+    "No",
+    "on",
+    "~",
+    "null",
+    "2026-01-02",
+    "12:30:00",
+    "=",
+    "<<",
+    ".inf",
+]
+
+
+def test_what_is_sent_is_read_by_kubernetes_as_it_was_written() -> None:
+    found = objects(Job("all_embeddings", "train", ("--by", *WORDS)))
+    text = kubernetes.as_text(found)
+    assert json.loads(text) == {"apiVersion": "v1", "kind": "List", "items": found}
+    assert json.loads(here("--cluster=k8s", "--dry-run").out)["kind"] == "List"
+
+
+def test_kubernetes_does_not_expand_what_is_in_arguments() -> None:
+    *_, job = objects(Job("all_embeddings", "evaluate", ("--by", "$(HOME)", "US$", "$$(X)")))
+    args = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert args[-3:] == ["$$(HOME)", "US$$", "$$$$(X)"]
 
 
 def test_several_nodes_meet_under_the_name_of_their_job() -> None:

@@ -7,6 +7,7 @@ nodes, the GPUs or the image. Such a job has a name of its own, which ends with 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -38,9 +39,13 @@ PAUSE = 2.0
 
 
 def render(jobs: Sequence[Job], image: str | None = None, templates: Path = K8S) -> str:
-    """The objects that kubectl gets, as YAML."""
-    found = [one for job in jobs for one in objects(job, image, templates)]
-    return yaml.safe_dump_all(found, sort_keys=False, width=120, explicit_start=True)
+    """The objects that kubectl gets, as JSON."""
+    return as_text([one for job in jobs for one in objects(job, image, templates)])
+
+
+def as_text(found: Sequence[Object]) -> str:
+    """Objects in the form that kubectl gets: JSON, because what is a number in YAML depends on who reads it (1e-05)."""
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": found}, indent=2) + "\n"
 
 
 def objects(job: Job, image: str | None = None, templates: Path = K8S) -> list[Object]:
@@ -97,7 +102,9 @@ def _renamed(value: Any, before: str, after: str) -> Any:
 def _patch(spec: Object, job: Job, image: str | None) -> None:
     pod = spec["template"]["spec"]
     container = pod["containers"][0]
-    container["args"] = job.command()
+    container["args"] = [
+        word.replace("$", "$$") for word in job.command()
+    ]  # Kubernetes makes a $ of $$, and expands $(A)
     if image:
         container["image"] = image
     if job.nodes > 1:
@@ -127,6 +134,6 @@ def _submit(found: list[Object], kubectl: Kubectl) -> str:
         print(standing(existing, kubectl), flush=True)
         return name
     verb = ["replace", "--force"] if existing else ["apply"]
-    said = kubectl(*verb, "--filename=-", text=yaml.safe_dump_all(found, sort_keys=False))
+    said = kubectl(*verb, "--filename=-", text=as_text(found))
     print(f"{said.strip()}\nlog: {kubectl.command} logs --follow job/{name}", flush=True)
     return name

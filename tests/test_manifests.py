@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -204,18 +202,6 @@ def test_the_disruption_budget_is_for_trainings_and_holds_up_no_drain(work: Work
     spec = one("config", "PodDisruptionBudget")["spec"]
     assert selects(spec["selector"], work.labels) == (work.labels["app.kubernetes.io/component"] == "train")
     assert spec["minAvailable"] == 0  # a number is the only form that works for pods of Jobs
-
-
-@pytest.mark.parametrize("below", ["spot", "jobset"])
-def test_overlays_stack(below: str, tmp_path: Path) -> None:
-    """As the header of overlays/kueue says."""
-    shutil.copytree(K8S, tmp_path / "k8s", symlinks=True)
-    kueue = tmp_path / "k8s" / "overlays" / "kueue"
-    text = (kueue / "kustomization.yaml").read_text()
-    (kueue / "kustomization.yaml").write_text(text.replace("../../base/train-all-embeddings", f"../{below}"))
-    (job,) = (found for found in yaml.safe_load_all(rendered(kueue)) if found["kind"] in ("Job", "JobSet"))
-    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "fusion"
-    assert job["spec"] == next(work.owner["spec"] for work in workloads() if work.source == f"overlays/{below}")
 
 
 def test_no_object_reads_a_kubernetes_token() -> None:

@@ -1,4 +1,4 @@
-"""What the API server and the controllers refuse although every schema allows it: `pytest tests/test_manifests_admission.py`.
+"""What the cluster refuses although every schema allows it: `pytest tests/test_manifests_admission.py`.
 
 Each rule is that of the validation of the thing that reads the object, as its documentation or its CRD states it.
 """

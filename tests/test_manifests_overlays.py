@@ -1,0 +1,91 @@
+"""Overlays do what they say, to each job they say it of: `pytest tests/test_manifests_overlays.py`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.manifests import K8S, OVERLAYS, Object, Workload, _jobs, kubectl
+
+JOBS = sorted(path.name for path in (K8S / "base").iterdir() if path.name != "config")
+BASES = [f"../../base/{name}" for name in JOBS]
+# What the header of an overlay and the README say its `resources` may be; of the others, what they are.
+BELOW = {"spot": [*BASES, "../kueue"], "kueue": [*BASES, "../spot", "../jobset"]}
+GPU = "nvidia.com/gpu"
+QUEUE = {"kueue.x-k8s.io/queue-name": "fusion"}
+
+
+def rendered(folder: Path, overlay: str, resource: str, without: int | None = None) -> str:
+    """An overlay over a resource of choice, in a copy of k8s/; without one of its patches where its number is given."""
+    if not (folder / "k8s").exists():
+        shutil.copytree(K8S, folder / "k8s", symlinks=True)
+    path = folder / "k8s" / "overlays" / overlay / "kustomization.yaml"
+    original = path.read_text()
+    changed: Object = yaml.safe_load(original)
+    changed["resources"] = [resource]
+    if without is not None:
+        del changed["patches"][without]
+    path.write_text(yaml.safe_dump(changed))
+    try:
+        done = kubectl("kustomize", str(path.parent))
+    finally:
+        path.write_text(original)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def works(text: str) -> list[Workload]:
+    return [Workload("", found, job) for found in yaml.safe_load_all(text) for job in _jobs(found)]
+
+
+@pytest.mark.parametrize("resource", BELOW["spot"])
+def test_spot_is_for_every_job(resource: str, tmp_path: Path) -> None:
+    (plain,) = works(kubectl("kustomize", str((K8S / "overlays" / "spot" / resource).resolve())).stdout)
+    (spot,) = works(rendered(tmp_path, "spot", resource))
+    keys = {term["key"] for term in _terms(spot.pod)}
+    assert {"cloud.google.com/gke-spot", "karpenter.sh/capacity-type"} <= keys
+    tolerated = {one["key"] for one in spot.pod["tolerations"]}
+    assert {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"} <= tolerated
+    assert (GPU in tolerated) == (GPU in spot.container["resources"]["limits"])  # GPU nodes are not for other jobs
+    settings = {"FUSION_GRACE": "15", "FUSION_CHECKPOINT_SECONDS": "20"}  # of trainings, and no CronJob trains
+    assert spot.env == {**plain.env, **(settings if spot.owner["kind"] == "Job" else {})}
+    assert spot.container["args"] == plain.container["args"]
+
+
+@pytest.mark.parametrize("resource", BELOW["kueue"])
+def test_kueue_finds_its_label_on_every_job(resource: str, tmp_path: Path) -> None:
+    """Where it looks: on a Job or JobSet, and for a CronJob on the Jobs that it makes."""
+    plain = kubectl("kustomize", str((K8S / "overlays" / "kueue" / resource).resolve())).stdout
+    text = rendered(tmp_path, "kueue", resource)
+    (work,) = works(text)
+    made = work.owner["spec"]["jobTemplate"] if work.owner["kind"] == "CronJob" else work.owner
+    assert QUEUE.items() <= made["metadata"]["labels"].items()
+    assert not QUEUE.items() <= work.labels.items()  # pods of a Job are admitted with it
+    assert work.job == works(plain)[0].job
+
+
+def patches() -> list[Any]:
+    found = [(one.name, yaml.safe_load((one / "kustomization.yaml").read_text())) for one in OVERLAYS]
+    return [
+        pytest.param(name, number, BELOW.get(name, overlay["resources"]), id=f"{name}-{number}")
+        for name, overlay in found
+        for number in range(len(overlay.get("patches", [])))
+    ]
+
+
+@pytest.mark.parametrize(("overlay", "number", "below"), patches())
+def test_every_patch_changes_something(overlay: str, number: int, below: list[str], tmp_path: Path) -> None:
+    """kustomize says nothing of a patch whose target is not there."""
+    assert any(
+        rendered(tmp_path, overlay, resource) != rendered(tmp_path, overlay, resource, without=number)
+        for resource in below
+    )
+
+
+def _terms(pod: Object) -> list[Object]:
+    required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    return [term for terms in required["nodeSelectorTerms"] for term in terms["matchExpressions"]]

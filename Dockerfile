@@ -49,7 +49,9 @@ ARG SOURCE=
 # As open as /tmp: a tmpfs that is mounted there takes over its mode, and belongs to root.
 RUN install --directory --mode 1777 /cache
 # NVIDIA_VISIBLE_DEVICES is left out: whoever runs the container says which GPUs it may see.
-ENV PATH=/opt/venv/bin:$PATH \
+# /usr/local/nvidia is where GKE mounts the driver, which elsewhere the container runtime puts onto the usual paths.
+ENV PATH=/opt/venv/bin:$PATH:/usr/local/nvidia/bin \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
     PYTHONPATH=/app \
     FUSION_REVISION=${REVISION} \
     PYTHONUNBUFFERED=1 \

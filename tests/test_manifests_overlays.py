@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.manifests import K8S, OVERLAYS, Object, Workload, _jobs, kubectl
+from tests.manifests import K8S, OVERLAYS, Object, Workload, _jobs, kubectl, one
 
 JOBS = sorted(path.name for path in (K8S / "base").iterdir() if path.name != "config")
 BASES = [f"../../base/{name}" for name in JOBS]
@@ -48,7 +49,7 @@ def test_spot_is_for_every_job(resource: str, tmp_path: Path) -> None:
     (spot,) = works(rendered(tmp_path, "spot", resource))
     keys = {term["key"] for term in _terms(spot.pod)}
     assert {"cloud.google.com/gke-spot", "karpenter.sh/capacity-type"} <= keys
-    tolerated = {one["key"] for one in spot.pod["tolerations"]}
+    tolerated = {toleration["key"] for toleration in spot.pod["tolerations"]}
     assert {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"} <= tolerated
     assert (GPU in tolerated) == (GPU in spot.container["resources"]["limits"])  # GPU nodes are not for other jobs
     settings = {"FUSION_GRACE": "15", "FUSION_CHECKPOINT_SECONDS": "20"}  # of trainings, and no CronJob trains
@@ -68,8 +69,21 @@ def test_kueue_finds_its_label_on_every_job(resource: str, tmp_path: Path) -> No
     assert work.job == works(plain)[0].job
 
 
+def test_the_image_finds_the_driver_where_gke_mounts_it() -> None:
+    """libcuda and nvidia-smi are not on the usual paths there; without them a training on a GPU ends with 78."""
+    text = (K8S.parent / "Dockerfile").read_text()
+    assert re.search(r"^ENV PATH=\S*:/usr/local/nvidia/bin ", text, re.MULTILINE)
+    assert re.search(r"^    LD_LIBRARY_PATH=/usr/local/nvidia/lib64 ", text, re.MULTILINE)
+
+
+def test_pods_reach_the_agent_of_eks_pod_identity_in_clusters_of_either_protocol() -> None:
+    egress = one("overlays/eks", "NetworkPolicy")["spec"]["egress"]
+    cidrs = {to["ipBlock"]["cidr"] for rule in egress for to in rule.get("to", [])}
+    assert cidrs == {"169.254.170.23/32", "fd00:ec2::23/128"}
+
+
 def patches() -> list[Any]:
-    found = [(one.name, yaml.safe_load((one / "kustomization.yaml").read_text())) for one in OVERLAYS]
+    found = [(path.name, yaml.safe_load((path / "kustomization.yaml").read_text())) for path in OVERLAYS]
     return [
         pytest.param(name, number, BELOW.get(name, overlay["resources"]), id=f"{name}-{number}")
         for name, overlay in found

@@ -233,3 +233,13 @@ def test_a_kubeconfig_that_cannot_be_read_is_a_matter_of_settings(answers: Answe
     answers.give("error: error loading config file: yaml: line 3")
     with pytest.raises(ConfigError):
         Kubectl.now(None)
+
+
+def test_what_a_job_of_several_nodes_needs_is_removed_with_it(answers: Answers) -> None:
+    sent = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": NAME, "uid": "7"}}
+    answers.give(None, "job.batch/x created", sent, "job.batch/x configured")
+    kubernetes.submit([Job("qwen_clip", "train", nodes=2)], None, Kubectl())
+    handed_over = json.loads((answers.folder / "sent").read_text())["items"]
+    assert [found["kind"] for found in handed_over] == ["Service", "NetworkPolicy"]
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": NAME, "uid": "7"}
+    assert all(found["metadata"]["ownerReferences"] == [owner] for found in handed_over)

@@ -135,5 +135,17 @@ def _submit(found: list[Object], kubectl: Kubectl) -> str:
         return name
     verb = ["replace", "--force"] if existing else ["apply"]
     said = kubectl(*verb, "--filename=-", text=as_text(found))
+    if found[:-1]:
+        _hand_over(found[:-1], name, kubectl)
     print(f"{said.strip()}\nlog: {kubectl.command} logs --follow job/{name}", flush=True)
     return name
+
+
+def _hand_over(found: list[Object], name: str, kubectl: Kubectl) -> None:
+    """Makes objects the Job's own, so that they are removed with it."""
+    job = kubectl.get("job", name)
+    if job is None:
+        return
+    owner = {"apiVersion": job["apiVersion"], "kind": job["kind"], "name": job["metadata"]["name"]}
+    owners = {"ownerReferences": [owner | {"uid": job["metadata"]["uid"]}]}
+    kubectl("apply", "--filename=-", text=as_text([one | {"metadata": one["metadata"] | owners} for one in found]))

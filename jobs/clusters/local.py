@@ -44,6 +44,7 @@ def check(jobs: Sequence[Job]) -> None:
 
 def _run(command: Sequence[str], stops: list[int]) -> int:
     running: list[subprocess.Popen[bytes]] = []
+    n_stops = len(stops)
 
     def forward(number: int, _: FrameType | None) -> None:
         stops.append(number)
@@ -52,9 +53,14 @@ def _run(command: Sequence[str], stops: list[int]) -> int:
 
     before = stopping.catch(forward)
     try:
-        running.append(subprocess.Popen(command))
-        code = running[0].wait()
+        process = subprocess.Popen(command)
+        running.append(process)
+        if len(stops) > n_stops:  # came before the process was there to forward it to
+            process.send_signal(stops[-1])
+        code = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if -code in stops:  # it had no handler yet, and so nothing to commit
+        return ExitCode.STOPPED
     return code if code >= 0 else 128 - code

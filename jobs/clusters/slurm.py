@@ -44,7 +44,7 @@ LISTEN = """\
 ended=
 stopping=
 trap 'ended=yes' TERM
-trap 'stopping=yes' USR1 USR2
+trap 'stopping=yes' USR1 USR2 HUP INT
 srun --overlap --nodes=1 --ntasks=1 --output=/dev/null sleep infinity 2> /dev/null &
 listener=$!
 trap 'kill $listener 2> /dev/null' EXIT

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.manifests import K8S, OVERLAYS, Object, Workload, _jobs, kubectl, one
+from tests.manifests import K8S, OVERLAYS, Object, Workload, _jobs, kubectl, one, rendered
 
 JOBS = sorted(path.name for path in (K8S / "base").iterdir() if path.name != "config")
 BASES = [f"../../base/{name}" for name in JOBS]
@@ -20,23 +22,26 @@ GPU = "nvidia.com/gpu"
 QUEUE = {"kueue.x-k8s.io/queue-name": "fusion"}
 
 
-def rendered(folder: Path, overlay: str, resource: str, without: int | None = None) -> str:
-    """An overlay over a resource of choice, in a copy of k8s/; without one of its patches where its number is given."""
-    if not (folder / "k8s").exists():
-        shutil.copytree(K8S, folder / "k8s", symlinks=True)
-    path = folder / "k8s" / "overlays" / overlay / "kustomization.yaml"
-    original = path.read_text()
-    changed: Object = yaml.safe_load(original)
-    changed["resources"] = [resource]
-    if without is not None:
-        del changed["patches"][without]
-    path.write_text(yaml.safe_dump(changed))
-    try:
+@cache
+def over(overlay: str, resource: str, without: int | None = None) -> str:
+    """An overlay over a resource of choice; without one of its patches where its number is given."""
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / "k8s"
+        shutil.copytree(K8S, copy, symlinks=True)
+        path = copy / "overlays" / overlay / "kustomization.yaml"
+        changed: Object = yaml.safe_load(path.read_text())
+        changed["resources"] = [resource]
+        if without is not None:
+            del changed["patches"][without]
+        path.write_text(yaml.safe_dump(changed))
         done = kubectl("kustomize", str(path.parent))
-    finally:
-        path.write_text(original)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return done.stdout
+
+
+def alone(resource: str) -> str:
+    """A resource as an overlay names it."""
+    return rendered((K8S / "overlays" / "any" / resource).resolve())
 
 
 def works(text: str) -> list[Workload]:
@@ -44,9 +49,9 @@ def works(text: str) -> list[Workload]:
 
 
 @pytest.mark.parametrize("resource", BELOW["spot"])
-def test_spot_is_for_every_job(resource: str, tmp_path: Path) -> None:
-    (plain,) = works(kubectl("kustomize", str((K8S / "overlays" / "spot" / resource).resolve())).stdout)
-    (spot,) = works(rendered(tmp_path, "spot", resource))
+def test_spot_is_for_every_job(resource: str) -> None:
+    (plain,) = works(alone(resource))
+    (spot,) = works(over("spot", resource))
     keys = {term["key"] for term in _terms(spot.pod)}
     assert {"cloud.google.com/gke-spot", "karpenter.sh/capacity-type"} <= keys
     tolerated = {toleration["key"] for toleration in spot.pod["tolerations"]}
@@ -58,10 +63,10 @@ def test_spot_is_for_every_job(resource: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resource", BELOW["kueue"])
-def test_kueue_finds_its_label_on_every_job(resource: str, tmp_path: Path) -> None:
+def test_kueue_finds_its_label_on_every_job(resource: str) -> None:
     """Where it looks: on a Job or JobSet, and for a CronJob on the Jobs that it makes."""
-    plain = kubectl("kustomize", str((K8S / "overlays" / "kueue" / resource).resolve())).stdout
-    text = rendered(tmp_path, "kueue", resource)
+    plain = alone(resource)
+    text = over("kueue", resource)
     (work,) = works(text)
     made = work.owner["spec"]["jobTemplate"] if work.owner["kind"] == "CronJob" else work.owner
     assert QUEUE.items() <= made["metadata"]["labels"].items()
@@ -92,12 +97,9 @@ def patches() -> list[Any]:
 
 
 @pytest.mark.parametrize(("overlay", "number", "below"), patches())
-def test_every_patch_changes_something(overlay: str, number: int, below: list[str], tmp_path: Path) -> None:
+def test_every_patch_changes_something(overlay: str, number: int, below: list[str]) -> None:
     """kustomize says nothing of a patch whose target is not there."""
-    assert any(
-        rendered(tmp_path, overlay, resource) != rendered(tmp_path, overlay, resource, without=number)
-        for resource in below
-    )
+    assert any(over(overlay, resource) != over(overlay, resource, without=number) for resource in below)
 
 
 def _terms(pod: Object) -> list[Object]:

@@ -45,7 +45,7 @@ ended=
 stopping=
 trap 'ended=yes' TERM
 trap 'stopping=yes' USR1 USR2 HUP INT
-srun --overlap --nodes=1 --ntasks=1 --output=/dev/null sleep infinity 2> /dev/null &
+srun --overlap --nodes=1 --ntasks=1 --input=none --output=/dev/null sleep infinity 2> /dev/null &
 listener=$!
 trap 'kill $listener 2> /dev/null' EXIT
 # Whether to stop. A signal ends the listener with more than 128; 1 means that its step could not be started.

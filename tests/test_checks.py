@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -96,13 +95,6 @@ def test_shared_memory_that_is_read_only() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("warn shm          /dev/shm cannot be written (Read-only file system)")
-
-
-def test_no_temporary_folder_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
-    found = doctor("--only", "folders")
-    assert found.code == 78 and "temporary files cannot be written" in found.out and "set TMPDIR" in found.out
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,12 @@ def test_nobody_answers(place: str, s3: S3Server) -> None:
     assert found["writable"]["found"] == "skipped: needs check store"
 
 
+def test_a_proxy_that_is_dead(place: str) -> None:
+    flags = ["--only", "store", "clock", "data"]
+    code, found = doctor(*flags, HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
+    assert (code, [one["code"] for one in found.values()]) == (69, [69] * 3), found
+
+
 @pytest.mark.parametrize(
     ("env", "failing", "code", "expected"),
     [
@@ -123,9 +129,9 @@ def test_nobody_answers(place: str, s3: S3Server) -> None:
             77,
             "no access to s3://",
         ),
-        ({"FUSION_OUTPUT": "s3://no-such-bucket/out"}, "writable", 65, "does not exist"),
-        ({"FUSION_OUTPUT": "/proc/nowhere"}, "writable", 65, "/proc/nowhere/.probe-"),
-        ({"FUSION_DATA": "s3://no-such-bucket/data"}, "data", 65, "no train.csv"),
+        ({"FUSION_OUTPUT": "s3://no-such-bucket/out"}, "store", 65, "no-such-bucket"),
+        ({"FUSION_OUTPUT": "/proc/nowhere"}, "writable", 78, "cannot write below /proc"),
+        ({"FUSION_DATA": "s3://no-such-bucket/data"}, "data", 65, "no-such-bucket"),
         ({"FUSION_EPOCHS": "-1"}, "settings", 78, "--epochs is '-1' (in the environment)"),
         ({"FUSION_GRACE": "soon"}, "settings", 78, "--grace is 'soon'"),
         ({"FUSION_CONFIG": "/nowhere.json"}, "settings", 65, "/nowhere.json does not exist"),

@@ -166,8 +166,24 @@ def test_a_listing_takes_three_requests_per_run(bucket: str, s3: S3Server, monke
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     assert pull("runs", "--output", bucket).code == 0
     proxy.stop()
-    assert seen["LIST"] == 1
-    assert seen["GET"] <= 3 * n_runs + 1  # run.json, exit.json, the checkpoint's manifest; and which run is served
+    # run.json, exit.json and the checkpoint's manifest of each; and which run is served
+    assert seen == {"LIST": 1, "GET": 3 * n_runs + 1}
+
+
+@pytest.mark.parametrize(
+    "command", [["runs"], ["submissions"], ["run", "x"], ["run", "best"], ["submission", "current"]]
+)
+def test_a_bucket_that_does_not_exist(command: list[str], bucket: str) -> None:
+    done = pull(*command, "--output", "s3://no-such-bucket/out", "--store-timeout", "1")
+    assert done.code == 65 and "no-such-bucket" in done.err.splitlines()[0], done.err
+
+
+def test_a_proxy_that_is_dead(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    done = pull("runs", "--output", bucket, "--store-timeout", "0")
+    assert (done.code, "does not answer" in done.err) == (69, True), done.err
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_the_launcher_says_so(nowhere: None, capsys: pytest.CaptureFixture[str])
 
 
 def test_doctor_says_so(nowhere: None, capsys: pytest.CaptureFixture[str]) -> None:
-    doctor.main(["--only", "folders"])
+    assert doctor.main(["--only", "folders"]) == 78
     said = capsys.readouterr()
     assert "no temporary folder can be written" in said.out and "TMPDIR" in said.out
 

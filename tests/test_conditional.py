@@ -14,6 +14,7 @@ import pytest
 from fusion import backend, storage
 from fusion.errors import ConfigError
 from fusion.runs import take_lease
+from jobs import doctor
 from tests.plain_s3 import BUCKET, PlainS3
 
 PLACE = f"s3://{BUCKET}/out"
@@ -156,3 +157,19 @@ def test_what_was_removed_meanwhile_is_not_replaced(tmp_path: Path, bucket: str)
         assert held is not None
         storage.remove(url)
         assert not storage.replace(url, b"2", held[1])
+
+
+def test_doctor_warns_of_a_store_without_conditions(plain: PlainS3, capsys: pytest.CaptureFixture[str]) -> None:
+    plain.refuse = refusing(CONDITIONS, 501, "NotImplemented")
+    assert doctor.main(["--only", "store", "writable", "conditions", "--output", PLACE]) == 0
+    said = capsys.readouterr().out
+    assert "ok   writable " in said and "warn conditions   the store has no conditional writes" in said
+    assert plain.objects == {}
+
+
+def test_doctor_warns_of_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    assert doctor.main(["--only", "conditions", "--output", str(tmp_path)]) == 0
+    assert "warn conditions   the store has no locks" in capsys.readouterr().out

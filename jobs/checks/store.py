@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from fusion import storage
+from fusion import backend, storage
 from fusion.errors import ExitCode
 from jobs.checks.findings import Finding, Job, fail, ok, warn
 
@@ -161,11 +161,15 @@ def writable(job: Job) -> Finding:
 
 
 def conditions(job: Job) -> Finding:
-    """Whether the store refuses writes whose condition does not hold."""
-    if storage.honours_conditions(job.output):
+    """Whether two attempts at one run are kept apart: the store refuses writes whose condition does not hold."""
+    if not storage.honours_conditions(job.output):
+        missing = "conditional writes"
+    elif backend.is_lacking(job.output, "locks"):  # of a file system, whose conditions they are
+        missing = "locks"
+    else:
         return ok("the store refuses writes whose condition does not hold")
-    to_do = "never run two jobs with one --run-id at a time, or use a store with conditional writes"
-    return warn("the store takes no notice of conditions on writes: nothing keeps two attempts apart", to_do)
+    to_do = "never run two jobs with one --run-id at a time, or use a store that has them"
+    return warn(f"the store has no {missing}: nothing keeps two attempts at a run apart", to_do)
 
 
 def settings(job: Job) -> Finding:

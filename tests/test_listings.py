@@ -114,7 +114,7 @@ def test_finished_runs_come_first_and_failed_tries_in_one_line(tmp_path: Path) -
     table = pull("runs", "--output", output).out
     assert re.findall(r"^ (\w+)", table, re.MULTILINE)[1:] == ["second", "first", "diverged", "stopped"]
     assert "40.00" in table and "failed (70)" in table and "diverged: the loss is nan\n" in table
-    assert table.endswith("3 failed tries without a model: --failed lists them\n")
+    assert table.endswith("3 failed tries without a model: see --failed\n")
     everything = pull("runs", "--output", output, "--failed").out
     assert "typo2" in everything and "failed (65)" in everything and "--failed" not in everything
     assert list(listed(tmp_path)) == ["second", "first", "typo2", "typo1", "typo0", "diverged", "stopped"]

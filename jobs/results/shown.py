@@ -57,7 +57,8 @@ def _explain(shown: Sequence[Run], n_splits: int, n_hidden: int) -> None:
     if n_splits > 1:
         print("SMAPE can be compared between runs of one split: they validated on the same rows")
     if n_hidden:
-        print(f"{n_hidden} failed {'try' if n_hidden == 1 else 'tries'} without a model: --failed lists them")
+        tries = "1 failed try" if n_hidden == 1 else f"{n_hidden} failed tries"
+        print(f"{tries} without a model: see --failed")
 
 
 def submissions(found: Sequence[Submission], output: str) -> None:

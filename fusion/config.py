@@ -70,7 +70,9 @@ class RunConfig(StoreConfig):
 
     data: str = setting("data", "bucket or folder with train.csv, test.csv and embeddings/", "where")
 
-    text_column: str = setting("catalog_content", "column whose equal texts are near-duplicates", "data")
+    text_column: str | None = setting(
+        None, "column whose equal texts are near-duplicates; by default catalog_content, if there is one", "data"
+    )
     group_column: str | None = setting(None, "column whose equal values must stay on one side of the split", "data")
     max_missing: float = setting(
         0.05, "largest share of rows a source may lack before the run refuses", "data", ge=0, le=1

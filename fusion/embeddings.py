@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -169,7 +170,7 @@ def _plan(data: str, split: str, role: str, name: str, ids: pd.Index, n_readers:
                 "write all files of a source with the same encoder and type",
             )
     found = pd.Index(np.concatenate([header.ids for header in headers]))
-    report_duplicates(source, found)
+    report_duplicates(source, pa.array(found))
     targets = ids.get_indexer(found)
     bounds = np.cumsum([len(header.ids) for header in headers])[:-1]
     pieces = [

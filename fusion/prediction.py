@@ -99,7 +99,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
             place.on_main(lambda: discard(under_way))  # of one that was killed after it had published
             return
         model = load_model(chosen, config, build_network, place)
-        table = on_main_alone(place, lambda: read_table(data, "test", priced=False))
+        table = on_main_alone(place, lambda: read_table(data, "test", priced=False, columns=["price"]))
         ids = place.on_main(lambda: held(table).ids)
         store = load(data, "test", config.bindings(), ids, place, max_missing=config.max_missing)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 
 from fusion import log, storage
 from fusion.config import RunConfig
@@ -19,24 +14,26 @@ from fusion.manifests import SPLIT
 from fusion.tables import Table
 
 N_STRATA = 10
-PLACEHOLDER_ROWS = 50  # a text or vector that more rows share says "no image" or "no text", not "the same product"
+# A group with more than this share of the smallest part's rows is placed by itself: 20 of them would fill the part.
+LARGE_SHARE = 0.05
+# Share of the validating rows that may deviate, of that asked for; only large groups, or very few rows, make it more.
+MAX_DEVIATION = 0.1
 
 
-def split_rows(table: Table, vectors: Mapping[str, np.ndarray], config: RunConfig) -> pd.DataFrame:
-    """Side and near-duplicate group of every row.
+def split_rows(table: Table, groups: np.ndarray, config: RunConfig) -> pd.DataFrame:
+    """Side of every row, the same for all rows of a group.
 
     Args:
         table: N rows with prices, sorted by id.
-        vectors: role to [N, D_role]; rows of zeros are missing.
+        groups: [N] as of `near_duplicate_groups`.
 
     Returns:
-        One row a sample in the table's order: sample_id, price, group (int), side ("train" or "validation").
+        One row per sample in the table's order: sample_id, price, group (int), side ("train" or "validation").
 
     Raises:
         DataError: fewer groups than the split needs.
     """
-    groups = near_duplicate_groups(table, vectors, config)
-    validates = _validating_groups(table, groups, config)[groups]
+    validates = _sides(table, groups, config)
     side = np.where(validates, "validation", "train")
     log.info(
         event="split",
@@ -48,86 +45,99 @@ def split_rows(table: Table, vectors: Mapping[str, np.ndarray], config: RunConfi
     return pd.DataFrame({"sample_id": table.ids, "price": table.prices, "group": groups, "side": side})
 
 
-def near_duplicate_groups(table: Table, vectors: Mapping[str, np.ndarray], config: RunConfig) -> np.ndarray:
-    """[N] group of each row: rows connected by an equal text, vector or `--group-column` value share one.
-
-    Groups are numbered in the order of their first row.
-    """
-    rows, labels, n_labels = [np.arange(0)], [np.arange(0)], 0
-    for found_rows, found_labels in _shared_values(table, vectors, config):
-        rows.append(found_rows)
-        labels.append(found_labels + n_labels)
-        n_labels += int(found_labels.max(initial=-1)) + 1
-    row, label = np.concatenate(rows), np.concatenate(labels) + len(table)
-    n_nodes = len(table) + n_labels
-    links = coo_array((np.ones(len(row), np.int8), (row, label)), shape=(n_nodes, n_nodes))
-    _, component = connected_components(links, directed=False)
-    groups: np.ndarray = pd.factorize(component[: len(table)])[0]
-    return groups
-
-
-def _shared_values(
-    table: Table, vectors: Mapping[str, np.ndarray], config: RunConfig
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows that share a value with others, and a label of that value."""
-    if config.group_column is not None:
-        yield _shared(_column(table, config.group_column), config.group_column, largest=len(table))
-    if config.text_column in table.frame.columns:
-        yield _shared(_column(table, config.text_column), config.text_column, PLACEHOLDER_ROWS)
-    for role, values in vectors.items():
-        yield _shared(_fingerprints(values), role, PLACEHOLDER_ROWS)
-
-
-def _shared(values: np.ndarray, name: str, largest: int) -> tuple[np.ndarray, np.ndarray]:
-    labels, _ = pd.factorize(values)  # None and empty text are -1
-    counts = np.bincount(labels[labels >= 0])
-    if (counts > largest).any():
-        log.info(event="placeholder", column=name, rows=int(counts[counts > largest].sum()))
-    rows = np.flatnonzero(labels >= 0)
-    rows = rows[(counts[labels[rows]] > 1) & (counts[labels[rows]] <= largest)]
-    return rows, labels[rows]
-
-
-def _column(table: Table, name: str) -> np.ndarray:
-    if name not in table.frame.columns:
+def _sides(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:
+    """[N] bool: the row validates. Whole groups are drawn, so that the share of rows is as asked for."""
+    shares, wanted = _shares(config)
+    sizes = np.bincount(groups)
+    if len(sizes) < len(shares):
         raise DataError(
-            f"train.csv has no column {name!r}; it has {list(table.frame.columns)}", "correct --group-column"
-        )
-    text = table.frame[name].astype("object")
-    return np.array([None if pd.isna(value) or not str(value).strip() else str(value).strip() for value in text])
-
-
-def _fingerprints(vectors: np.ndarray) -> np.ndarray:
-    def fingerprint(row: np.ndarray) -> str | None:
-        return hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() if row.any() else None
-
-    return np.array([fingerprint(row) for row in vectors], dtype=object)
-
-
-def _validating_groups(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:
-    """[G] bool: whole groups are drawn, in the order of their first id, stratified by their median price."""
-    prices = pd.Series(table.prices).groupby(groups).median().to_numpy()
-    n_parts = config.folds or max(2, round(1 / min(config.val_fraction, 1 - config.val_fraction)))
-    if len(prices) < n_parts:
-        raise DataError(
-            f"{len(prices)} groups of rows cannot be split into {n_parts} parts; rows with the same text, vector or "
+            f"{len(sizes)} groups of rows cannot be split into {len(shares)} parts; rows with the same text, vector or "
             "--group-column value stay together",
-            "give more rows, a larger --val-fraction or fewer --folds",
+            "give more rows, or fewer --folds",
         )
-    ranks = pd.Series(prices).rank(method="first").to_numpy() - 1
-    strata = (ranks * min(N_STRATA, len(prices) // n_parts) / len(prices)).astype(int)
-    validates = np.zeros(len(prices), bool)
-    validates[_drawn(strata, config)] = True
+    parts = draw_parts(sizes, _strata(table, groups, shares), shares, config.seed)
+    validates: np.ndarray = (parts == wanted)[groups]
+    _check_share(validates, shares[wanted], sizes)
     return validates
 
 
-def _drawn(strata: np.ndarray, config: RunConfig) -> np.ndarray:
-    nothing = np.zeros(len(strata))
+def _shares(config: RunConfig) -> tuple[np.ndarray, int]:
+    """Share of the rows of each part, and the part that validates."""
     if config.folds is not None:
-        folds = StratifiedKFold(config.folds, shuffle=True, random_state=config.seed)
-        return np.asarray(list(folds.split(nothing, strata))[config.fold][1])
-    single = StratifiedShuffleSplit(1, test_size=config.val_fraction, random_state=config.seed)
-    return np.asarray(next(single.split(nothing, strata))[1])
+        return np.full(config.folds, 1 / config.folds), config.fold
+    return np.array([config.val_fraction, 1 - config.val_fraction]), 0
+
+
+def _strata(table: Table, groups: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """[G] quantile of each group's median price, from 0; fewer of them where there are few groups."""
+    prices = pd.Series(table.prices).groupby(groups).median().to_numpy()
+    ranks = pd.Series(prices).rank(method="first").to_numpy() - 1
+    n_strata = max(1, min(N_STRATA, int(len(prices) * shares.min())))
+    return np.asarray(ranks * n_strata // len(prices), np.int64)
+
+
+def draw_parts(sizes: np.ndarray, strata: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
+    """[G] part of each group, so that each part gets its share of the rows of every stratum.
+
+    Groups of more than a twentieth of the smallest part are placed first, the largest first, where most of a part's
+    rows are still to come. All others go to the parts in turn, ordered by stratum and size and shuffled within.
+
+    Args:
+        sizes: [G] rows of each group.
+        strata: [G] stratum of each group.
+        shares: [P] share of the rows of each part; they add up to 1.
+    """
+    generator = np.random.default_rng(seed)
+    parts = np.zeros(len(sizes), np.int64)
+    room = shares * sizes.sum()
+    large = sizes > max(1, LARGE_SHARE * room.min())
+    for group in sorted(np.flatnonzero(large), key=lambda one: (-sizes[one], one)):
+        parts[group] = _emptiest(room, shares, int(sizes[group]), generator)
+        room[parts[group]] -= sizes[group]
+    small = np.flatnonzero(~large)
+    order = small[np.lexsort((generator.permutation(len(small)), sizes[small], strata[small]))]
+    parts[order] = _in_turn(len(order), np.maximum(room, 0))
+    return parts
+
+
+def _emptiest(room: np.ndarray, shares: np.ndarray, size: int, generator: np.random.Generator) -> int:
+    """The part that lacks the largest share of its rows, of those that `size` rows fit into; else the roomiest."""
+    fits = room >= size
+    if not fits.any():
+        return int(room.argmax())
+    lacking = np.where(fits, room / shares, -np.inf)
+    best = np.flatnonzero(lacking >= lacking.max() * (1 - 1e-9))
+    return int(generator.choice(best, p=shares[best] / shares[best].sum()))
+
+
+def _in_turn(n: int, room: np.ndarray) -> np.ndarray:
+    """[n] parts in proportion to their room, evenly interleaved: of any consecutive ones each part has its share."""
+    parts, left = np.full(n, len(room) - 1), np.arange(n)
+    for part in range(len(room) - 1):
+        share = room[part] / max(room[part:].sum(), 1e-9)
+        counts = np.floor(np.arange(len(left) + 1) * share + 0.5)  # how many of the first ones it gets
+        is_drawn = np.diff(counts) > 0
+        parts[left[is_drawn]] = part
+        left = left[~is_drawn]
+    return parts
+
+
+def _check_share(validates: np.ndarray, wanted: float, sizes: np.ndarray) -> None:
+    """Warns when large groups keep the share of the validating rows from what was asked for.
+
+    Raises:
+        DataError: no row validates, or none trains.
+    """
+    share = float(validates.mean())
+    if share in (0.0, 1.0):
+        raise DataError(
+            f"{len(validates)} rows in {len(sizes)} groups, the largest of {sizes.max()}, cannot be split so that "
+            f"{wanted:.0%} of them validate",
+            "give more rows, another --val-fraction or fewer --folds",
+        )
+    if abs(share - wanted) > MAX_DEVIATION * wanted and sizes.max() > 1:
+        reason = f"rows of a group stay together, and the largest has {sizes.max()} of {len(validates)}"
+        log.warning(event="uneven_split", share=share, wanted=wanted, reason=reason)
 
 
 def read_split(run: str, sha256: str = "") -> pd.DataFrame:

@@ -1,16 +1,26 @@
-"""`train.csv` and `test.csv` (or Parquet): ids, prices and the columns to group by, checked, sorted by id."""
+"""`train.csv` and `test.csv` (or Parquet): ids, prices and the columns that a command needs, checked, sorted by id.
+
+Columns stay in Arrow's memory, where a text takes its bytes and no Python object.
+"""
 
 from __future__ import annotations
 
-import io
+import difflib
+import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fusion import log, storage
 from fusion.errors import DataError
 from fusion.inputs import find_table
+from fusion.table_file import parse_table
+
+NO_ID = pa.array(["", "nan", "None", "<NA>"], pa.large_string())  # what writers leave for an id that is missing
 
 
 @dataclass(frozen=True)
@@ -18,12 +28,17 @@ class Table:
     """Rows sorted by `sample_id`, so that the order of the file changes nothing but the order of a submission.
 
     Attributes:
-        frame: one row a sample, index `sample_id` (text, as written), price as float64 where the table has prices.
+        frame: one row per sample, index `sample_id` (text, as written), the columns that were asked for, and price as
+            float64 where the table has to have prices.
         file_order: [N] positions in `frame` of the rows as the file orders them.
+        columns: names of all columns of the file.
+        name: of the file, for messages.
     """
 
     frame: pd.DataFrame
     file_order: np.ndarray
+    columns: tuple[str, ...] = ()
+    name: str = "train.csv"
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -37,68 +52,116 @@ class Table:
         """[N] float64, dollars."""
         return self.frame["price"].to_numpy(np.float64)
 
+    def digest(self) -> str:
+        """sha256 of ids and prices: the same for the same rows, whatever file they came from."""
+        ids = pa.chunked_array([pa.array(self.ids, pa.large_string())]).combine_chunks()
+        total = hashlib.sha256(pc.binary_length(ids).to_numpy().tobytes())
+        _, offsets, texts = ids.buffers()
+        first, *_, last = np.frombuffer(offsets, np.int64)[[ids.offset, ids.offset + len(ids)]]
+        total.update(memoryview(texts)[first:last])
+        total.update(np.ascontiguousarray(self.prices).data)
+        return total.hexdigest()
 
-def read_table(data: str, split: str, *, priced: bool, drop_bad_prices: bool = False) -> Table:
+    def column(self, name: str, flag: str) -> pd.Series:
+        """[N] values of a column that was asked for with `flag`.
+
+        Raises:
+            DataError: the file has no such column.
+        """
+        if name not in self.frame.columns:
+            near = difflib.get_close_matches(name, self.columns, n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise DataError(
+                f"{self.name} has no column {name!r}; it has {list(self.columns)}", f"{meant}correct {flag}"
+            )
+        return self.frame[name]
+
+
+def read_table(
+    data: str,
+    split: str,
+    *,
+    priced: bool,
+    drop_bad_prices: bool = False,
+    columns: Collection[str] | None = None,
+) -> Table:
     """The table of a split.
 
+    Args:
+        priced: the table has to have prices.
+        columns: those to keep beside ids and prices, where the file has them; all by default.
+
     Raises:
-        DataError: no such file, unreadable, a column missing, ids empty or twice, prices missing or not positive.
+        DataError: no such file, unreadable, a column missing or of an unusable type, ids empty or twice, prices missing
+            or not positive.
     """
     url = find_table(data, split)
-    frame = _parse(url, storage.read(url))
-    for column in ("sample_id", "price") if priced else ("sample_id",):
-        if column not in frame.columns:
-            raise DataError(f"{url} has no column {column!r}; it has {list(frame.columns)}", "add or rename the column")
-    frame["sample_id"] = frame["sample_id"].astype("str")
-    _check_ids(url, frame["sample_id"])
-    if priced:
-        frame = _check_prices(url, frame, drop_bad_prices)
-    if frame.empty:
+    needed = ("sample_id", "price") if priced else ("sample_id",)
+    found, names = parse_table(url, storage.read(url), needed, columns)
+    if found.num_rows == 0:
         raise DataError(f"{url} has no rows", "write at least one row with a sample_id")
-    order = np.argsort(frame["sample_id"].to_numpy(dtype=object), kind="stable")
-    file_order = np.empty_like(order)
-    file_order[order] = np.arange(len(order))
-    return Table(frame.iloc[order].set_index("sample_id"), file_order)
+    if priced:
+        found = _with_prices(url, found, drop_bad_prices)
+    return _sorted(url, found, names)
 
 
-def _parse(url: str, content: bytes) -> pd.DataFrame:
-    try:
-        if url.endswith(".parquet"):
-            return pd.read_parquet(io.BytesIO(content))
-        # Text as written: an id such as 007 stays 007, and the text "NA" is a text.
-        frame = pd.read_csv(io.BytesIO(content), dtype="str", keep_default_na=False)
-    except (ValueError, OSError) as error:  # pandas' and pyarrow's parse errors are ValueErrors
-        reason = str(error).splitlines()[0] if content else "the file is empty"
-        raise DataError(f"{url} cannot be read: {reason}", "write it again as UTF-8 CSV or as Parquet") from error
-    return frame
+def _sorted(url: str, found: pa.Table, names: tuple[str, ...]) -> Table:
+    ids = found["sample_id"]
+    n_empty = int(pc.sum(pc.is_in(ids, value_set=NO_ID)).as_py() or 0) + ids.null_count
+    if n_empty:
+        raise DataError(f"{url} has {n_empty} rows without a sample_id", "give every row an id")
+    order = pc.sort_indices(ids)
+    found = found.take(order)
+    report_duplicates(url, found["sample_id"])
+    file_order = np.empty(len(order), np.int64)
+    file_order[order.to_numpy()] = np.arange(len(order))
+    frame = found.combine_chunks().to_pandas(ignore_metadata=True).set_index("sample_id")
+    return Table(frame, file_order, names, storage.base(url))
 
 
-def _check_ids(url: str, ids: pd.Series) -> None:
-    empty = int((ids.isna() | ids.isin(["", "nan", "None", "<NA>"])).sum())
-    if empty:
-        raise DataError(f"{url} has {empty} rows without a sample_id", "give every row an id")
-    report_duplicates(url, pd.Index(ids))
-
-
-def report_duplicates(origin: str, ids: pd.Index) -> None:
+def report_duplicates(origin: str, ids: pa.Array | pa.ChunkedArray) -> None:
     """Raises a DataError that counts and names ids that occur more than once."""
-    twice = ids[ids.duplicated()].unique()
-    if len(twice):
+    counts = pc.value_counts(ids)
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
         raise DataError(
-            f"{len(twice)} ids occur more than once in {origin}, the first: {', '.join(twice[:5])}",
+            f"{len(repeated)} ids occur more than once in {origin}, the first: {', '.join(repeated[:5].to_pylist())}",
             "keep one row for each id",
         )
 
 
-def _check_prices(url: str, frame: pd.DataFrame, drop: bool) -> pd.DataFrame:
-    prices = pd.to_numeric(frame["price"], errors="coerce").astype(np.float64)
-    bad = ~(np.isfinite(prices) & (prices > 0))
-    if bad.any() and not drop:
-        shown = ", ".join(f"{row.sample_id} ({row.price!r})" for row in frame[bad].head(5).itertuples())
-        raise DataError(
-            f"{int(bad.sum())} rows of {url} have no price above zero, the first: {shown}",
-            "correct them, or drop them with --drop-bad-prices",
-        )
-    if bad.any():
-        log.warning(event="dropped_bad_prices", rows=int(bad.sum()), file=url)
-    return frame.assign(price=prices)[~bad]
+def _with_prices(url: str, found: pa.Table, drop: bool) -> pa.Table:
+    """The rows with a price above zero, their prices as float64."""
+    column = found["price"]
+    prices = _numbers(column)
+    good = np.isfinite(prices) & (prices > 0)
+    place = found.schema.get_field_index("price")
+    found = found.set_column(place, "price", pa.chunked_array([prices]))
+    if good.all():
+        return found
+    bad = np.flatnonzero(~good)
+    if len(bad) == len(good) or not drop:
+        raise DataError(*_bad_prices(url, found["sample_id"].take(bad[:5]), column.take(bad[:5]), len(bad), len(good)))
+    log.warning(event="dropped_bad_prices", rows=len(bad), file=url)
+    return found.filter(pa.array(good))
+
+
+def _bad_prices(url: str, ids: pa.ChunkedArray, prices: pa.ChunkedArray, n_bad: int, n_rows: int) -> tuple[str, str]:
+    """What is wrong, and what to do about it."""
+    shown = ", ".join(f"{one} ({price!r})" for one, price in zip(ids.to_pylist(), prices.to_pylist(), strict=True))
+    message = f"{n_bad} of {n_rows} rows of {url} have no price above zero, the first: {shown}"
+    if n_bad == n_rows:  # dropping them would leave nothing
+        return message, "write prices as plain numbers such as 12.99, without currency and with a decimal point"
+    return message, "correct them, or drop them with --drop-bad-prices"
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """[N] float64; NaN for what is no number."""
+    if not pa.types.is_large_string(column.type):
+        return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
+    text = pc.utf8_trim_whitespace(column)
+    try:
+        return np.asarray(text.cast(pa.float64()).to_numpy(), np.float64)
+    except pa.ArrowInvalid:  # some are none: slower, and tells which
+        numbers: pd.Series = pd.to_numeric(text.to_pandas(), errors="coerce")
+        return np.asarray(numbers, np.float64)

@@ -5,7 +5,6 @@ The same command again goes on where the newest committed checkpoint left off, a
 
 from __future__ import annotations
 
-import hashlib
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -19,6 +18,7 @@ from fusion import checkpoint, log, manifests, records, stopping, storage
 from fusion.best_run import point_to_run
 from fusion.config import RunConfig, digest
 from fusion.distributed import World, world
+from fusion.duplicates import compared_columns, near_duplicate_groups
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, StopRequested
 from fusion.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
@@ -26,7 +26,7 @@ from fusion.fitting import Fit, TrainingData, set_seed
 from fusion.layers import PriceModel
 from fusion.manifests import MODEL, SPLIT
 from fusion.metrics import compute_smape
-from fusion.prediction import BuildNetwork, C, validation_digest
+from fusion.prediction import BuildNetwork, C, held, on_main_alone, validation_digest
 from fusion.provenance import code_digest
 from fusion.records import RunFacts
 from fusion.runs import (
@@ -232,32 +232,37 @@ def _log_start(fit: Fit) -> None:
 def read_data(config: RunConfig, place: World) -> TrainingData:
     """Reads and splits what the run is made of; writes `split.parquet` and `run.json`, or reads the split back."""
     started = time.monotonic()
-    table = place.on_main(lambda: read_table(config.data, "train", priced=True, drop_bad_prices=config.drop_bad_prices))
-    store = load(config.data, "train", config.bindings(), table.ids, place, max_missing=config.max_missing)
-    log.info(event="read", rows=len(table), seconds=time.monotonic() - started)
-    validates = torch.tensor(place.on_main(lambda: _split(config, table, store, place)))
-    targets = torch.from_numpy(np.log1p(table.prices).astype(np.float32))
+    table = on_main_alone(place, lambda: _read_table(config))
+    ids, prices = place.on_main(lambda: (held(table).ids, held(table).prices))
+    store = load(config.data, "train", config.bindings(), ids, place, max_missing=config.max_missing)
+    log.info(event="read", rows=len(ids), seconds=time.monotonic() - started)
+    validates = torch.tensor(place.on_main(lambda: _split(config, held(table), store, place)))
+    targets = torch.from_numpy(np.log1p(prices).astype(np.float32))
     train = torch.nonzero(~validates & store.any_present()).squeeze(1)
     validation = torch.nonzero(validates).squeeze(1)
-    return TrainingData(store, targets, train, validation, table.prices[validates.numpy()])
+    return TrainingData(store, targets, train, validation, prices[validates.numpy()])
+
+
+def _read_table(config: RunConfig) -> Table:
+    columns = compared_columns(config)
+    return read_table(config.data, "train", priced=True, drop_bad_prices=config.drop_bad_prices, columns=columns)
 
 
 def _split(config: RunConfig, table: Table, store: RowStore, place: World) -> np.ndarray:
     """[N] bool: the row validates."""
-    frame_digest = hashlib.sha256(pd.util.hash_pandas_object(table.frame).to_numpy().tobytes()).hexdigest()
+    groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
     quartiles = np.quantile(table.prices, [0.25, 0.5, 0.75]).tolist()
-    describe_run(config, digest([frame_digest, store.digest()]), store.dims, quartiles, place.size)
+    rows = [table.digest(), storage.sha256(groups.astype(np.int64).tobytes())]
+    describe_run(config, digest([*rows, store.digest()]), store.dims, quartiles, place.size)
     run = run_url(config)
     url = storage.join(run, SPLIT)
     if not storage.exists(url):
-        sides = split_rows(table, {role: values.numpy() for role, values in store.values.items()}, config)
-        storage.write(url, to_parquet(sides))
+        storage.write(url, to_parquet(split_rows(table, groups, config)))
     made = manifests.committed(run)
     split = read_split(run, made[-1].manifest.split_sha256 if made else "")
-    stored = split.set_index("sample_id")["side"].reindex(table.ids)
-    if stored.isna().any():  # describe_run has found the data to be the same
-        raise DataError(f"{url} lacks {stored.isna().sum()} of {len(stored)} rows", "train under another --run-id")
-    return (stored == "validation").to_numpy()
+    if not pd.Index(split["sample_id"]).equals(table.ids):  # describe_run has found the data to be the same
+        raise DataError(f"{url} lists other rows than train.csv, or in another order", "train under another --run-id")
+    return (split["side"] == "validation").to_numpy(bool)
 
 
 def _statistics(data: TrainingData, role: str) -> tuple[Tensor, Tensor]:

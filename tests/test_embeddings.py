@@ -107,7 +107,7 @@ def test_too_many_missing(tmp_path: Path, alone: World) -> None:
 
 def test_an_id_twice(tmp_path: Path, alone: World) -> None:
     write(source(tmp_path), [0, 1, 2, 2, 0, 99], vectors(6))
-    with pytest.raises(DataError, match=r"2 ids occur more than once in source 's'.*: 2, 0"):
+    with pytest.raises(DataError, match=r"2 ids occur more than once in source 's'.*: 0, 2"):
         read(tmp_path, 5, alone)
 
 

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from fusion.config import RunConfig
+from fusion.duplicates import near_duplicate_groups, vector_labels
 from fusion.errors import DataError
-from fusion.splits import near_duplicate_groups, split_rows
+from fusion.splits import split_rows
 from fusion.tables import Table
 
 
@@ -24,7 +25,8 @@ def noise(n: int = 1000, seed: int = 1) -> np.ndarray:
 
 
 def sides(table: Table, vectors: dict[str, np.ndarray] | None = None, **settings: object) -> pd.DataFrame:
-    return split_rows(table, vectors or {"image": noise(len(table))}, RunConfig(**settings))  # type: ignore[arg-type]
+    config = RunConfig(**settings)  # type: ignore[arg-type]
+    return split_rows(table, near_duplicate_groups(table, vectors or {"image": noise(len(table))}, config), config)
 
 
 def test_four_fifths_train_and_every_price_quantile_is_on_both_sides() -> None:
@@ -91,8 +93,53 @@ def test_an_unknown_group_column() -> None:
         sides(make(), group_column="brand")
 
 
+def test_a_column_that_was_asked_for_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match="no column 'titel'"):
+        sides(make(), text_column="titel")
+    frame = make().frame.rename(columns={"catalog_content": "title"})
+    sides(Table(frame, np.arange(1000), ("sample_id", "price", "title")))
+    assert "event=texts_not_compared" in (said := capsys.readouterr().err) and "--text-column title" in said
+    assert sides(Table(frame, np.arange(1000)), text_column="title") is not None
+
+
+@pytest.mark.parametrize("share", [0.3, 0.55])
+def test_a_large_group_leaves_the_share_of_rows_as_asked_for(share: float) -> None:
+    brands = ["x"] * int(share * 1000) + [""] * (1000 - int(share * 1000))
+    for seed in range(20):
+        validates = sides(make(brand=brands), group_column="brand", seed=seed)["side"] == "validation"
+        assert 0.18 < validates.mean() < 0.22
+
+
+def test_folds_beside_a_large_group(capsys: pytest.CaptureFixture[str]) -> None:
+    table = make(brand=["x"] * 550 + [""] * 450)
+    shares = [(sides(table, group_column="brand", folds=5, fold=k)["side"] == "validation").mean() for k in range(5)]
+    assert sorted(shares) == pytest.approx([0.1125] * 4 + [0.55], abs=0.01)
+    assert "event=uneven_split" in capsys.readouterr().err
+
+
+def test_many_middling_groups_split_by_rows() -> None:
+    rng = np.random.default_rng(5)
+    brands = [f"b{i}" for i in rng.zipf(1.5, 1000).clip(max=400)]
+    for seed in range(20):
+        validates = sides(make(brand=brands), group_column="brand", seed=seed)["side"] == "validation"
+        assert 0.17 < validates.mean() < 0.23
+
+
+def test_any_seed_and_twenty_rows() -> None:
+    assert (sides(make(20), val_fraction=0.4, seed=2**40)["side"] == "validation").sum() == 8
+
+
+def test_labels_of_vectors() -> None:
+    rows = noise(200_000, seed=3).astype(np.float16).astype(np.float32)
+    rows[150_000:] = rows[:50_000]
+    rows[7] = 0
+    labels = vector_labels(rows)
+    assert labels[7] == -1 and (labels[150_008:] == labels[8:50_000]).all()
+    assert len(set(labels)) == 150_001
+
+
 def test_too_few_groups() -> None:
-    with pytest.raises(DataError, match="1 groups of rows cannot be split into 5 parts"):
+    with pytest.raises(DataError, match="1 groups of rows cannot be split into 2 parts"):
         sides(make(brand=["x"] * 1000), group_column="brand")
 
 

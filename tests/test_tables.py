@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fusion.errors import DataError
@@ -47,8 +49,11 @@ def test_parquet_with_numbers_as_ids(tmp_path: Path) -> None:
         ("sample_id,cost\n1,2\n", "no column 'price'"),
         ("sample_id,price\n1,2\n1,3\n2,1\n", r"1 ids occur more than once in .*train\.csv, the first: 1"),
         ("sample_id,price\n,2\n", "1 rows without a sample_id"),
-        ("sample_id,price\n1,2\n2,3,4,5\n", "cannot be read: Error tokenizing data"),
+        ("sample_id,price\n1,2\n2,3,4,5\n", "cannot be read: CSV parse error: Expected 2 columns, got 4: 2,3,4,5"),
         (b"sample_id,price\n\xff\xfe,1\n", "cannot be read"),
+        ("sample_id;price\n1;2\n", r"columns of .*train\.csv are separated by ';', expected ','"),
+        ("sample_id,price,price\n1,2,3\n", "has 2 columns 'price'"),
+        ("sample_id,price\n1,2,\n2,3,x\n", "Expected 2 columns, got 3: 1,2,"),
     ],
 )
 def test_what_cannot_be_read(tmp_path: Path, text: str | bytes, expected: str) -> None:
@@ -59,11 +64,82 @@ def test_what_cannot_be_read(tmp_path: Path, text: str | bytes, expected: str) -
 @pytest.mark.parametrize("price", ["", "nan", "inf", "0", "-3", "free"])
 def test_bad_prices(tmp_path: Path, price: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = f"sample_id,price\n1,5\n2,{price}\n"
-    with pytest.raises(DataError, match=r"1 rows .* no price above zero, the first: 2") as caught:
+    with pytest.raises(DataError, match=r"1 of 2 rows .* no price above zero, the first: 2") as caught:
         read(tmp_path, text)
     assert "--drop-bad-prices" in caught.value.remedy
     assert read(tmp_path, text, drop_bad_prices=True).ids.tolist() == ["1"]
     assert "event=dropped_bad_prices rows=1" in capsys.readouterr().err
+
+
+def test_prices_that_are_all_text_are_not_to_be_dropped(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"2 of 2 rows .* the first: 1 \('\$49\.50'\), 2 \('12,99'\)") as caught:
+        read(tmp_path, 'sample_id,price\n1,$49.50\n2,"12,99"\n', drop_bad_prices=True)
+    assert "--drop-bad-prices" not in caught.value.remedy and "plain numbers" in caught.value.remedy
+
+
+@pytest.mark.parametrize("text", ["sample_id,price\n8,1,\n9,2,\n", "sample_id,price,,\n8,1,,\n9,2,,\n"])
+def test_a_comma_at_the_end_of_rows_shifts_nothing(tmp_path: Path, text: str) -> None:
+    table = read(tmp_path, text)
+    assert table.ids.tolist() == ["8", "9"] and table.prices.tolist() == [1.0, 2.0]
+
+
+def test_lines_in_quotes_and_a_byte_order_mark(tmp_path: Path) -> None:
+    table = read(tmp_path, '\ufeffsample_id,price,text\r\n1,2,"a\nb ""c"""\r\n\r\n2, 3 ,it "is" so\r\n')
+    assert table.frame["text"].tolist() == ['a\nb "c"', 'it "is" so'] and table.prices.tolist() == [2.0, 3.0]
+
+
+def parquet(folder: Path, **columns: pa.Array) -> Table:
+    pq.write_table(pa.table(columns), folder / "train.parquet")
+    return read_table(str(folder), "train", priced=True)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pa.array(["10", "9"], pa.string_view()),
+        pa.array(["10", "9"], pa.large_string()),
+        pa.array([b"10", b"9"], pa.binary()),
+        pa.array(["10", "9"]).dictionary_encode(),
+        pa.array([10, 9], pa.uint32()),
+    ],
+    ids=lambda ids: str(ids.type),
+)
+def test_every_kind_of_id_and_price(tmp_path: Path, ids: pa.Array) -> None:
+    assert parquet(tmp_path, sample_id=ids, price=pa.array([1, 2])).ids.tolist() == ["10", "9"]
+    prices = pa.array(["1.50", "2"]).cast(pa.decimal128(6, 2))
+    assert parquet(tmp_path, sample_id=ids, price=prices).prices.tolist() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize("column", ["sample_id", "price"])
+@pytest.mark.parametrize(
+    "values",
+    [pa.array([True, False]), pa.array([1, 2], pa.timestamp("ms")), pa.array([[1], [2]])],
+    ids=["bool", "time", "list"],
+)
+def test_what_is_no_id_and_no_price(tmp_path: Path, column: str, values: pa.Array) -> None:
+    columns = {"sample_id": pa.array([1, 2]), "price": pa.array([1, 2]), column: values}
+    with pytest.raises(
+        DataError, match=rf"column '{column}' of .* is {str(values.type).split('<')[0].split('[')[0]}.*, expected"
+    ):
+        parquet(tmp_path, **columns)
+
+
+def test_columns_of_lists_and_an_index_of_pandas(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"price": [1.0, 2.0], "tags": [["a"], ["b", "c"]]}, index=pd.Index(["x", "y"], name="sample_id")
+    )
+    frame.to_parquet(tmp_path / "train.parquet")
+    table = read_table(str(tmp_path), "train", priced=True)
+    assert table.ids.tolist() == ["x", "y"] and [list(tags) for tags in table.frame["tags"]] == [["a"], ["b", "c"]]
+
+
+def test_only_the_columns_that_are_asked_for_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(GOOD)
+    table = read_table(str(tmp_path), "train", priced=True, columns=["nothing"])
+    assert list(table.frame.columns) == ["price"] and table.columns == ("sample_id", "price", "title")
+    with pytest.raises(DataError, match="has no column 'titel'; it has") as caught:
+        table.column("titel", "--by")
+    assert caught.value.remedy == "did you mean 'title'? correct --by"
 
 
 def test_a_table_without_prices_needs_none(tmp_path: Path) -> None:

@@ -1,0 +1,163 @@
+"""A table's file, CSV or Parquet, as an Arrow table: the columns that are needed, ids as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from fusion.errors import DataError
+
+BLOCK_BYTES = 1 << 24  # parsed at a time; a row has to fit into one block
+SEPARATORS = ";\t|"  # what stands between columns in files that are called CSV and are none
+
+Wanted = Callable[[Sequence[str]], list[str]]
+
+
+def parse_table(
+    url: str, content: bytes, needed: Sequence[str], columns: Collection[str] | None
+) -> tuple[pa.Table, tuple[str, ...]]:
+    """The columns `needed` and those of `columns` that exist (all if None), and the names of all columns.
+
+    CSV is text as written: an id such as 007 stays 007, and "NA" is a text. Text is of type large_string.
+
+    Raises:
+        DataError: unreadable, a needed column is missing, or its type is of no use.
+    """
+
+    def wanted(names: Sequence[str]) -> list[str]:
+        _check_columns(url, names, needed)
+        return [name for name in names if name and (columns is None or name in needed or name in columns)]
+
+    if not content:
+        raise _unreadable(url, "the file is empty")
+    parse = _parse_parquet if url.endswith(".parquet") else _parse_csv
+    try:
+        found, names = parse(content, wanted)
+        return _typed(url, found, needed), tuple(name for name in names if name)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(url, str(error).splitlines()[0]) from error
+
+
+def _unreadable(url: str, reason: str) -> DataError:
+    return DataError(f"{url} cannot be read: {reason}", "write it again as UTF-8 CSV or as Parquet")
+
+
+def _check_columns(url: str, names: Sequence[str], needed: Sequence[str]) -> None:
+    for column in needed:
+        if names.count(column) > 1:
+            raise DataError(f"{url} has {names.count(column)} columns {column!r}", "keep one of them")
+        if column in names:
+            continue
+        for separator in SEPARATORS:
+            if column in names[0].split(separator):
+                message = f"columns of {url} are separated by {separator!r}, expected ','"
+                raise DataError(message, "write it with commas, or as Parquet")
+        raise DataError(f"{url} has no column {column!r}; it has {list(names)}", "add or rename the column")
+
+
+def _parse_parquet(content: bytes, wanted: Wanted) -> tuple[pa.Table, list[str]]:
+    with pq.ParquetFile(pa.BufferReader(content)) as file:
+        names = file.schema_arrow.names
+        return file.read(columns=wanted(names)), names
+
+
+def _parse_csv(content: bytes, wanted: Wanted) -> tuple[pa.Table, list[str]]:
+    with _open_csv(content) as reader:
+        names = reader.schema.names
+    keep = wanted(names)
+    try:
+        return _read_csv(content, keep), names
+    except pa.ArrowInvalid as error:
+        found = _read_with_trailing_comma(content, names, keep)
+        if found is None:
+            raise error
+        return found, names
+
+
+def _open_csv(content: bytes) -> pacsv.CSVStreamingReader:
+    """The file up to its first block, whose names are wanted; wrong rows are found when it is read."""
+    return pacsv.open_csv(
+        pa.BufferReader(content),
+        read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES),
+        parse_options=pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda _: "skip"),
+    )
+
+
+def _read_csv(content: bytes, keep: list[str], **header: Any) -> pa.Table:
+    return pacsv.read_csv(
+        pa.BufferReader(content),
+        read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES, **header),
+        parse_options=pacsv.ParseOptions(newlines_in_values=True),
+        convert_options=pacsv.ConvertOptions(
+            include_columns=keep, column_types=dict.fromkeys(keep, pa.large_string()), strings_can_be_null=False
+        ),
+    )
+
+
+def _read_with_trailing_comma(content: bytes, names: list[str], keep: list[str]) -> pa.Table | None:
+    """The table if every row ends with one comma more than the header has; else None."""
+    try:
+        found = _read_csv(content.lstrip(), [*keep, ""], column_names=[*names, ""], skip_rows=1)
+    except pa.ArrowInvalid:
+        return None
+    is_empty = pc.all(pc.equal(found[""], "")).as_py()
+    return found.drop_columns("") if is_empty else None
+
+
+def _typed(url: str, found: pa.Table, needed: Sequence[str]) -> pa.Table:
+    """Text as large_string, whose columns may be larger than 2 GiB, and ids as text."""
+    for position, field in enumerate(found.schema):
+        if field.name == "sample_id":
+            found = found.set_column(position, field.name, id_texts(url, found.column(position)))
+        elif field.name == "price" and field.name in needed:
+            found = found.set_column(position, field.name, _price_column(url, found.column(position)))
+        elif _is_text(field.type):
+            found = found.set_column(position, field.name, _texts(found.column(position)))
+    return found
+
+
+def id_texts(url: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Ids as large_string; nulls stay.
+
+    Raises:
+        DataError: they are neither whole numbers nor text.
+    """
+    if pa.types.is_integer(column.type) or _is_text(column.type):
+        return _texts(column)
+    raise DataError(
+        f"column 'sample_id' of {url} is {column.type}, expected int64 or string",
+        "write ids as whole numbers or as text",
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type) or bool(pa.types.is_integer(kind.value_type))
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    binaries = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+    )  # Spark and others write UTF-8 so
+    return any(is_kind(kind) for is_kind in (*texts, *binaries))
+
+
+def _texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.large_string())
+
+
+def _price_column(url: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = column.type
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    if any(is_number(kind) for is_number in numbers):
+        return column
+    if _is_text(kind):
+        return _texts(column)
+    raise DataError(f"column 'price' of {url} is {kind}, expected numbers", "write prices as numbers")

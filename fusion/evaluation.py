@@ -20,7 +20,6 @@ from fusion.distributed import world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError
 from fusion.groups import Evaluation, evaluate
-from fusion.layers import PriceModel, to_price
 from fusion.parts import Compute, compute_parts, discard
 from fusion.prediction import (
     BuildNetwork,
@@ -33,6 +32,7 @@ from fusion.prediction import (
     parts_folder,
     validation_digest,
 )
+from fusion.price_model import PriceModel
 from fusion.records import MetricsManifest
 from fusion.splits import read_split
 from fusion.tables import Table, read_table
@@ -75,8 +75,8 @@ def _explaining(model: PriceModel) -> Compute:
     model.eval()
 
     def compute(inputs: dict[str, Tensor], present: dict[str, Tensor]) -> Mapping[str, Tensor]:
-        target, choices = model.explained(inputs, present)
-        return {"price": to_price(target), **choices}
+        price, choices = model.explained(inputs, present)
+        return {"price": price, **choices}
 
     return compute
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusion.distributed import World
 from fusion.embeddings import RowStore
-from fusion.layers import PriceModel
+from fusion.price_model import PriceModel
 
 N_BITS = 64
 CHUNK = 1024  # rows standardised at a time

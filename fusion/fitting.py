@@ -23,10 +23,11 @@ from fusion.config import RunConfig
 from fusion.distributed import World
 from fusion.embeddings import RowStore
 from fusion.errors import DivergedError
-from fusion.layers import PriceModel, random_rows
+from fusion.layers import random_rows
 from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape
 from fusion.prediction import predict_rows, pricing
+from fusion.price_model import PriceModel
 
 AGREE_STEPS = 10  # steps between two moments at which the ranks add up their losses and may stop or save
 
@@ -97,6 +98,7 @@ class Fit:
         self.store, self.targets = data.store.resident_on(place.device), data.targets.to(place.device)
         self.replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.loss = get_loss_function(config.loss)
+        self.loss.measure_in(float(model.get_buffer("price_unit")))
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )

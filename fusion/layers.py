@@ -1,4 +1,4 @@
-"""The blocks that models are made of, and `PriceModel`, which makes a trainable model of a variant's network.
+"""The blocks that models are made of.
 
 B is the number of rows, D a source's dimension, W the width, T the tokens a source is given, E the number of experts.
 No block mixes rows: no batch normalisation, and attention runs over the tokens of one row.
@@ -16,12 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.metrics import MIN_PRICE
-
 Inputs = Mapping[str, Tensor]
-
-MAX_PRICE = 1e7  # dollars
-LARGEST_INPUT = 8.0  # standard deviations
 
 
 @dataclass(frozen=True)
@@ -208,75 +203,3 @@ class ConcatNetwork(nn.Module):
         tokens = [branch(inputs[role], present[role]).squeeze(1) for role, branch in self.branches.items()]
         outputs: Tensor = self.head(torch.cat(tokens, dim=1))
         return outputs.squeeze(-1)
-
-
-class PriceModel(nn.Module):
-    """A variant's network between standardised inputs and a price, with everything that prediction needs in its state.
-
-    Inputs are standardised with the training rows' mean and deviation; columns that are constant but for rounding
-    count for nothing. The output starts at the median of the training targets, and a row without any embedding gets
-    exactly that. In training, sources are hidden from rows at random, so that a missing one means something.
-
-    Args:
-        network: `forward({role: [B, D_role]}, {role: [B] bool}) -> [B]`, and optionally
-            `explained(same) -> ([B], {name: [B, …]})`, which also tells of its inner choices.
-        dims: role to D_role.
-        modality_dropout: probability that a source is hidden from a row.
-    """
-
-    def __init__(self, network: nn.Module, dims: Mapping[str, int], modality_dropout: float) -> None:
-        super().__init__()
-        self.network, self.dims, self.modality_dropout = network, dict(dims), modality_dropout
-        for role, dim in dims.items():
-            self.register_buffer(f"mean_{role}", torch.zeros(dim))
-            self.register_buffer(f"scale_{role}", torch.ones(dim))
-        self.register_buffer("target_median", torch.zeros(()))
-        self.register_buffer("target_scale", torch.ones(()))
-
-    def calibrate(self, statistics: Mapping[str, tuple[Tensor, Tensor]], targets: Tensor) -> None:
-        """Sets the inputs' {role: (mean [D], deviation [D])} and, from training targets [N], where outputs start."""
-        for role, (mean, deviation) in statistics.items():
-            usable = deviation > 1e-4 * deviation.median() + 1e-6 * mean.abs()
-            self.get_buffer(f"mean_{role}").copy_(mean)
-            self.get_buffer(f"scale_{role}").copy_(torch.where(usable, 1 / deviation.clamp_min(1e-30), 0.0))
-        self.get_buffer("target_median").copy_(targets.median())
-        self.get_buffer("target_scale").copy_(targets.std().clamp_min(1e-3) if len(targets) > 1 else torch.ones(()))
-
-    def forward(self, inputs: Inputs, present: Inputs) -> Tensor:
-        """[B] log1p(price)."""
-        present = self._hidden(present)
-        return self._target(self.network(self.standardised(inputs, present), present), present)
-
-    def explained(self, inputs: Inputs, present: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """[B] log1p(price), and the network's inner choices, such as {"gate": [B, E]}; none if it explains nothing."""
-        explained = getattr(self.network, "explained", None)
-        if explained is None:
-            return self(inputs, present), {}
-        output, choices = explained(self.standardised(inputs, present), present)
-        return self._target(output, present), choices
-
-    def _target(self, output: Tensor, present: Inputs) -> Tensor:
-        output = output.float() * self.get_buffer("target_scale") + self.get_buffer("target_median")
-        known = torch.stack(list(present.values())).any(0)
-        return torch.where(known, output, self.get_buffer("target_median"))
-
-    def standardised(self, inputs: Inputs, present: Inputs) -> dict[str, Tensor]:
-        """{role: [B, D_role]} as the network gets them: in deviations of the training rows, zeros where missing."""
-        scaled = {}
-        for role, x in inputs.items():
-            x = (x - self.get_buffer(f"mean_{role}")) * self.get_buffer(f"scale_{role}")
-            scaled[role] = torch.where(present[role].unsqueeze(-1), x.clamp(-LARGEST_INPUT, LARGEST_INPUT), 0.0)
-        return scaled
-
-    def _hidden(self, present: Inputs) -> Inputs:
-        if not self.training or self.modality_dropout == 0:
-            return present
-        stacked = torch.stack(list(present.values()), dim=1)
-        kept = stacked & (uniform(stacked) >= self.modality_dropout)
-        kept = torch.where(kept.any(1, keepdim=True), kept, stacked)  # never hide all there is
-        return dict(zip(present, kept.unbind(1), strict=True))
-
-
-def to_price(target: Tensor) -> Tensor:
-    """Dollars, float64, finite and above zero, from any log1p(price)."""
-    return torch.expm1(target.double().clamp(max=20)).clamp(MIN_PRICE, MAX_PRICE)

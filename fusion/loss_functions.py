@@ -42,6 +42,7 @@ class RowLoss(nn.Module):
     """
 
     n_outputs = 1
+    floor = PRICE_FLOOR  # dollars
 
     def __init__(self, *, predict_log: bool = True) -> None:
         super().__init__()
@@ -55,6 +56,12 @@ class RowLoss(nn.Module):
         self._check_shapes(prediction, target)
         bound = LARGEST_LOG if self.predict_log else LARGEST_PRICE
         return self._terms(_bounded(prediction, bound), _bounded(target, bound))
+
+    def measure_in(self, unit: float) -> None:
+        """Lowers the floor of prices to that of prices in this unit: dollars, unless they are far below one."""
+        for part in self.modules():
+            if isinstance(part, RowLoss):
+                part.floor = PRICE_FLOOR * unit
 
     def _terms(self, prediction: Tensor, target: Tensor) -> Tensor:
         raise NotImplementedError
@@ -70,14 +77,14 @@ class RowLoss(nn.Module):
         """True prices in dollars, for the weights of rows."""
         if self.predict_log:
             target = torch.expm1(target.clamp(max=math.log1p(LARGEST_PRICE)))
-        return target.clamp(PRICE_FLOOR, LARGEST_PRICE)
+        return target.clamp(self.floor, LARGEST_PRICE)
 
     def _log_price(self, value: Tensor) -> Tensor:
-        """log(price) above the floor; below it a line of slope 1, so that the gradient never dies."""
-        above = value.clamp(min=math.log1p(PRICE_FLOOR) if self.predict_log else PRICE_FLOOR)
+        """log(price) above the floor; below it a line of slope 1 per unit, so that the gradient never dies."""
+        above = value.clamp(min=math.log1p(self.floor) if self.predict_log else self.floor)
         # log(expm1(z)) without computing exp(z), which overflows at z = 88.7.
         log_price = above + torch.log(-torch.expm1(-above)) if self.predict_log else torch.log(above)
-        return log_price + (value - above)
+        return log_price + (value - above) * (PRICE_FLOOR / self.floor)
 
     def _log_error(self, prediction: Tensor, target: Tensor) -> Tensor:
         return (self._log_price(prediction) - self._log_price(target)).abs()

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-MIN_PRICE = 0.01  # dollars; no price is predicted below it
 # Rows above which an interval is computed and not resampled. The mean of 5000 errors, each 0 to 200%, is normally
 # distributed but for a skewness of 0.02; resampling 2 million rows a thousand times takes half a minute per grouping.
 BOOTSTRAP_ROWS = 5000

@@ -16,10 +16,10 @@ from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, DivergedError, UnreachableError
 from fusion.fingerprints import Look, look, to_parquet
-from fusion.layers import PriceModel, to_price
 from fusion.manifests import FINGERPRINTS, SUBMISSION
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.parts import Compute, compute_parts, compute_rows, discard
+from fusion.price_model import PriceModel
 from fusion.tables import Table, read_table
 
 C = TypeVar("C", bound=RunConfig)
@@ -41,10 +41,10 @@ def validation_digest(store: RowStore, rows: Tensor, prices: np.ndarray) -> str:
     return digest([store.digest_of(rows), storage.sha256(np.ascontiguousarray(prices, np.float64).tobytes())])
 
 
-def pricing(model: nn.Module) -> Compute:
+def pricing(model: PriceModel) -> Compute:
     """What computes {"price": [B] in dollars, float64} with a model, which it sets to evaluate."""
     model.eval()
-    return lambda inputs, present: {"price": to_price(model(inputs, present))}
+    return lambda inputs, present: {"price": model.price(inputs, present)}
 
 
 def parts_folder(parent: str, origin: submission.Origin, place: World) -> str:

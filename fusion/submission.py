@@ -19,13 +19,14 @@ from fusion.config import PredictConfig, RunConfig, digest
 from fusion.errors import DivergedError
 from fusion.inputs import find_table, sources_digest
 from fusion.manifests import FINGERPRINTS, MANIFEST, SUBMISSION
-from fusion.metrics import MIN_PRICE
 from fusion.provenance import code_digest
 from fusion.records import Night, SubmissionManifest, SubmissionPointer
 from fusion.runs import open_run
 
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
+
+SMALLEST_IN_CENTS = 0.01  # dollars; four decimals would leave less than two digits of a smaller price
 
 
 @dataclass(frozen=True)
@@ -193,23 +194,34 @@ def _write_damaged(folder: str, files: Mapping[str, bytes]) -> None:
 
 
 def submission_csv(ids: Sequence[str], prices: np.ndarray) -> bytes:
-    """`sample_id,price` in the given order, prices in dollars to a hundredth of a cent.
+    """`sample_id,price` in the given order, prices as plain numbers.
 
     Raises:
-        DivergedError: a price that is not finite, or below a cent, as of a model whose weights are not finite.
+        DivergedError: a price that is not finite, or not above 0, as of a model whose weights are not finite.
     """
-    wrong = ~(np.isfinite(prices) & (prices >= MIN_PRICE))
+    wrong = ~(np.isfinite(prices) & (prices > 0))
     if wrong.any():
         first = ", ".join(f"{sample_id} ({prices[i]})" for i, sample_id in enumerate(ids) if wrong[i])[:80]
         raise DivergedError(
-            f"{int(wrong.sum())} predicted prices are not finite numbers of at least a cent, the first: {first}",
+            f"{int(wrong.sum())} predicted prices are not finite numbers above 0, the first: {first}",
             "train the model again, or predict with another --run-id; nothing was published",
         )
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["sample_id", "price"])
-    writer.writerows((sample_id, f"{price:.4f}") for sample_id, price in zip(ids, prices, strict=True))
+    writer.writerows((sample_id, plain(price)) for sample_id, price in zip(ids, prices, strict=True))
     return buffer.getvalue().encode()
+
+
+def plain(price: float) -> str:
+    """The price to a hundredth of a cent; one below a cent to six digits. Never with an exponent.
+
+    >>> plain(12.34567), plain(0.00001234567)
+    ('12.3457', '0.0000123457')
+    """
+    if price >= SMALLEST_IN_CENTS:
+        return f"{price:.4f}"
+    return np.format_float_positional(price, precision=6, unique=False, fractional=False, trim="-")
 
 
 def last(settings: PredictConfig) -> Last | None:

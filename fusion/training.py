@@ -23,10 +23,10 @@ from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, StopRequested
 from fusion.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 from fusion.fitting import Fit, TrainingData, set_seed
-from fusion.layers import PriceModel
 from fusion.manifests import MODEL, SPLIT
 from fusion.metrics import compute_smape
 from fusion.prediction import BuildNetwork, C, held, on_main_alone, validation_digest
+from fusion.price_model import PriceModel
 from fusion.provenance import code_digest
 from fusion.records import RunFacts
 from fusion.runs import (

@@ -11,7 +11,8 @@ from fusion import fingerprints
 from fusion.distributed import World
 from fusion.embeddings import RowStore
 from fusion.fingerprints import Comparison, agreements, agreements_with_chance, compared, look, to_parquet
-from fusion.layers import ConcatNetwork, PriceModel
+from fusion.layers import ConcatNetwork
+from fusion.price_model import PriceModel
 
 DIMS = {"image": 40, "text": 24}
 N = 400

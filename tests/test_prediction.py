@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fusion import verify
 from fusion.errors import DivergedError
 from fusion.prediction import warn_of_leak
 from fusion.submission import submission_csv
@@ -15,11 +16,25 @@ def test_a_submission_is_plain_text_in_the_given_order() -> None:
     assert content == b'sample_id,price\nb,0.0100\n007,10000000.0000\n"a,1",12.3457\n'
 
 
-@pytest.mark.parametrize("price", [0.0, 0.00001, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("price", "text"),
+    [
+        (0.00001234567, "0.0000123457"),
+        (0.00999999, "0.00999999"),
+        (0.0100001, "0.0100"),
+        (1e-30, "0.000000000000000000000000000001"),
+        (123456789.12, "123456789.1200"),
+        (1e23, "99999999999999991611392.0000"),
+    ],
+)
+def test_prices_of_any_size_are_plain_numbers(price: float, text: str) -> None:
+    assert submission_csv(["a"], np.array([price])) == f"sample_id,price\na,{text}\n".encode()
+    assert verify._is_price(text)
+
+
+@pytest.mark.parametrize("price", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_price_that_is_none_is_never_published(price: float) -> None:
-    with pytest.raises(
-        DivergedError, match="1 predicted prices are not finite numbers of at least a cent, the first: b"
-    ):
+    with pytest.raises(DivergedError, match="1 predicted prices are not finite numbers above 0, the first: b"):
         submission_csv(["a", "b"], np.array([1.0, price]))
 
 

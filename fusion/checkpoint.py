@@ -78,7 +78,8 @@ class Writer:
         started = time.monotonic()
         made = commit(self.run, snapshot, self.dims, self.lineage, self.check_lease)
         self.seconds = time.monotonic() - started
-        log.info(event="committed", checkpoint=made.url, smape=made.smape, seconds=self.seconds)
+        known = {} if made.manifest.smape is None else {"smape": made.smape}  # not before the first validation
+        log.info(event="committed", checkpoint=made.url, **known, seconds=self.seconds)
         with suppress(SupersededError):  # what a newer attempt is writing is not for this one to remove
             self.check_lease()
             prune(self.run, self.keep, self.resumed_from)

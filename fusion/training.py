@@ -203,7 +203,7 @@ class Saver:
         made = self._save(wait=True) or manifests.committed(self.run)[-1]
         point_to_run(self.config, made.name, self.fit.smape)
         seconds = time.monotonic() - self.started
-        log.info(event="finished", checkpoint=made.url, smape=self.fit.smape, blocked=self.blocked / seconds)
+        log.info(event="finished", checkpoint=made.url, **_outcome(self.fit), blocked=self.blocked / seconds)
 
 
 def _agreement(fit: Fit) -> dict[str, float]:
@@ -215,8 +215,7 @@ def _agreement(fit: Fit) -> dict[str, float]:
 
 
 def _log_start(fit: Fit) -> None:
-    config, data = fit.config, fit.data
-    median = float(np.expm1(data.targets[data.train].median().item()))
+    config = fit.config
     log.info(
         event="start",
         parameters=sum(p.numel() for p in fit.model.parameters()),
@@ -226,7 +225,20 @@ def _log_start(fit: Fit) -> None:
         batch_size=config.batch_size,
         lr=config.lr,
     )
-    log.info(event="baseline", median_price=median, smape=compute_smape(data.prices, np.full_like(data.prices, median)))
+    log.info(event="baseline", **_baseline(fit.data))
+
+
+def _baseline(data: TrainingData) -> dict[str, float]:
+    """The median of the training prices, and its SMAPE when it stands for all validation rows."""
+    median = float(np.expm1(data.targets[data.train].median().item()))
+    return {"median_price": median, "smape": compute_smape(data.prices, np.full_like(data.prices, median))}
+
+
+def _outcome(fit: Fit) -> dict[str, object]:
+    """How good the best epoch is, and how far from the end: if it was the last, more epochs may help."""
+    best = min(fit.history, key=lambda entry: float(entry["smape"]))
+    of_the_median = _baseline(fit.data)["smape"]
+    return {"smape": fit.smape, "median_price_smape": of_the_median, "best_epoch": f"{best['epoch']}/{fit.epoch}"}
 
 
 def read_data(config: RunConfig, place: World) -> TrainingData:

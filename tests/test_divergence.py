@@ -50,10 +50,14 @@ def test_a_state_that_is_not_finite_is_never_committed(
     with monkeypatch.context() as patch:
         broken(patch, what)
         assert train.main(flags(catalog, tmp_path)) == 70
-    assert "not finite at step 35, in epoch 1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "not finite at step 35, in epoch 1" in said
+    assert "event=committed" in said and "smape=inf" not in said  # not known before the first validation
     assert [made.manifest.step for made in manifests.committed(run)] == [25, 30]
     assert train.main(flags(catalog, tmp_path)) == 0  # on a healthy machine
-    assert "event=resumed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "event=resumed" in said
+    assert "best_epoch=1/1" in said.splitlines()[-1] and "median_price_smape=" in said.splitlines()[-1]
     assert manifests.committed(run)[-1].manifest.finished
 
 

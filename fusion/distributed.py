@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from fusion import environment, log, transport
 from fusion.environment import variable
-from fusion.errors import ConfigError, FusionError
+from fusion.errors import ConfigError, FusionError, UnreachableError
 from fusion.heartbeats import ARRIVAL, FOR_EVER, Heartbeats
 
 T = TypeVar("T")
@@ -142,7 +142,7 @@ def world(device: str = "auto", stall_timeout: float = STALL_TIMEOUT) -> Iterato
     heartbeats: Heartbeats | None = None
     if place.size > 1:
         _check_interface()
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
+        store = _meeting_point(place)
         heartbeats = Heartbeats(store, place.rank, place.size, stall_timeout)
     try:
         with _group(backend, store, place):
@@ -151,6 +151,19 @@ def world(device: str = "auto", stall_timeout: float = STALL_TIMEOUT) -> Iterato
     finally:
         if heartbeats:
             heartbeats.stop()
+
+
+def _meeting_point(place: World) -> Store:
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UnreachableError(
+            f"rank {place.rank} did not meet all {place.size} ranks at {where} within {ARRIVAL:.0f} s: "
+            f"{str(error).splitlines()[0]}",
+            "see the logs of the other ranks; start all of them within that time",
+        ) from error
+    return cast(Store, store)
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fusion import distributed
 from fusion.distributed import World, _check_interface, world
-from fusion.errors import ConfigError, DataError, ExitCode
+from fusion.errors import ConfigError, DataError, ExitCode, UnreachableError
 from tests.forked import run_ranks
 from tests.s3_server import _free_ports as free_ports
 
@@ -26,6 +27,18 @@ def test_no_time_limit_ends_ranks_that_wait(monkeypatch: pytest.MonkeyPatch) -> 
         assert dist.group.WORLD is not None
         backend = dist.group.WORLD._get_backend(torch.device("cpu"))
         assert backend.options._timeout > timedelta(days=100)
+
+
+def test_ranks_that_do_not_come_are_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (place | {"MASTER_PORT": str(free_ports(1)[0])}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "ARRIVAL", 0.5)
+    with (
+        pytest.raises(UnreachableError, match=r"rank 0 did not meet all 2 ranks at 127.0.0.1:\d+ within"),
+        world("cpu"),
+    ):
+        pass
 
 
 def values_travel(place: World) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from fusion.errors import DivergedError
 from fusion.layers import random_rows
 from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape
+from fusion.parts import with_beats
 from fusion.prediction import predict_rows, pricing
 from fusion.price_model import PriceModel
 
@@ -236,12 +237,7 @@ class Fit:
         return loss.detach()
 
     def _validate(self, beat: Beat) -> float:
-        price = pricing(self.model)
-
-        def compute(inputs: dict[str, Tensor], present: dict[str, Tensor]) -> Mapping[str, Tensor]:
-            beat()
-            return price(inputs, present)
-
+        compute = with_beats(pricing(self.model), beat)
         predicted = predict_rows(compute, self.store, self.data.validation, self.place)
         return self.place.on_main(lambda: compute_smape(self.data.prices, predicted))
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fusion import log, stopping, storage
-from fusion.distributed import World
+from fusion.distributed import STALL_TIMEOUT, World
 from fusion.embeddings import RowStore
 from fusion.errors import DataError, FusionError, StopRequested
+from fusion.watchdog import watched
 
 # From inputs {role: [B, D_role]} and presence {role: [B]} to {name: [B, …]}.
 Compute = Callable[[dict[str, Tensor], dict[str, Tensor]], Mapping[str, Tensor]]
@@ -28,6 +29,16 @@ def compute_rows(compute: Compute, store: RowStore, rows: Tensor, device: torch.
     with torch.inference_mode():
         chunks = [compute(*store.batch(chunk, device)) for chunk in torch.split(rows, CHUNK) if len(chunk)]
         return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in (*chunks, {})[0]}
+
+
+def with_beats(compute: Compute, beat: Callable[[], None]) -> Compute:
+    """The same, which tells a watchdog of every chunk that this rank gets on."""
+
+    def compute_and_beat(inputs: dict[str, Tensor], present: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        beat()
+        return compute(inputs, present)
+
+    return compute_and_beat
 
 
 def compute_parts(compute: Compute, store: RowStore, place: World, folder: str) -> Arrays:
@@ -51,9 +62,14 @@ def compute_parts(compute: Compute, store: RowStore, place: World, folder: str) 
         if found is None:
             _write(url, mine[number])
 
-    with log.progress("parts", len(parts)) as show:
+    with (
+        watched(STALL_TIMEOUT, lambda: f"rank {place.rank} at part {len(mine)}") as watchdog,
+        log.progress("parts", len(parts)) as show,
+    ):
+        compute = with_beats(compute, watchdog.beat)
         for first in range(0, len(parts), place.size):
             _stop_if_asked(place, first, len(parts))
+            watchdog.beat()
             place.together(lambda number=first + place.rank: do(number) if number < len(parts) else None)  # type: ignore[misc]
             show(min(first + place.size, len(parts)))
     everything = {number: part for answer in place.gather_on_main(mine) for number, part in answer.items()}

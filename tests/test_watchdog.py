@@ -7,9 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusion import parts, watchdog
 from fusion.all_embeddings import train
+from fusion.distributed import world
+from fusion.embeddings import RowStore
 from fusion.errors import ExitCode
 from tests.conftest import SMALL
 
@@ -60,6 +63,8 @@ def test_a_rank_that_waits_for_another_is_ended(place: str) -> None:
 import sys, time
 from fusion import fitting, training
 from fusion.all_embeddings import train
+from fusion.distributed import world
+from fusion.embeddings import RowStore
 from fusion.demo_catalog import generate
 from pathlib import Path
 import tempfile
@@ -96,3 +101,14 @@ def test_every_step_and_every_chunk_of_validation_is_a_beat(
     monkeypatch.setattr(watchdog.Watchdog, "beat", lambda self: beats.append(1))
     assert train.main(["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1"]) == 0
     assert len(beats) >= 7 + 7  # steps of 64 of the 402 rows, chunks of 16 of the 101 that validate
+
+
+def test_a_part_that_is_never_written_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a store that takes a connection and then says nothing: predictions and evaluations have a watchdog too."""
+    ended = threading.Event()
+    monkeypatch.setattr(parts, "STALL_TIMEOUT", 0.3)
+    monkeypatch.setattr(parts, "_write", lambda *_: ended.wait(60) or pytest.fail("nobody ended it"))
+    monkeypatch.setattr(watchdog.Watchdog, "_end", lambda self: ended.set())
+    store = RowStore({"a": torch.ones(3, 2)}, {"a": torch.ones(3, dtype=torch.bool)})
+    with world("cpu") as place:
+        parts.compute_parts(lambda inputs, _: {"price": inputs["a"][:, 0]}, store, place, str(tmp_path))

@@ -42,6 +42,9 @@ from fusion.splits import read_split, split_rows, to_parquet
 from fusion.tables import Table, read_table
 from fusion.watchdog import Watchdog, watched
 
+# Times the median price. Catalogs from screws to machines stay within it; 99999999 and 1e308 do not.
+EXTREME_PRICE = 1e6
+
 
 def train(config: C, build_network: BuildNetwork[C]) -> None:
     """Trains a run, committing checkpoints under `<output>/runs/<run id>`; a finished run is left as it is.
@@ -133,7 +136,13 @@ class Saver:
         if found is None:
             return
         made, best, state = found
-        self.fit.restore(best, state)
+        try:
+            self.fit.restore(best, state)
+        except (RuntimeError, KeyError, ValueError) as error:  # of torch: names or shapes that do not fit
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{made.url} was made by another version of this training: {reason}", "train under another --run-id"
+            ) from error
         self.saved_step = self.fit.step
         if self.writer is not None:
             self.writer.resumed_from = made.url
@@ -257,7 +266,20 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
 
 def _read_table(config: RunConfig) -> Table:
     columns = compared_columns(config)
-    return read_table(config.data, "train", priced=True, drop_bad_prices=config.drop_bad_prices, columns=columns)
+    table = read_table(config.data, "train", priced=True, drop_bad_prices=config.drop_bad_prices, columns=columns)
+    warn_of_extreme_prices(table)
+    return table
+
+
+def warn_of_extreme_prices(table: Table) -> None:
+    """Names rows whose price is a million times the median, or a millionth of it: placeholders, or another unit."""
+    distance = np.abs(np.log(table.prices) - np.log(np.median(table.prices)))
+    extreme = np.flatnonzero(distance > np.log(EXTREME_PRICE))
+    if extreme.size:
+        first = ", ".join(f"{table.ids[row]} ({table.prices[row]:g})" for row in extreme[:5])
+        log.warning(
+            event="extreme_prices", rows=extreme.size, first=first, hint="correct these prices or leave them out"
+        )
 
 
 def _split(config: RunConfig, table: Table, store: RowStore, place: World) -> np.ndarray:

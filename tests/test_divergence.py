@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from fusion import checkpoint, fitting, manifests, storage
 from fusion.all_embeddings import train
 from fusion.fitting import Fit
 from fusion.records import CheckpointManifest
+from fusion.tables import Table
+from fusion.training import warn_of_extreme_prices
 from tests.conftest import SMALL
 
 BROKEN_FROM = 33  # step; an epoch has 60
@@ -85,3 +90,30 @@ def test_the_newest_validated_checkpoint_is_kept(tmp_path: Path) -> None:
         storage.write(str(tmp_path / f"checkpoints/step-{step:08d}/MANIFEST.json"), storage.as_json(asdict(manifest)))
     checkpoint.prune(str(tmp_path), keep=1, resumed_from=None)
     assert [made.manifest.step for made in manifests.committed(str(tmp_path))] == [10, 30, 50]
+
+
+def test_a_state_of_another_version_is_refused(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        broken(patch, "loss")
+        assert train.main(flags(catalog, tmp_path)) == 70
+    newest = checkpoint.newest
+
+    def older(run: str) -> tuple[manifests.Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
+        found = newest(run)
+        assert found is not None
+        found[2]["weights"].pop("target_median")
+        return found
+
+    monkeypatch.setattr(checkpoint, "newest", older)
+    assert train.main(flags(catalog, tmp_path)) == 65
+    assert "was made by another version of this training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("price", "is_named"), [(1e308, True), (1e-9, True), (20_000.0, False)])
+def test_extreme_prices_are_named(price: float, is_named: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = pd.DataFrame({"price": [10.0, 20.0, 30.0, price]}, index=["a", "b", "c", "d"])
+    warn_of_extreme_prices(Table(frame, np.arange(4)))
+    said = capsys.readouterr().err
+    assert (f'event=extreme_prices rows=1 first="d ({price:g})"' in said) == is_named

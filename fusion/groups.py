@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,8 @@ def evaluate(
         gate: [n, E] weight of each expert.
     """
     rows = rows.assign(smape=row_smape(rows["price"], rows["predicted"]))
-    groups = [_metrics(rows[chosen], name, group, len(rows)) for name, group, chosen in _groups(rows, by)]
+    columns = {name: rows[name].to_numpy(np.float64) for name in ("smape", "price", "predicted")}
+    groups = [_metrics(columns, name, group, chosen) for name, group, chosen in _groups(rows, by)]
     ordered = rows.sort_values(["smape", "sample_id"], ascending=[False, True])
     return Evaluation(
         pd.DataFrame(groups),
@@ -77,37 +78,43 @@ def _cut(prices: pd.Series, edges: Sequence[float], names: list[str]) -> pd.Seri
 
 
 def _groups(rows: pd.DataFrame, by: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
-    """What is grouped by, the group, and [n] bool: its rows."""
-    yield "overall", "all rows", np.ones(len(rows), bool)
+    """What is grouped by, the group, and the positions of its rows."""
+    yield "overall", "all rows", np.arange(len(rows))
     own = {"price_bin": (price_bins(rows["price"]), BIN_NAMES)}
     own["price_range"] = (_cut(rows["price"], RANGES, RANGE_NAMES), RANGE_NAMES)
     own["present"] = (rows["present"], sorted(rows["present"].unique()))
     for name, (labels, groups) in own.items():
-        outside = [OUTSIDE] if (labels == OUTSIDE).any() else []
-        yield from ((name, group, (labels == group).to_numpy()) for group in [*groups, *outside])
+        found = _positions(labels)
+        outside = [OUTSIDE] if OUTSIDE in found else []
+        yield from ((name, group, found.get(group, np.arange(0))) for group in [*groups, *outside])
     for name in by.columns:
-        values = _labels(by[name])
+        found = _positions(by[name])
         shown = f"{name} (column)" if name in ("overall", *own) else name
-        yield from ((shown, group, values == group) for group in _values(values, shown))
+        yield from ((shown, group, found[group]) for group in _largest(found, shown))
 
 
-def _labels(values: pd.Series) -> np.ndarray:
-    """[n] text; one label for all that is missing or blank."""
-    text = values.astype("object").where(values.notna(), "").astype("str")
-    return np.where(text.str.strip() == "", MISSING, text).astype(object)
+def _positions(values: pd.Series) -> dict[str, np.ndarray]:
+    """Positions of the rows with each value, as text; one label for all that is missing or blank."""
+    codes, found = pd.factorize(values.astype("object"), use_na_sentinel=True)
+    labels = np.array([*(MISSING if not str(value).strip() else str(value) for value in found), MISSING], dtype=object)
+    merged, names = pd.factorize(labels)  # 1 and "1" are one value, and so are all blanks; code -1 is the last
+    order = np.argsort(merged[codes], kind="stable")
+    bounds = np.cumsum(np.bincount(merged[codes], minlength=len(names)))[:-1]
+    parts = zip(names, np.split(order, bounds), strict=True)
+    return {str(name): part for name, part in parts if len(part)}
 
 
-def _values(labels: np.ndarray, column: str) -> list[str]:
-    counts = pd.Series(labels).value_counts()
-    if len(counts) > LARGEST_COLUMN:
-        log.warning(event="by_truncated", column=column, values=len(counts), shown=LARGEST_COLUMN)
-    return list(counts.index[:LARGEST_COLUMN])
+def _largest(found: Mapping[str, np.ndarray], column: str) -> list[str]:
+    if len(found) > LARGEST_COLUMN:
+        log.warning(event="by_truncated", column=column, values=len(found), shown=LARGEST_COLUMN)
+    return sorted(found, key=lambda value: (-len(found[value]), value))[:LARGEST_COLUMN]
 
 
-def _metrics(part: pd.DataFrame, name: str, group: str, total: int) -> dict[str, Any]:
-    low, high = bootstrap_interval(part["smape"].to_numpy())
-    head = {"by": name, "group": group, "count": len(part), "share": len(part) / total}
-    metrics = group_metrics(part["price"].to_numpy(), part["predicted"].to_numpy())
+def _metrics(columns: Mapping[str, np.ndarray], name: str, group: str, rows: np.ndarray) -> dict[str, Any]:
+    smape, price, predicted = (columns[column][rows] for column in ("smape", "price", "predicted"))
+    low, high = bootstrap_interval(smape)
+    head = {"by": name, "group": group, "count": len(rows), "share": len(rows) / len(columns["smape"])}
+    metrics = group_metrics(price, predicted)
     return head | {"smape": metrics.pop("smape"), "smape_low": low, "smape_high": high} | metrics
 
 

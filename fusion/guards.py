@@ -86,14 +86,14 @@ def about_embeddings(look: Look, trained: Mapping[str, float], last: Last | None
     Args:
         trained: agreement of each pair of roles on the training rows; empty for runs of earlier versions.
     """
-    for role in look.prints.columns:
-        if int((look.prints[role] > 0).sum()) >= MIN_ROWS:
-            yield from _about_distribution(role, look.shift[role], look.spread[role])
-    yield from _about_agreement(look.prints, trained)
     if last is not None and last.prints is not None:
         same_model = last.manifest.model_sha256 == origin.model_sha256
         for role in look.prints.columns.intersection(last.prints.columns):
             yield from _about_ids(role, last.prints[role], look.prints[role], same_model)
+    yield from _about_agreement(look.prints, trained)
+    for role in look.prints.columns:
+        if int((look.prints[role] > 0).sum()) >= MIN_ROWS:
+            yield from _about_distribution(role, look.shift[role], look.spread[role])
 
 
 def _about_distribution(role: str, shift: float, spread: float) -> Iterator[Finding]:
@@ -108,14 +108,17 @@ def _about_distribution(role: str, shift: float, spread: float) -> Iterator[Find
 
 
 def _about_agreement(prints: pd.DataFrame, trained: Mapping[str, float]) -> Iterator[Finding]:
+    shares = {}
     for pair, (measured, chance) in agreements_with_chance(prints).items():
         expected = trained.get(pair, 0.0)
         if chance < CHANCE_ALLOWED * expected and measured < AGREEMENT_DOUBTED * expected:
-            what = (
-                f"embeddings of {' and '.join(pair.split())} do not belong together as in training: agreement "
-                f"{measured:.4f}, there {expected:.4f} (one of the two is under wrong ids)"
-            )
-            yield Finding(what, measured < AGREEMENT_REFUSED * expected)
+            shares[pair.replace(" ", " and ")] = measured / expected
+    if shares:
+        what = (
+            f"embeddings of {', of '.join(shares)} do not belong together as in training: their agreement is "
+            f"{min(shares.values()):.0%} of what it was there (one of the two is under wrong ids)"
+        )
+        yield Finding(what, min(shares.values()) < AGREEMENT_REFUSED)
 
 
 def _about_ids(role: str, before: pd.Series, now: pd.Series, same_model: bool) -> Iterator[Finding]:

@@ -137,8 +137,10 @@ def compared(before: pd.Series, now: pd.Series) -> Comparison:
     ids = now.index[now > 0].intersection(before.index[before > 0])
     old, new = before[ids].to_numpy(np.uint64), now[ids].to_numpy(np.uint64)
     other = new[_distance(old, new) > MAX_SAME_BITS]
+    if not len(other):  # most nights: no need to look for them among all others
+        return Comparison(len(ids), 0, 0)
     counts = before[before > 0].value_counts()
-    moved = int(np.isin(other, counts.index[counts <= PLACEHOLDER_ROWS].to_numpy(np.uint64)).sum())
+    moved = int(pd.Series(other).isin(counts.index[counts <= PLACEHOLDER_ROWS]).sum())
     return Comparison(len(ids), moved, len(other) - moved)
 
 

@@ -164,13 +164,21 @@ def test_bootstrap_interval_of_few_rows_and_of_wrong_settings() -> None:
             bootstrap_interval(np.ones(3), **settings)
 
 
-def test_bootstrap_memory_is_that_of_one_resample() -> None:
-    values = np.ones(20_000)
+@pytest.mark.parametrize("n_rows", [4000, 20_000])
+def test_bootstrap_memory_is_that_of_a_few_resamples(n_rows: int) -> None:
+    values = np.ones(n_rows)
     tracemalloc.start()
     bootstrap_interval(values, n_resamples=200)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 10 * values.nbytes
+    assert peak < 2**20, "a matrix of all resamples would be 200 times the values: 6 or 32 MB"
+
+
+def test_the_interval_of_many_rows_is_that_of_the_normal_distribution() -> None:
+    values = np.random.default_rng(0).exponential(10, 6000)
+    low, high = bootstrap_interval(values)
+    half_width = 1.96 * values.std() / math.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - half_width, values.mean() + half_width), abs=1e-4)
 
 
 def test_metrics_do_not_import_torch() -> None:

@@ -151,13 +151,13 @@ def _parser() -> argparse.ArgumentParser:
     job, how = parser.add_argument_group("what"), parser.add_argument_group("how")
     job.add_argument("--task", default="train", metavar="|".join(MODULES), help="what to do (default: train)")
     job.add_argument("--variant", nargs="+", default=["all_embeddings"], metavar="NAME",
-        help=f"{', '.join(variants())}; several: a job each (default: all_embeddings)")  # fmt: skip
+        help=f"{', '.join(variants())}; several: one job per name (default: all_embeddings)")  # fmt: skip
     job.add_argument("--each-fold", action="store_true", help="a training for each of the --folds of the command")
     job.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes to train on (default: 1)")
-    job.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of a node, a rank each; 0: none (default: "
+    job.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per node, a rank for each; 0: none (default: "
         "as k8s/ or the settings of the Slurm cluster have it; all that are here)")  # fmt: skip
     job.add_argument(
-        "--nproc-per-node", type=int, metavar="N", help="ranks of a node (default: one a GPU, or a single one)"
+        "--nproc-per-node", type=int, metavar="N", help="ranks per node (default: one per GPU, or a single one)"
     )
     how.add_argument("--cluster", required=True, choices=["slurm", "k8s", "local"], help="where to run it")
     how.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")

@@ -169,7 +169,7 @@ def settings(tmp_path: Path, text: str, task: str = "train") -> Cluster:
         ("time_minutes = 0", "time_minutes: Input should be greater than or equal to 1"),
         (
             "time_minutes = 3",
-            "time_minutes = 3 leaves no time to work: the job is told to stop signal_seconds = 120 before its end",
+            "time_minutes = 3 leaves no time to work: the job is asked to stop signal_seconds = 120 before its end",
         ),
         ("signal_seconds = 30", "signal_seconds: Input should be greater than or equal to 90"),
         ("partition", "no TOML"),

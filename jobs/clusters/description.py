@@ -28,7 +28,7 @@ class Job:
     Attributes:
         flags: settings of the command, see `frozen`.
         gpus_per_node: None leaves it to the cluster: one for training, none for the rest.
-        nproc_per_node: ranks of a node; None leaves it to the launcher: one a GPU, or a single one.
+        nproc_per_node: ranks per node; None leaves it to the launcher: one per GPU, or a single one.
     """
 
     variant: str
@@ -106,7 +106,7 @@ def frozen(job: Job) -> Job:
 
 
 def each_fold(job: Job) -> list[Job]:
-    """One job a fold, for a frozen job with `--folds`."""
+    """One job per fold, for a frozen job with `--folds`."""
     if job.task != "train" or "--folds" not in job.flags:
         raise UsageError("--each-fold needs a training with --folds", "give both: --each-fold -- --folds 5")
     flags = list(job.flags)

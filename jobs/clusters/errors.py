@@ -1,4 +1,4 @@
-"""Finds what a job told about its end in its log."""
+"""Finds in the log of a job what it said about its end."""
 
 from __future__ import annotations
 

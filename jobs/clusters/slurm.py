@@ -1,7 +1,7 @@
 """Jobs on Slurm, through submitit: it renders `#SBATCH`, submits, names the logs and follows the state by sacct.
 
-What runs is a plain command in a script that anyone can read, never a pickled function: one srun task a node, which is
-the launcher, which starts a rank a GPU. Several jobs become one array.
+What runs is a plain command in a script that anyone can read, never a pickled function: one srun task per node, which
+is the launcher, which starts a rank per GPU. Several jobs become one array.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jobs.clusters.description import Job
 from jobs.clusters.slurm_settings import Cluster
 
 # Exit codes after which the job is not queued again. 1: Python has no Fusion; 2: there is no such Python; 13: it must
-# not be run; 70: a bug, which is not worth another wait in the queue; the others need somebody to mend something.
+# not be run; 70: a bug, which is not worth another wait in the queue; the others need a person to correct something.
 FINAL = (0, 1, 2, 13, 64, 65, 70, 75, 77, 78)
 TRIES = 3
 

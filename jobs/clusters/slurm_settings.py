@@ -55,7 +55,7 @@ class Cluster:
         if secret:
             raise ValueError(f"environment holds {secret}, and would be written into the script of the job")
         if self.time_minutes * 60 < 2 * self.signal_seconds:
-            stop = f"the job is told to stop signal_seconds = {self.signal_seconds} before its end"
+            stop = f"the job is asked to stop signal_seconds = {self.signal_seconds} before its end"
             raise ValueError(f"time_minutes = {self.time_minutes} leaves no time to work: {stop}")
 
     def parameters(self, task: str, gpus_per_node: int | None) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Cluster:
         return asked | self._gpus(self.n_gpus(task, gpus_per_node)) | {"additional_parameters": extra}
 
     def n_gpus(self, task: str, asked: int | None) -> int:
-        """GPUs of a node: as many as the job asks for, else as these settings have it."""
+        """GPUs per node: as many as the job asks for, else as these settings have it."""
         default = self.gpus_per_node if self.gpus_per_node is not None else int(task == "train")
         return default if asked is None else asked
 
@@ -125,7 +125,7 @@ def read(path: Path, task: str) -> Cluster:
             f"cannot read {path}: {error.strerror}", "name the cluster's settings with --settings"
         ) from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no TOML: {error}", "mend the file") from error
+        raise ConfigError(f"{path} is no TOML: {error}", "correct the file") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

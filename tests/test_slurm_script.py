@@ -21,7 +21,7 @@ case "$*" in *--overlap*) echo $$ > listener; {listener} ;; esac
 echo "$*" >> tries
 {launcher}
 """
-SCONTROL = '#!/bin/bash\necho "$*" >> requeued\n'
+SCONTROL = '#!/bin/bash\n{first}\necho "$*" >> requeued\n'
 SLEEP = "#!/bin/bash\n[ -e at_pause ] && . ./at_pause\nexit 0\n"  # no test waits for a pause
 SIGNAL_STEPS = "until [ -s listener ]; do :; done; kill -USR2 $(cat listener); "
 
@@ -40,11 +40,12 @@ class Script:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listener = "exec /bin/sleep infinity"
+        self.scontrol = ""
         self.cluster = Cluster(folder=str(folder), gpus_per_node=0)
 
     def run(self, launcher: str, at_pause: str = "", setup: tuple[str, ...] = (), jobs: int = 1) -> Ended:
         self._write("srun", SRUN.format(listener=self.listener, launcher=launcher))
-        self._write("scontrol", SCONTROL)
+        self._write("scontrol", SCONTROL.format(first=self.scontrol))
         self._write("sleep", SLEEP)
         if at_pause:
             (self.folder / "at_pause").write_text(at_pause)
@@ -112,6 +113,20 @@ def test_a_stop_request_does_not_hide_how_the_work_ended(script: Script) -> None
     for code in (0, 65):
         assert script.run(f"{SIGNAL_STEPS} exit {code}").code == code
     assert not (script.folder / "requeued").exists()
+
+
+def test_a_requeue_outlasts_a_controller_that_restarts(script: Script) -> None:
+    script.scontrol = "[ -e away ] || { touch away; exit 1; }"
+    ended = script.run("exit 75")
+    assert (ended.code, ended.requeued) == (75, "requeue 7\n"), ended.log
+    assert "error:" not in ended.log
+
+
+def test_a_requeue_that_is_refused_is_said(script: Script) -> None:
+    script.scontrol = "exit 1"
+    ended = script.run("exit 75")
+    assert ended.code == 75
+    assert "error: stopped on request, and not requeued after 0 requeues\nhint: submit it again" in ended.log
 
 
 def test_a_job_that_is_cancelled_between_two_tries_is_not_requeued(script: Script) -> None:

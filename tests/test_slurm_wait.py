@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fusion.errors import ExitCode, UnreachableError
+from fusion.errors import ConfigError, ExitCode, FusionError, UnreachableError
 from jobs.clusters import slurm_wait
+from jobs.clusters.slurm import _refusal
 from jobs.clusters.slurm_settings import Cluster
 
 ROW = 'case "$*" in *DerivedExitCode*) echo "{state}|0:0|0:0" ;; *) echo "7|{state}" ;; esac'
@@ -52,3 +53,35 @@ def test_a_preempted_job_is_not_over_while_squeue_does_not_answer(tmp_path: Path
     program(tmp_path, "squeue", f"[ -e {gone} ] || {{ touch {gone}; exit 1; }}\necho 7; echo 8")
     program(tmp_path, "sacct", f"[ -e {gone} ] && state=COMPLETED || state=PREEMPTED\n{ROW.format(state='$state')}")
     assert slurm_wait.wait(["7"], Cluster(folder=str(tmp_path))) == ExitCode.DONE
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("Slurm accounting storage is disabled", ConfigError),
+        ("sacct: error: Sending PersistInit msg: Connection refused", UnreachableError),
+    ],
+)
+def test_before_a_job_is_sent_its_end_must_be_knowable(said: str, kind: type[FusionError], tmp_path: Path) -> None:
+    program(tmp_path, "sacct", f"echo '{said}' >&2; exit 1")
+    with pytest.raises(kind, match=said):
+        slurm_wait.check_accounting()
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", 69),
+        ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", 69),
+        ("sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received", 69),
+        ("sbatch: error: DNS SRV lookup failed\nsbatch: fatal: Could not establish a configuration source", 69),
+        (
+            "sbatch: error: Batch job submission failed: Slurm temporarily unable to accept job, sleeping and retrying",
+            69,
+        ),
+        ("sbatch: error: invalid partition specified: nowhere", 78),
+        ("sbatch: error: Batch job submission failed: Job violates accounting/QOS policy", 78),
+    ],
+)
+def test_what_slurm_refuses(said: str, code: int) -> None:
+    assert _refusal(said).code == code

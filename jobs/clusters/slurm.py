@@ -24,6 +24,12 @@ from jobs.clusters.slurm_settings import Cluster
 FINAL = (0, 1, 2, 13, 64, 65, 70, 75, 77, 78)
 TRIES = 3
 
+# What sbatch says when its controller is away, restarts or has too much to do; its exit code is 1 for every error.
+NO_ANSWER = (
+    "contact slurm controller", "configuration source", "Socket timed out", "Zero Bytes were transmitted",
+    "Connection refused", "temporarily unable to accept job",
+)  # fmt: skip
+
 # Launchers of several nodes tell each other how their ranks ended and all end alike, a moment apart. With
 # --kill-on-bad-exit srun would kill the second one in that moment, and end with 143 in place of the job's own code.
 # --wait ends what is left when a launcher is gone without a word.
@@ -78,10 +84,13 @@ if [ $code -eq 75 ] && [ -z "$ended" ]; then
   if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then
     id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}}}
     echo "stopped on request, requeued: time $((${{SLURM_RESTART_COUNT:-0}} + 1)) of at most {max_requeues}"
-    if scontrol requeue "${{id:-$SLURM_JOB_ID}}"; then
-      sleep 60  # until Slurm ends this shell
-      exit $code
-    fi
+    for ((attempt = 0; attempt < 6; attempt++)); do
+      if scontrol requeue "${{id:-$SLURM_JOB_ID}}"; then
+        sleep 60  # until Slurm ends this shell
+        exit $code
+      fi
+      sleep 5  # Slurm's controller may be about to restart; signal_seconds leave half a minute for that
+    done
   fi
   echo "error: stopped on request, and not requeued after ${{SLURM_RESTART_COUNT:-0}} requeues"
   echo "hint: submit it again, which goes on from the last checkpoint, or allow more with --max-requeues"
@@ -132,8 +141,9 @@ def logs(cluster: Cluster, job_id: str) -> Path:
 
 def _refusal(said: str) -> Exception:
     first = said.strip().splitlines()[0] if said.strip() else "sbatch failed without a word"
-    if "contact slurm controller" in said or "configuration source" in said:
-        return UnreachableError(f"Slurm does not answer: {first}", "try again when its controller is back")
+    if any(words in said for words in NO_ANSWER):
+        remedy = "look at squeue whether the job is there, and try again when Slurm's controller is back"
+        return UnreachableError(f"Slurm does not answer: {first}", remedy)
     return ConfigError(
         f"Slurm refuses the job: {first}", "correct the settings of the cluster, or what the job asks for"
     )

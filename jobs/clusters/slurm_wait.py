@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion.errors import ConfigError, UnreachableError
+from fusion.errors import ConfigError, FusionError, UnreachableError
 from jobs.clusters.errors import last_error
 from jobs.clusters.patience import patiently
 from jobs.clusters.slurm import logs
@@ -15,6 +15,7 @@ from jobs.clusters.slurm_settings import Cluster
 
 ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "PREEMPTED": 143, "OUT_OF_MEMORY": 137}
 OVER = {*ENDED_BY_SLURM, "COMPLETED", "FAILED", "NODE_FAIL", "BOOT_FAIL", "REVOKED"} - {"PREEMPTED"}
+NO_RECORDS = "accounting storage is disabled"
 POLL = 5  # seconds between two looks at the states
 SETTLE = 2  # seconds: a job that requeues itself looks finished for a moment, so a final state is looked at twice
 PATIENCE = 300  # seconds for which a sacct that fails is asked again; a restart of slurmdbd takes less
@@ -25,7 +26,7 @@ def check_accounting() -> None:
 
     Raises:
         ConfigError: the cluster keeps no record of how jobs ended.
-        UnreachableError: there is no sacct here.
+        UnreachableError: there is no sacct here, or it does not answer.
     """
     command = ["sacct", "--noheader", "--starttime=now"]
     try:
@@ -34,7 +35,8 @@ def check_accounting() -> None:
         raise UnreachableError("there is no sacct here", "submit from a login node, or leave out --wait") from error
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip()
-        raise ConfigError(f"--wait needs sacct: {said}", "leave out --wait, and look at squeue and at the log")
+        kind: type[FusionError] = ConfigError if NO_RECORDS in said else UnreachableError
+        raise kind(f"--wait needs sacct: {said}", "leave out --wait, and look at squeue and at the log")
 
 
 def wait(ids: Sequence[str], cluster: Cluster) -> int:

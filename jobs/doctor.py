@@ -11,6 +11,7 @@ The exit code is 0 when nothing fails, else that of the worst failure: 77 creden
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -30,7 +31,7 @@ except ImportError as wrong_python:
     print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
     sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
-# What waiting mends comes last: a scheduler may try 69 again, and must not where something else is wrong as well.
+# What waiting may cure comes last: a scheduler may try 69 again, and must not where something else is wrong as well.
 WORST_FIRST = (ExitCode.CREDENTIALS, ExitCode.CONFIG, ExitCode.DATA, ExitCode.BUG, ExitCode.UNREACHABLE)
 SOURCES = "--sources."
 
@@ -130,6 +131,7 @@ def _read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Job]:
     parser = _parser()
     given, unknown = parser.parse_known_args(argv)
     refuse_empty(given)
+    storage.set_patience(given.store_timeout)
     if unknown and not unknown[0].startswith(SOURCES):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if unknown and not given.variant:
@@ -151,7 +153,6 @@ def _read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Job]:
 
 def _job(argv: Sequence[str] | None) -> ExitCode:
     given, job = _read(argv)
-    storage.set_patience(given.store_timeout)
     checks = [check for check in CHECKS if not given.only or check.name in given.only]
     findings = examine(job, checks, (lambda *_: None) if given.json else _print)
     if given.json:
@@ -165,7 +166,11 @@ def _job(argv: Sequence[str] | None) -> ExitCode:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with `argv`; gives its exit code. `--help` raises SystemExit, as argparse does."""
-    return guarded(lambda: _job(argv))
+    try:
+        return guarded(lambda: _job(argv))
+    except KeyboardInterrupt:
+        print(FusionError("interrupted", "run the same command again").report(), file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

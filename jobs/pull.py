@@ -22,12 +22,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from shutil import get_terminal_size
 from typing import Any
 
 try:
     from fusion import storage
     from fusion.command import guarded
-    from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds
+    from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds, visible
     from fusion.manifests import STATE, SUBMISSION
     from fusion.streams import unfailing
     from jobs.arguments import refuse_empty, variable
@@ -55,11 +56,16 @@ which training goes on, is about three times as large and comes with --state."""
 
 
 def _runs(given: argparse.Namespace) -> None:
-    found = list_runs(given.output, given.variant)
+    found = list_runs(given.output)
+    wanted = [run for run in found if given.variant in (None, run.variant)]
     if given.json:
-        _print_json([asdict(run) for run in found])
+        _print_json([asdict(run) for run in wanted])
+    elif found and not wanted:
+        there = ", ".join(sorted({run.variant for run in found if run.variant})) or "unknown variants"
+        print(visible(f"no runs of {given.variant} in {given.output}; there are runs of {there}"))
     else:
-        shown.runs(found, given.output, given.failed)
+        width = get_terminal_size().columns if sys.stdout.isatty() else None
+        shown.runs(wanted, given.output, failed=given.failed, width=width)
 
 
 def _submissions(given: argparse.Namespace) -> None:
@@ -80,7 +86,7 @@ def _compare(given: argparse.Namespace) -> None:
         groups = [{"by": by, "group": group, given.metric: values} for (by, group), values in found.groups.items()]
         _print_json(asdict(found) | {"groups": groups})
     else:
-        shown.comparison(found)
+        shown.comparison(found, given.output)
 
 
 def _run(given: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobs.checks import machine
+from jobs.checks.findings import Check, Finding, Job
 from jobs.doctor import main
 from tests.conftest import Done
 from tests.services import require
@@ -117,3 +118,12 @@ def test_a_torch_that_does_not_load_in_time(tmp_path: Path, monkeypatch: pytest.
     found = doctor("--only", "torch")
     assert found.code == 78 and "torch did not load within 0.01 s" in found.out
     assert json.loads(doctor("--only", "torch", "--json").out)[0]["code"] == 78
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Job) -> Finding:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.doctor.CHECKS", (Check("store", "", interrupted),))
+    found = doctor("--only", "store")
+    assert (found.code, found.err) == (130, "error: interrupted\nhint: run the same command again\n")

@@ -21,6 +21,8 @@ import pytest
 from fusion import storage
 from fusion.errors import DataError
 from jobs.pull import main
+from jobs.results import shown
+from jobs.results.bucket import list_runs
 from tests.conftest import Done
 from tests.fault_proxy import FaultProxy
 from tests.made_runs import make_run, serve
@@ -137,7 +139,7 @@ def test_the_served_run_and_runs_on_the_same_rows(tmp_path: Path) -> None:
     table = pull("runs", "--output", output).out
     letters = {line.split()[0]: line.split()[3] for line in table.splitlines() if " qwen_clip " in line}
     assert letters == {"c": "A", "b": "B", "a": "A"}
-    assert re.search(r"^ b .* finished, served", table, re.MULTILINE) and "SMAPE can be compared" in table
+    assert re.search(r"^ b .* served ", table, re.MULTILINE) and "SMAPE can be compared" in table
 
 
 def test_a_run_that_was_killed_outright(tmp_path: Path) -> None:
@@ -222,3 +224,43 @@ def test_python_of_another_environment(script: str, has_fusion: bool) -> None:
     error, hint = done.stderr.splitlines()
     assert error.startswith("error: No module named ") and error.endswith(f" for {sys.executable}")
     assert hint == "hint: run `. .venv/bin/activate` first; `make demo` makes .venv"
+
+
+def test_ids_are_whole_in_a_narrow_terminal(tmp_path: Path) -> None:
+    make_run(str(tmp_path), "all-embeddings-b762e410", variant="all_embeddings")
+    found = list_runs(str(tmp_path))
+    for width, has_variant in ((None, True), (120, True), (80, False), (20, False)):
+        with redirect_stdout(StringIO()) as out:
+            shown.runs(found, str(tmp_path), width=width)
+        assert " all-embeddings-b762e410 " in out.getvalue()
+        assert ("variant" in out.getvalue()) == has_variant
+
+
+def test_a_metric_that_is_not_defined_is_null(tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        make_run(str(tmp_path), run)
+        storage.write(f"{tmp_path}/runs/{run}/metrics/groups.csv", b"by,group,r2\nprice,0-5,\nprice,5-10,nan\n")
+    found = pull("compare", "a", "b", "--output", str(tmp_path), "--metric", "r2", "--json").out
+    groups = json.loads(found, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["groups"]
+    assert [group["r2"] for group in groups] == [[None, None], [None, None]]
+
+
+def test_the_note_on_a_run_without_metrics_is_a_command(tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        make_run(str(tmp_path), run)
+    table = pull("compare", "a", "b", "--output", str(tmp_path)).out
+    assert f"`python -m fusion.qwen_clip.evaluate_by_groups --output {tmp_path} --run-id a` makes them" in table
+
+
+def test_best_names_a_run_that_is_gone(tmp_path: Path) -> None:
+    make_run(str(tmp_path), "b")
+    serve(str(tmp_path), "qwen_clip", "a", 50.0)
+    done = pull("run", "best", "--output", str(tmp_path), "--to", str(tmp_path / "pulled"))
+    assert (done.code, done.err.splitlines()[0]) == (65, f"error: no run a under {tmp_path}")
+
+
+def test_a_variant_without_runs(tmp_path: Path) -> None:
+    make_run(str(tmp_path), "a")
+    listed = pull("runs", "--output", str(tmp_path), "--variant", "qwen-clip")
+    assert listed.out == f"no runs of qwen-clip in {tmp_path}; there are runs of qwen_clip\n"
+    assert json.loads(pull("runs", "--output", str(tmp_path), "--variant", "qwen-clip", "--json").out) == []

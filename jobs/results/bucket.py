@@ -87,14 +87,14 @@ class Submission:
     error: str = ""
 
 
-def list_runs(output: str, variant: str | None = None) -> list[Run]:
+def list_runs(output: str) -> list[Run]:
     """All runs: the finished ones, then the others, each newest first."""
     folders = _by_folder(storage.find(storage.join(output, "runs")), depth=1)
     root, now = storage.join(output, "runs"), datetime.now(UTC)
     runs = _in_parallel(lambda run_id: _describe_run(root, run_id, folders[run_id], now), folders)
     served = _served(output, {run.variant for run in runs if run.variant})
-    wanted = [replace(run, served=run.run_id in served) for run in runs if variant in (None, run.variant)]
-    newest = sorted(wanted, key=lambda run: (run.started, run.run_id), reverse=True)
+    marked = [replace(run, served=run.run_id in served) for run in runs]
+    newest = sorted(marked, key=lambda run: (run.started, run.run_id), reverse=True)
     return sorted(newest, key=lambda run: run.state != "finished")
 
 

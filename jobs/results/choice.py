@@ -102,6 +102,8 @@ def plan_run(output: str, choice: Choice, *, state: bool) -> Plan:
     """All files of a run but its lease and all but its best checkpoint; `state.pt` of that one only if asked for."""
     run = storage.join(output, choice.path)
     listing = storage.find(run)
+    if not listing:  # a pointer may outlive it
+        raise no_run(output, storage.base(run))
     best = best_checkpoint(run, listing)
     metrics = _committed(output, f"{choice.path}/metrics", Manifest, required=False)
     plan = _joined(metrics, _beside(choice.path, listing, metrics, best))

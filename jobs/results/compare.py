@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from fusion import storage
 from fusion.errors import DataError, UsageError
 from fusion.manifests import split_digest, validated
+from fusion.records import RunFacts, read
 
 NAMES = {"by", "group"}
 WHERE = {"output", "run_id"}  # different for any two runs
@@ -22,6 +24,7 @@ class Comparison:
     """Several runs side by side; each list has one value a run.
 
     Attributes:
+        variants: empty for a run that never read its data.
         settings: those that differ; None where a run's variant has no such setting.
         smape: validation SMAPE of the best checkpoint, in %; None before the first.
         metric: of the groups.
@@ -31,6 +34,7 @@ class Comparison:
     """
 
     runs: list[str]
+    variants: list[str]
     smape: list[float | None]
     settings: dict[str, list[Any]]
     metric: str
@@ -53,6 +57,7 @@ def compare(runs: Sequence[str], metric: str = "smape") -> Comparison:
     groups = dict.fromkeys(key for one in evaluated for key in one)
     return Comparison(
         [storage.base(run) for run in runs],
+        [_variant(run) for run in runs],
         [_smape(run) for run in runs],
         {key: [one.get(key) for one in settings] for key in keys if _differ([one.get(key) for one in settings])},
         metric,
@@ -73,6 +78,11 @@ def _smape(run: str) -> float | None:
 def _same_rows(runs: Sequence[str]) -> bool:
     digests = {split_digest(run) for run in runs}
     return len(digests) == 1 and "" not in digests
+
+
+def _variant(run: str) -> str:
+    facts = read(RunFacts, storage.join(run, "run.json"))
+    return facts.variant if facts else ""
 
 
 def _settings(url: str) -> dict[str, Any]:
@@ -99,7 +109,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
-def _groups(run: str, metric: str) -> dict[tuple[str, str], float]:
+def _groups(run: str, metric: str) -> dict[tuple[str, str], float | None]:
     """(by, group) to the metric; empty when the run has not been evaluated."""
     url = storage.join(run, "metrics", "groups.csv")
     data = storage.read_if_exists(url)
@@ -111,7 +121,7 @@ def _groups(run: str, metric: str) -> dict[tuple[str, str], float]:
         raise _damaged(url, str(error)) from error
 
 
-def _values(url: str, text: str, metric: str) -> Iterator[tuple[tuple[str, str], float]]:
+def _values(url: str, text: str, metric: str) -> Iterator[tuple[tuple[str, str], float | None]]:
     rows = csv.DictReader(io.StringIO(text), strict=True)
     columns = rows.fieldnames or []
     if not set(columns) >= NAMES:
@@ -122,4 +132,5 @@ def _values(url: str, text: str, metric: str) -> Iterator[tuple[tuple[str, str],
     for row in rows:
         if row[metric] is None:
             raise ValueError(f"line {rows.line_num} has fewer fields than the first")
-        yield (row["by"], row["group"]), float(row[metric] or "nan")  # empty: not defined for this group
+        value = float(row[metric]) if row[metric] else None  # empty: not defined for this group
+        yield (row["by"], row["group"]), value if value is None or math.isfinite(value) else None

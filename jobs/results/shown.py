@@ -5,8 +5,7 @@ Text from a bucket is shown, never obeyed: markup is off, and control characters
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
@@ -19,23 +18,45 @@ from fusion.errors import ExitCode, visible
 from jobs.results.bucket import Run, Submission
 from jobs.results.compare import Comparison
 
-PLAIN_WIDTH = 150  # columns where standard output is no terminal
+MINUTE = len("2026-01-02T03:04")
+WIDEST = 10_000  # columns: no limit
+MIN_WIDTH = 80  # columns for the titles, which are no part of a table's own width
+NUMBERS = ("SMAPE", "rows", "tries")  # columns that are aligned on the right
 
 
-def runs(found: Sequence[Run], output: str, failed: bool = False) -> None:
-    """The runs in their order; those that failed before they had a model only if asked for, or alone."""
+def runs(found: Sequence[Run], output: str, *, failed: bool = False, width: int | None = None) -> None:
+    """The runs in their order; those that failed before they had a model only if asked for, or alone.
+
+    Args:
+        width: columns of the terminal; without room for it, the variant is left out. None: as many as it takes.
+    """
     tries = [run for run in found if run.is_failed_try]
     shown = list(found) if failed else [run for run in found if not run.is_failed_try] or tries
     if not shown:
         print(f"no runs in {visible(output)}")
         return
     splits = _letters(run.split for run in shown)
-    table = _table(f"Runs in {output}", "run", "variant", "SMAPE", "split", "started (UTC)", "state", "attempts")
-    for run in shown:
-        started, split = run.started.removesuffix("Z").replace("T", " "), splits.get(run.split, "-")
-        _add(table, run.run_id, run.variant, _cell(run.smape), split, started, _standing(run), str(run.attempts))
+    table = _runs_table(shown, splits, output, ("run", "variant", "SMAPE", "split", "started (UTC)", "state", "tries"))
+    if width is not None and _width(table) > width:
+        table = _runs_table(shown, splits, output, ("run", "SMAPE", "split", "started (UTC)", "state", "tries"))
     _print(table)
     _explain(shown, len(splits), len(found) - len(shown))
+
+
+def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, columns: Sequence[str]) -> Table:
+    table = _table(f"Runs in {output}", *columns)
+    for run in shown:
+        cells = {
+            "run": run.run_id,
+            "variant": run.variant,
+            "SMAPE": _cell(run.smape),
+            "split": splits.get(run.split, "-"),
+            "started (UTC)": run.started[:MINUTE].replace("T", " "),
+            "state": _standing(run),
+            "tries": str(run.attempts),
+        }
+        _add(table, *(cells[column] for column in columns))
+    return table
 
 
 def _letters(splits: Iterable[str]) -> dict[str, str]:
@@ -46,14 +67,12 @@ def _letters(splits: Iterable[str]) -> dict[str, str]:
 
 def _standing(run: Run) -> str:
     if run.served:
-        return f"{run.state}, served"
+        return "served"
     return run.state if run.code in (None, ExitCode.DONE) else f"{run.state} ({run.code})"
 
 
 def _explain(shown: Sequence[Run], n_splits: int, n_hidden: int) -> None:
-    for run in shown:
-        if run.error:
-            print(f"{visible(run.run_id)}: {visible(run.error)}")
+    _print_errors((run.run_id, run.error) for run in shown)
     if n_splits > 1:
         print("SMAPE can be compared between runs of one split: they validated on the same rows")
     if n_hidden:
@@ -61,19 +80,28 @@ def _explain(shown: Sequence[Run], n_splits: int, n_hidden: int) -> None:
         print(f"{tries} without a model: see --failed")
 
 
+def _print_errors(errors: Iterable[tuple[str, str]]) -> None:
+    for name, error in errors:
+        if error:
+            print(f"{visible(name)}: {visible(error)}")
+
+
 def submissions(found: Sequence[Submission], output: str) -> None:
     if not found:
         print(f"no submissions in {visible(output)}")
         return
-    table = _table(f"Submissions in {output}", "name", "date", "digest", "rows", "run", "", "why")
+    table = _table(f"Submissions in {output}", "name", "date", "digest", "rows", "run", "")
     for one in found:
         rows = "-" if one.rows is None else str(one.rows)
-        _add(table, one.name, one.date, one.digest, rows, one.run, "current" if one.current else "", one.error)
+        _add(table, one.name, one.date, one.digest, rows, one.run, "current" if one.current else "")
     _print(table)
+    _print_errors((f"{one.name}/{one.date}/{one.digest}", one.error) for one in found)
 
 
-def comparison(found: Comparison) -> None:
+def comparison(found: Comparison, output: str) -> None:
     settings = _table("What differs", "", *found.runs)
+    if len(set(found.variants)) > 1:
+        _add(settings, "variant", *found.variants)
     _add(settings, "validation SMAPE", *map(_cell, found.smape), style="bold")
     for key, values in found.settings.items():
         _add(settings, key, *map(_cell, values))
@@ -84,7 +112,9 @@ def comparison(found: Comparison) -> None:
             _add(groups, by, group, *map(_cell, values))
         _print(groups)
     for run in found.not_evaluated:
-        print(f"note: {visible(run)} has no metrics by group; evaluate_by_groups --run-id {visible(run)} makes them")
+        variant = found.variants[found.runs.index(run)] or "VARIANT"
+        command = f"python -m fusion.{variant}.evaluate_by_groups --output {output} --run-id {run}"
+        print(visible(f"note: {run} has no metrics by group; `{command}` makes them"))
     if not found.same_rows:
         print("note: these runs did not validate on the same rows; their figures differ for that reason as well")
 
@@ -94,8 +124,8 @@ def _table(title: str, *headings: str) -> Table:
         title=_text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0)
     )
     for heading in headings:
-        right = heading in ("SMAPE", "rows", "attempts")
-        table.add_column(_text(heading), justify="right" if right else "left", overflow="fold")
+        # Never wrapped: half of an id cannot be copied.
+        table.add_column(_text(heading), justify="right" if heading in NUMBERS else "left", no_wrap=True)
     return table
 
 
@@ -107,8 +137,14 @@ def _text(text: str) -> Text:
     return Text(visible(text))
 
 
+def _width(table: Table) -> int:
+    """Columns that it takes to show all of it."""
+    console = Console(width=WIDEST)
+    return console.measure(table).maximum
+
+
 def _print(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False).print(table)
+    Console(width=max(_width(table), MIN_WIDTH), highlight=False).print(table)
 
 
 def _cell(value: Any) -> str:

@@ -215,8 +215,8 @@ def find_run(settings: ReadRunConfig, variant: str) -> str:
 
 def no_run(output: str, run_id: str) -> DataError:
     """The error that there is no run of this id, with the nearest that exists."""
-    known = [storage.base(url) for url in storage.ls(storage.join(output, "runs"))]
-    near = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(run_id, known, n=1))
+    known = {storage.base(url) for url in storage.ls(storage.join(output, "runs"))} - {run_id}
+    near = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(run_id, sorted(known), n=1))
     return DataError(
         f"no run {run_id} under {output}", f"{near}`python jobs/pull.py runs --output {output}` lists what is there"
     )

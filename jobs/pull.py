@@ -151,8 +151,6 @@ def _run_filters(given: argparse.Namespace, choice: Choice) -> list[str]:
 
 
 def _print_commands(given: argparse.Namespace, choice: Choice, filters: Sequence[str]) -> None:
-    if not given.output.startswith("s3://"):
-        raise UsageError(f"--dry-run prints aws commands, and --output is {given.output}", "name a bucket as s3://…")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     where = ["--endpoint-url", endpoint] if endpoint else []
     source, target = storage.join(given.output, choice.path), os.path.join(given.to, choice.path)
@@ -234,9 +232,15 @@ def _job(argv: Sequence[str] | None) -> ExitCode:
         given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # which knows the flags that are near
     refuse_empty(given)
     _refuse_url(given)
+    _check_dry_run(given)
     storage.set_patience(given.store_timeout)
     given.job(given)
     return ExitCode.DONE
+
+
+def _check_dry_run(given: argparse.Namespace) -> None:
+    if getattr(given, "dry_run", False) and not given.output.startswith("s3://"):
+        raise UsageError(f"--dry-run prints aws commands, and --output is {given.output}", "name a bucket as s3://…")
 
 
 def _refuse_url(given: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 from fusion import log, storage
-from fusion.errors import ConfigError, CredentialsError, DataError
+from fusion.errors import ConfigError, DataError, FusionError, UnreachableError
 from fusion.records import FileEntry
 
 # Files at a time, each whole in memory: of a run the largest, state.pt, has about 200 MB.
@@ -142,7 +142,9 @@ def _write(target: Path, content: bytes) -> None:
     """Writes the file whole, beside its place first: a link that stands there is replaced, not followed."""
     try:
         storage.write(str(target), content)
-    except (OSError, DataError, CredentialsError) as error:  # as the disk's answers would mean of a store
+    except UnreachableError:  # the disk is full
+        raise
+    except (OSError, FusionError) as error:  # what the disk says, in words that are meant for a store
         raise _unwritable(target, error) from error
 
 

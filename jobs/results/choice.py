@@ -50,9 +50,9 @@ def choose_run(output: str, which: str, variant: str | None) -> Choice:
         return Choice(f"runs/{which}", {})
     variant = variant or _only_variant(output)
     path = f"pointers/runs/{variant}/{which}.json"
-    if not storage.exists(storage.join(output, path)):
+    content = storage.read_if_exists(storage.join(output, path))
+    if content is None:
         raise DataError(f"no finished run of {variant} under {output}", _lists("runs", output))
-    content = storage.read(storage.join(output, path))
     return Choice(f"runs/{parse(RunPointer, content, storage.join(output, path)).run_id}", {path: content})
 
 
@@ -90,10 +90,10 @@ def choose_submission(output: str, which: str, name: str) -> Choice:
 
 def _current_submission(output: str, name: str) -> Choice:
     path = f"pointers/submissions/{name}/current.json"
-    if not storage.exists(storage.join(output, path)):
+    content = storage.read_if_exists(storage.join(output, path))
+    if content is None:
         known = [storage.base(url) for url in storage.ls(storage.join(output, "pointers", "submissions"))]
         raise DataError(f"no submission named {name!r} under {output}", _nearest(name, known, output))
-    content = storage.read(storage.join(output, path))
     pointer = parse(SubmissionPointer, content, storage.join(output, path))
     return Choice(f"submissions/{pointer.submission}", {path: content})
 

@@ -127,3 +127,14 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.doctor.CHECKS", (Check("store", "", interrupted),))
     found = doctor("--only", "store")
     assert (found.code, found.err) == (130, "error: interrupted\nhint: run the same command again\n")
+
+
+def test_a_cache_whose_path_cannot_even_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", f"/tmp/{'x' * 300}")  # as HOME=/root is to another user
+    found = doctor("--only", "folders")
+    assert found.code != 70 and "broke" not in found.out, found.out
+
+
+def test_data_that_names_a_file(data: Path) -> None:
+    found = doctor("--only", "data", "--data", str(data / "train.csv"))
+    assert found.code == 65 and f"hint: train.csv is a file: give its folder, --data {data}\n" in found.out

@@ -25,7 +25,7 @@ from jobs.results import shown
 from jobs.results.bucket import list_runs
 from tests.conftest import Done
 from tests.fault_proxy import FaultProxy
-from tests.made_runs import make_run, serve
+from tests.made_runs import make_run, serve, write
 from tests.s3_server import S3Server
 
 HOSTILE = "no column [price] in \x1b[2Jtrain.csv \u202etxt [/b]"
@@ -264,3 +264,11 @@ def test_a_variant_without_runs(tmp_path: Path) -> None:
     listed = pull("runs", "--output", str(tmp_path), "--variant", "qwen-clip")
     assert listed.out == f"no runs of qwen-clip in {tmp_path}; there are runs of qwen_clip\n"
     assert json.loads(pull("runs", "--output", str(tmp_path), "--variant", "qwen-clip", "--json").out) == []
+
+
+def test_a_name_that_no_disk_takes(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path), "a")
+    entry = {"key": "x" * 300, "bytes": 1, "sha256": storage.sha256(b"1")}
+    write(f"{run}/metrics/MANIFEST.json", {"schema": 1, "files": [entry]})
+    done = pull("run", "a", "--output", str(tmp_path), "--to", str(tmp_path / "pulled"))
+    assert done.code in (65, 78) and "File name too long" in done.err, done.err

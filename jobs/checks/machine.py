@@ -218,7 +218,8 @@ def _write_error(folder: Path) -> str:
 
 def _nearest(folder: Path) -> Path:
     """The folder, or the part of its path that exists."""
-    return next(parent for parent in [folder, *folder.parents] if parent.exists())
+    # Not Path.exists, which raises where this user may not look, as below another's HOME.
+    return next(parent for parent in [folder, *folder.parents] if os.path.exists(parent))
 
 
 def names(_: Job) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from jobs.checks.findings import Finding, Job, fail, ok, warn
 REFUSED_AFTER = timedelta(minutes=15)  # S3 refuses signatures of a clock that is further off
 NOTABLE = timedelta(seconds=30)
 SOON = timedelta(minutes=15)
+_NAME_DATA = "name the folder that holds it with --data"
 WHERE = ("data", "output")  # settings that other checks name
 
 
@@ -111,7 +113,8 @@ def _skew(bucket: str) -> timedelta | None:
 
 
 def _buckets(job: Job) -> list[str]:
-    return [url.removeprefix("s3://").split("/")[0] for url in (job.output, job.data) if url.startswith("s3://")]
+    urls = [re.fullmatch(r"s3a?://([^/]+).*", url) for url in (job.output, job.data)]
+    return [found[1] for found in urls if found]
 
 
 def data(job: Job) -> Finding:
@@ -119,7 +122,10 @@ def data(job: Job) -> Finding:
     bindings = job.settings.bindings() if job.variant else {}
     tables = {storage.base(url).removesuffix(".csv").removesuffix(".parquet") for url in storage.ls(job.data)}
     if "train" not in tables:
-        return fail(f"{job.data} has no train.csv", "name the folder that holds it with --data", ExitCode.DATA)
+        folder, _, name = job.data.rpartition("/")
+        is_file = name.endswith((".csv", ".parquet")) and not tables
+        remedy = f"{name} is a file: give its folder, --data {folder or '.'}" if is_file else _NAME_DATA
+        return fail(f"{job.data} has no train.csv", remedy, ExitCode.DATA)
     train, test = _sources(job, "train"), _sources(job, "test")
     missing = {role: name for role, name in bindings.items() if name not in train}
     if missing or not train:

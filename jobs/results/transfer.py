@@ -8,6 +8,7 @@ without `MANIFEST.json` nothing is complete.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def damaged(plan: Plan, folder: str) -> dict[str, str]:
 
 
 def _difference(path: Path, entry: FileEntry) -> str:
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for what this user may not look at
         return "is missing"
     try:
         with path.open("rb") as file:
@@ -110,16 +111,23 @@ def _fetch_one(item: Item, target: Path) -> tuple[Outcome, int]:
     if item.entry and not _difference(target, item.entry):
         return Outcome.THERE, 0
     outcome = Outcome.FETCHED
-    if item.entry and target.exists():
+    if item.entry and os.path.lexists(target):
         outcome = Outcome.REPLACED
         _remove(target)  # what is wrong does not keep its name, also when the fetch fails
     content = storage.read(item.url)
     if item.entry:
         _verify(item.url, content, item.entry)
-    elif target.is_file() and target.read_bytes() == content:
+    elif _holds(target, content):
         return Outcome.THERE, len(content)
     _write(target, content)
     return outcome, len(content)
+
+
+def _holds(target: Path, content: bytes) -> bool:
+    try:
+        return target.read_bytes() == content
+    except OSError:
+        return False
 
 
 def _verify(url: str, content: bytes, entry: FileEntry) -> None:

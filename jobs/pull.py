@@ -194,7 +194,7 @@ def _add_lists(command: Callable[..., Parser]) -> None:
     submissions = command("submissions", _submissions, "lists the submissions, newest date first")
     comparison = command("compare", _compare, "shows what differs between runs: settings, SMAPE, metrics by group")
     submissions.add_argument("--name", help="only those published under this name")
-    comparison.add_argument("runs", nargs="+", metavar="RUN", help="ids, or latest and best of a --variant")
+    comparison.add_argument("runs", nargs="+", metavar="RUN", help="ids, or latest and best (which is served) of a --variant")
     comparison.add_argument("--metric", default="smape", help="column of metrics/groups.csv (default: smape)")
     for made in (runs, comparison):
         made.add_argument("--variant", help="qwen_clip or all_embeddings")
@@ -204,7 +204,7 @@ def _add_lists(command: Callable[..., Parser]) -> None:
 
 def _add_pulls(command: Callable[..., Parser]) -> None:
     run = command("run", _run, "pulls one run", _PULLED)
-    run.add_argument("which", metavar="RUN", help="an id, or latest or best of the --variant")
+    run.add_argument("which", metavar="RUN", help="an id, or latest or best (which is served) of the --variant")
     run.add_argument("--variant", help="qwen_clip or all_embeddings; needed for latest and best if there are both")
     run.add_argument("--state", action="store_true", help="also state.pt, from which training goes on")
     submission = command("submission", _submission, "pulls one submission with its manifest")

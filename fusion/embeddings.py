@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -21,9 +21,10 @@ from torch import Tensor
 from fusion import log, stopping, storage
 from fusion.distributed import World
 from fusion.errors import DataError, StopRequested, UnreachableError
-from fusion.inputs import source_files, sources_digest
+from fusion.inputs import Sources, find_sources
 from fusion.sharing import node_tensor
-from fusion.source_file import Header, read_header, read_vectors
+from fusion.source_file import Header, SourceFile, read_header, read_vectors
+from fusion.storage import Entry
 from fusion.tables import report_duplicates
 
 N_THREADS = 4
@@ -95,7 +96,7 @@ def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
 class Piece:
     """Consecutive row groups of one file, and the row that each of their vectors goes to (-1: to none)."""
 
-    url: str
+    file: SourceFile
     row_groups: list[int]
     targets: np.ndarray
 
@@ -120,6 +121,7 @@ def load(
     *,
     max_missing: float = 1.0,
     partial: bool = False,
+    sources: Sources | None = None,
 ) -> RowStore:
     """Embeddings of the rows `ids`, in this order.
 
@@ -127,6 +129,7 @@ def load(
         bindings: role to the name of its source.
         max_missing: largest share of the rows that a source may lack.
         partial: `ids` are only some of the table's, so that others in a source are no surprise.
+        sources: role to its files, if they were looked for before.
 
     Raises:
         DataError: a source that is missing, unreadable, inconsistent, or lacks too many rows; ids that occur twice.
@@ -134,15 +137,16 @@ def load(
         StopRequested: one of the ranks was asked to stop.
     """
     world.together(_stop_if_asked)
-    versions = world.on_main(lambda: sources_digest(data, split, bindings))
+    files = sources or world.on_main(lambda: find_sources(data, split, bindings))
+    where = storage.join(data, "embeddings", split)
     plans = world.on_main(
-        lambda: [_plan(data, split, role, name, ids, world.local_size) for role, name in bindings.items()]
+        lambda: [_plan(files[role], where, role, name, ids, world.local_size) for role, name in bindings.items()]
     )
     shape = {plan.role: (len(ids), plan.dim) for plan in plans}
     values = {plan.role: node_tensor(shape[plan.role], plan.dtype, world) for plan in plans}
     present = {plan.role: node_tensor((len(ids),), torch.bool, world) for plan in plans}
     _fill(plans, values, present, world)
-    if world.on_main(lambda: sources_digest(data, split, bindings)) != versions:
+    if world.on_main(lambda: find_sources(data, split, bindings)) != files:
         raise UnreachableError(
             f"embeddings of {split} in {data} were written while they were read", "run it again once they are complete"
         )
@@ -157,16 +161,16 @@ def _stop_if_asked() -> None:
         raise StopRequested(message, "run the same command again")
 
 
-def _plan(data: str, split: str, role: str, name: str, ids: pd.Index, n_readers: int) -> SourcePlan:
-    files = source_files(data, split, role, name)
+def _plan(files: Sequence[Entry], where: str, role: str, name: str, ids: pd.Index, n_readers: int) -> SourcePlan:
     with ThreadPoolExecutor(N_THREADS) as pool:
         headers = list(pool.map(_read_header, files))
-    source = f"source {name!r} in {storage.join(data, 'embeddings', split)}"
+    source = f"source {name!r} in {where}"
     dim, dtype = headers[0].dim, headers[0].dtype
     for header in headers:
         if (header.dim, header.dtype) != (dim, dtype):
             raise DataError(
-                f"{header.url} has vectors of {header.dim} x {header.dtype}, {headers[0].url} of {dim} x {dtype}",
+                f"{header.file.url} has vectors of {header.dim} x {header.dtype}, "
+                f"{headers[0].file.url} of {dim} x {dtype}",
                 "write all files of a source with the same encoder and type",
             )
     found = pd.Index(np.concatenate([header.ids for header in headers]))
@@ -182,16 +186,16 @@ def _plan(data: str, split: str, role: str, name: str, ids: pd.Index, n_readers:
     return SourcePlan(role, dim, stored, pieces, n_unknown=int((targets < 0).sum()))
 
 
-def _read_header(url: str) -> Header:
+def _read_header(entry: Entry) -> Header:
     _stop_if_asked()
-    return read_header(url)
+    return read_header(entry.url, entry.size)
 
 
 def _pieces(header: Header, targets: np.ndarray, n_pieces: int) -> Iterator[Piece]:
     starts = np.concatenate([[0], np.cumsum(header.group_rows)])
     for groups in np.array_split(np.arange(len(header.group_rows)), min(n_pieces, len(header.group_rows))):
         first, last = int(groups[0]), int(groups[-1])
-        yield Piece(header.url, groups.tolist(), targets[starts[first] : starts[last + 1]])
+        yield Piece(header.file, groups.tolist(), targets[starts[first] : starts[last + 1]])
 
 
 def _fill(
@@ -203,7 +207,7 @@ def _fill(
     def read(task: tuple[SourcePlan, Piece]) -> None:
         plan, piece = task
         target = values[plan.role].numpy(), present[plan.role].numpy()
-        storage.retrying(piece.url, lambda: _read_piece(plan, piece, *target, given_up))
+        storage.retrying(piece.file.url, lambda: _read_piece(plan, piece, *target, given_up))
 
     def is_reading() -> bool:
         done, left = wait(reading, LOOK, FIRST_EXCEPTION)
@@ -227,7 +231,7 @@ def _read_piece(
 ) -> None:
     if given_up.is_set():  # before a retry
         return
-    for vectors, rows in read_vectors(piece.url, piece.row_groups, plan.dim):
+    for vectors, rows in read_vectors(piece.file, piece.row_groups, plan.dim):
         if given_up.is_set():
             return
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and counts as not finite

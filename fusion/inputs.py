@@ -2,54 +2,102 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from fusion import storage
 from fusion.config import digest
 from fusion.errors import DataError
+from fusion.storage import Entry
+
+_PARQUET = ".parquet"
+Sources = Mapping[str, tuple[Entry, ...]]
 
 
-def find_table(data: str, split: str) -> str:
-    """URL of `train.csv` or `test.csv`, or of its Parquet.
+@dataclass(frozen=True)
+class Inputs:
+    """What one look at the bucket showed: equal to a later one as long as nothing was written.
 
-    Raises:
-        DataError: there is neither.
+    Attributes:
+        table: `test.csv`, or its like.
+        sources: role to the Parquet files of the source bound to it.
     """
-    candidates = [storage.join(data, f"{split}.{ending}") for ending in ("csv", "parquet")]
-    for url in candidates:
-        if storage.exists(url):
-            return url
-    raise DataError(f"neither {candidates[0]} nor {split}.parquet exists", "--data must name the folder that holds it")
+
+    table: Entry
+    sources: Sources
+
+    def sources_digest(self) -> str:
+        """sha256 over the versions of all source files, which a listing tells without their vectors."""
+        return digest({role: [entry.version for entry in files] for role, files in self.sources.items()})
 
 
-def source_files(data: str, split: str, role: str, name: str) -> list[str]:
-    """URLs of the Parquet files of a source.
-
-    Raises:
-        DataError: there are none.
-    """
-    folder = storage.join(data, "embeddings", split)
-    single = storage.join(folder, f"{name}.parquet")
-    if storage.exists(single):
-        return [single]
-    files = [url for url in storage.ls(storage.join(folder, name)) if url.endswith(".parquet")]
-    if not files:
-        there = ", ".join(url.rsplit("/", 1)[-1].removesuffix(".parquet") for url in storage.ls(folder)) or "nothing"
-        raise DataError(
-            f"no {single} and no {name}/*.parquet for the role {role}; {folder} holds {there}",
-            f"name the source with --sources.{role.replace('_', '-')} NAME",
-        )
-    return files
-
-
-def sources_digest(data: str, split: str, bindings: Mapping[str, str]) -> str:
-    """sha256 over the versions of every source file, which a bucket tells without sending the vectors.
+def find_inputs(data: str, split: str, bindings: Mapping[str, str]) -> Inputs:
+    """Finds the table and all source files in two listings, of up to 1,000 objects per request.
 
     Args:
         bindings: role to the name of its source.
 
     Raises:
-        DataError: a source does not exist.
+        DataError: the table or a source does not exist, or there are two that could be meant.
     """
-    files = {role: source_files(data, split, role, name) for role, name in bindings.items()}
-    return digest({role: [storage.version_of(url) for url in urls] for role, urls in files.items()})
+    return Inputs(find_table(data, split), find_sources(data, split, bindings))
+
+
+def find_sources(data: str, split: str, bindings: Mapping[str, str]) -> Sources:
+    """As `find_inputs`, without the table."""
+    found = storage.find(storage.join(data, "embeddings", split))
+    return {role: _files(data, split, role, name, found) for role, name in bindings.items()}
+
+
+def find_table(data: str, split: str) -> Entry:
+    """`train.csv` or `test.csv`, or its Parquet.
+
+    Raises:
+        DataError: there is neither.
+    """
+    there = {storage.base(entry.url): entry for entry in storage.entries(data)}
+    for name in (f"{split}.csv", f"{split}{_PARQUET}"):
+        if name in there and not there[name].is_folder:
+            return there[name]
+    csv = storage.join(data, f"{split}.csv")
+    if not there and storage.exists(data):
+        folder = storage.join(data, "").rstrip("/").rpartition("/")[0]
+        raise DataError(f"{data} is a file, expected the folder that holds {split}.csv", f"--data {folder or '.'}")
+    holds = ", ".join(sorted(there)[:10]) or "nothing"
+    raise DataError(
+        f"neither {csv} nor {split}{_PARQUET} exists; {data} holds {holds}", "--data must name the folder that holds it"
+    )
+
+
+def _files(data: str, split: str, role: str, name: str, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
+    """The files of a source: `x.parquet`, or what is in the folder `x` or, as Spark names it, `x.parquet`."""
+    folder = storage.join(data, "embeddings", split)
+    single = found.get(f"{name}{_PARQUET}")
+    folders = {of: _parts(of, found) for of in (f"{name}/", f"{name}{_PARQUET}/")}
+    choices: dict[str, tuple[Entry, ...]] = {f"{name}{_PARQUET}": (single,)} if single else {}
+    choices |= {of: parts for of, parts in folders.items() if parts}
+    if len(choices) > 1:
+        both = " and ".join(storage.join(folder, choice) for choice in choices)
+        raise DataError(f"there are {both} for the role {role}", "remove the one that is not meant")
+    if not choices:
+        raise _no_source(folder, split, role, name, found)
+    return next(iter(choices.values()))
+
+
+def _parts(folder: str, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
+    """Parquet files directly in a folder. Hidden ones are not data: `.x`, `_x`, and macOS' `._x`."""
+    names = {path.removeprefix(folder): entry for path, entry in found.items() if path.startswith(folder)}
+    mine = [name for name in names if name.endswith(_PARQUET) and "/" not in name and name[0] not in "._"]
+    return tuple(names[name] for name in sorted(mine))
+
+
+def _no_source(folder: str, split: str, role: str, name: str, found: Mapping[str, Entry]) -> DataError:
+    there = sorted({path.split("/")[0].removesuffix(_PARQUET) for path in found if path[0] not in "._"})
+    near = "".join(f"did you mean {other}? " for other in difflib.get_close_matches(name, there, n=1))
+    flag = f"name the source with --sources.{role.replace('_', '-')} NAME"
+    return DataError(
+        f"no {storage.join(folder, name)}{_PARQUET} and no {name}/*{_PARQUET} for the role {role}; {folder} holds "
+        f"{', '.join(there) or 'nothing'}",
+        near + (flag if split == "train" else "add it: the model was trained with this source"),
+    )

@@ -16,6 +16,7 @@ from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, DivergedError, UnreachableError
 from fusion.fingerprints import Look, look, to_parquet
+from fusion.inputs import find_inputs, find_table
 from fusion.manifests import FINGERPRINTS, SUBMISSION
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.parts import Compute, compute_parts, compute_rows, discard
@@ -92,7 +93,8 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
     with world(settings.device) as place:
         settings = replace(settings, date=place.on_main(settings.day))  # one day for all ranks, also around midnight
         run, config, chosen, data = open_run(settings, config_class, place)
-        origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data))
+        inputs = place.on_main(lambda: find_inputs(data, "test", config.bindings()))
+        origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, found=inputs))
         under_way = storage.join(settings.output, "parts", settings.name)
         parts = parts_folder(under_way, origin, place)
         if place.on_main(lambda: submission.reuse(settings, origin)):
@@ -101,11 +103,12 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         model = load_model(chosen, config, build_network, place)
         table = on_main_alone(place, lambda: read_table(data, "test", priced=False, columns=["price"]))
         ids = place.on_main(lambda: held(table).ids)
-        store = load(data, "test", config.bindings(), ids, place, max_missing=config.max_missing)
+        bindings, sources = config.bindings(), inputs.sources
+        store = load(data, "test", bindings, ids, place, max_missing=config.max_missing, sources=sources)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
-        if place.on_main(lambda: submission.origin_of(run, chosen, config, data)) != origin:
+        if place.on_main(lambda: find_table(data, "test")) != inputs.table:
             raise UnreachableError(
-                f"the input in {data} was written while it was read", "run it again once it is complete"
+                f"{inputs.table.url} was written while it was read", "run it again once it is complete"
             )
         store, last = store.resident_on(place.device), on_main_alone(place, lambda: submission.last(settings))
         seen = look(model, store, ids, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,21 +22,34 @@ STREAM_BYTES = 1 << 22  # bytes fetched at a time, so that a file with one huge 
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """A file whose footer has been read: what is read of it later costs one request per part, and none besides."""
+
+    url: str
+    size: int
+    footer: pq.FileMetaData
+
+
+@dataclass(frozen=True)
 class Header:
     """What a file says before its vectors are read; `ids` [N] as text, `group_rows` the rows of each row group."""
 
-    url: str
+    file: SourceFile
     dim: int
     dtype: str
     ids: np.ndarray
     group_rows: list[int]
 
 
-def read_header(url: str) -> Header:
-    """Raises a DataError when the file is no Parquet with ids and vectors."""
+def read_header(url: str, size: int | None = None) -> Header:
+    """What a file of this many bytes says of itself.
+
+    Raises:
+        DataError: the file is no Parquet with ids and vectors.
+    """
 
     def read() -> Header:
-        with storage.open_read(url) as raw, _damage_named(url), _parquet(raw) as file:
+        with storage.open_read(url, size) as raw, _damage_named(url), _parquet(raw) as file:
             _check_columns(url, file.schema_arrow)
             if file.metadata.num_rows == 0:
                 raise DataError(f"{url} has no rows", "write the embeddings again")
@@ -44,27 +58,27 @@ def read_header(url: str) -> Header:
                 raise DataError(f"{url} has {ids.null_count} rows without a sample_id", "give every row an id")
             dim, dtype = _dim_and_dtype(url, file)
             groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-            return Header(url, dim, dtype, ids.to_numpy(), groups)
+            return Header(SourceFile(url, raw.seek(0, os.SEEK_END), file.metadata), dim, dtype, ids.to_numpy(), groups)
 
     return storage.retrying(url, read)
 
 
-def read_vectors(url: str, row_groups: Sequence[int], dim: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def read_vectors(source: SourceFile, row_groups: Sequence[int], dim: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Vectors [M, D] of row groups that are not null, part by part, and the position [M] of each in these groups.
 
     Raises:
         DataError: the file is damaged, or has vectors of another length.
     """
-    start = 0
-    with storage.open_read(url) as raw, _damage_named(url), _parquet(raw) as file:
+    start, url = 0, source.url
+    with storage.open_read(url, source.size) as raw, _damage_named(url), _parquet(raw, source.footer) as file:
         for batch in file.iter_batches(STREAM_ROWS, row_groups, columns=["embedding"], use_threads=False):
             vectors, rows = _vectors(url, batch.column(0), dim)
             yield vectors, start + rows
             start += len(batch)
 
 
-def _parquet(raw: BinaryIO) -> pq.ParquetFile:
-    return pq.ParquetFile(raw, buffer_size=STREAM_BYTES, pre_buffer=False)
+def _parquet(raw: BinaryIO, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    return pq.ParquetFile(raw, metadata=footer, buffer_size=STREAM_BYTES, pre_buffer=False)
 
 
 @contextmanager

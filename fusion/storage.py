@@ -175,8 +175,11 @@ def find(url: str) -> dict[str, Entry]:
 def open_read(url: str, size: int | None = None) -> BinaryIO:
     """A seekable file for reading parts of an object, without read-ahead; a known size saves a request."""
     fs, path = backend.locate(url)
-    known = {"size": size} if size is not None and backend.is_s3(fs) else {}
+    is_known = size is not None and backend.is_s3(fs)
+    known = {"size": size} if is_known else {}
     file = retrying(url, lambda: fs.open(path, "rb", cache_type="none", **known))
+    if is_known:
+        file.details = {"name": path, "type": "file", **known}  # s3fs would ask for them before the first read
     cache = getattr(file, "cache", None)
     if cache is not None:  # not a local file: each part is asked for again by itself, not the whole from its start
         fetch = cache.fetcher

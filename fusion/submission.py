@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ import pandas as pd
 from fusion import log, manifests, pointers, records, storage
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.errors import DivergedError
-from fusion.inputs import find_table, sources_digest
+from fusion.inputs import Inputs, find_inputs
 from fusion.manifests import FINGERPRINTS, MANIFEST, SUBMISSION
 from fusion.provenance import code_digest
 from fusion.records import Night, SubmissionManifest, SubmissionPointer
@@ -83,14 +83,22 @@ class Last:
     prints: pd.DataFrame | None
 
 
-def origin_of(run: str, chosen: manifests.Checkpoint, config: RunConfig, data: str, split: str = "test") -> Origin:
-    """What predictions of a split are made of.
+def origin_of(
+    run: str,
+    chosen: manifests.Checkpoint,
+    config: RunConfig,
+    data: str,
+    split: str = "test",
+    found: Inputs | None = None,
+) -> Origin:
+    """What predictions of a split are made of; `found` are its inputs, if they are known.
 
     Raises:
         DataError: the table or a source of the split does not exist.
     """
-    table = storage.sha256(storage.read(find_table(data, split)))
-    inputs = digest([table, sources_digest(data, split, config.bindings())])
+    found = found or find_inputs(data, split, config.bindings())
+    table = storage.sha256(storage.read(found.table.url))
+    inputs = digest([table, found.sources_digest()])
     return Origin(run, chosen.name, chosen.model_sha256, data, table, inputs, code_digest())
 
 
@@ -109,25 +117,46 @@ def published(settings: PredictConfig, config_class: type[C]) -> str | None:
 
 def reuse(settings: PredictConfig, origin: Origin) -> str | None:
     """As `published`, for a known origin."""
-    for folder, manifest in _candidates(settings):
-        if not origin.same_as(manifest):
+    current = _current(settings)
+    for folder, manifest in _candidates(settings, current):
+        content = _read_verified(folder, manifest, SUBMISSION) if origin.same_as(manifest) else None
+        if content is None:
             continue
-        found = {entry.key: _read_verified(folder, manifest, entry.key) for entry in manifest.files}
-        files = {key: content for key, content in found.items() if content is not None}
-        if SUBMISSION in files:
-            return publish(settings, origin, Made(files, manifest.rows, manifest.smape, manifest.history))
+        if current == (folder, manifest) and manifest.date == settings.day():  # nothing is left to do
+            return _published_before(folder, manifest.rows)
+        return publish(settings, origin, _made(folder, manifest, content))
     return None
 
 
-def _candidates(settings: PredictConfig) -> Iterator[tuple[str, SubmissionManifest]]:
-    """Committed submissions that may be the one wanted, with their manifests: those of its date, then the current."""
+def _candidates(
+    settings: PredictConfig, current: tuple[str, SubmissionManifest] | None
+) -> Iterator[tuple[str, SubmissionManifest]]:
+    """Committed submissions that may be the one wanted, with their manifests: those of its date, and the current.
+
+    The current one comes first where it is not of a later date: mostly it is the one, and there is nothing to list.
+    """
+    if current is not None and current[1].date <= settings.day():
+        yield current
     for folder in storage.ls(storage.join(settings.output, "submissions", settings.name, settings.day())):
         manifest = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
-        if manifest is not None:
+        if manifest is not None and (folder, manifest) != current:
             yield folder, manifest
-    current = _current(settings)
-    if current is not None:
+    if current is not None and current[1].date > settings.day():
         yield current
+
+
+def _made(folder: str, manifest: SubmissionManifest, submission: bytes) -> Made:
+    """What was committed there, without files that are damaged."""
+    others = [entry.key for entry in manifest.files if entry.key != SUBMISSION]
+    found = {key: _read_verified(folder, manifest, key) for key in others}
+    whole = {key: content for key, content in found.items() if content is not None}
+    return Made({SUBMISSION: submission, **whole}, manifest.rows, manifest.smape, manifest.history)
+
+
+def _published_before(folder: str, rows: int) -> str:
+    url = storage.join(folder, SUBMISSION)
+    log.info(event="published_before", rows=rows, submission=url)
+    return url
 
 
 def _current(settings: PredictConfig) -> tuple[str, SubmissionManifest] | None:
@@ -157,8 +186,9 @@ def publish(settings: PredictConfig, origin: Origin, made: Made) -> str:
     """Commits the submission under its date and points to it, unless a later date is current; its URL."""
     key = f"{settings.name}/{settings.day()}/{storage.sha256(made.files[SUBMISSION])[:12]}"
     folder = storage.join(settings.output, "submissions", key)
-    before = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
-    _write_damaged(folder, made.files)
+    there = {storage.base(url) for url in storage.ls(folder)}
+    before = _whole(SubmissionManifest, storage.join(folder, MANIFEST)) if MANIFEST in there else None
+    _write_damaged(folder, made.files, there)
     if before is None or not origin.same_as(before):
         files = manifests.entries(made.files)
         manifest = SubmissionManifest(
@@ -186,10 +216,10 @@ def publish(settings: PredictConfig, origin: Origin, made: Made) -> str:
     return url
 
 
-def _write_damaged(folder: str, files: Mapping[str, bytes]) -> None:
-    """Writes the files that are not there as they should be."""
+def _write_damaged(folder: str, files: Mapping[str, bytes], there: Collection[str]) -> None:
+    """Writes the files that are not there as they should be; those that are not `there` without a look."""
     for name, content in files.items():
-        if storage.read_if_exists(storage.join(folder, name)) != content:
+        if name not in there or storage.read_if_exists(storage.join(folder, name)) != content:
             manifests.write_files(folder, {name: content})
 
 

@@ -95,7 +95,7 @@ def read_table(
         DataError: no such file, unreadable, a column missing or of an unusable type, ids empty or twice, prices missing
             or not positive.
     """
-    url = find_table(data, split)
+    url = find_table(data, split).url
     needed = ("sample_id", "price") if priced else ("sample_id",)
     found, names = parse_table(url, storage.read(url), needed, columns)
     if found.num_rows == 0:

@@ -205,7 +205,7 @@ def _compare_ids(report: Report, ids: list[str], manifest: SubmissionManifest, d
 
     try:
         where = data or manifest.data or _data_of(manifest.run)
-        found = storage.sha256(storage.read(find_table(where, "test")))
+        found = storage.sha256(storage.read(find_table(where, "test").url))
         table = read_table(where, "test", priced=False)
     except _NOT_READABLE as error:
         report.note(f"ids not compared: {first_line(error)}")

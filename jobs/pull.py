@@ -194,7 +194,8 @@ def _add_lists(command: Callable[..., Parser]) -> None:
     submissions = command("submissions", _submissions, "lists the submissions, newest date first")
     comparison = command("compare", _compare, "shows what differs between runs: settings, SMAPE, metrics by group")
     submissions.add_argument("--name", help="only those published under this name")
-    comparison.add_argument("runs", nargs="+", metavar="RUN", help="ids, or latest and best (which is served) of a --variant")
+    comparison.add_argument("runs", nargs="+", metavar="RUN",
+        help="ids, or latest and best (which is served) of a --variant")  # fmt: skip
     comparison.add_argument("--metric", default="smape", help="column of metrics/groups.csv (default: smape)")
     for made in (runs, comparison):
         made.add_argument("--variant", help="qwen_clip or all_embeddings")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import cast
+from urllib.parse import unquote
 
 MAX_DELAY = 0.3  # seconds
 
@@ -112,6 +113,7 @@ class FaultProxy(socketserver.ThreadingTCPServer):
 
     Attributes:
         met: how often each fault was met; None counts the requests that passed.
+        seen: every request, as "GET /bucket/key", in their order.
     """
 
     daemon_threads = True
@@ -124,6 +126,7 @@ class FaultProxy(socketserver.ThreadingTCPServer):
         self.upstream = host, int(port)
         self.plan: Plan | None = None
         self.met: Counter[Fault | None] = Counter()
+        self.seen: list[str] = []
         self.stopping = threading.Event()
         self._lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -142,6 +145,7 @@ class FaultProxy(socketserver.ThreadingTCPServer):
             request = Request(head, self.met.total())
             fault = self.plan(request) if self.plan else None
             self.met[fault] += 1
+            self.seen.append(f"{request.method} {unquote(request.path)}")
         return request, fault
 
     def handle_error(self, request: object, client_address: object) -> None:

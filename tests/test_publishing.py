@@ -15,6 +15,7 @@ from fusion.all_embeddings import train
 from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
 from fusion.errors import DataError
+from fusion.manifests import SUBMISSION
 from fusion.records import SubmissionPointer
 from fusion.runs import open_run
 from fusion.tables import read_table
@@ -38,7 +39,7 @@ def publisher(catalog: Path, output: str) -> Callable[[int], None]:
     def publish(number: int) -> None:
         prices = np.random.default_rng(number).uniform(1, 100, len(table))
         content = submission.submission_csv(list(table.ids[table.file_order]), prices)
-        submission.publish(settings, origin, content, len(table))
+        submission.publish(settings, origin, submission.Made({SUBMISSION: content}, len(table), None, []))
 
     return publish
 

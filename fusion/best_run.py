@@ -26,8 +26,13 @@ def exists(output: str, pointer: RunPointer) -> bool:
 
 def served(output: str, variant: str) -> RunPointer | None:
     """The run that evaluations and predictions of a variant use; None if there is none, or it was deleted."""
-    pointer = pointers.read(RunPointer, output, "runs", variant, SERVED)
+    pointer = pointed_to(output, variant)
     return pointer if pointer is not None and exists(output, pointer) else None
+
+
+def pointed_to(output: str, variant: str) -> RunPointer | None:
+    """As `served`, also if the run was deleted."""
+    return pointers.read(RunPointer, output, "runs", variant, SERVED)
 
 
 def point_to_run(config: RunConfig, checkpoint_name: str, smape: float) -> None:

@@ -56,12 +56,13 @@ def entries(files: Mapping[str, bytes]) -> list[FileEntry]:
 
 def committed(run: str) -> list[Checkpoint]:
     """All checkpoints of a run that have a manifest, oldest first; a damaged one is named in the log and left out."""
-    found = []
-    for folder in storage.ls(storage.join(run, "checkpoints")):
-        manifest = records.read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
-        if manifest is not None:
-            found.append(Checkpoint(folder, manifest))
-    return found
+    found = [_checkpoint(folder) for folder in storage.ls(storage.join(run, "checkpoints"))]
+    return [checkpoint for checkpoint in found if checkpoint is not None]
+
+
+def _checkpoint(folder: str) -> Checkpoint | None:
+    manifest = records.read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
+    return Checkpoint(folder, manifest) if manifest else None
 
 
 def split_digest(run: str) -> str:
@@ -75,12 +76,18 @@ def validated(run: str) -> list[Checkpoint]:
     return [checkpoint for checkpoint in committed(run) if checkpoint.manifest.smape is not None]
 
 
-def best(run: str) -> Checkpoint:
+def best(run: str, named: str = "") -> Checkpoint:
     """The committed checkpoint with the lowest validation SMAPE, the newest of equals.
+
+    Args:
+        named: a checkpoint that was it when the run finished. If it still stands, there is no need to look at all.
 
     Raises:
         DataError: the run has none.
     """
+    last = _checkpoint(storage.join(run, "checkpoints", named)) if named else None
+    if last is not None and last.manifest.finished and last.manifest.smape is not None:
+        return last
     found = validated(run)
     if not found:
         raise DataError(f"{run} has no committed checkpoint", "let its training finish, or name another with --run-dir")

@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 from fusion import __version__, log, manifests, records, storage
-from fusion.best_run import run_of, served
+from fusion.best_run import pointed_to, run_of
 from fusion.config import HOW, ReadRunConfig, RunConfig, digest
 from fusion.contention import turns
 from fusion.errors import ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
@@ -194,23 +194,26 @@ def _check_progress(run: str, number: int) -> None:
     )
 
 
-def find_run(settings: ReadRunConfig, variant: str) -> str:
+def _find_run(settings: ReadRunConfig, variant: str) -> tuple[str, str]:
     """URL of the run to use: `--run-dir`, else `--run-id`, else the one of the variant that is served.
 
-    Raises:
-        DataError: there is none.
+    And the name of the checkpoint to use, if it is known without a look at them all.
     """
     if settings.run_dir:
-        return settings.run_dir.rstrip("/")
+        return settings.run_dir.rstrip("/"), ""
     if settings.run_id:
-        return storage.join(settings.output, "runs", settings.run_id)
-    best = served(settings.output, variant)
+        return storage.join(settings.output, "runs", settings.run_id), ""
+    best = pointed_to(settings.output, variant)
     if best is None:
-        raise DataError(
-            f"no finished run of {variant} under {settings.output}",
-            f"train one with `python -m fusion.{variant}.train`, or name one with --run-dir",
-        )
-    return run_of(settings.output, best)
+        raise _no_finished_run(settings.output, variant)
+    return run_of(settings.output, best), best.checkpoint
+
+
+def _no_finished_run(output: str, variant: str) -> DataError:
+    return DataError(
+        f"no finished run of {variant} under {output}",
+        f"train one with `python -m fusion.{variant}.train`, or name one with --run-dir",
+    )
 
 
 def no_run(output: str, run_id: str) -> DataError:
@@ -229,13 +232,15 @@ def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[str, C, ma
         DataError: there is no such run, or its config is not the one that the checkpoint was trained with.
         ConfigError: it belongs to another variant.
     """
-    run = find_run(settings, config_class.variant)
+    run, named = _find_run(settings, config_class.variant)
     url = storage.join(run, "config.json")
     content = storage.read(url) if settings.run_dir else storage.read_if_exists(url)
+    if content is None and not settings.run_id:  # the run that is pointed to was deleted
+        raise _no_finished_run(settings.output, config_class.variant)
     if content is None:
         raise no_run(settings.output, storage.base(run))
     config = from_json(config_class, content, url)
-    best = manifests.best(run)
+    best = manifests.best(run, named)
     if config_digest(json.loads(content)) != best.manifest.config_sha256:
         raise DataError(
             f"{url} has other settings than {best.name} was trained with",

@@ -13,7 +13,7 @@ from fusion.best_run import point_to_run, served
 from fusion.config import ReadRunConfig
 from fusion.errors import DataError
 from fusion.records import RunPointer
-from fusion.runs import find_run
+from fusion.runs import open_run
 
 VARIANT = Config.variant
 
@@ -93,6 +93,6 @@ def test_a_run_that_was_deleted_is_not_served(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "runs/a")
     assert served(str(tmp_path), VARIANT) is None
     with pytest.raises(DataError, match="no finished run"):
-        find_run(ReadRunConfig(output=str(tmp_path)), VARIANT)
+        open_run(ReadRunConfig(output=str(tmp_path)), Config)
     finish(tmp_path, "toy", 60.0, "other rows")
     assert current(tmp_path) == "toy"

@@ -298,7 +298,11 @@ def test_a_damaged_checkpoint_is_left_out(place: Path, night: Night, capsys: pyt
     made = Path(manifests.best(str(place / "output/runs/r")).url)
     shutil.copytree(made, made.with_name("step-00000001"))
     (made.with_name("step-00000001") / "MANIFEST.json").write_text('{"schema": 1')
-    assert night("2026-03-01") == 0
+    assert night("2026-03-01", "--run-id", "r") == 0
+    assert "event=checkpoint_damaged" in capsys.readouterr().err
+    shutil.copytree(made, made.with_name("step-00000002"))
+    (made / "MANIFEST.json").write_text('{"schema": 1')
+    assert night("2026-03-02") == 0, "the pointer names the damaged one, and there is another"
     assert "event=checkpoint_damaged" in capsys.readouterr().err
 
 

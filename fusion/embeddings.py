@@ -102,6 +102,15 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where the vectors of a role go: values [N, D], and whether a row [N] is present, or has a vector of zeros."""
+
+    values: np.ndarray
+    present: np.ndarray
+    zeros: np.ndarray
+
+
+@dataclass(frozen=True)
 class SourcePlan:
     """What is known of a source before its vectors are read."""
 
@@ -145,13 +154,18 @@ def load(
     shape = {plan.role: (len(ids), plan.dim) for plan in plans}
     values = {plan.role: node_tensor(shape[plan.role], plan.dtype, world) for plan in plans}
     present = {plan.role: node_tensor((len(ids),), torch.bool, world) for plan in plans}
-    _fill(plans, values, present, world)
+    zeros = {plan.role: node_tensor((len(ids),), torch.bool, world) for plan in plans}
+    _fill(
+        plans,
+        {role: Target(values[role].numpy(), present[role].numpy(), zeros[role].numpy()) for role in values},
+        world,
+    )
     if world.on_main(lambda: find_sources(data, split, bindings)) != files:
         raise UnreachableError(
             f"embeddings of {split} in {data} were written while they were read", "run it again once they are complete"
         )
     store = RowStore(values, present)
-    world.on_main(lambda: _report(plans, bindings, store, ids, max_missing, partial))
+    world.on_main(lambda: _report(plans, bindings, store, zeros, ids, max_missing, partial))
     return store
 
 
@@ -198,16 +212,13 @@ def _pieces(header: Header, targets: np.ndarray, n_pieces: int) -> Iterator[Piec
         yield Piece(header.file, groups.tolist(), targets[starts[first] : starts[last + 1]])
 
 
-def _fill(
-    plans: Iterable[SourcePlan], values: Mapping[str, Tensor], present: Mapping[str, Tensor], world: World
-) -> None:
+def _fill(plans: Iterable[SourcePlan], targets: Mapping[str, Target], world: World) -> None:
     tasks = [(plan, piece) for plan in plans for piece in plan.pieces][world.local_rank :: world.local_size]
     given_up = threading.Event()
 
     def read(task: tuple[SourcePlan, Piece]) -> None:
         plan, piece = task
-        target = values[plan.role].numpy(), present[plan.role].numpy()
-        storage.retrying(piece.file.url, lambda: _read_piece(plan, piece, *target, given_up))
+        storage.retrying(piece.file.url, lambda: _read_piece(plan, piece, targets[plan.role], given_up))
 
     def is_reading() -> bool:
         done, left = wait(reading, LOOK, FIRST_EXCEPTION)
@@ -226,26 +237,31 @@ def _fill(
             pool.shutdown(cancel_futures=True)
 
 
-def _read_piece(
-    plan: SourcePlan, piece: Piece, values: np.ndarray, present: np.ndarray, given_up: threading.Event
-) -> None:
+def _read_piece(plan: SourcePlan, piece: Piece, target: Target, given_up: threading.Event) -> None:
     if given_up.is_set():  # before a retry
         return
     for vectors, rows in read_vectors(piece.file, piece.row_groups, plan.dim):
         if given_up.is_set():
             return
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and counts as not finite
-            vectors = vectors.astype(values.dtype, copy=False)
-        targets = piece.targets[rows]
-        good = (targets >= 0) & np.isfinite(vectors).all(1)
-        values[targets[good]] = vectors if good.all() else vectors[good]
-        present[targets[good]] = True
+        _store(vectors, piece.targets[rows], target)
+
+
+def _store(vectors: np.ndarray, rows: np.ndarray, target: Target) -> None:
+    """Puts vectors [M, D] into the rows [M] of a target; what is not finite, or all zeros, stays missing there."""
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and counts as not finite
+        vectors = vectors.astype(target.values.dtype, copy=False)
+    known, empty = rows >= 0, ~vectors.any(1)  # extractors write zeros where there was no image or text
+    good = known & ~empty & np.isfinite(vectors).all(1)
+    target.values[rows[good]] = vectors if good.all() else vectors[good]
+    target.present[rows[good]] = True
+    target.zeros[rows[known & empty]] = True
 
 
 def _report(
     plans: Iterable[SourcePlan],
     bindings: Mapping[str, str],
     store: RowStore,
+    zeros: Mapping[str, Tensor],
     ids: pd.Index,
     max_missing: float,
     partial: bool,
@@ -255,10 +271,14 @@ def _report(
         found = np.zeros(len(ids), bool)
         for piece in plan.pieces:
             found[piece.targets[piece.targets >= 0]] = True
-        broken, missing = ids[found & ~present], ids[~found]
+        empty = zeros[role].numpy()
+        broken, missing = ids[found & ~present & ~empty], ids[~found]
         log.info(event="loaded", role=role, source=name, rows=int(present.sum()), missing=len(missing), dim=plan.dim)
         if plan.n_unknown and not partial:
             log.info(event="ids_not_in_table", role=role, rows=plan.n_unknown)
+        if empty.any():
+            first = ",".join(ids[empty][:5])
+            log.warning(event="vectors_of_zeros", role=role, rows=int(empty.sum()), first=first, counted="as missing")
         if len(broken):
             log.warning(event="not_finite", role=role, rows=len(broken), first=",".join(broken[:5]))
         if len(ids) - present.sum() > max_missing * len(ids):

@@ -90,6 +90,29 @@ def test_missing_null_and_broken_rows(tmp_path: Path, alone: World, capsys: pyte
     assert "event=rows_without_any_embedding rows=8" in said
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_vector_of_zeros_counts_as_missing(
+    tmp_path: Path, alone: World, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    values = vectors(10, dtype)
+    values[[2, 7]] = 0
+    values[7, 1] = -0.0
+    write(source(tmp_path), list(range(10)), values)
+    store = read(tmp_path, 10, alone, max_missing=0.2)
+    assert np.flatnonzero(~store.present["a"].numpy()).tolist() == [2, 7]
+    said = capsys.readouterr().err
+    assert "event=vectors_of_zeros role=a rows=2 first=2,7" in said
+    assert "not_finite" not in said
+    with pytest.raises(DataError, match="8 of 10 rows, without: 2, 7"):
+        read(tmp_path, 10, alone, max_missing=0.1)
+
+
+def test_a_source_of_zeros_is_missing_altogether(tmp_path: Path, alone: World) -> None:
+    write(source(tmp_path), list(range(10)), vectors(10) * 0)
+    with pytest.raises(DataError, match="0 of 10 rows"):
+        read(tmp_path, 10, alone, max_missing=0.05)
+
+
 def test_a_float64_beyond_float32_counts_as_not_finite(tmp_path: Path, alone: World) -> None:
     values = vectors(4, "float64")
     values[2, 0] = 1e300

@@ -37,10 +37,11 @@ from numpy.typing import NDArray
 from fusion import safe_pickle, storage
 from fusion.command import guarded
 from fusion.errors import DataError, ExitCode, Parser, UsageError
+from fusion.numpy_file import read_npy
 from fusion.scratch import temporary_folder
 
 ROW_GROUP: Final = 8192
-_STACK_IDS: Final = "save the ids as one array of int64 or of fixed-width text, not of Python objects"
+_STACK_IDS: Final = "save the ids as one array of integers, or of text: np.save('ids.npy', ids.astype(str))"
 _PAIR: Final = "give embeddings and ids that one run wrote"
 _PICKLE_LAYOUT: Final = "save a dict: {'embeddings': array of (rows, dim), 'sample_ids': list of ids}"
 _STACK_ROWS: Final = "save the embeddings as one array of float16 or float32 with a row for each sample"
@@ -155,16 +156,6 @@ def _require_unique(ids: pa.Array, name: str) -> None:
     if len(repeated):
         first = ", ".join(str(value) for value in repeated[:5].to_pylist())
         raise DataError(f"{name} has {len(repeated)} ids more than once, first {first}", "keep one row for each id")
-
-
-def read_npy(path: Path, name: str) -> NDArray[Any]:
-    """The array at `path`, mapped into memory, so that a batch at a time is read. Raises DataError."""
-    try:
-        return np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it has no way to unpickle
-    except (ValueError, EOFError, OSError, OverflowError) as error:
-        if "Python objects" in str(error):
-            raise DataError(f"{name} holds Python objects, which would need unpickling", _STACK_IDS) from None
-        raise DataError(f"{name} is not a complete .npy file ({error})", "copy or make the file again") from None
 
 
 def read_pickle(path: Path, name: str) -> Embeddings:

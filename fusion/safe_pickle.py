@@ -246,8 +246,27 @@ def load(path: Path, name: str) -> object:
 
     Raises DataError where the file is no pickle, is truncated, or names anything but data.
     """
+    return _as_data(lambda: _load(path), name)
+
+
+def load_objects(path: Path, name: str) -> object:
+    """As `load`, for an array of Python objects that numpy.save wrote: a header, and a pickle after it."""
+
+    def read() -> object:
+        with path.open("rb") as file:
+            major, _ = np.lib.format.read_magic(file)
+            if major == 1:
+                np.lib.format.read_array_header_1_0(file)
+            else:
+                np.lib.format.read_array_header_2_0(file)
+            return unwrap(_Unpickler(file).load(), name)
+
+    return _as_data(read, name)
+
+
+def _as_data(read: Callable[[], object], name: str) -> object:
     try:
-        return _load(path)
+        return read()
     except _RefusedError as error:
         raise DataError(f"{name} asks for {error}, which is not data; {_ALLOWED_IN_WORDS}", _REMEDY) from None
     except Exception as error:  # a broken pickle fails in any way, by the opcode that the damage made

@@ -75,6 +75,38 @@ def test_npy_pair_keeps_values_and_halves(tmp_path: Path, dtype: str, stored: st
     assert str(pq.read_schema(target).field("embedding").type.value_type) == stored
 
 
+@pytest.mark.parametrize("ids", [["a", "bb", "c", "007"], [7, 3, 12, 5], [np.int64(1), 2, 3, 4]], ids=str)
+def test_npy_ids_that_pandas_saved_as_objects(tmp_path: Path, ids: list[object]) -> None:
+    assert converted(convert_npy(tmp_path, VECTORS, np.array(ids, dtype=object)))[0] == ids
+
+
+def test_npy_ids_that_are_objects_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "embeddings.npy", VECTORS)
+    for ids in ([None, 2, 3, 4], [1.5, 2, 3, 4], ["a", 2, 3, 4]):
+        np.save(tmp_path / "ids.npy", np.array(ids, dtype=object))
+        assert run_npy(tmp_path) == 65
+        assert "expected only integers or only text" in capsys.readouterr().err
+
+
+def test_npy_vectors_that_are_objects(tmp_path: Path) -> None:
+    rows = np.empty(4, dtype=object)
+    rows[:] = list(VECTORS)
+    ids, values = converted(convert_npy(tmp_path, rows, np.array(IDS)))
+    assert ids == IDS
+    assert np.array_equal(values, VECTORS)
+
+
+def test_npz_says_how_to_make_npy_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "embeddings.npz", vectors=VECTORS)
+    (tmp_path / "embeddings.npz").rename(tmp_path / "embeddings.npy")
+    np.save(tmp_path / "ids.npy", np.array(IDS))
+    assert run_npy(tmp_path) == 65
+    said = capsys.readouterr().err
+    assert "is an .npz archive of the arrays ['vectors']" in said
+    assert "np.save('vectors.npy', np.load(" in said
+    assert "['vectors'])" in said
+
+
 @pytest.mark.parametrize("kind", ["U2", "S2"])
 def test_npy_text_ids(tmp_path: Path, kind: str) -> None:
     assert converted(convert_npy(tmp_path, VECTORS, np.array(["a", "bb", "c", "7"], kind)))[0] == ["a", "bb", "c", "7"]
@@ -331,7 +363,7 @@ def test_allowed_callables_are_stand_ins() -> None:
 
 
 BAD_NPY: dict[str, tuple[Any, Any, list[str]]] = {
-    "objects": (VECTORS, np.array(["a", 1, 2, 3], dtype=object), ["ids.npy", "unpickling"]),
+    "objects": (VECTORS, np.array(["a", 1, 2, 3], dtype=object), ["ids.npy[1] is a int", "only integers or only text"]),
     "lengths": (VECTORS, np.arange(5), ["4 rows", "5 ids"]),
     "id twice": (VECTORS, np.array([3, 9, 3, 9]), ["2 ids", "first 3, 9", "ids.npy"]),
     "text id twice": (VECTORS, np.array(["a", "b", "a", "c"]), ["1 ids", "first a", "ids.npy"]),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -23,12 +23,13 @@ from fusion.distributed import World
 from fusion.errors import DataError, StopRequested, UnreachableError
 from fusion.inputs import Sources, find_sources
 from fusion.sharing import node_tensor
-from fusion.source_file import Header, SourceFile, read_header, read_vectors
+from fusion.source_file import Header, read_header, read_vectors
+from fusion.source_plan import Piece, Rows, SourcePlan, plan_source
 from fusion.storage import Entry
-from fusion.tables import report_duplicates
 
 N_THREADS = 4
 DIGEST_ROWS = 4096  # rows brought to float32 at a time
+N_COMPARED = 1000  # rows that are compared to see whether two sources are the same
 LOOK = 0.5  # seconds between two moments at which the ranks tell one another of errors and stop requests
 
 
@@ -93,32 +94,12 @@ def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive row groups of one file, and the row that each of their vectors goes to (-1: to none)."""
-
-    file: SourceFile
-    row_groups: list[int]
-    targets: np.ndarray
-
-
-@dataclass(frozen=True)
 class Target:
     """Where the vectors of a role go: values [N, D], and whether a row [N] is present, or has a vector of zeros."""
 
     values: np.ndarray
     present: np.ndarray
     zeros: np.ndarray
-
-
-@dataclass(frozen=True)
-class SourcePlan:
-    """What is known of a source before its vectors are read."""
-
-    role: str
-    dim: int
-    dtype: torch.dtype
-    pieces: list[Piece]
-    n_unknown: int  # ids that the table does not have
 
 
 def load(
@@ -148,9 +129,7 @@ def load(
     world.together(_stop_if_asked)
     files = sources or world.on_main(lambda: find_sources(data, split, bindings))
     where = storage.join(data, "embeddings", split)
-    plans = world.on_main(
-        lambda: [_plan(files[role], where, role, name, ids, world.local_size) for role, name in bindings.items()]
-    )
+    plans = world.on_main(lambda: _plans(files, bindings, where, Rows.of(ids, max_missing), world.local_size))
     shape = {plan.role: (len(ids), plan.dim) for plan in plans}
     values = {plan.role: node_tensor(shape[plan.role], plan.dtype, world) for plan in plans}
     present = {plan.role: node_tensor((len(ids),), torch.bool, world) for plan in plans}
@@ -175,41 +154,19 @@ def _stop_if_asked() -> None:
         raise StopRequested(message, "run the same command again")
 
 
-def _plan(files: Sequence[Entry], where: str, role: str, name: str, ids: pd.Index, n_readers: int) -> SourcePlan:
+def _plans(files: Sources, bindings: Mapping[str, str], where: str, rows: Rows, n_readers: int) -> list[SourcePlan]:
+    return [_plan(role, f"source {name!r} in {where}", files[role], rows, n_readers) for role, name in bindings.items()]
+
+
+def _plan(role: str, source: str, files: Sequence[Entry], rows: Rows, n_readers: int) -> SourcePlan:
     with ThreadPoolExecutor(N_THREADS) as pool:
         headers = list(pool.map(_read_header, files))
-    source = f"source {name!r} in {where}"
-    dim, dtype = headers[0].dim, headers[0].dtype
-    for header in headers:
-        if (header.dim, header.dtype) != (dim, dtype):
-            raise DataError(
-                f"{header.file.url} has vectors of {header.dim} x {header.dtype}, "
-                f"{headers[0].file.url} of {dim} x {dtype}",
-                "write all files of a source with the same encoder and type",
-            )
-    found = pd.Index(np.concatenate([header.ids for header in headers]))
-    report_duplicates(source, pa.array(found))
-    targets = ids.get_indexer(found)
-    bounds = np.cumsum([len(header.ids) for header in headers])[:-1]
-    pieces = [
-        piece
-        for header, part in zip(headers, np.split(targets, bounds), strict=True)
-        for piece in _pieces(header, part, N_THREADS * n_readers)
-    ]
-    stored = torch.float16 if dtype == "float16" else torch.float32
-    return SourcePlan(role, dim, stored, pieces, n_unknown=int((targets < 0).sum()))
+    return plan_source(role, source, headers, rows, N_THREADS * n_readers)
 
 
 def _read_header(entry: Entry) -> Header:
     _stop_if_asked()
     return read_header(entry.url, entry.size)
-
-
-def _pieces(header: Header, targets: np.ndarray, n_pieces: int) -> Iterator[Piece]:
-    starts = np.concatenate([[0], np.cumsum(header.group_rows)])
-    for groups in np.array_split(np.arange(len(header.group_rows)), min(n_pieces, len(header.group_rows))):
-        first, last = int(groups[0]), int(groups[-1])
-        yield Piece(header.file, groups.tolist(), targets[starts[first] : starts[last + 1]])
 
 
 def _fill(plans: Iterable[SourcePlan], targets: Mapping[str, Target], world: World) -> None:
@@ -287,6 +244,22 @@ def _report(
                 f"{', '.join(ids[~present][:5])}",
                 f"complete the source, or accept more than {max_missing:.0%} missing rows with --max-missing",
             )
+    _warn_of_equal_sources(bindings, store)
     none = int((~store.any_present()).sum())
     if none:
         log.warning(event="rows_without_any_embedding", rows=none, predicted="the training median")
+
+
+def _warn_of_equal_sources(bindings: Mapping[str, str], store: RowStore) -> None:
+    """Warns of roles that have the same vectors: a source bound twice, or two files with the same content."""
+    for first, second in combinations(store.values, 2):
+        if store.dims[first] != store.dims[second]:
+            continue
+        both = torch.nonzero(store.present[first] & store.present[second]).squeeze(1)[:N_COMPARED]
+        if len(both) and torch.equal(store.values[first][both].float(), store.values[second][both].float()):
+            log.warning(
+                event="same_vectors",
+                roles=f"{first},{second}",
+                sources=f"{bindings[first]},{bindings[second]}",
+                hint="bind another source to one of them",
+            )

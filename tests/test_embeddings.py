@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -190,10 +190,79 @@ def test_wrong_columns(tmp_path: Path, alone: World, table: dict[str, list[objec
         read(tmp_path, 2, alone)
 
 
-def test_a_file_without_rows(tmp_path: Path, alone: World) -> None:
+def test_parts_without_rows_and_hidden_files_are_passed_over(tmp_path: Path, alone: World) -> None:
+    folder = tmp_path / "embeddings" / "train" / "s.parquet"
+    write(folder / "part-0.parquet", pa.array([], pa.int64()), vectors(0), fixed=False)
+    write(folder / "part-1.parquet", [0, 1, 2], vectors(3))
+    for name in ("._part-1.parquet", ".part-1.parquet.crc", "_SUCCESS", "_metadata"):
+        (folder / name).write_bytes(b"no Parquet")
+    np.testing.assert_array_equal(read(tmp_path, 3, alone).values["a"].numpy(), vectors(3))
+
+
+def test_a_source_without_any_row(tmp_path: Path, alone: World) -> None:
     write(source(tmp_path), pa.array([], pa.int64()), vectors(0))
-    with pytest.raises(DataError, match="has no rows"):
+    with pytest.raises(DataError, match=r"source 's' in .* has no vectors"):
         read(tmp_path, 2, alone)
+
+
+def test_vectors_without_numbers(tmp_path: Path, alone: World) -> None:
+    path = source(tmp_path)
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"sample_id": [0], "embedding": pa.array([[]], pa.list_(pa.float32()))}), path)
+    with pytest.raises(DataError, match="vectors of 0 numbers"):
+        read(tmp_path, 1, alone)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string()), pa.int32(), pa.uint64()],
+    ids=str,
+)
+def test_every_kind_of_id(tmp_path: Path, alone: World, kind: pa.DataType) -> None:
+    ids = pa.array(range(3)) if pa.types.is_integer(kind) else pa.array(["0", "1", "2"])
+    ids = ids.dictionary_encode() if pa.types.is_dictionary(kind) else ids.cast(kind)
+    path = source(tmp_path)
+    path.parent.mkdir(parents=True)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors(3).reshape(-1)), DIM)
+    pq.write_table(pa.table({"sample_id": ids, "embedding": column}), path)
+    np.testing.assert_array_equal(read(tmp_path, 3, alone).values["a"].numpy(), vectors(3))
+
+
+@pytest.mark.parametrize("save", [np.save, np.savez], ids=["npy", "npz"])
+def test_a_numpy_file_that_is_called_parquet(tmp_path: Path, alone: World, save: Callable[..., None]) -> None:
+    source(tmp_path).parent.mkdir(parents=True)
+    with source(tmp_path).open("wb") as file:
+        save(file, vectors(3))
+    with pytest.raises(DataError, match="is a NumPy file") as caught:
+        read(tmp_path, 3, alone)
+    assert "python -m fusion.convert" in caught.value.remedy
+
+
+def test_ids_that_match_none_are_shown_from_both_sides(tmp_path: Path, alone: World) -> None:
+    write(source(tmp_path), ["X0", "X1"], vectors(2))
+    with pytest.raises(
+        DataError, match="0 of 2 rows, without: 0, 1; it has other ids instead: X0, X1; no id"
+    ) as caught:
+        read(tmp_path, 2, alone, max_missing=0.05)
+    assert "--max-missing" not in caught.value.remedy  # nothing would be left
+
+
+@pytest.mark.parametrize("spelling", ["{}.0", "00{}", " {} "])
+def test_ids_that_are_spelled_otherwise(tmp_path: Path, alone: World, spelling: str) -> None:
+    write(source(tmp_path), [spelling.format(i) for i in range(4)], vectors(4))
+    with pytest.raises(DataError, match="4 of them differ only in their spelling"):
+        read(tmp_path, 4, alone, max_missing=0.05)
+
+
+def test_one_source_for_two_roles(tmp_path: Path, alone: World, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, values in {"s": vectors(4), "copy": vectors(4), "t": vectors(4) + 1}.items():
+        write(source(tmp_path, name), list(range(4)), values)
+    ids = pd.Index([str(i) for i in range(4)])
+    load(str(tmp_path), "train", {"a": "s", "b": "t", "c": "s", "d": "copy"}, ids, alone)
+    said = capsys.readouterr().err
+    assert "event=same_vectors roles=a,c sources=s,s" in said
+    assert "event=same_vectors roles=a,d sources=s,copy" in said
+    assert "roles=a,b" not in said
 
 
 def test_a_source_that_does_not_exist_lists_those_that_do(tmp_path: Path, alone: World) -> None:

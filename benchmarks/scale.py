@@ -1,0 +1,192 @@
+"""Seconds and memory per row as tables grow: `python benchmarks/scale.py [--rows 100000 1000000] [--ranks 1 2]`.
+
+Makes tables with texts of 10 to 40,000 letters and four small sources in a temporary folder (below --folder), then runs
+reading and splitting, training of one epoch, evaluation and prediction on them with a tiny model, each in new processes
+on CPUs. Prints a line per stage: seconds, microseconds per row, and the peak of memory beyond the libraries' own, of
+rank 0 as a multiple of train.csv, and of the largest other rank in bytes per row. 10 million rows need 10 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+SOURCES = ("clip_image", "siglip_image", "siglip_text", "qwen_text")
+DIM = 8  # of each source: what is measured is the cost per row, not per number
+TEST_SHARE = 4  # a test table has one row for this many of the training table's
+CHUNK = 100_000  # rows made at a time
+# Lengths of texts: lognormal with the median and spread of the titles of a shop, and one in 10,000 of full length.
+MEDIAN_LENGTH, SPREAD, SHORTEST, LONGEST, SHARE_OF_LONGEST = 60, 0.9, 10, 40_000, 1e-4
+SHARE_OF_COPIES = 0.03  # texts that are those of another row
+FLAGS = ["--width", "8", "--n-heads", "2", "--hidden", "8", "--device", "cpu", "--epochs", "1", "--run-id", "scale"]
+FLAGS += ["--batch-size", "4096", "--checkpoint-seconds", "3600"]
+STAGES = ("read", "train", "evaluate", "predict")
+
+WORKER = """
+import json, sys, time
+import pyarrow.csv, pyarrow.dataset
+from fusion import evaluation, training
+from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.all_embeddings.config import Config
+from fusion.distributed import world
+from fusion.flags import parse
+from fusion.runs import start_run
+
+def peak():
+    status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+def read(flags):
+    config = parse(Config, flags, prog="scale", description=None)
+    with world("cpu") as place:
+        place.on_main(lambda: start_run(config))
+        training.read_data(config, place)
+    return 0
+
+stage, flags = sys.argv[1], sys.argv[2:]
+stages = {"train": train.main, "evaluate": evaluate_by_groups.main, "predict": predict_test.main, "read": read}
+before, start = peak(), time.perf_counter()
+code = stages[stage](flags)
+print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak() - before}))
+sys.exit(code)
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A stage on all ranks: seconds, and bytes of memory on rank 0 and on the largest of the others."""
+
+    seconds: float
+    main: int
+    other: int
+    log: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--folder", help="where the temporary folder is made")
+    settings = parser.parse_args()
+    print("rows      ranks  stage       seconds   us/row   rank 0: MiB  x train.csv   others: bytes/row", flush=True)
+    for n_rows in settings.rows:
+        with tempfile.TemporaryDirectory(prefix="fusion-scale-", dir=settings.folder) as folder:
+            make(Path(folder), n_rows)
+            for n_ranks in settings.ranks:
+                measure(Path(folder), n_rows, n_ranks, settings.stages)
+
+
+def measure(folder: Path, n_rows: int, n_ranks: int, stages: Sequence[str]) -> None:
+    size = (folder / "train.csv").stat().st_size
+    where = ["--data", str(folder), "--output", str(folder / f"output-{n_ranks}")]
+    for stage in stages:
+        flags = [*where, *(FLAGS if stage in ("read", "train") else ["--device", "cpu", "--run-id", "scale"])]
+        found = run(stage, flags, n_ranks)
+        for name, seconds in _parts(stage, found, n_rows):
+            of = n_rows // TEST_SHARE if stage == "predict" else n_rows
+            line = f"{n_rows:<9} {n_ranks:<6} {name:<10} {seconds:8.2f} {seconds / of * 1e6:8.2f}"
+            if seconds == found.seconds:
+                line += f" {found.main / 2**20:13.0f} {found.main / size:12.2f} {found.other / n_rows:19.0f}"
+            print(line, flush=True)
+
+
+def _parts(stage: str, found: Measured, n_rows: int) -> Iterator[tuple[str, float]]:
+    """What the log tells of the seconds of a stage, and the stage as a whole."""
+    if stage == "read":
+        reading = float(re.findall(r"event=read .*seconds=(\S+)", found.log)[-1])
+        yield "reading", reading
+        yield "splitting", found.seconds - reading
+    if stage == "train":
+        n_train, rate = re.findall(r"train=(\d+)", found.log), re.findall(r"rows_s=(\S+)", found.log)
+        yield "one epoch", int(n_train[-1]) / float(rate[-1]) if n_train else n_rows * 0.8 / float(rate[-1])
+    yield stage, found.seconds
+
+
+def run(stage: str, flags: list[str], n_ranks: int) -> Measured:
+    """Runs a stage in new processes, one per rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [_start(stage, flags, rank, n_ranks, port) for rank in range(n_ranks)]
+    outputs = [rank.communicate() for rank in ranks]
+    for rank, (_, log) in zip(ranks, outputs, strict=True):
+        if rank.returncode:
+            sys.exit(f"{stage} ended with {rank.returncode}:\n{log[-3000:]}")
+    told = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    peaks = [one["peak"] for one in told]
+    return Measured(max(one["seconds"] for one in told), peaks[0], max(peaks[1:], default=0), outputs[0][1])
+
+
+def _start(stage: str, flags: list[str], rank: int, n_ranks: int, port: int) -> subprocess.Popen[str]:
+    place = {"RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n_ranks}
+    place |= {"MASTER_PORT": port}
+    environment = os.environ | {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-c", WORKER, stage, *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def make(folder: Path, n_rows: int) -> None:
+    """Writes train.csv, test.csv and four sources of each, whose rows are in another order than the tables'."""
+    generator = np.random.default_rng(0)
+    for split, n in (("train", n_rows), ("test", n_rows // TEST_SHARE)):
+        _write_table(folder / f"{split}.csv", n, generator, priced=split == "train")
+        for name in SOURCES:
+            _write_source(folder / "embeddings" / split / f"{name}.parquet", n, generator)
+
+
+def _write_table(path: Path, n_rows: int, generator: np.random.Generator, *, priced: bool) -> None:
+    letters = generator.choice(np.frombuffer(b"abcdefghijklmnopqrstuvwxyz    ", np.uint8), 1 << 24)
+    ids = generator.permutation(n_rows)
+    names = ["sample_id", "price", "catalog_content", "category"]
+    schema = pa.schema([(name, pa.large_string()) for name in names if priced or name != "price"])
+    with pacsv.CSVWriter(path, schema) as writer:
+        for start in range(0, n_rows, CHUNK):
+            chunk = ids[start : start + CHUNK]
+            prices = pa.array(np.round(generator.lognormal(3, 1, len(chunk)) + 0.5, 2)).cast(pa.large_string())
+            texts = _texts(len(chunk), letters, generator)
+            kinds = pc.binary_join_element_wise("kind", pa.array(chunk % 20).cast(pa.string()), "-")
+            columns = [pa.array(chunk), prices, texts, kinds] if priced else [pa.array(chunk), texts, kinds]
+            writer.write(pa.record_batch([column.cast(pa.large_string()) for column in columns], schema=schema))
+
+
+def _texts(n: int, letters: np.ndarray, generator: np.random.Generator) -> pa.Array:
+    lengths = generator.lognormal(np.log(MEDIAN_LENGTH), SPREAD, n).astype(np.int64).clip(SHORTEST, LONGEST)
+    lengths[generator.random(n) < SHARE_OF_LONGEST] = LONGEST
+    starts = generator.integers(0, len(letters) - LONGEST, n)
+    copies = np.flatnonzero(generator.random(n) < SHARE_OF_COPIES)
+    lengths[copies], starts[copies] = lengths[copies - 1], starts[copies - 1]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    text = letters[np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)]
+    return pa.LargeStringArray.from_buffers(n, pa.py_buffer(offsets), pa.py_buffer(text))
+
+
+def _write_source(path: Path, n_rows: int, generator: np.random.Generator) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = generator.permutation(n_rows)
+    schema = pa.schema([("sample_id", pa.int64()), ("embedding", pa.list_(pa.float32(), DIM))])
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        for start in range(0, n_rows, CHUNK):
+            chunk = ids[start : start + CHUNK]
+            values = pa.array(generator.standard_normal(len(chunk) * DIM, dtype=np.float32))
+            column = pa.FixedSizeListArray.from_arrays(values, DIM)
+            writer.write_batch(pa.record_batch([pa.array(chunk), column], schema=schema))
+
+
+if __name__ == "__main__":
+    main()

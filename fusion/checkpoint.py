@@ -22,8 +22,20 @@ from torch import Tensor
 
 from fusion import log, storage
 from fusion.errors import DataError, FusionError, SupersededError
-from fusion.manifests import MANIFEST, MODEL, STATE, Checkpoint, best_of, committed, read_file, write_files
-from fusion.records import CheckpointManifest
+from fusion.manifests import (
+    EPOCHS,
+    LINES,
+    MANIFEST,
+    MODEL,
+    STATE,
+    Checkpoint,
+    best_of,
+    committed,
+    dims_in,
+    read_file,
+    write_files,
+)
+from fusion.records import SCHEMA, CheckpointManifest, FileEntry, seal
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Writer:
     ) -> None:
         self.run, self.dims, self.lineage, self.check_lease, self.keep = run, dims, lineage, check_lease, keep
         self.resumed_from: str | None = None
+        self.committed: list[str] = []  # names of those this attempt has made, or resumed from
         self.seconds = 0.0  # what the last commit took
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._flight: Future[Checkpoint] | None = None
@@ -76,14 +89,22 @@ class Writer:
 
     def _write(self, snapshot: Snapshot) -> Checkpoint:
         started = time.monotonic()
-        made = commit(self.run, snapshot, self.dims, self.lineage, self.check_lease)
+        lineage = {**self.lineage, "earlier": self._kept_beside()}
+        made = commit(self.run, snapshot, self.dims, lineage, self.check_lease)
         self.seconds = time.monotonic() - started
         known = {} if made.manifest.smape is None else {"smape": made.smape}  # not before the first validation
         log.info(event="committed", checkpoint=made.url, **known, seconds=self.seconds)
         with suppress(SupersededError):  # what a newer attempt is writing is not for this one to remove
             self.check_lease()
             prune(self.run, self.keep, self.resumed_from)
+        self.committed.append(made.name)
         return made
+
+    def _kept_beside(self) -> tuple[str, ...]:
+        """Names of the checkpoints that pruning leaves beside the next one, as far as this attempt knows them."""
+        resumed_from = [] if self.resumed_from is None else [storage.base(self.resumed_from)]
+        newest = self.committed[1 - self.keep :] if self.keep > 1 else []
+        return tuple(dict.fromkeys([*resumed_from, *newest]))
 
 
 def commit(
@@ -104,25 +125,26 @@ def commit(
     check_lease()
     if storage.exists(url):  # of one that was damaged, and so passed over
         storage.remove(url)
-    _write_history(run, snapshot.state["history"])
+    history = _write_history(run, snapshot.state["history"])
     try:
         written = write_files(folder, files)
     except (FusionError, OSError):
         check_lease()  # a newer attempt prunes what an older one is still writing
         raise
-    manifest = CheckpointManifest(schema=1, files=written, step=snapshot.step, **snapshot.facts, **lineage)
+    manifest = CheckpointManifest(SCHEMA, written, step=snapshot.step, history=history, **snapshot.facts, **lineage)
     check_lease()
-    if not storage.create(url, storage.as_json(asdict(manifest))):
+    if not storage.create(url, seal(asdict(manifest))):
         raise SupersededError(f"another process has committed {folder}", "let it finish; run one job a --run-id")
     return Checkpoint(folder, manifest)
 
 
-def _write_history(run: str, history: Sequence[Mapping[str, Any]]) -> None:
+def _write_history(run: str, history: Sequence[Mapping[str, Any]]) -> tuple[FileEntry, ...]:
     # Before the manifest: a run with its last checkpoint is finished.
-    if history:
-        lines = "".join(f"{json.dumps(row)}\n" for row in history)
-        storage.write(storage.join(run, "metrics", "train.jsonl"), lines.encode())
-        storage.write(storage.join(run, "metrics", "epochs.csv"), pd.DataFrame(history).to_csv(index=False).encode())
+    if not history:
+        return ()
+    lines = "".join(f"{json.dumps(row)}\n" for row in history)
+    files = {LINES: lines.encode(), EPOCHS: pd.DataFrame(history).to_csv(index=False).encode()}
+    return tuple(write_files(storage.join(run, "metrics"), files))
 
 
 def prune(run: str, keep: int, resumed_from: str | None) -> None:
@@ -192,10 +214,8 @@ def not_finite(value: Any, name: str = "") -> str | None:
 def read_model(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The weights and the dimension of every role."""
     data = read_file(checkpoint, MODEL)
-    length = int.from_bytes(data[:8], "little")  # safetensors: the header's length, then the header as JSON
-    header = json.loads(data[8 : 8 + length])
     log.info(event="model", checkpoint=checkpoint.url, smape=checkpoint.manifest.smape)
-    return safetensors.torch.load(data), json.loads(header["__metadata__"]["dims"])
+    return safetensors.torch.load(data), dims_in(data)
 
 
 def _torch_bytes(value: object) -> bytes:

@@ -33,7 +33,7 @@ from fusion.prediction import (
     validation_digest,
 )
 from fusion.price_model import PriceModel
-from fusion.records import MetricsManifest
+from fusion.records import SCHEMA, MetricsManifest, seal
 from fusion.splits import read_split
 from fusion.tables import Table, read_table
 
@@ -147,8 +147,9 @@ def _write(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation, rows:
         "groups.csv": evaluation.groups.to_csv(index=False).encode(),
         "summary.json": _summary(run, chosen, evaluation),
     }
-    manifest = MetricsManifest(schema=1, files=manifests.entries(files), checkpoint=chosen.name)
-    _replace(folder, files, storage.as_json(asdict(manifest)))
+    data, model = chosen.manifest.data_sha256, chosen.model_sha256
+    manifest = MetricsManifest(SCHEMA, manifests.entries(files), chosen.name, storage.base(run), model, data)
+    _replace(folder, files, seal(asdict(manifest)))
     log.info(event="evaluated", rows=len(rows), written=folder)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from fusion import storage
 from fusion.errors import DataError
 from fusion.manifests import MANIFEST
-from fusion.records import Manifest, reason, validated
+from fusion.records import FileEntry, Manifest, Seal, reason, seal_of, validated
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Manifest)
@@ -34,11 +35,23 @@ class Finding:
 
 
 class Report:
-    """The findings so far; `say` is told each as it is made."""
+    """The findings so far.
 
-    def __init__(self, say: Callable[[Finding], None]) -> None:
+    Args:
+        say: called with each as it is made.
+        place: what stands before each finding, such as "runs/r: ".
+    """
+
+    def __init__(self, say: Callable[[Finding], None] = lambda _: None, place: str = "") -> None:
         self.findings: list[Finding] = []
-        self.say = say
+        self.say, self.place = say, place
+
+    @contextmanager
+    def within(self, place: str) -> Iterator[None]:
+        """Names where what is found inside lies."""
+        before, self.place = self.place, f"{place}: "
+        yield
+        self.place = before
 
     @property
     def n_wrong(self) -> int:
@@ -50,13 +63,13 @@ class Report:
             self.say(finding)
 
     def ok(self, what: str) -> None:
-        self.add(Finding("ok", what))
+        self.add(Finding("ok", f"{self.place}{what}"))
 
     def note(self, what: str) -> None:
-        self.add(Finding("note", what))
+        self.add(Finding("note", f"{self.place}{what}"))
 
     def bad(self, what: str, expected: object, found: object) -> None:
-        self.add(Finding("BAD", f"{what}: expected {expected}, found {found}"))
+        self.add(Finding("BAD", f"{self.place}{what}: expected {expected}, found {found}"))
 
     def expect(self, what: str, expected: object, found: object) -> None:
         if found == expected:
@@ -65,8 +78,14 @@ class Report:
             self.bad(what, expected, found)
 
 
-def check_files(report: Report, folder: str, kind: type[M], required: set[str]) -> tuple[M | None, dict[str, bytes]]:
-    """The manifest, if it is one, and the bytes of every file in it that is there, whole or not."""
+def check_files(
+    report: Report, folder: str, kind: type[M], required: set[str], left_out: Container[str] = ()
+) -> tuple[M | None, dict[str, bytes]]:
+    """The manifest, if it is one, and the bytes of every file in it that is there, whole or not.
+
+    Args:
+        left_out: names of files that a copy of the folder may lack.
+    """
     name, contents = storage.base(folder), dict[str, bytes]()
     manifest = parsed(report, f"{name}/{MANIFEST}", read(storage.join(folder, MANIFEST)), kind)
     if manifest is None:
@@ -76,10 +95,23 @@ def check_files(report: Report, folder: str, kind: type[M], required: set[str]) 
         report.bad(f"{name}/{MANIFEST}", " and ".join(sorted(required)), " and ".join(sorted(keys)) or "no files")
     for entry in manifest.files:
         data = read(storage.join(folder, entry.key))
-        found = "no such file" if data is None else _measure(len(data), storage.sha256(data))
-        report.expect(f"{name}/{entry.key}", _measure(entry.bytes, entry.sha256), found)
+        if data is None and entry.key in left_out:
+            report.note(f"{name}/{entry.key}: not pulled")
+            continue
+        check_content(report, f"{name}/{entry.key}", entry, data)
         contents |= {} if data is None else {entry.key: data}
     return manifest, contents
+
+
+def check_content(report: Report, what: str, entry: FileEntry, data: bytes | None) -> None:
+    """Whether these are the bytes that a manifest names."""
+    found = "no such file" if data is None else _measure(len(data), storage.sha256(data))
+    report.expect(what, _measure(entry.bytes, entry.sha256), found)
+
+
+def check_beginning(report: Report, what: str, entry: FileEntry, data: bytes | None) -> None:
+    """Whether the file begins with the bytes that a document names: it may have been appended to since."""
+    check_content(report, what, entry, None if data is None else data[: entry.bytes])
 
 
 def _measure(n_bytes: int, sha256: str) -> str:
@@ -95,8 +127,8 @@ def check_once(report: Report, what: str, ids: Sequence[str]) -> None:
         report.ok(f"{what}: each once")
 
 
-def parsed(report: Report, what: str, data: bytes | None, kind: type[T]) -> T | None:
-    """The JSON as `kind`, and that it is: one finding."""
+def parsed(report: Report, what: str, data: bytes | None, kind: type[T], *, sealed: bool = True) -> T | None:
+    """The JSON as `kind`, and that it is, as it was written: one finding."""
     if data is None:
         report.bad(what, "JSON", "no such file")
         return None
@@ -105,7 +137,13 @@ def parsed(report: Report, what: str, data: bytes | None, kind: type[T]) -> T | 
     except ValidationError as error:
         report.bad(what, *reason(error.errors()[0]))
         return None
-    report.ok(what)
+    if sealed and seal_of(data) is Seal.BROKEN:
+        report.bad(what, "what was written", "a document that does not fit its own sha256")
+        return None
+    if sealed and seal_of(data) is Seal.ABSENT:
+        report.note(f"{what}: {Seal.ABSENT.value}")
+    else:
+        report.ok(what)
     return value
 
 

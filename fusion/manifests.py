@@ -5,9 +5,12 @@ A folder without one does not exist. Whoever reads a file verifies its hash.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
+
+from pydantic import PositiveInt, TypeAdapter
 
 from fusion import log, records, storage
 from fusion.errors import DataError
@@ -19,6 +22,12 @@ STATE: Final = "state.pt"
 SUBMISSION: Final = "submission.csv"
 FINGERPRINTS: Final = "fingerprints.parquet"  # of a submission's embeddings, which the next night is compared with
 SPLIT: Final = "split.parquet"  # has no manifest of its own; every checkpoint's has its hash
+LINES: Final = "train.jsonl"  # the history of the training, in metrics/: the newest checkpoint's manifest has its hash
+EPOCHS: Final = "epochs.csv"  # the same as a table
+PULLED: Final = "pulled.json"  # in a folder that jobs/pull.py has made: what it left out
+
+
+_DIMS = TypeAdapter(dict[str, PositiveInt])
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,12 @@ def committed(run: str) -> list[Checkpoint]:
 
 def _checkpoint(folder: str) -> Checkpoint | None:
     manifest = records.read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
-    return Checkpoint(folder, manifest) if manifest else None
+    if manifest is None:
+        return None
+    if manifest.name != storage.base(folder):
+        log.warning(event="checkpoint_damaged", checkpoint=folder, reason=f"its manifest is of {manifest.name}")
+        return None
+    return Checkpoint(folder, manifest)
 
 
 def split_digest(run: str) -> str:
@@ -97,6 +111,20 @@ def best(run: str, named: str = "") -> Checkpoint:
 def best_of(found: Sequence[Checkpoint]) -> Checkpoint:
     """The one with the lowest validation SMAPE, the newest of equals."""
     return min(reversed(found), key=lambda checkpoint: checkpoint.smape)
+
+
+def dims_in(model: bytes) -> dict[str, int]:
+    """The dimension of every role, from the header of a `model.safetensors`.
+
+    Raises:
+        ValueError: there is no such header, or a dimension is not a positive number.
+    """
+    length = int.from_bytes(model[:8], "little")  # safetensors: the header's length, then the header as JSON
+    try:
+        header = json.loads(model[8 : 8 + length])
+        return _DIMS.validate_json(header["__metadata__"]["dims"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its metadata lack {error}") from error
 
 
 def is_whole(checkpoint: Checkpoint, name: str) -> bool:

@@ -35,7 +35,7 @@ def move(output: str, *parts: str, target: T, unless: Callable[[T], bool] = lamb
         current = None if held is None else records.parse_if_whole(type(target), held[0], place, DAMAGED)
         if current is not None and (current == target or unless(current)):
             return current == target
-        data = storage.as_json({**fields, "updated": records.now()})
+        data = records.seal({"pointer": "/".join(parts), **fields, "updated": records.now()})
         if storage.create(place, data) if held is None else storage.replace(place, data, held[1]):
             return True
     raise AssertionError("the turns end with an error")

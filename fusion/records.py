@@ -1,20 +1,31 @@
-"""The JSON documents of a bucket as types. Whoever reads one gets what it promises, or an error that names the key."""
+"""The JSON documents of a bucket as types. A reader gets what a document promises, or an error that names the key.
+
+Every document but `config.json`, which people may write, is sealed: it holds a digest of itself, and what does not fit
+its digest is damaged. This protects against accidents and mistakes, not against somebody who recomputes the digest.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import field
 from datetime import UTC, datetime
+from enum import Enum
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fusion import log, storage
+from fusion.config import digest
 from fusion.errors import DataError
 
 T = TypeVar("T")
+
+SCHEMA: Final = 2  # of the documents written now: they are sealed. Those of schema 1 were not.
+
+_REMEDY = "`python -m fusion.verify URL` says what else is"
 
 Count = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of one file or folder: no way out of its own
@@ -31,7 +42,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    schema: Literal[1]
+    schema: Literal[1, 2]
     files: list[FileEntry]
 
     def sha256_of(self, key: str) -> str:
@@ -40,6 +51,14 @@ class Manifest:
 
 @dataclass(frozen=True)
 class CheckpointManifest(Manifest):
+    """`checkpoints/step-…/MANIFEST.json`
+
+    Attributes:
+        run_sha256: of the bytes of `run.json`, as `split_sha256` is of `split.parquet`.
+        history: what `metrics/` had of the training's history then; later checkpoints append to these files.
+        earlier: checkpoints that pruning has left beside this one.
+    """
+
     step: Count
     epoch: Count
     smape: Smape | None
@@ -51,6 +70,14 @@ class CheckpointManifest(Manifest):
     code_sha256: str = ""
     validation_sha256: str = ""  # of the validation rows' prices and vectors, whatever files they came from
     agreement: dict[str, float] = field(default_factory=dict)  # of each pair of roles on the training rows
+    run_sha256: str = ""
+    history: tuple[FileEntry, ...] = ()
+    earlier: tuple[Name, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the folder that it belongs in."""
+        return f"step-{self.step:08d}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +100,12 @@ MAX_NIGHTS = 30  # a month: as long as prices may creep before anybody compares
 
 @dataclass(frozen=True)
 class SubmissionManifest(Manifest):
+    """`submissions/<name>/<date>/<digest>/MANIFEST.json`
+
+    Attributes:
+        previous: `<name>/<date>/<digest>` of the submission that was current when this one was made; empty: none was.
+    """
+
     rows: PositiveInt
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
     run: str
@@ -84,11 +117,18 @@ class SubmissionManifest(Manifest):
     code_sha256: str = ""
     smape: Smape | None = None  # of the model on its validation rows
     history: list[Night] = field(default_factory=list)  # oldest first
+    name: str = ""
+    previous: str = ""
 
 
 @dataclass(frozen=True)
 class MetricsManifest(Manifest):
+    """`metrics/MANIFEST.json`, of the files that an evaluation has written there."""
+
     checkpoint: Name
+    run_id: str = ""
+    model_sha256: str = ""
+    data_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +149,13 @@ class RunPointer:
 
 
 @dataclass(frozen=True)
+class PointerPlace:
+    """Of any pointer: where it was written, such as `runs/qwen_clip/best`; earlier versions did not say."""
+
+    pointer: str = ""
+
+
+@dataclass(frozen=True)
 class DataOfRun:
     """Of a run's `config.json`: where its data are."""
 
@@ -117,13 +164,19 @@ class DataOfRun:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """`run.json`"""
+    """`run.json`
+
+    Attributes:
+        config_sha256: of the settings that decide what the run computes.
+        config_json_sha256: of the bytes of `config.json`.
+    """
 
     run_id: Name
     variant: str
     config_sha256: Sha256
     data_sha256: Sha256
     dims: dict[str, PositiveInt]
+    config_json_sha256: str = ""
     revision: str = "unknown"
     started: str = ""
     price_quartiles: tuple[float, float, float] | None = None
@@ -148,12 +201,55 @@ class AttemptStart:
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """`attempts/<n>/exit.json`"""
+    """`attempts/<n>/exit.json`
+
+    Attributes:
+        step: of the newest committed checkpoint; -1: there is none.
+        log: what `log.txt` had then; an attempt that ends twice, as by the watchdog, appends to it.
+    """
 
     code: int
     ended: str
     step: int
     error: str = ""
+    attempt: int | None = None
+    log: FileEntry | None = None
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """`pulled.json` in a folder that `jobs/pull.py` has made: what it did not fetch, by path below the folder."""
+
+    source: str
+    left_out: tuple[str, ...]
+
+
+class Seal(Enum):
+    """What a document's digest of itself says of it."""
+
+    WHOLE = "it is as it was written"
+    BROKEN = "it has changed since it was written"
+    ABSENT = "an earlier version wrote it, without a digest of itself"
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """The document as JSON, with its schema and with `sha256`: a digest of its canonical JSON without that key."""
+    body = {"schema": SCHEMA} | {key: value for key, value in document.items() if key not in ("schema", "sha256")}
+    return storage.as_json(body | {"sha256": digest(body)})
+
+
+def seal_of(data: bytes) -> Seal:
+    """Whether a JSON document is as `seal` wrote it."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        return Seal.BROKEN
+    if not isinstance(document, dict):
+        return Seal.BROKEN
+    if "sha256" not in document and document.get("schema", 1) == 1:
+        return Seal.ABSENT
+    found = document.pop("sha256", None)
+    return Seal.WHOLE if found == digest(document) else Seal.BROKEN
 
 
 def now() -> str:
@@ -199,15 +295,16 @@ def parse(kind: type[T], data: bytes, url: str) -> T:
     """The JSON document at `url` as `kind`.
 
     Raises:
-        DataError: it is no JSON, or a key is missing or holds something else.
+        DataError: it is no JSON, a key is missing or holds something else, or it has changed since it was written.
     """
     try:
-        return validated(kind, data)
+        value = validated(kind, data)
     except ValidationError as error:
         expected, found = reason(error.errors()[0])
-        raise DataError(
-            f"{url} is damaged: expected {expected}, found {found}", "`python -m fusion.verify URL` says what else is"
-        ) from error
+        raise DataError(f"{url} is damaged: expected {expected}, found {found}", _REMEDY) from error
+    if seal_of(data) is Seal.BROKEN:
+        raise DataError(f"{url} is damaged: {Seal.BROKEN.value}", _REMEDY)
+    return value
 
 
 def validated(kind: type[T], data: bytes) -> T:

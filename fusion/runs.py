@@ -82,6 +82,7 @@ def describe_run(
         "run_id": config.name(),
         "variant": config.variant,
         "config_sha256": config_digest(asdict(config)),
+        "config_json_sha256": storage.sha256(storage.read(storage.join(run_url(config), "config.json"))),
         "code_sha256": code_digest("training"),
         "data_sha256": data_digest,
         "dims": dict(dims),
@@ -96,7 +97,7 @@ def describe_run(
         },
         "started": records.now(),
     }
-    storage.write(url, storage.as_json(facts))
+    storage.write(url, records.seal(facts))
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def take_lease(run: str) -> Lease:
     for _ in turns(url):
         held = storage.read_version(url)
         number = 1 if held is None else 1 + records.parse(LeaseRecord, held[0], url).attempt
-        data = storage.as_json({"attempt": number, "token": token, "started": records.now()})
+        data = records.seal({"attempt": number, "token": token, "started": records.now()})
         if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
             return Lease(url, number, token)
     raise AssertionError("the turns end with an error")
@@ -136,7 +137,7 @@ def attempt(run: str) -> Iterator[Lease]:
     lease = take_lease(run)
     folder = storage.join(run, "attempts", str(lease.attempt))
     start = {"attempt": lease.attempt, "started": records.now()}
-    storage.write(storage.join(folder, "start.json"), storage.as_json(start))
+    storage.write(storage.join(folder, "start.json"), records.seal(start))
     end: dict[str, Any] = {"code": ExitCode.BUG}
     try:
         try:
@@ -169,9 +170,9 @@ def record_end(lease: Lease, end: Mapping[str, Any]) -> None:
     if end["code"] != ExitCode.DONE:
         storage.set_patience(min(PATIENCE_AT_THE_END, storage.patience()))  # the kill after a stop may be near
     try:
-        storage.write(storage.join(folder, "log.txt"), log.text().encode())
+        (said,) = manifests.write_files(folder, {"log.txt": log.text().encode()})
         facts = {"attempt": lease.attempt, **end, "step": _newest_step(run), "ended": records.now()}
-        storage.write(storage.join(folder, "exit.json"), storage.as_json(facts))
+        storage.write(storage.join(folder, "exit.json"), records.seal(facts | {"log": asdict(said)}))
     except FusionError as error:
         log.warning(event="end_not_recorded", reason=error.message)
 

@@ -20,7 +20,7 @@ from fusion.errors import DivergedError
 from fusion.inputs import Inputs, find_inputs
 from fusion.manifests import FINGERPRINTS, MANIFEST, SUBMISSION
 from fusion.provenance import code_digest
-from fusion.records import Night, SubmissionManifest, SubmissionPointer
+from fusion.records import SCHEMA, Night, SubmissionManifest, SubmissionPointer, seal
 from fusion.runs import open_run
 
 C = TypeVar("C", bound=RunConfig)
@@ -122,7 +122,7 @@ def reuse(settings: PredictConfig, origin: Origin) -> str | None:
         content = _read_verified(folder, manifest, SUBMISSION) if origin.same_as(manifest) else None
         if content is None:
             continue
-        if current == (folder, manifest) and manifest.date == settings.day():  # nothing is left to do
+        if current == (folder, manifest) and _is_of(settings, manifest):  # nothing is left to do
             return _published_before(folder, manifest.rows)
         return publish(settings, origin, _made(folder, manifest, content))
     return None
@@ -187,20 +187,21 @@ def publish(settings: PredictConfig, origin: Origin, made: Made) -> str:
     key = f"{settings.name}/{settings.day()}/{storage.sha256(made.files[SUBMISSION])[:12]}"
     folder = storage.join(settings.output, "submissions", key)
     there = {storage.base(url) for url in storage.ls(folder)}
-    before = _whole(SubmissionManifest, storage.join(folder, MANIFEST)) if MANIFEST in there else None
+    before = _same_publication(settings, origin, folder) if MANIFEST in there else None
     _write_damaged(folder, made.files, there)
-    if before is None or not origin.same_as(before):
-        files = manifests.entries(made.files)
+    if before is None:
         manifest = SubmissionManifest(
-            schema=1,
-            files=files,
+            SCHEMA,
+            manifests.entries(made.files),
             rows=made.rows,
             date=settings.day(),
             smape=made.smape,
             history=made.history,
+            name=settings.name,
+            previous=_previous(settings, key),
             **asdict(origin),
         )
-        committed, data = storage.join(folder, MANIFEST), storage.as_json(asdict(manifest))
+        committed, data = storage.join(folder, MANIFEST), seal(asdict(manifest))
         if not storage.create(committed, data):  # a damaged one, or one of another origin with the same prices
             storage.write(committed, data)
     is_current = pointers.move(
@@ -221,6 +222,22 @@ def _write_damaged(folder: str, files: Mapping[str, bytes], there: Collection[st
     for name, content in files.items():
         if name not in there or storage.read_if_exists(storage.join(folder, name)) != content:
             manifests.write_files(folder, {name: content})
+
+
+def _same_publication(settings: PredictConfig, origin: Origin, folder: str) -> SubmissionManifest | None:
+    """The folder's manifest, if it is one of these prices from this origin under this name and date."""
+    found = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
+    return found if found is not None and origin.same_as(found) and _is_of(settings, found) else None
+
+
+def _is_of(settings: PredictConfig, manifest: SubmissionManifest) -> bool:
+    """Whether the manifest is of this name and date; earlier versions wrote no name."""
+    return manifest.date == settings.day() and manifest.name in ("", settings.name)
+
+
+def _previous(settings: PredictConfig, key: str) -> str:
+    pointer = pointers.read(SubmissionPointer, settings.output, "submissions", settings.name, "current")
+    return pointer.submission if pointer and pointer.submission != key else ""
 
 
 def submission_csv(ids: Sequence[str], prices: np.ndarray) -> bytes:

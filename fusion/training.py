@@ -122,8 +122,11 @@ class Saver:
         self.blocked, self.warned = 0.0, False
         self.writer: checkpoint.Writer | None = None
         if lease is not None:
-            facts = records.read_required(RunFacts, storage.join(self.run, "run.json"))
+            url = storage.join(self.run, "run.json")
+            content = storage.read(url)
+            facts = records.parse(RunFacts, content, url)
             lineage = {key: getattr(facts, key) for key in ("config_sha256", "data_sha256", "revision")}
+            lineage["run_sha256"] = storage.sha256(content)
             lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, SPLIT)))
             lineage["code_sha256"] = code_digest("training")
             lineage["agreement"] = _agreement(fit)
@@ -146,6 +149,7 @@ class Saver:
         self.saved_step = self.fit.step
         if self.writer is not None:
             self.writer.resumed_from = made.url
+            self.writer.committed.append(made.name)
         log.info(event="resumed", checkpoint=made.url, epoch=self.fit.epoch + 1, step=self.fit.step)
 
     def _newest(self) -> tuple[manifests.Checkpoint, dict[str, Tensor], dict[str, Any]] | None:

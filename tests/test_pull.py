@@ -24,6 +24,7 @@ import pytest
 
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.records import seal
 from fusion.verify import verify
 from jobs.pull import main as pull_main
 from tests.conftest import BUCKET, SMALL, Done
@@ -146,7 +147,7 @@ def test_runs_are_listed(output: str) -> None:
 
 
 def edit(url: str, **values: Any) -> None:
-    storage.write(url, storage.as_json(document(url) | values))
+    storage.write(url, seal(document(url) | values))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_submissions_are_listed(copied: str) -> None:
     name, date, digest = current.split("/")
     folder = f"{copied}/submissions/prices"
     manifest = document(f"{folder}/{date}/{digest}/MANIFEST.json")
-    storage.write(f"{folder}/2026-01-01/{digest}/MANIFEST.json", storage.as_json(manifest | {"date": "2026-01-01"}))
+    storage.write(f"{folder}/2026-01-01/{digest}/MANIFEST.json", seal(manifest | {"date": "2026-01-01"}))
     storage.write(f"{folder}/2026-01-03/{'0' * 12}/MANIFEST.json", b"[]")
     storage.write(f"{folder}/2026-01-04/parts-1/0", b"not committed")
     found = json.loads(pull("submissions", "--output", copied, "--json").out)
@@ -391,6 +392,8 @@ def test_a_checkpoint_that_is_pruned_meanwhile(copied: str, proxy: FaultProxy, s
             for name in ("model.safetensors", "state.pt", "MANIFEST.json"):
                 source = {"Bucket": BUCKET, "Key": f"{old}/{name}"}
                 client.copy_object(Bucket=BUCKET, Key=f"{new}/{name}", CopySource=source)
+            manifest = json.loads(client.get_object(Bucket=BUCKET, Key=f"{new}/MANIFEST.json")["Body"].read())
+            client.put_object(Bucket=BUCKET, Key=f"{new}/MANIFEST.json", Body=seal(manifest | {"step": 99999999}))
             for name in ("MANIFEST.json", "model.safetensors", "state.pt"):
                 client.delete_object(Bucket=BUCKET, Key=f"{old}/{name}")
         return False

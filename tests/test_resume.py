@@ -22,6 +22,7 @@ from fusion.errors import SupersededError, UnreachableError
 from fusion.records import FileEntry, RunPointer
 from fusion.runs import take_lease
 from tests.conftest import SMALL, run_command, upload
+from tests.documents import edit
 
 ROOT = Path(__file__).parent.parent
 
@@ -252,8 +253,7 @@ def test_a_loss_that_is_not_finite_is_said_though_the_store_is_away_at_the_end(
 def test_the_latest_run_is_the_one_that_began_last(catalog: Path, tmp_path: Path) -> None:
     for run_id, year in (("older", "2025"), ("newer", "2026")):
         assert train.main(flags(catalog, tmp_path, "--run-id", run_id, "--epochs", "1")) == 0
-        path = tmp_path / f"runs/{run_id}/run.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"started": f"{year}-01-01T00:00:00Z"}))
+        edit(tmp_path / f"runs/{run_id}/run.json", started=f"{year}-01-01T00:00:00Z")
     assert train.main(flags(catalog, tmp_path, "--run-id", "older", "--epochs", "1")) == 0
     latest = pointers.read(RunPointer, str(tmp_path), "runs", "all_embeddings", "latest")
     assert latest is not None and latest.run_id == "newer"

@@ -17,9 +17,10 @@ from fusion import embeddings, manifests, pointers, storage, submission
 from fusion.all_embeddings import predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
-from fusion.records import SubmissionPointer
+from fusion.records import SubmissionPointer, seal
 from fusion.verify import verify
 from tests.conftest import SMALL
+from tests.documents import edit
 
 Night = Callable[..., int]
 
@@ -149,7 +150,7 @@ def a_model_of_nan(place: Path) -> None:
         manifests.STATE: Path(made.url, manifests.STATE).read_bytes(),
     }
     manifest = dataclasses.replace(made.manifest, files=manifests.write_files(made.url, files))
-    storage.write(f"{made.url}/{manifests.MANIFEST}", storage.as_json(dataclasses.asdict(manifest)))
+    storage.write(f"{made.url}/{manifests.MANIFEST}", seal(dataclasses.asdict(manifest)))
 
 
 POISON: dict[str, tuple[Callable[[Path], None], int, str]] = {
@@ -188,9 +189,8 @@ def test_thresholds_can_be_chosen(place: Path, night: Night) -> None:
 def test_prices_far_from_the_training_prices_are_not_published(
     place: Path, night: Night, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    facts = json.loads((place / "output/runs/r/run.json").read_text())
-    facts["price_quartiles"] = [value * 5 for value in facts["price_quartiles"]]
-    (place / "output/runs/r/run.json").write_text(json.dumps(facts))
+    path = place / "output/runs/r/run.json"
+    edit(path, price_quartiles=[value * 5 for value in json.loads(path.read_text())["price_quartiles"]])
     assert night("2026-03-01") == 65
     assert "the training prices'" in capsys.readouterr().err
     assert publications(place) == []

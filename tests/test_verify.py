@@ -18,6 +18,7 @@ from fusion import manifests, storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.verify import main
 from tests.conftest import SMALL, run_command, upload
+from tests.documents import edit
 
 Capture = pytest.CaptureFixture[str]
 POINTER = "pointers/submissions/test/current.json"
@@ -48,10 +49,6 @@ def newest(output: Path) -> Path:
 
 def submission(output: Path) -> Path:
     return output / "submissions" / json.loads((output / POINTER).read_text())["submission"]
-
-
-def edit(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def republish(folder: Path, content: bytes) -> Path:
@@ -169,7 +166,6 @@ def test_the_order_of_rows_is_that_of_test_csv(output: Path, capsys: Capture) ->
     ("values", "said"),
     [
         ({"model_sha256": "0" * 64}, "BAD  model_sha256, as in step-"),
-        ({"schema": 2}, "expected schema for which input should be 1, found 2"),
         ({"rows": 1}, "BAD  submission.csv: rows: expected 1, found "),
         ({"rows": "many"}, "expected rows for which"),
         ({"files": []}, "expected submission.csv, found no files"),
@@ -206,10 +202,12 @@ def test_a_checkpoint_of_another_origin(values: dict[str, Any], said: str, outpu
     assert folder.name in line and said in line
 
 
-def test_settings_that_the_run_was_not_trained_with(output: Path, capsys: Capture) -> None:
-    edit(output / "runs/r/config.json", lr=0.5)
+@pytest.mark.parametrize(("key", "what"), [("lr", "config_sha256"), ("data", "config_json_sha256")])
+def test_settings_that_the_run_was_not_trained_with(key: str, what: str, output: Path, capsys: Capture) -> None:
+    path = output / "runs/r/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 0.5 if key == "lr" else "elsewhere"}))
     (line,) = wrong_lines(capsys, output / "runs/r")
-    assert line.startswith("BAD  config.json: config_sha256 of run.json: expected ")
+    assert line.startswith(f"BAD  config.json: {what} of run.json: expected ")
 
 
 def test_weights_without_dims_though_their_digests_fit(output: Path, capsys: Capture) -> None:
@@ -254,19 +252,21 @@ def test_a_run_without_what_it_began_with(
 
 
 def test_what_is_no_error_is_said(output: Path, capsys: Capture) -> None:
-    path, run = newest(output), output / "runs/r"
+    run = output / "runs/r"
     edit(submission(output) / "MANIFEST.json", run=str(run), data=str(output / "nowhere"))
-    (path / "MANIFEST.json").unlink()
-    edit(run / "config.json", data=str(output / "nowhere"))
+    (run / "checkpoints/step-00000099").mkdir()
+    (run / "checkpoints/step-00000099/model.safetensors").write_bytes(b"torn by a kill")
     assert main([str(run)]) == 0
-    said = capsys.readouterr().out
-    assert f"note {path.name}: not committed" in said and "ok   config.json: config_sha256" in said
+    assert "note step-00000099: not committed" in capsys.readouterr().out
     shutil.rmtree(run / "checkpoints")
     assert main([f"{output}/{POINTER}"]) == 0
     said = capsys.readouterr().out
     assert "note model not compared: " in said and "note ids not compared: neither " in said
-    assert main([str(run)]) == 0
-    assert "note no committed checkpoint" in capsys.readouterr().out
+    shutil.rmtree(run / "metrics")
+    (run / "attempts/1/exit.json").unlink()
+    assert main([str(run)]) == 0, "as after a kill before the first checkpoint"
+    said = capsys.readouterr().out
+    assert "note no committed checkpoint" in said and "note attempts/1: has not ended, or was killed" in said
 
 
 def test_the_ids_can_be_those_of_other_data(catalog: Path, output: Path, capsys: Capture) -> None:
@@ -276,7 +276,8 @@ def test_the_ids_can_be_those_of_other_data(catalog: Path, output: Path, capsys:
 
 
 def test_a_checkpoint_that_is_pruned_meanwhile(output: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    original, gone = storage.read, newest(output)
+    original, gone = storage.read, Path(manifests.committed(str(output / "runs/r"))[0].url)
+    assert gone != newest(output)
 
     def read(url: str) -> bytes:
         if url == f"{gone}/{manifests.STATE}" and gone.exists():
@@ -298,11 +299,94 @@ def test_what_is_none_of_them(url: str, made: Path, capsys: Capture) -> None:
 
 def test_a_pointer_that_names_nothing(output: Path, capsys: Capture) -> None:
     shutil.rmtree(submission(output))
-    (line,) = wrong_lines(capsys, f"{output}/{POINTER}")
-    assert line.endswith("MANIFEST.json: expected JSON, found no such file")
+    first, second = wrong_lines(capsys, f"{output}/{POINTER}")
+    assert first.startswith(f"BAD  {POINTER}: submission: expected one that is committed, found test/")
+    assert second.endswith("MANIFEST.json: expected JSON, found no such file")
     edit(output / POINTER, submission="../../secret")
     (line,) = wrong_lines(capsys, f"{output}/{POINTER}")
-    assert line.startswith("BAD  test/current.json: expected submission for which")
+    assert line.startswith("BAD  pointers/submissions/test/current.json: expected submission for which")
+
+
+@pytest.mark.parametrize(
+    ("name", "date", "said"),
+    [
+        ("test", "2026-01-03", "date of the manifest: expected 2026-01-03, found 2026-01-02"),
+        ("prices", "2026-01-02", "name of the manifest: expected prices, found test"),
+    ],
+)
+def test_yesterday_under_todays_date_or_another_name(
+    name: str, date: str, said: str, output: Path, capsys: Capture
+) -> None:
+    other = output / "submissions" / name / date / submission(output).name
+    shutil.copytree(submission(output), other)
+    pointer = output / f"pointers/submissions/{name}/current.json"
+    pointer.parent.mkdir(exist_ok=True)
+    pointer.write_bytes((output / POINTER).read_bytes())
+    edit(pointer, submission=f"{name}/{date}/{other.name}", pointer=f"submissions/{name}/current")
+    for url in (other, pointer, output):
+        (line,) = wrong_lines(capsys, url)
+        assert line.endswith(said)
+
+
+def test_a_pointer_that_was_copied(output: Path, capsys: Capture) -> None:
+    copy = output / "pointers/runs/qwen_clip/best.json"
+    copy.parent.mkdir()
+    shutil.copy(output / "pointers/runs/all_embeddings/best.json", copy)
+    place, variant = wrong_lines(capsys, copy)
+    assert "pointer: expected pointers/runs/qwen_clip/best.json, found pointers/runs/all_embeddings/best" in place
+    assert "variant of r: expected qwen_clip, found all_embeddings" in variant
+
+
+def test_a_smape_that_the_training_never_had(output: Path, capsys: Capture) -> None:
+    """It decides which model is served; whoever changes it with our own functions is found all the same."""
+    smape = manifests.committed(str(output / "runs/r"))[-1].smape
+    edit(newest(output) / "MANIFEST.json", smape=1.0)
+    (line,) = wrong_lines(capsys, output / "runs/r")
+    assert line == f"BAD  {newest(output).name}: lowest smape of train.jsonl: expected {smape}, found 1.0"
+    (line,) = wrong_lines(capsys, output / "pointers/runs/all_embeddings/best.json")[:1]
+    assert f"smape of {newest(output).name} in r: expected 1.0, found {smape}" in line
+
+
+def test_manifests_that_are_gone(output: Path, capsys: Capture) -> None:
+    for path in (output / "runs/r/checkpoints").glob("*/MANIFEST.json"):
+        path.unlink()
+    said = wrong_lines(capsys, output / "runs/r")
+    assert any("as the newest exit.json says" in line for line in said)
+    assert any(line.startswith("BAD  metrics: checkpoint: expected ") for line in said)
+
+
+@pytest.mark.parametrize("name", ["epochs.csv", "train.jsonl"])
+def test_a_history_is_that_of_the_newest_checkpoint(name: str, output: Path, capsys: Capture) -> None:
+    path = output / "runs/r/metrics" / name
+    for content in (path.read_bytes()[:-1], path.read_bytes() + b"3,21,0.1,0.1,0.1,0.1\n"):
+        path.write_bytes(content)
+        (line,) = wrong_lines(capsys, output / "runs/r")
+        assert line.startswith(f"BAD  metrics/{name}: expected ")
+
+
+def test_what_an_earlier_version_wrote(output: Path, capsys: Capture) -> None:
+    """Without seals, and without what only seals cover: it is read, and verify says so."""
+    new = {"pointer", "config_json_sha256", "run_sha256", "history", "earlier", "log", "name", "previous"}
+    new |= {"model_sha256", "data_sha256"}
+    for path in output.rglob("*.json"):
+        if path.name in ("config.json", "summary.json"):
+            continue
+        kept = new - ({"model_sha256", "data_sha256"} if path.parent.name != "metrics" else set())
+        document = {key: value for key, value in json.loads(path.read_text()).items() if key not in kept}
+        document.pop("sha256")
+        if path.parent.name == "metrics":
+            document.pop("run_id")
+        if document.pop("schema") and path.name == "MANIFEST.json":
+            document["schema"] = 1
+        path.write_bytes(storage.as_json(document))
+    assert wrong_lines(capsys, output, code=0) == []
+    assert main([str(output)]) == 0
+    assert "note runs/r: run.json: an earlier version wrote it" in capsys.readouterr().out
+    assert manifests.committed(str(output / "runs/r"))
+    where = ["--output", str(output), "--run-id", "r"]
+    assert evaluate_by_groups.main(where) == 0
+    assert predict_test.main([*where, "--date", "2026-01-04"]) == 0
+    assert wrong_lines(capsys, output, code=0) == []
 
 
 @pytest.mark.parametrize("flags", [[], ["x", "--stor", "1"], ["x", "--store-timeout", "nan"], ["no-such://x"]])

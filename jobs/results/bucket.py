@@ -163,7 +163,7 @@ def best_checkpoint(run: str, listing: Listing) -> Checkpoint | None:
     found = []
     for folder in folders:
         manifest = read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
-        if manifest and manifest.smape is not None:
+        if manifest and manifest.smape is not None and manifest.name == storage.base(folder):
             found.append(Checkpoint(folder, manifest))
     return best_of(found) if found else None
 

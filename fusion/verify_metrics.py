@@ -1,0 +1,103 @@
+"""Checks of the metrics by group that an evaluation has written into a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fusion import storage
+from fusion.findings import Report, check_files, first_line, read, some
+from fusion.manifests import EPOCHS, LINES, MANIFEST, MODEL
+from fusion.metrics import compute_smape
+from fusion.records import CheckpointManifest, MetricsManifest, RunFacts
+
+FILES = {"groups.csv", "groups.parquet", "summary.json", "predictions.parquet"}
+# summary.json has ten digits after the point, which leaves a SMAPE of 0.01% exact to this.
+TOLERANCE = 1e-6
+
+
+def check_metrics(
+    report: Report,
+    run: str,
+    facts: RunFacts | None,
+    checkpoints: Mapping[str, CheckpointManifest],
+    validating: set[str] | None,
+) -> None:
+    """Checks whether the metrics are whole, and of this run's data, model and validation rows.
+
+    Args:
+        checkpoints: of the run, by name.
+        validating: ids of the rows that validate; None: unknown.
+    """
+    folder, part = storage.join(run, "metrics"), Report(place=report.place)
+    before = read(storage.join(folder, MANIFEST))
+    if before is None:
+        _check_unfinished(report, run)
+        return
+    manifest, contents = check_files(part, folder, MetricsManifest, FILES)
+    if manifest is not None:
+        _check_lineage(part, run, manifest, facts, checkpoints)
+    if manifest is not None and not part.n_wrong:
+        _check_content(part, manifest, contents, validating)
+    if part.n_wrong and read(storage.join(folder, MANIFEST)) != before:
+        report.note("metrics: another evaluation replaced them while they were read")
+    else:
+        report.add(*part.findings)
+
+
+def _check_unfinished(report: Report, run: str) -> None:
+    """Files without a manifest are those of an evaluation that runs or was killed: its parts lie in the run then."""
+    names = {storage.base(url) for url in storage.ls(storage.join(run, "metrics"))} - {LINES, EPOCHS}
+    if names and storage.ls(storage.join(run, "parts")):
+        report.note("metrics: an evaluation is not complete; run it again")
+    elif names & FILES:
+        report.bad(f"metrics/{MANIFEST}", f"one beside {some(list(names))}", "no such file")
+
+
+def _check_lineage(
+    report: Report,
+    run: str,
+    manifest: MetricsManifest,
+    facts: RunFacts | None,
+    checkpoints: Mapping[str, CheckpointManifest],
+) -> None:
+    if facts is not None and manifest.run_id:  # earlier versions did not say
+        report.expect("metrics: run_id of run.json", facts.run_id, manifest.run_id)
+        report.expect("metrics: data_sha256 of run.json", facts.data_sha256, manifest.data_sha256)
+    name, made = manifest.checkpoint, checkpoints.get(manifest.checkpoint)
+    if made is not None and made.sha256_of(MODEL) and manifest.model_sha256:
+        report.expect(f"metrics: model_sha256 of {name}", made.sha256_of(MODEL), manifest.model_sha256)
+    elif made is None and name < max(checkpoints, default=""):
+        report.note(f"metrics: of {name}, which is no longer kept; evaluate again")
+    elif made is None and not storage.exists(storage.join(run, "checkpoints", name, MANIFEST)):
+        report.bad("metrics: checkpoint", some(list(checkpoints)), name)
+
+
+def _check_content(
+    report: Report, manifest: MetricsManifest, contents: Mapping[str, bytes], validating: set[str] | None
+) -> None:
+    """Recomputes from the predictions what can be."""
+    import pandas as pd
+    from pyarrow import ArrowException
+
+    try:
+        summary: dict[str, Any] = json.loads(contents["summary.json"])
+        groups = pd.read_parquet(io.BytesIO(contents["groups.parquet"]))
+        rows = pd.read_parquet(io.BytesIO(contents["predictions.parquet"]))
+        smape, stated = compute_smape(rows["price"], rows["predicted"]), float(summary["smape"])
+        ids = set(rows["sample_id"].astype("str"))
+        report.expect("metrics/summary.json: checkpoint", manifest.checkpoint, summary["checkpoint"])
+        report.expect("metrics/summary.json: count", len(rows), summary["count"])
+    except (ArrowException, ValueError, TypeError, OSError, KeyError) as error:
+        report.bad("metrics", "summary.json, groups.parquet and predictions.parquet", first_line(error))
+        return
+    if not math.isclose(smape, stated, rel_tol=TOLERANCE):
+        report.bad("metrics/summary.json: smape, recomputed", smape, stated)
+    if groups.to_csv(index=False).encode() != contents["groups.csv"]:
+        report.bad("metrics/groups.csv", "the rows of groups.parquet", "others")
+    if validating is not None and validating != ids:
+        others = some(list(validating ^ ids))
+        report.bad("metrics/predictions.parquet", "the validation rows of the split", f"others: {others}")

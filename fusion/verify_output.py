@@ -1,0 +1,90 @@
+"""Checks of a whole output: its runs, its submissions and its pointers, each by itself and against the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fusion import storage
+from fusion.errors import ExitCode
+from fusion.findings import Report
+from fusion.manifests import MANIFEST, PULLED
+from fusion.records import SubmissionManifest
+from fusion.verify_pointers import check_run_pointer, check_submission_pointer
+from fusion.verify_run import CheckedRun, check_run
+from fusion.verify_submission import check_submission
+
+Submissions = Mapping[str, SubmissionManifest]  # by <name>/<date>/<digest>
+
+
+def is_output(url: str) -> bool:
+    """Whether anything of an output lies there."""
+    return any(storage.ls(storage.join(url, name)) for name in ("runs", "submissions", "pointers"))
+
+
+def check_output(report: Report, url: str, data: str | None) -> None:
+    """Checks all runs, all submissions and all pointers."""
+    runs = _check_runs(report, url)
+    submissions = _check_submissions(report, url, data)
+    pointers = storage.join(url, "pointers")
+    to_runs = {place for variant in storage.ls(storage.join(pointers, "runs")) for place in storage.ls(variant)}
+    for place in sorted(to_runs | _expected_run_pointers(pointers, runs)):
+        check_run_pointer(report, place)
+    to_submissions = {place for name in storage.ls(storage.join(pointers, "submissions")) for place in storage.ls(name)}
+    for place in sorted(to_submissions | _expected_submission_pointers(url, pointers, submissions)):
+        check_submission_pointer(report, place)
+
+
+def _check_runs(report: Report, url: str) -> dict[str, CheckedRun]:
+    runs = dict[str, CheckedRun]()
+    for folder in storage.ls(storage.join(url, "runs")):
+        if not storage.ls(folder):  # on a file system, of a run that was killed while it wrote its first file
+            continue
+        with report.within(f"runs/{storage.base(folder)}"):
+            runs[storage.base(folder)] = check_run(report, folder)
+    return runs
+
+
+def _check_submissions(report: Report, url: str, data: str | None) -> Submissions:
+    names = storage.ls(storage.join(url, "submissions"))
+    folders = [folder for name in names for date in storage.ls(name) for folder in storage.ls(date)]
+    keys = {"/".join(folder.split("/")[-3:]): folder for folder in folders}
+    committed = {key for key, folder in keys.items() if storage.exists(storage.join(folder, MANIFEST))}
+    whole = dict[str, SubmissionManifest]()
+    for key in sorted(committed):
+        with report.within(f"submissions/{key}"):
+            manifest = check_submission(report, keys[key], data)
+        whole |= {key: manifest} if manifest else {}
+    for key in sorted(keys.keys() - committed):
+        _check_uncommitted(report, key, whole)
+    return whole
+
+
+def _check_uncommitted(report: Report, key: str, whole: Submissions) -> None:
+    """A publication that was killed leaves such a folder; one that was current has been committed."""
+    later = [other for other, manifest in whole.items() if manifest.previous == key]
+    if later:
+        report.bad(f"submissions/{key}/{MANIFEST}", f"one, as it was current before {later[0]}", "no such file")
+    else:
+        report.note(f"submissions/{key}: not committed, so it does not count")
+
+
+def _expected_run_pointers(pointers: str, runs: Mapping[str, CheckedRun]) -> set[str]:
+    """An attempt that ends well has pointed to its run before."""
+    variants = {
+        run.facts.variant
+        for run in runs.values()
+        if run.facts and run.left_out is None and any(end.code == ExitCode.DONE for end in run.ends.values())
+    }
+    return {
+        storage.join(pointers, "runs", variant, name) for variant in variants for name in ("latest.json", "best.json")
+    }
+
+
+def _expected_submission_pointers(url: str, pointers: str, whole: Submissions) -> set[str]:
+    """Where a submission names the one that was current before it, there was a pointer."""
+    names = {
+        key.split("/")[0]
+        for key, manifest in whole.items()
+        if manifest.previous and not storage.exists(storage.join(url, "submissions", key, PULLED))
+    }
+    return {storage.join(pointers, "submissions", name, "current.json") for name in names}

@@ -1,0 +1,90 @@
+"""Checks of pointers: that each lies where it was written, and that what it names is there and fits it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from fusion import storage
+from fusion.findings import Report, parsed, read
+from fusion.manifests import MANIFEST
+from fusion.records import CheckpointManifest, PointerPlace, RunFacts, RunPointer, SubmissionPointer, validated
+from fusion.verify_run import check_run
+from fusion.verify_submission import check_submission
+
+T = TypeVar("T")
+
+POINTERS = "/pointers/"
+
+
+def check_pointer(report: Report, url: str, data: str | None) -> None:
+    """Checks a pointer, and the run or the submission that it names.
+
+    Args:
+        data: folder or bucket whose `test.csv` has a submission's ids; None: the one that it was made from.
+    """
+    output, _, rest = url.rpartition(POINTERS)
+    if rest.startswith("runs/"):
+        pointer = check_run_pointer(report, url)
+        if pointer is not None:
+            check_run(report, storage.join(output, "runs", pointer.run_id))
+    else:
+        target = check_submission_pointer(report, url)
+        if target is not None:
+            check_submission(report, storage.join(output, "submissions", target.submission), data)
+
+
+def check_run_pointer(report: Report, url: str) -> RunPointer | None:
+    """Checks a pointer to a run, but not the run itself; what it says, if it can be read."""
+    pointer = _parse(report, url, RunPointer)
+    if pointer is None:
+        return None
+    run = storage.join(url.rpartition(POINTERS)[0], "runs", pointer.run_id)
+    facts = _read(RunFacts, storage.join(run, "run.json"))
+    if facts is not None:
+        report.expect(f"{_name(url)}: variant of {pointer.run_id}", _name(url).split("/")[2], facts.variant)
+    made = _read(CheckpointManifest, storage.join(run, "checkpoints", pointer.checkpoint, MANIFEST))
+    what = f"{_name(url)}: smape of {pointer.checkpoint} in {pointer.run_id}"
+    if made is None:
+        report.bad(what, pointer.smape, "no such checkpoint")
+    else:
+        report.expect(what, made.smape, pointer.smape)
+    return pointer
+
+
+def check_submission_pointer(report: Report, url: str) -> SubmissionPointer | None:
+    """Checks a pointer to a submission, but not the submission itself; what it says, if it can be read."""
+    pointer = _parse(report, url, SubmissionPointer)
+    if pointer is None:
+        return None
+    report.expect(f"{_name(url)}: name", _name(url).split("/")[2], pointer.submission.split("/")[0])
+    folder = storage.join(url.rpartition(POINTERS)[0], "submissions", pointer.submission)
+    if storage.exists(storage.join(folder, MANIFEST)):
+        report.ok(f"{_name(url)}: {pointer.submission}")
+    else:
+        report.bad(f"{_name(url)}: submission", "one that is committed", pointer.submission)
+    return pointer
+
+
+def _name(url: str) -> str:
+    return f"pointers/{url.rpartition(POINTERS)[2]}"
+
+
+def _parse(report: Report, url: str, kind: type[T]) -> T | None:
+    content = read(url)
+    pointer = parsed(report, _name(url), content, kind)
+    if pointer is not None and content is not None:
+        place = validated(PointerPlace, content).pointer
+        if place:  # earlier versions did not say
+            report.expect(f"{_name(url)}: pointer", _name(url), f"pointers/{place}.json")
+    return pointer
+
+
+def _read(kind: type[T], url: str) -> T | None:
+    """The document; None when there is none, or it is damaged: the check of its folder says so."""
+    content = read(url)
+    try:
+        return None if content is None else validated(kind, content)
+    except ValidationError:
+        return None

@@ -1,0 +1,293 @@
+"""Checks of a run: what it was started with, its attempts, its checkpoints and the history of its training.
+
+No kill, and no training that goes on meanwhile, leaves anything that is BAD here. The order in which a run is written
+says what may be missing: config.json, lease.json, attempts/<n>/start.json, run.json, split.parquet, then for each
+checkpoint the history, the files and the manifest, and at the end the pointers, log.txt and exit.json.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+from fusion import manifests, storage
+from fusion.errors import ExitCode
+from fusion.findings import (
+    Report,
+    check_beginning,
+    check_content,
+    check_files,
+    check_once,
+    first_line,
+    parsed,
+    read,
+    some,
+)
+from fusion.manifests import LINES, MANIFEST, MODEL, PULLED, SPLIT, STATE
+from fusion.records import AttemptEnd, AttemptStart, CheckpointManifest, DataOfRun, LeaseRecord, Pulled, RunFacts
+from fusion.runs import config_digest
+from fusion.verify_metrics import check_metrics
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """What of a run other documents can be compared with.
+
+    Attributes:
+        url: of its folder.
+        facts: None: there is no `run.json`, or it is damaged.
+        run_sha256, split_sha256: of the bytes of `run.json` and `split.parquet`; empty: there is none.
+        left_out: paths below the folder that `jobs/pull.py` did not fetch; None: this is no pulled copy.
+        committed: names of the checkpoints that have a manifest, oldest first.
+        checkpoints: their manifests by name, but for damaged ones.
+        ends: how its attempts ended, by number.
+    """
+
+    url: str
+    facts: RunFacts | None
+    run_sha256: str
+    split_sha256: str
+    left_out: tuple[str, ...] | None
+    committed: list[str]
+    checkpoints: dict[str, CheckpointManifest]
+    ends: dict[int, AttemptEnd]
+
+    @property
+    def newest(self) -> CheckpointManifest | None:
+        return self.checkpoints.get(self.committed[-1]) if self.committed else None
+
+    @property
+    def last_end(self) -> AttemptEnd | None:
+        return self.ends[max(self.ends)] if self.ends else None
+
+
+def check_run(report: Report, url: str) -> CheckedRun:
+    """Checks all of a run's folder."""
+    pulled = _check_pulled(report, url)
+    facts, run_sha256 = _check_settings(report, url)
+    content = read(storage.join(url, SPLIT))
+    validating = _check_split(report, content, expected=_is_trained(url))
+    split_sha256 = "" if content is None else storage.sha256(content)
+    run = CheckedRun(url, facts, run_sha256, split_sha256, pulled, [], {}, {})
+    run.ends.update(_check_attempts(report, run))  # before the checkpoints: an end names one that is committed
+    _check_checkpoints(report, run)
+    _check_ends(report, run)
+    _check_history(report, run)
+    check_metrics(report, url, facts, run.checkpoints, validating)
+    return run
+
+
+def _check_pulled(report: Report, url: str) -> tuple[str, ...] | None:
+    content = read(storage.join(url, PULLED))
+    marker = None if content is None else parsed(report, PULLED, content, Pulled)
+    return marker.left_out if marker else None
+
+
+def _is_trained(url: str) -> bool:
+    """Whether a checkpoint was begun: all that a run is started with was written before."""
+    return bool(storage.ls(storage.join(url, "checkpoints")))
+
+
+def _check_settings(report: Report, url: str) -> tuple[RunFacts | None, str]:
+    """`config.json` and `run.json`: the latter's facts and the sha256 of its bytes."""
+    settings, content = read(storage.join(url, "config.json")), read(storage.join(url, "run.json"))
+    config = parsed(report, "config.json", settings, DataOfRun, sealed=False)
+    if content is None and not _is_trained(url) and not storage.exists(storage.join(url, SPLIT)):
+        report.note("run.json: not written yet; no attempt has read its data")
+        return None, ""
+    facts = parsed(report, "run.json", content, RunFacts)
+    if facts is None:
+        return None, ""
+    if storage.base(url.rpartition("/")[0]) == "runs":  # and not of a copy that lies elsewhere
+        report.expect("run.json: run_id", storage.base(url), facts.run_id)
+    if settings and config:
+        _compare_settings(report, settings, facts)
+    return facts, storage.sha256(content or b"")
+
+
+def _compare_settings(report: Report, settings: bytes, facts: RunFacts) -> None:
+    digest, written = config_digest(json.loads(settings)), facts.config_json_sha256
+    if digest != facts.config_sha256 or written in ("", storage.sha256(settings)):  # earlier versions: empty
+        report.expect("config.json: config_sha256 of run.json", facts.config_sha256, digest)
+    else:
+        report.bad("config.json: config_json_sha256 of run.json", written, storage.sha256(settings))
+
+
+def _check_split(report: Report, data: bytes | None, *, expected: bool) -> set[str] | None:
+    """Ids of the rows that validate; None: there is no whole split."""
+    import pandas as pd
+    from pyarrow import ArrowException
+
+    if data is None:
+        if expected:
+            report.bad(SPLIT, "sample_id and side", "no such file")
+        return None
+    try:
+        split = pd.read_parquet(io.BytesIO(data), columns=["sample_id", "side"])
+    except (ArrowException, ValueError, OSError) as error:
+        report.bad(SPLIT, "Parquet with sample_id and side", first_line(error))
+        return None
+    sides, ids = Counter(map(str, split["side"])), list(map(str, split["sample_id"]))
+    check_once(report, f"{SPLIT}: ids", ids)
+    if set(sides) != {"train", "validation"}:
+        report.bad(f"{SPLIT}: sides", "train and validation", " and ".join(sorted(sides)) or "no rows")
+        return None
+    report.ok(f"{SPLIT}: {sides['train']} rows train, {sides['validation']} validate")
+    return {sample_id for sample_id, side in zip(ids, split["side"], strict=True) if side == "validation"}
+
+
+def _check_attempts(report: Report, run: CheckedRun) -> dict[int, AttemptEnd]:
+    """How the attempts ended, by number; one that was killed, or still runs, has no end."""
+    folders = {storage.base(folder): folder for folder in storage.ls(storage.join(run.url, "attempts"))}
+    numbers = sorted(int(name) for name in folders if name.isdigit())
+    _check_lease(report, run, numbers)
+    ends = {number: _check_attempt(report, folders[str(number)], number) for number in numbers}
+    return {number: end for number, end in ends.items() if end is not None}
+
+
+def _check_lease(report: Report, run: CheckedRun, numbers: list[int]) -> None:
+    content = read(storage.join(run.url, "lease.json"))  # after the list of attempts: each takes the lease first
+    if content is None and "lease.json" in (run.left_out or ()):
+        return
+    if content is None and not numbers:
+        report.note("no attempt has begun")
+        return
+    lease = parsed(report, "lease.json", content, LeaseRecord)
+    if lease is not None and numbers and lease.attempt < numbers[-1]:
+        report.bad("lease.json: attempt", f"at least {numbers[-1]}, as in attempts/", lease.attempt)
+
+
+def _check_attempt(report: Report, folder: str, number: int) -> AttemptEnd | None:
+    if not storage.ls(folder):
+        return None  # on a file system, of an attempt that was killed while it wrote its first file
+    start = parsed(report, f"attempts/{number}/start.json", read(storage.join(folder, "start.json")), AttemptStart)
+    if start is not None:
+        report.expect(f"attempts/{number}/start.json: attempt", number, start.attempt)
+    content = read(storage.join(folder, "exit.json"))
+    if content is None:
+        report.note(f"attempts/{number}: has not ended, or was killed")
+        return None
+    end = parsed(report, f"attempts/{number}/exit.json", content, AttemptEnd)
+    if end is not None and end.attempt is not None:
+        report.expect(f"attempts/{number}/exit.json: attempt", number, end.attempt)
+    if end is not None and end.log is not None:
+        check_beginning(report, f"attempts/{number}/log.txt", end.log, read(storage.join(folder, end.log.key)))
+    return end
+
+
+def _check_checkpoints(report: Report, run: CheckedRun) -> None:
+    """Adds to the run what is committed."""
+    folders = storage.ls(storage.join(run.url, "checkpoints"))
+    for folder in folders:
+        if storage.exists(storage.join(folder, MANIFEST)):
+            _check_checkpoint_of_run(report, folder, run)
+    for folder in folders:
+        if storage.base(folder) not in run.committed:
+            _check_uncommitted(report, folder, run)
+    if not run.committed:
+        report.note("no committed checkpoint")
+
+
+def _check_uncommitted(report: Report, folder: str, run: CheckedRun) -> None:
+    """A kill leaves such a folder, but not of a checkpoint that pruning has left beside the newest."""
+    name = storage.base(folder)
+    if run.newest and name in run.newest.earlier and storage.ls(folder) and _is_newest(run):
+        report.bad(f"{name}/{MANIFEST}", f"one, as {run.newest.name} says", "no such file")
+    else:
+        report.note(f"{name}: not committed, so it does not count")
+
+
+def _is_newest(run: CheckedRun) -> bool:
+    """Whether what was the newest checkpoint still is: the next one prunes, and this looks later than that lists."""
+    folders = storage.ls(storage.join(run.url, "checkpoints"))
+    later = [folder for folder in folders if storage.base(folder) > run.committed[-1]]
+    return not any(storage.exists(storage.join(folder, MANIFEST)) for folder in later)
+
+
+def _check_checkpoint_of_run(report: Report, folder: str, run: CheckedRun) -> None:
+    part, name = Report(place=report.place), storage.base(folder)
+    manifest = check_checkpoint(part, folder, {storage.base(path) for path in run.left_out or ()}, run.facts)
+    if manifest is not None:
+        _check_lineage(part, name, manifest, run)
+    if part.n_wrong and not storage.exists(storage.join(folder, MANIFEST)):
+        report.note(f"{name}: removed while it was read")
+        return
+    report.add(*part.findings)
+    run.committed.append(name)
+    run.checkpoints.update({name: manifest} if manifest else {})
+
+
+def _check_lineage(report: Report, name: str, manifest: CheckpointManifest, run: CheckedRun) -> None:
+    found = {"split_sha256": run.split_sha256, "run_sha256": run.run_sha256}
+    for key, file in (("split_sha256", SPLIT), ("run_sha256", "run.json")):
+        stated = getattr(manifest, key)
+        if stated and found[key]:
+            report.expect(f"{name}: {key} of {file}", found[key], stated)
+    for key in ("config_sha256", "data_sha256"):
+        if run.facts is not None:
+            report.expect(f"{name}: {key} of run.json", getattr(run.facts, key), getattr(manifest, key))
+
+
+def check_checkpoint(
+    report: Report, folder: str, left_out: Container[str] = (), facts: RunFacts | None = None
+) -> CheckpointManifest | None:
+    """Checks a checkpoint's folder; its manifest, if it is one.
+
+    Args:
+        left_out: names of files that a pulled copy lacks.
+        facts: of its run; None: unknown.
+    """
+    name = storage.base(folder)
+    manifest, contents = check_files(report, folder, CheckpointManifest, {MODEL, STATE}, left_out)
+    if manifest is not None and name.startswith("step-"):
+        report.expect(f"{name}: step of the manifest", name, manifest.name)
+    if MODEL in contents:
+        _check_header(report, f"{name}/{MODEL}", contents[MODEL], facts.dims if facts else None)
+    return manifest
+
+
+def _check_header(report: Report, what: str, data: bytes, expected: Mapping[str, int] | None) -> None:
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        tensors = deserialize(data)  # type: ignore[no-untyped-call]
+        dims = manifests.dims_in(data)
+    except (SafetensorError, ValueError) as error:
+        report.bad(f"{what}: header", "tensors, and in its metadata the dims of every role", first_line(error))
+        return
+    found = f"dims {', '.join(f'{role} {dim}' for role, dim in dims.items())}"
+    if expected is None or dict(expected) == dims:
+        report.ok(f"{what}: {len(tensors)} tensors, {found}")
+    else:
+        report.bad(f"{what}: dims of run.json", ", ".join(f"{role} {dim}" for role, dim in expected.items()), found)
+
+
+def _check_ends(report: Report, run: CheckedRun) -> None:
+    """Whether what the newest attempt that ended had committed is there; pulled copies have only the best."""
+    end = run.last_end
+    if end is None or run.left_out is not None:
+        return
+    # A kill comes before the end is recorded, and pruning never removes the newest.
+    steps = {int(name.removeprefix("step-")) for name in run.committed if name.removeprefix("step-").isdigit()}
+    if end.step > max(steps, default=-1):
+        report.bad("checkpoints", f"step-{end.step:08d}, as the newest exit.json says", some(run.committed))
+    elif end.code == ExitCode.DONE and run.newest and not run.newest.finished:
+        report.bad("checkpoints: finished, as the newest exit.json says", True, run.newest.finished)
+
+
+def _check_history(report: Report, run: CheckedRun) -> None:
+    """Whether `metrics/` has the history that the newest checkpoint was made with: more only while it goes on."""
+    newest = run.newest
+    if newest is None:
+        return
+    check = check_content if newest.finished else check_beginning
+    for entry in newest.history:
+        content = read(storage.join(run.url, "metrics", entry.key))
+        check(report, f"metrics/{entry.key}", entry, content)
+        if entry.key == LINES and content is not None and storage.sha256(content[: entry.bytes]) == entry.sha256:
+            rows = [json.loads(line) for line in content[: entry.bytes].splitlines()]
+            report.expect(f"{newest.name}: epochs of {LINES}", len(rows), newest.epoch)
+            report.expect(f"{newest.name}: lowest smape of {LINES}", min(row["smape"] for row in rows), newest.smape)

@@ -111,6 +111,11 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def check_whole(*places: Path) -> None:
+    """What was pulled is in order, though it is not all of what the bucket holds."""
+    assert [finding for place in places for finding in verify(str(place)) if finding.verdict == "BAD"] == []
+
+
 def flip(content: bytes) -> bytes:
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
@@ -214,11 +219,16 @@ def test_a_run_is_pulled(output: str, tmp_path: Path) -> None:
     whole = {key.removeprefix(f"{PREFIX}/") for key in keys(f"{PREFIX}/runs/{run}")}
     left = {f"runs/{run}/lease.json", f"{step_of(output, run)}/state.pt"}
     assert left < whole
-    assert files(tmp_path) == whole - left | {"pointers/runs/all_embeddings/best.json"}
-    for name in files(tmp_path):
+    ours = {"pointers/runs/all_embeddings/best.json", f"runs/{run}/pulled.json"}
+    assert files(tmp_path) == whole - left | ours
+    check_whole(tmp_path, tmp_path / "runs" / run, tmp_path / "pointers/runs/all_embeddings/best.json")
+    for name in files(tmp_path) - {f"runs/{run}/pulled.json"}:
         assert (tmp_path / name).read_bytes() == storage.read(f"{output}/{name}")
     assert pull("run", "best", "--output", output, "--to", str(tmp_path), "--state").code == 0
-    assert files(tmp_path) - {"pointers/runs/all_embeddings/best.json"} == whole - {f"runs/{run}/lease.json"}
+    assert files(tmp_path) - ours == whole - {f"runs/{run}/lease.json"}
+    check_whole(tmp_path, tmp_path / "runs" / run)
+    (tmp_path / step_of(output, run) / "state.pt").unlink()
+    assert [finding for finding in verify(str(tmp_path)) if finding.verdict == "BAD"] != [], "it was asked for"
     assert predict_test.main(["--output", str(tmp_path), "--date", DATE]) == 0
 
 
@@ -233,9 +243,10 @@ def test_a_submission_is_pulled(which: str, output: str, tmp_path: Path) -> None
     assert csv.read_bytes() == storage.read(f"{output}/submissions/{current}/submission.csv")
     pointer = {"pointers/submissions/prices/current.json"} if which == "current" else set()
     folder = f"submissions/{current}"
-    names = ("submission.csv", "fingerprints.parquet", "MANIFEST.json")
+    names = ("submission.csv", "fingerprints.parquet", "MANIFEST.json", "pulled.json")
     assert files(tmp_path) == {f"{folder}/{name}" for name in names} | pointer
     assert [finding for finding in verify(str(csv.parent)) if finding.verdict != "ok"] == []
+    check_whole(tmp_path)
 
 
 def test_one_of_several_submissions_of_a_date(copied: str, tmp_path: Path) -> None:

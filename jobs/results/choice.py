@@ -5,19 +5,21 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
-from fusion.manifests import MANIFEST, SPLIT, STATE, Checkpoint
+from fusion.manifests import MANIFEST, PULLED, SPLIT, STATE, Checkpoint
 from fusion.records import (
     CheckpointManifest,
     FileEntry,
     Manifest,
+    Pulled,
     RunPointer,
     SubmissionManifest,
     SubmissionPointer,
     parse,
+    seal,
 )
 from fusion.runs import no_run
 from jobs.results.bucket import LEASE, Listing, best_checkpoint, current_of
@@ -111,12 +113,20 @@ def plan_run(output: str, choice: Choice, *, state: bool) -> Plan:
         weights = _committed(output, f"{choice.path}/checkpoints/{best.name}", CheckpointManifest)
         kept = [item for item in weights.items if state or storage.base(item.path) != STATE]
         plan = _joined(plan, Plan(kept, weights.last))
-    return _joined(plan, Plan([], choice.pointer))
+    left_out = [LEASE] if state or not best else [LEASE, f"checkpoints/{best.name}/{STATE}"]
+    return _joined(plan, Plan([], choice.pointer | _marker(output, choice, left_out)))
 
 
 def plan_submission(output: str, choice: Choice) -> Plan:
     """A submission and its manifest."""
-    return _joined(_committed(output, choice.path, SubmissionManifest), Plan([], choice.pointer))
+    named = _committed(output, choice.path, SubmissionManifest)
+    return _joined(named, Plan([], choice.pointer | _marker(output, choice, [])))
+
+
+def _marker(output: str, choice: Choice, left_out: list[str]) -> dict[str, bytes]:
+    """What says to `fusion.verify` that the folder is a copy, and what it lacks on purpose."""
+    marker = Pulled(storage.join(output, choice.path), tuple(left_out))
+    return {f"{choice.path}/{PULLED}": seal(asdict(marker))}
 
 
 def _committed(output: str, path: str, kind: type[Manifest], *, required: bool = True) -> Plan:
@@ -136,7 +146,7 @@ def _beside(path: str, listing: Listing, metrics: Plan, best: Checkpoint | None)
     named = {item.path for item in metrics.items} | set(metrics.last)
     below = sorted(name for name in listing if BESIDE.fullmatch(name) and f"{path}/{name}" not in named)
     split = best.manifest.split_sha256 if best else ""
-    left_out = {LEASE, SPLIT, f"metrics/{MANIFEST}"}
+    left_out = {LEASE, PULLED, SPLIT, f"metrics/{MANIFEST}"}
     items = [Item(listing[name].url, f"{path}/{name}") for name in below if name not in left_out]
     if SPLIT in listing:
         found = listing[SPLIT]

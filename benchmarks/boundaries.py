@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import IO, Any
 
-from fusion import fitting, storage
+from fusion import backend, conditional, fitting, storage
 
 # In the order in which they are met. Of several that match, the first counts.
 KINDS = {
@@ -50,6 +50,7 @@ KINDS = {
     "evaluation-parts-gone": "remove */runs/r/parts/*",
     "prediction-part": "write */parts/*",
     "submission": "write */submissions/*/submission.csv",
+    "fingerprints": "write */submissions/*/fingerprints.parquet",
     "submission-manifest": "write */submissions/*/MANIFEST.json",
     "current": "write */pointers/submissions/*/current.json",
     "prediction-parts-gone": "remove */parts/*",
@@ -134,11 +135,11 @@ def arm(boundaries: Sequence[Boundary], skip: int, met: IO[bytes]) -> None:
         met: a file; a line with the boundary is written to it.
     """
     ambush = Ambush(boundaries, skip, met)
-    for name in ("_put", "_create", "_replace"):
-        setattr(storage, name, _deadly_write(ambush, getattr(storage, name)))
+    for module, name in ((backend, "put"), (conditional, "create"), (conditional, "replace")):
+        setattr(module, name, _deadly_write(ambush, getattr(module, name)))
     storage.remove = _deadly_removal(ambush, storage.remove)
     fitting.Fit.end_epoch = _deadly_end(ambush, fitting.Fit.end_epoch)  # type: ignore[method-assign]
-    storage.open = partial(_cut_file, ambush)  # type: ignore[attr-defined]
+    backend.open = partial(_cut_file, ambush)  # type: ignore[attr-defined]
     for name in ("send", "sendmsg"):
         setattr(socket.socket, name, _cut_socket(ambush, getattr(socket.socket, name)))
 

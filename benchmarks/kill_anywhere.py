@@ -6,7 +6,8 @@
 SIGKILL strikes at every boundary of `benchmarks/boundaries.py`, before, inside and after it, and at random moments. One
 rank or all of them die. The same command then starts again, until it ends with 0; then a new run begins, until every
 boundary has been struck as often as was asked for, and there were as many kills. Prints a line of JSON with the counts;
-exits 1 when a byte of `model.safetensors`, the metrics or `submission.csv` differs.
+exits 1 when a byte of `model.safetensors`, the metrics or `submission.csv` differs, and fails when `fusion.verify`
+calls anything damaged that an attempt has left.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ import fusion.evaluation
 import fusion.training  # noqa: F401
 from fusion import manifests, parts, storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.verify import verify
+from fusion.verify_output import is_output
 
 SMALL = ["--width", "16", "--n-heads", "2", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu", "--epochs", "4", "--checkpoint-steps", "3", "--run-id", "r"]
@@ -195,7 +198,15 @@ def _try(job: Callable[[list[str]], int], flags: list[str], ranks: int, plan: Pl
             said.seek(0)
             raise RuntimeError(f"an attempt that nobody killed ended with {codes}: {said.read().decode()[-4000:]}")
     plan.note(told, killed and not told, attempt.group)
+    _check_whole(flags[flags.index("--output") + 1])
     return not any(codes)
+
+
+def _check_whole(output: str) -> None:
+    """Nothing that a kill leaves is damage."""
+    wrong = [str(finding) for finding in verify(output) if finding.verdict == "BAD"] if is_output(output) else []
+    if wrong:
+        raise RuntimeError(f"verify calls what an attempt has left damaged: {wrong}")
 
 
 def _run(

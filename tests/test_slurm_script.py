@@ -23,7 +23,12 @@ echo "$*" >> tries
 """
 SCONTROL = '#!/bin/bash\n{first}\necho "$*" >> requeued\n'
 SLEEP = "#!/bin/bash\n[ -e at_pause ] && . ./at_pause\nexit 0\n"  # no test waits for a pause
-SIGNAL_STEPS = "until [ -s listener ]; do :; done; kill -USR2 $(cat listener); "
+# Returns once the shell of the job knows how the listener ended.
+SIGNAL_STEPS = """\
+until [ -s listener ]; do :; done
+kill -USR2 $(cat listener) 2> /dev/null
+while kill -0 $(cat listener) 2> /dev/null; do :; done
+"""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def test_a_stop_request_between_two_tries_requeues_the_job(script: Script) -> No
     assert (ended.code, ended.tries, ended.requeued) == (75, 1, "requeue 7\n"), ended.log
 
 
-@pytest.mark.parametrize("signalled", ["kill -USR2 $$", SIGNAL_STEPS + "/bin/sleep 0.2"], ids=["shell", "steps"])
+@pytest.mark.parametrize("signalled", ["kill -USR2 $$", SIGNAL_STEPS], ids=["shell", "steps"])
 def test_a_stop_request_before_the_first_try_requeues_the_job(script: Script, signalled: str) -> None:
     ended = script.run("exit 0", setup=(signalled,))
     assert (ended.code, ended.tries, ended.requeued) == (75, 0, "requeue 7\n"), ended.log
@@ -104,14 +109,14 @@ def test_a_stop_request_before_the_first_try_requeues_the_job(script: Script, si
 
 def test_a_stop_request_while_the_launcher_starts_requeues_the_job(script: Script) -> None:
     """Also in the last try: the signal ends a Python that has no handler yet."""
-    third = f"[ $(wc -l < tries) -lt 3 ] && exit 69; {SIGNAL_STEPS} kill -USR2 $$"
+    third = f"[ $(wc -l < tries) -lt 3 ] && exit 69; {SIGNAL_STEPS}kill -USR2 $$"
     ended = script.run(third)
     assert (ended.code, ended.tries, ended.requeued) == (75, 3, "requeue 7\n"), ended.log
 
 
 def test_a_stop_request_does_not_hide_how_the_work_ended(script: Script) -> None:
     for code in (0, 65):
-        assert script.run(f"{SIGNAL_STEPS} exit {code}").code == code
+        assert script.run(f"{SIGNAL_STEPS}exit {code}").code == code
     assert not (script.folder / "requeued").exists()
 
 

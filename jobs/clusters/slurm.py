@@ -68,7 +68,7 @@ stop_asked && break"""
 TEARDOWN = """\
 code=$?
 case $code in {final}) break ;; esac
-sleep 1  # the listener's end may be heard of after the launcher's
+sleep 3  # the listener's end may be heard of a moment after the launcher's
 stop_asked && break
 if [ $try -lt {n_tries} ]; then
   echo "try $try of {n_tries} ended with $code: again in $((10 * try)) s"

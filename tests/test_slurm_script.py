@@ -114,10 +114,10 @@ def test_a_stop_request_while_the_launcher_starts_requeues_the_job(script: Scrip
     assert (ended.code, ended.tries, ended.requeued) == (75, 3, "requeue 7\n"), ended.log
 
 
-def test_a_stop_request_does_not_hide_how_the_work_ended(script: Script) -> None:
-    for code in (0, 65):
-        assert script.run(f"{SIGNAL_STEPS}exit {code}").code == code
-    assert not (script.folder / "requeued").exists()
+@pytest.mark.parametrize("code", [0, 65])
+def test_a_stop_request_does_not_hide_how_the_work_ended(script: Script, code: int) -> None:
+    ended = script.run(f"{SIGNAL_STEPS}exit {code}")
+    assert (ended.code, ended.tries, ended.requeued) == (code, 1, "")
 
 
 def test_a_requeue_outlasts_a_controller_that_restarts(script: Script) -> None:

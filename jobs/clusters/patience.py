@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def patiently(ask: Callable[[], T], seconds: float, pause: float, retried: type[FusionError] = FusionError) -> T:
-    """The answer of a cluster, asked for again every `pause` seconds for up to `seconds`; says so once.
+    """The answer of a cluster, asked for again every `pause` seconds until it failed for `seconds`; says so once.
 
     Args:
         retried: errors after which it is asked again.
@@ -20,15 +20,16 @@ def patiently(ask: Callable[[], T], seconds: float, pause: float, retried: type[
     Raises:
         FusionError: what `ask` raised last.
     """
-    deadline = time.monotonic() + seconds
-    has_told = False
+    deadline: float | None = None
     while True:
         try:
             return ask()
         except retried as error:
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            is_first = deadline is None
+            deadline = now + seconds if deadline is None else deadline
+            if now >= deadline:
                 raise
-            if not has_told:
+            if is_first:
                 print(f"{error.message}; asking again for up to {seconds:g} s", flush=True)
-            has_told = True
             time.sleep(pause)

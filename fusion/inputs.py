@@ -50,6 +50,11 @@ def find_sources(data: str, split: str, bindings: Mapping[str, str]) -> Sources:
     return {role: _files(data, split, role, name, found) for role, name in bindings.items()}
 
 
+def source_names(data: str, split: str) -> set[str]:
+    """Names of all sources of a split that have a Parquet file."""
+    return _names(storage.find(storage.join(data, "embeddings", split)))
+
+
 def find_table(data: str, split: str) -> Entry:
     """`train.csv` or `test.csv`, or its Parquet.
 
@@ -92,8 +97,15 @@ def _parts(folder: str, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
     return tuple(names[name] for name in sorted(mine))
 
 
+def _names(found: Mapping[str, Entry]) -> set[str]:
+    """Of files `x.parquet`, and of folders with such files."""
+    paths = [path.split("/") for path in found if path.endswith(_PARQUET)]
+    mine = [parts for parts in paths if len(parts) in (1, 2) and all(part[0] not in "._" for part in parts)]
+    return {parts[0].removesuffix(_PARQUET) for parts in mine}
+
+
 def _no_source(folder: str, split: str, role: str, name: str, found: Mapping[str, Entry]) -> DataError:
-    there = sorted({path.split("/")[0].removesuffix(_PARQUET) for path in found if path[0] not in "._"})
+    there = sorted(_names(found))
     near = "".join(f"did you mean {other}? " for other in difflib.get_close_matches(name, there, n=1))
     flag = f"name the source with --sources.{role.replace('_', '-')} NAME"
     return DataError(

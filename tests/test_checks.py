@@ -137,4 +137,20 @@ def test_a_cache_whose_path_cannot_even_be_looked_at(monkeypatch: pytest.MonkeyP
 
 def test_data_that_names_a_file(data: Path) -> None:
     found = doctor("--only", "data", "--data", str(data / "train.csv"))
-    assert found.code == 65 and f"hint: train.csv is a file: give its folder, --data {data}\n" in found.out
+    assert found.code == 65 and f"hint: --data {data}\n" in found.out
+
+
+def test_what_is_no_source_of_its_own(data: Path) -> None:
+    train = data / "embeddings" / "train"
+    for name in ("_SUCCESS", "._cnn.parquet", ".hidden.parquet", "notes.txt"):
+        (train / name).touch()
+    for split in ("train", "test"):
+        (data / "embeddings" / split / "spark.parquet").mkdir()
+        (data / "embeddings" / split / "spark.parquet" / "part-0.parquet").touch()
+    assert "for both cnn, qwen_text, spark\n" in doctor("--only", "data", "--data", str(data)).out
+    flags = ["--variant", "qwen_clip", "--sources.clip-image", "spark"]
+    assert doctor("--only", "data", "--data", str(data), *flags).code == 0
+    (train / "spark").mkdir()
+    (train / "spark" / "x.parquet").touch()
+    twice = doctor("--only", "data", "--data", str(data), *flags)
+    assert twice.code == 65 and "remove the one that is not meant" in twice.out

@@ -13,13 +13,13 @@ from typing import Any
 import fsspec
 
 from fusion import backend, storage
-from fusion.errors import ExitCode
+from fusion.errors import DataError, ExitCode
+from fusion.inputs import find_sources, find_table, source_names
 from jobs.checks.findings import Finding, Job, fail, ok, warn
 
 REFUSED_AFTER = timedelta(minutes=15)  # S3 refuses signatures of a clock that is further off
 NOTABLE = timedelta(seconds=30)
 SOON = timedelta(minutes=15)
-_NAME_DATA = "name the folder that holds it with --data"
 WHERE = ("data", "output")  # settings that other checks name
 
 
@@ -120,18 +120,14 @@ def _buckets(job: Job) -> list[str]:
 def data(job: Job) -> Finding:
     """Whether the tables and the embeddings are there."""
     bindings = job.settings.bindings() if job.variant else {}
-    tables = {storage.base(url).removesuffix(".csv").removesuffix(".parquet") for url in storage.ls(job.data)}
-    if "train" not in tables:
-        folder, _, name = job.data.rpartition("/")
-        is_file = name.endswith((".csv", ".parquet")) and not tables
-        remedy = f"{name} is a file: give its folder, --data {folder or '.'}" if is_file else _NAME_DATA
-        return fail(f"{job.data} has no train.csv", remedy, ExitCode.DATA)
-    train, test = _sources(job, "train"), _sources(job, "test")
+    find_table(job.data, "train")
+    train, test = source_names(job.data, "train"), source_names(job.data, "test")
     missing = {role: name for role, name in bindings.items() if name not in train}
     if missing or not train:
         return _without_sources(job, missing, train)
+    find_sources(job.data, "train", bindings)  # each once
     needed = set(bindings.values()) or train
-    lacking = ([] if "test" in tables else ["test.csv"]) + sorted(needed - test)
+    lacking = ([] if _has_test(job) else ["test.csv"]) + sorted(needed - test)
     if lacking:
         return warn(f"train is there, test lacks {', '.join(lacking)}", "add what is missing before predict_test")
     return ok(f"{job.data} has train, test, and for both {', '.join(sorted(needed))}")
@@ -145,9 +141,12 @@ def _without_sources(job: Job, missing: dict[str, str], there: set[str]) -> Find
     return fail(found, remedy, ExitCode.DATA)
 
 
-def _sources(job: Job, split: str) -> set[str]:
-    folder = storage.join(job.data, "embeddings", split)
-    return {storage.base(url).removesuffix(".parquet") for url in storage.ls(folder)}
+def _has_test(job: Job) -> bool:
+    try:
+        find_table(job.data, "test")
+    except DataError:
+        return False
+    return True
 
 
 def writable(job: Job) -> Finding:

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from fusion.errors import ConfigError
-
-
-def variable(name: str, default: str) -> str:
-    """The variable of the environment; one that is empty is not set."""
-    return os.environ.get(name) or default
 
 
 def refuse_empty(given: argparse.Namespace) -> None:

@@ -19,8 +19,9 @@ from dataclasses import asdict
 try:
     from fusion import storage
     from fusion.command import guarded
+    from fusion.environment import variable
     from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds, visible
-    from jobs.arguments import refuse_empty, variable
+    from jobs.arguments import refuse_empty
     from jobs.checks import machine, store
     from jobs.checks.findings import Check, Finding, Job, fail, read_settings, warn
     from jobs.clusters.description import config_class
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--variant", metavar="NAME", help="qwen_clip or all_embeddings: also look for its sources")
     add(f"{SOURCES}ROLE", metavar="NAME", action="append",
         help="source of a role of the --variant, as in training: --sources.clip-image cnn")  # fmt: skip
-    add("--store-timeout", metavar="S", type=seconds, default=variable("FUSION_STORE_TIMEOUT", "5"),
+    add("--store-timeout", metavar="S", type=seconds, default=variable("FUSION_STORE_TIMEOUT") or "5",
         help="seconds to retry a store that does not answer (default: 5)")  # fmt: skip
     add(
         "--only",
@@ -146,8 +147,8 @@ def _read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Job]:
     except UsageError:
         raise
     except FusionError:  # the check of the settings says what is wrong with them
-        output = given.output or variable("FUSION_OUTPUT", "output")
-        data = given.data or variable("FUSION_DATA", "data")
+        output = given.output or variable("FUSION_OUTPUT") or "output"
+        data = given.data or variable("FUSION_DATA") or "data"
     return given, Job(output, data, given.variant, flags)
 
 

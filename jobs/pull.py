@@ -28,10 +28,11 @@ from typing import Any
 try:
     from fusion import storage
     from fusion.command import guarded
+    from fusion.environment import variable
     from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds, visible
     from fusion.manifests import STATE, SUBMISSION
     from fusion.streams import unfailing
-    from jobs.arguments import refuse_empty, variable
+    from jobs.arguments import refuse_empty
     from jobs.results import shown
     from jobs.results.bucket import list_runs, list_submissions
     from jobs.results.choice import Choice, choose_run, choose_submission, plan_run, plan_submission
@@ -151,7 +152,7 @@ def _run_filters(given: argparse.Namespace, choice: Choice) -> list[str]:
 
 
 def _print_commands(given: argparse.Namespace, choice: Choice, filters: Sequence[str]) -> None:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = variable("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     where = ["--endpoint-url", endpoint] if endpoint else []
     source, target = storage.join(given.output, choice.path), os.path.join(given.to, choice.path)
     print(shlex.join(["aws", "s3", "sync", source, target, *filters, *where]))
@@ -177,9 +178,10 @@ def _parser() -> argparse.ArgumentParser:
             name, help=text, description=f"{text}. {more}", formatter_class=form, allow_abbrev=False
         )
         made.set_defaults(job=job, parser=made)
-        made.add_argument("--output", metavar="URL", default=variable("FUSION_OUTPUT", "output"),
+        made.add_argument("--output", metavar="URL", default=variable("FUSION_OUTPUT") or "output",
             help="bucket or folder with runs/ and submissions/ (default: FUSION_OUTPUT, else output)")  # fmt: skip
-        made.add_argument("--store-timeout", metavar="S", type=seconds, default=variable("FUSION_STORE_TIMEOUT", "60"),
+        patience = variable("FUSION_STORE_TIMEOUT") or "60"
+        made.add_argument("--store-timeout", metavar="S", type=seconds, default=patience,
             help="seconds to retry a store that does not answer (default: 60)")  # fmt: skip
         return made
 

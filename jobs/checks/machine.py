@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import fusion
+from fusion.environment import variable
 from fusion.errors import ExitCode
 from fusion.scratch import temporary_folder
 from jobs.checks.findings import Finding, Job, fail, ok, size, warn
@@ -203,7 +203,7 @@ def folders(_: Job) -> Finding:
 
 
 def _caches() -> dict[str, str]:
-    return {name: os.environ[name] for name in CACHES if os.environ.get(name)}
+    return {name: folder for name in CACHES if (folder := variable(name))}
 
 
 def _write_error(folder: Path) -> str:
@@ -224,8 +224,8 @@ def _nearest(folder: Path) -> Path:
 
 def names(_: Job) -> Finding:
     """Whether this machine's name, and that of the first node, resolve."""
-    own, master = socket.gethostname(), _variable("MASTER_ADDR", "PET_MASTER_ADDR")
-    if n_nodes() > 1 and not master and not os.environ.get("SLURM_STEP_NODELIST"):
+    own, master = socket.gethostname(), variable("MASTER_ADDR", "PET_MASTER_ADDR")
+    if n_nodes() > 1 and not master and not variable("SLURM_STEP_NODELIST"):
         to_do = "set MASTER_ADDR to the name of node 0"
         return fail(f"{n_nodes()} nodes, and MASTER_ADDR is not set", to_do, ExitCode.CONFIG)
     if master and not _resolves(master):
@@ -266,7 +266,7 @@ def _slurm(env: Mapping[str, str]) -> Finding:
 
 
 def n_nodes() -> int:
-    text = _variable("PET_NNODES", "SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES") or "1"
+    text = variable("PET_NNODES", "SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES") or "1"
     return int(text) if text.isdecimal() else 1
 
 
@@ -280,7 +280,3 @@ def grace(job: Job) -> Finding:
         )
         return warn(found, to_do)
     return ok(f"training counts on {seconds:g} s from a stop signal on, fusion.launch gives it {LAUNCHER_GRACE:g} s")
-
-
-def _variable(*names: str) -> Any:
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)

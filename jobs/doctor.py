@@ -57,7 +57,7 @@ CHECKS = (
 
 
 def examine(job: Job, checks: Sequence[Check], say: Callable[[str, Finding], None]) -> dict[str, Finding]:
-    """What every check found, by its name; `say` is told each as it is found."""
+    """What every check found, by its name; `say` gets each as it is found."""
     findings: dict[str, Finding] = {}
     missed: set[str] = set()  # failed or skipped
     for check in checks:

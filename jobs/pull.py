@@ -128,7 +128,8 @@ def _pull(given: argparse.Namespace, make_plan: Callable[[], Plan]) -> list[str]
             _say(f"{path} was damaged in {given.to}, and is replaced")
     n = Counter(outcomes.values())
     n_new = n[Outcome.FETCHED] + n[Outcome.REPLACED]
-    _say(f"{n_new} files fetched, {n[Outcome.THERE]} there already; {n_bytes:,} bytes read")
+    files = "1 file" if n_new == 1 else f"{n_new} files"
+    _say(f"{files} fetched, {n[Outcome.THERE]} there already; {n_bytes:,} bytes read")
     return list(outcomes)
 
 
@@ -175,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, job: Callable[[argparse.Namespace], None], text: str, more: str = "") -> Parser:
         made: Parser = commands.add_parser(
-            name, help=text, description=f"{text}. {more}", formatter_class=form, allow_abbrev=False
+            name, help=text, description=f"{text}.\n\n{more}".strip(), formatter_class=form, allow_abbrev=False
         )
         made.set_defaults(job=job, parser=made)
         made.add_argument("--output", metavar="URL", default=variable("FUSION_OUTPUT") or "output",

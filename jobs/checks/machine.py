@@ -31,7 +31,7 @@ LITTLE = 2**30  # bytes; less is worth a word
 FEW_FILES = 1024
 TORCH_TIMEOUT = 120.0  # seconds; it loads in 5, in 60 from a cold network disk
 SOON = 600  # seconds
-LAUNCHER_GRACE = 60.0  # seconds that fusion.launch gives its ranks unless told otherwise
+LAUNCHER_GRACE = 60.0  # seconds that fusion.launch gives its ranks by default
 CACHES = ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR")
 _ASK_TORCH = """
 import json, torch

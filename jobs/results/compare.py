@@ -21,7 +21,7 @@ WHERE = {"output", "run_id"}  # different for any two runs
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs side by side; each list has one value a run.
+    """Several runs side by side; each list has one value per run.
 
     Attributes:
         variants: empty for a run that never read its data.

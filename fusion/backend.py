@@ -60,7 +60,7 @@ def locate(url: str) -> tuple[Any, str]:
     Raises:
         ConfigError: the URL is empty or misspelt, or the package for it is missing.
     """
-    _check(url)
+    check(url)
     settings = _S3 | fsspec.config.conf.get("s3", {}) if url.startswith(_S3_SCHEMES) else {}
     try:
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **settings)
@@ -71,7 +71,8 @@ def locate(url: str) -> tuple[Any, str]:
     return fs, path
 
 
-def _check(url: str) -> None:
+def check(url: str) -> None:
+    """Raises a ConfigError if the URL is empty or misspelt."""
     if not url:
         raise ConfigError("an empty text is no bucket or folder", "name one, such as s3://bucket/path")
     if slipped := _SLIPPED.fullmatch(url):
@@ -182,7 +183,7 @@ def _make_folder(path: str) -> None:
         there = path
         while not os.path.lexists(there):
             there = os.path.dirname(there)
-        reason = error.strerror if os.path.isdir(there) else "it is a file"
+        reason = "no folder can be made there" if os.path.isdir(there) else "it is a file"
         raise ConfigError(
             f"cannot write below {there}: {reason}", "name a folder, or a bucket as s3://bucket"
         ) from error

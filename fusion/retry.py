@@ -21,6 +21,7 @@ FIRST_PATIENCE = 10.0
 QUIET = 3.0  # seconds of silence before the log says what is waited for; shorter ones are of no interest
 REMINDER = 60.0  # seconds between two such lines
 
+_PAUSES = wait_random_exponential(0.2, max=5)  # seconds; random, so that many ranks do not come back at once
 _known: set[str] = set()  # stores that have answered this process
 _lock = threading.Lock()
 _last_said = float("-inf")
@@ -42,7 +43,7 @@ def persistently(url: str, action: Callable[[], T], patience: float) -> T:
 
     attempts = Retrying(
         stop=silence.is_over,
-        wait=wait_random_exponential(0.2, max=5),
+        wait=lambda state: min(_PAUSES(state), silence.left(state)),
         retry=retry_if_exception(is_silence),
         reraise=True,
     )
@@ -56,16 +57,26 @@ class _Silence:
         self._url, self._patience, self._began = url, patience, 0.0
 
     def is_over(self, state: RetryCallState) -> bool:
-        error = state.outcome.exception() if state.outcome else None
-        now = time.monotonic()
-        self._began = self._began or now
-        patience = self._patience
-        if error is not None and is_unreachable(error) and store_of(self._url) not in _known:
-            patience = min(patience, FIRST_PATIENCE)
-        lasting = now - self._began
+        self._began = self._began or time.monotonic()
+        error, patience = _error(state), self._patience_with(state)
+        lasting = time.monotonic() - self._began
         if error is not None and QUIET <= lasting < patience:
             _say(self._url, error, patience)
         return lasting >= patience
+
+    def left(self, state: RetryCallState) -> float:
+        """Seconds until it is over."""
+        return max(0.0, self._began + self._patience_with(state) - time.monotonic())
+
+    def _patience_with(self, state: RetryCallState) -> float:
+        error = _error(state)
+        if error is not None and is_unreachable(error) and store_of(self._url) not in _known:
+            return min(self._patience, FIRST_PATIENCE)
+        return self._patience
+
+
+def _error(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
 
 
 def _say(url: str, error: BaseException, patience: float) -> None:

@@ -15,7 +15,6 @@ from fusion import backend, conditional, retry
 from fusion.answers import explained
 from fusion.backend import Entry as Entry
 from fusion.backend import sha256 as sha256
-from fusion.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -36,10 +35,9 @@ def join(url: str, *parts: str) -> str:
     """The URL of what has this path below `url`.
 
     Raises:
-        ConfigError: `url` is empty; joined, it would be the root folder.
+        ConfigError: `url` is empty, so that this would be the root folder, or misspelt.
     """
-    if not url:
-        raise ConfigError("an empty text is no bucket or folder", "name one, such as s3://bucket/path")
+    backend.check(url)
     return "/".join([url.rstrip("/"), *parts])
 
 

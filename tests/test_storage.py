@@ -104,7 +104,7 @@ def test_a_slip_in_a_url_is_no_folder(url: str, meant: str) -> None:
     for action in (storage.exists, storage.ls, lambda url: storage.write(storage.join(url, "x"), b"")):
         with pytest.raises(ConfigError) as caught:
             action(url)
-        assert caught.value.remedy.startswith(f"did you mean {meant}")
+        assert caught.value.remedy == f"did you mean {meant}?"
 
 
 def test_names_that_only_look_like_stores_are_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

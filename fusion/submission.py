@@ -124,7 +124,7 @@ def reuse(settings: PredictConfig, origin: Origin) -> str | None:
             continue
         if current == (folder, manifest) and _is_of(settings, manifest):  # nothing is left to do
             return _published_before(folder, manifest.rows)
-        return publish(settings, origin, _made(folder, manifest, content))
+        return publish(settings, origin, _made(folder, manifest, content), current[0] if current else None)
     return None
 
 
@@ -182,8 +182,12 @@ def _read_verified(folder: str, manifest: SubmissionManifest, key: str) -> bytes
     return None
 
 
-def publish(settings: PredictConfig, origin: Origin, made: Made) -> str:
-    """Commits the submission under its date and points to it, unless a later date is current; its URL."""
+def publish(settings: PredictConfig, origin: Origin, made: Made, current: str | None = None) -> str:
+    """Commits the submission under its date and points to it, unless a later date is current; its URL.
+
+    Args:
+        current: folder of the submission that is current, if it is known.
+    """
     key = f"{settings.name}/{settings.day()}/{storage.sha256(made.files[SUBMISSION])[:12]}"
     folder = storage.join(settings.output, "submissions", key)
     there = {storage.base(url) for url in storage.ls(folder)}
@@ -198,7 +202,7 @@ def publish(settings: PredictConfig, origin: Origin, made: Made) -> str:
             smape=made.smape,
             history=made.history,
             name=settings.name,
-            previous=_previous(settings, key),
+            previous=_previous(settings, key, current),
             **asdict(origin),
         )
         committed, data = storage.join(folder, MANIFEST), seal(asdict(manifest))
@@ -235,7 +239,10 @@ def _is_of(settings: PredictConfig, manifest: SubmissionManifest) -> bool:
     return manifest.date == settings.day() and manifest.name in ("", settings.name)
 
 
-def _previous(settings: PredictConfig, key: str) -> str:
+def _previous(settings: PredictConfig, key: str, current: str | None) -> str:
+    if current is not None:
+        before = current.removeprefix(storage.join(settings.output, "submissions", ""))
+        return before if before != key else ""
     pointer = pointers.read(SubmissionPointer, settings.output, "submissions", settings.name, "current")
     return pointer.submission if pointer and pointer.submission != key else ""
 

@@ -16,6 +16,11 @@ from fusion.records import RunFacts, RunPointer
 SERVED = "best"
 
 
+def best_of_kind(split_sha256: str) -> str:
+    """Name of the pointer to the best of the runs with this split."""
+    return f"{SERVED}-{split_sha256[:8]}"
+
+
 def run_of(output: str, pointer: RunPointer) -> str:
     return storage.join(output, "runs", pointer.run_id)
 
@@ -43,7 +48,7 @@ def point_to_run(config: RunConfig, checkpoint_name: str, smape: float) -> None:
     target = RunPointer(config.name(), checkpoint_name, smape)
     target = replace(target, split_sha256=manifests.split_digest(run_of(config.output, target)))
     where = (config.output, "runs", config.variant)
-    kind = f"{SERVED}-{target.split_sha256[:8]}"
+    kind = best_of_kind(target.split_sha256)
 
     def is_kept(other: RunPointer) -> bool:
         return other.smape <= smape and exists(config.output, other)

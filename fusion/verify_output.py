@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fusion import storage
+from fusion.best_run import SERVED, best_of_kind
 from fusion.errors import ExitCode
 from fusion.findings import Report
 from fusion.manifests import MANIFEST, PULLED
@@ -70,14 +71,16 @@ def _check_uncommitted(report: Report, key: str, whole: Submissions) -> None:
 
 def _expected_run_pointers(pointers: str, runs: Mapping[str, CheckedRun]) -> set[str]:
     """An attempt that ends well has pointed to its run before."""
-    variants = {
-        run.facts.variant
-        for run in runs.values()
-        if run.facts and run.left_out is None and any(end.code == ExitCode.DONE for end in run.ends.values())
-    }
-    return {
-        storage.join(pointers, "runs", variant, name) for variant in variants for name in ("latest.json", "best.json")
-    }
+    expected = set()
+    for run in runs.values():
+        ended_well = any(end.code == ExitCode.DONE for end in run.ends.values())
+        if run.facts is None or run.left_out is not None or not ended_well:
+            continue
+        names = ["latest", SERVED]
+        if run.newest and run.newest.run_sha256:  # earlier versions had one best for all kinds of runs
+            names.append(best_of_kind(run.newest.split_sha256))
+        expected |= {storage.join(pointers, "runs", run.facts.variant, f"{name}.json") for name in names}
+    return expected
 
 
 def _expected_submission_pointers(url: str, pointers: str, whole: Submissions) -> set[str]:

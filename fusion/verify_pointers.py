@@ -48,8 +48,10 @@ def check_run_pointer(report: Report, url: str) -> RunPointer | None:
     what = f"{_name(url)}: smape of {pointer.checkpoint} in {pointer.run_id}"
     if made is None:
         report.bad(what, pointer.smape, "no such checkpoint")
-    else:
-        report.expect(what, made.smape, pointer.smape)
+        return pointer
+    report.expect(what, made.smape, pointer.smape)
+    if pointer.split_sha256 and made.split_sha256:  # earlier versions did not say
+        report.expect(f"{_name(url)}: split_sha256 of {pointer.run_id}", made.split_sha256, pointer.split_sha256)
     return pointer
 
 

@@ -342,6 +342,13 @@ def test_damage_in_the_bucket(change: Callable[[bytes], bytes], copied: str, tmp
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_document_that_has_changed_since_it_was_written(copied: str, tmp_path: Path) -> None:
+    url = f"{copied}/runs/small/run.json"
+    storage.write(url, storage.read(url).replace(b"all_embeddings", b"qwen_clip"))
+    check(pull("run", "small", "--output", copied, "--to", str(tmp_path)), 65, f"{url} is damaged: it has changed")
+    assert not (tmp_path / "runs/small/run.json").exists()
+
+
 def test_metrics_that_a_manifest_names_are_verified(copied: str, tmp_path: Path) -> None:
     folder, flags = f"{copied}/runs/small/metrics", ["run", "small", "--output", copied, "--to", str(tmp_path)]
     content = storage.read(f"{folder}/groups.csv")

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from fusion import log, storage
 from fusion.errors import ConfigError, DataError, FusionError, UnreachableError
-from fusion.records import FileEntry
+from fusion.records import FileEntry, Seal, seal_of
+
+_REMEDY = "pull another run or submission, or make this one again; `python -m fusion.verify URL` says what else"
 
 # Files at a time, each whole in memory: of a run the largest, state.pt, has about 200 MB.
 N_FILES = 4
@@ -117,6 +119,8 @@ def _fetch_one(item: Item, target: Path) -> tuple[Outcome, int]:
     content = storage.read(item.url)
     if item.entry:
         _verify(item.url, content, item.entry)
+    elif item.path.endswith(".json") and seal_of(content) is Seal.BROKEN:
+        raise DataError(f"{item.url} is damaged: {Seal.BROKEN.value}", _REMEDY)
     elif _holds(target, content):
         return Outcome.THERE, len(content)
     _write(target, content)
@@ -131,12 +135,11 @@ def _holds(target: Path, content: bytes) -> bool:
 
 
 def _verify(url: str, content: bytes, entry: FileEntry) -> None:
-    remedy = "pull another run or submission, or make this one again; `python -m fusion.verify URL` says what else"
     if len(content) != entry.bytes:
-        raise DataError(f"{url} has {len(content)} bytes, its manifest says {entry.bytes}", remedy)
+        raise DataError(f"{url} has {len(content)} bytes, its manifest says {entry.bytes}", _REMEDY)
     found = storage.sha256(content)
     if found != entry.sha256:
-        raise DataError(f"{url} is damaged: sha256 {found[:12]}, its manifest says {entry.sha256[:12]}", remedy)
+        raise DataError(f"{url} is damaged: sha256 {found[:12]}, its manifest says {entry.sha256[:12]}", _REMEDY)
 
 
 def _remove(target: Path) -> None:

@@ -26,13 +26,12 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistStoreError
 
 from fusion import log
-from fusion.ending import tell
+from fusion.ending import leave
 from fusion.errors import StalledError, UnreachableError
 
 FOR_EVER = timedelta(days=365)  # gloo and nccl want a number
 ARRIVAL = 600.0  # seconds for all ranks to come: nodes pull images and load torch at different speeds
 BEAT = 5.0  # seconds between two heartbeats; with 1000 ranks the store answers 400 requests a second
-REPORT_SECONDS = 5.0  # the launcher ends all ranks soon after the first has left: time for all to report
 
 
 class Heartbeats:
@@ -48,9 +47,9 @@ class Heartbeats:
     """
 
     def __init__(
-        self, store: Store, rank: int, size: int, timeout: float, end: Callable[[StalledError], None] | None = None
+        self, store: Store, rank: int, size: int, timeout: float, end: Callable[[StalledError], None] = leave
     ) -> None:
-        self.rank, self.timeout, self._end = rank, timeout, end or _end_process
+        self.rank, self.timeout, self._end = rank, timeout, end
         self._store = _own_connection(store)
         self._keys = [f"{other}" for other in range(size)]
         self._counts: list[bytes] = []
@@ -113,12 +112,6 @@ def _stalled(silent: int, seconds: float) -> StalledError:
         f"rank {silent} has given no sign of life for {seconds:.0f} s",
         "look for what happened to its node, then run the same command again",
     )
-
-
-def _end_process(error: StalledError) -> None:
-    tell(error)
-    time.sleep(REPORT_SECONDS)
-    os._exit(error.code)  # nothing else gets out of a collective operation that waits for a dead rank
 
 
 def _own_connection(store: Store) -> Store:

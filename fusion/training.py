@@ -20,6 +20,7 @@ from fusion.config import RunConfig, digest
 from fusion.distributed import World, world
 from fusion.duplicates import compared_columns, near_duplicate_groups
 from fusion.embeddings import RowStore, load
+from fusion.ending import recorded_by
 from fusion.errors import DataError, StopRequested
 from fusion.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 from fusion.fitting import Fit, TrainingData, set_seed
@@ -65,7 +66,9 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
             )
             return
         with attempt(run_url(config)) if place.is_main else nullcontext() as lease:
-            _train(config, build_network, place, lease)
+            record = None if lease is None else lambda error: record_end(lease, end_of(error))
+            with recorded_by(record):
+                _train(config, build_network, place, lease)
 
 
 def _is_finished(config: RunConfig) -> bool:
@@ -86,9 +89,8 @@ def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease
     _log_start(fit)
     saver = Saver(config, fit, lease)
     saver.resume()
-    record = None if lease is None else lambda error: record_end(lease, end_of(error))
     # From here on: reading has time limits of its own.
-    with watched(config.stall_timeout, lambda: f"rank {place.rank} at step {fit.step}", record) as watchdog:
+    with watched(config.stall_timeout, lambda: f"rank {place.rank} at step {fit.step}") as watchdog:
         while not fit.finished:
             _run_epoch(fit, saver, watchdog)
         if fit.stopping.stopped:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import os
 import sys
 import threading
 import time
@@ -11,13 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from fusion import log
-from fusion.ending import tell
+from fusion.ending import leave
 from fusion.errors import StalledError
 from fusion.streams import LOST
-
-RECORD_SECONDS = 5.0  # the store may be what hangs
-
-Record = Callable[[StalledError], None]
 
 
 class Watchdog:
@@ -26,11 +21,10 @@ class Watchdog:
     Args:
         timeout: seconds.
         where: which rank this is, and how far it has come.
-        record: keeps how this attempt ended; None where another rank does, which is then given the time to.
     """
 
-    def __init__(self, timeout: float, where: Callable[[], str], record: Record | None) -> None:
-        self.timeout, self.where, self.record = timeout, where, record
+    def __init__(self, timeout: float, where: Callable[[], str]) -> None:
+        self.timeout, self.where = timeout, where
         self.idle = 0.0  # seconds since the last beat
 
     def beat(self) -> None:
@@ -53,21 +47,13 @@ class Watchdog:
             f"{self.where()} made no progress for {self.timeout:g} s",
             "see the stacks in the log, those of all ranks; raise --stall-timeout if it was busy",
         )
-        tell(error)
-        recording = threading.Thread(target=self.record or _let_another_record, args=(error,), daemon=True)
-        recording.start()
-        recording.join(RECORD_SECONDS)
-        os._exit(error.code)  # nothing else gets out of a collective that waits for a dead rank
-
-
-def _let_another_record(_: StalledError) -> None:
-    time.sleep(RECORD_SECONDS)  # the launcher ends all ranks soon after the first has left
+        leave(error)
 
 
 @contextmanager
-def watched(timeout: float, where: Callable[[], str], record: Record | None = None) -> Iterator[Watchdog]:
+def watched(timeout: float, where: Callable[[], str]) -> Iterator[Watchdog]:
     """Inside, the process ends with 124 after `timeout` seconds without a beat; 0 watches nothing."""
-    watchdog, ended = Watchdog(timeout, where, record), threading.Event()
+    watchdog, ended = Watchdog(timeout, where), threading.Event()
     thread = threading.Thread(target=watchdog.watch, args=(ended,), daemon=True, name="watchdog")
     if timeout > 0:
         thread.start()

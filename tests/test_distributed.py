@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from fusion import distributed
 from fusion.distributed import World, _check_interface, world
+from fusion.ending import recorded_by
 from fusion.errors import ConfigError, DataError, ExitCode, UnreachableError
 from tests.forked import run_ranks
 from tests.s3_server import _free_ports as free_ports
@@ -101,7 +102,8 @@ def rank_2_stops(place: World) -> None:
     """As a node without power: its connections stay open, and it says nothing."""
     if place.rank == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
-    place.together(lambda: None)
+    with recorded_by((lambda error: print("recorded:", error, flush=True)) if place.is_main else None):
+        place.together(lambda: None)
 
 
 def main_is_killed(place: World) -> None:
@@ -114,6 +116,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_named() -> None:
     assert done.returncode == ExitCode.STALLED
     assert "event=rank_silent silent=2" in done.stderr
     assert "error: rank 2 has given no sign of life for 2 s" in done.stderr
+    assert "recorded: rank 2 has given no sign of life for 2 s" in done.stdout
     assert time.monotonic() - started < 60
 
 

@@ -18,12 +18,13 @@ from tests.conftest import SMALL
 
 SCRIPT = """
 import threading, time
+from fusion.ending import recorded_by
 from fusion.watchdog import watched
 
 def waits_for_ever():
     threading.Event().wait()
 
-with watched({timeout}, lambda: "rank 0 at step 7", lambda error: {record}) as watchdog:
+with recorded_by(lambda error: {record}), watched({timeout}, lambda: "rank 0 at step 7") as watchdog:
     for _ in range(6):
         time.sleep({pause})
         {beat}

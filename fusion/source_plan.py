@@ -73,8 +73,7 @@ def plan_source(role: str, source: str, headers: Sequence[Header], rows: Rows, n
         raise DataError(f"{source} has no vectors in its {len(headers)} files", "write the embeddings again")
     dim, dtype = _common_kind(filled)
     found = pa.chunked_array([chunk for header in filled for chunk in header.ids.chunks], pa.large_string())
-    if pc.count_distinct(found).as_py() < len(found):
-        report_duplicates(source, found.take(pc.sort_indices(found)))
+    report_duplicates(source, found)
     targets = pc.index_in(found, value_set=rows.ids).fill_null(-1).to_numpy()
     _check_ids(role, source, found, targets, rows)
     bounds = np.cumsum([len(header.ids) for header in filled])[:-1]

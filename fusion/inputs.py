@@ -20,11 +20,11 @@ class Inputs:
     """What one look at the bucket showed: equal to a later one as long as nothing was written.
 
     Attributes:
-        table: `test.csv`, or its like.
+        table: `test.csv` or its like, or the parts of a folder `test.parquet`.
         sources: role to the Parquet files of the source bound to it.
     """
 
-    table: Entry
+    table: tuple[Entry, ...]
     sources: Sources
 
     def sources_digest(self) -> str:
@@ -55,8 +55,8 @@ def source_names(data: str, split: str) -> set[str]:
     return _names(storage.find(storage.join(data, "embeddings", split)))
 
 
-def find_table(data: str, split: str) -> Entry:
-    """`train.csv` or `test.csv`, or its Parquet.
+def find_table(data: str, split: str) -> tuple[Entry, ...]:
+    """`train.csv` or `test.csv`, or its Parquet: one file, or the parts of a folder, as Spark writes them.
 
     Raises:
         DataError: there is neither.
@@ -64,15 +64,43 @@ def find_table(data: str, split: str) -> Entry:
     there = {storage.base(entry.url): entry for entry in storage.entries(data)}
     for name in (f"{split}.csv", f"{split}{_PARQUET}"):
         if name in there and not there[name].is_folder:
-            return there[name]
+            return (there[name],)
+    folder = there.get(f"{split}{_PARQUET}")
+    parts = _parts(f"{split}{_PARQUET}/", _below(folder.url)) if folder else ()
+    if not parts:
+        raise _no_table(data, split, sorted(there))
+    return parts
+
+
+def table_sha256(files: tuple[Entry, ...]) -> str:
+    """sha256 of a table's file, or over those of its parts."""
+    parts = [storage.sha256(storage.read(entry.url)) for entry in files]
+    return parts[0] if len(parts) == 1 else digest(parts)
+
+
+def _below(folder: str) -> dict[str, Entry]:
+    """What is directly in a folder, by its path from the folder above."""
+    name = storage.base(folder.rstrip("/"))
+    return {f"{name}/{storage.base(entry.url)}": entry for entry in storage.entries(folder)}
+
+
+def _no_table(data: str, split: str, there: list[str]) -> DataError:
     csv = storage.join(data, f"{split}.csv")
-    if not there and storage.exists(data):
-        folder = storage.join(data, "").rstrip("/").rpartition("/")[0]
-        raise DataError(f"{data} is a file, expected the folder that holds {split}.csv", f"--data {folder or '.'}")
-    holds = ", ".join(sorted(there)[:10]) or "nothing"
-    raise DataError(
+    if not there and _is_file(data):
+        folder = data.rstrip("/").rpartition("/")[0]
+        return DataError(f"{data} is a file, expected the folder that holds {split}.csv", f"--data {folder or '.'}")
+    holds = ", ".join(there[:10]) or "nothing"
+    return DataError(
         f"neither {csv} nor {split}{_PARQUET} exists; {data} holds {holds}", "--data must name the folder that holds it"
     )
+
+
+def _is_file(url: str) -> bool:
+    parent, _, name = url.rstrip("/").rpartition("/")
+    if parent.endswith(":/"):  # a bucket is no file
+        return False
+    beside = {storage.base(entry.url): entry for entry in storage.entries(parent or ".")}
+    return name in beside and not beside[name].is_folder
 
 
 def _files(data: str, split: str, role: str, name: str, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
@@ -108,6 +136,8 @@ def _no_source(folder: str, split: str, role: str, name: str, found: Mapping[str
     there = sorted(_names(found))
     near = "".join(f"did you mean {other}? " for other in difflib.get_close_matches(name, there, n=1))
     flag = f"name the source with --sources.{role.replace('_', '-')} NAME"
+    if any(path.endswith((".npy", ".npz", ".pkl")) for path in found):
+        flag = f"convert NumPy files and pickles with python -m fusion.convert, or {flag}"
     return DataError(
         f"no {storage.join(folder, name)}{_PARQUET} and no {name}/*{_PARQUET} for the role {role}; {folder} holds "
         f"{', '.join(there) or 'nothing'}",

@@ -108,7 +108,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
         if place.on_main(lambda: find_table(data, "test")) != inputs.table:
             raise UnreachableError(
-                f"{inputs.table.url} was written while it was read", "run it again once it is complete"
+                f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
             )
         store, last = store.resident_on(place.device), on_main_alone(place, lambda: submission.last(settings))
         seen = look(model, store, ids, place)

@@ -17,7 +17,7 @@ import pandas as pd
 from fusion import log, manifests, pointers, records, storage
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.errors import DivergedError
-from fusion.inputs import Inputs, find_inputs
+from fusion.inputs import Inputs, find_inputs, table_sha256
 from fusion.manifests import FINGERPRINTS, MANIFEST, SUBMISSION
 from fusion.provenance import code_digest
 from fusion.records import SCHEMA, Night, SubmissionManifest, SubmissionPointer, seal
@@ -97,7 +97,7 @@ def origin_of(
         DataError: the table or a source of the split does not exist.
     """
     found = found or find_inputs(data, split, config.bindings())
-    table = storage.sha256(storage.read(found.table.url))
+    table = table_sha256(found.table)
     inputs = digest([table, found.sources_digest()])
     return Origin(run, chosen.name, chosen.model_sha256, data, table, inputs, code_digest())
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fusion import storage
 from fusion.errors import CredentialsError, DataError
 from fusion.findings import Report, check_files, check_once, first_line, parsed, some
-from fusion.inputs import find_table
+from fusion.inputs import find_table, table_sha256
 from fusion.manifests import MANIFEST, MODEL, SUBMISSION
 from fusion.records import CheckpointManifest, DataOfRun, SubmissionManifest, read_required
 
@@ -76,7 +76,7 @@ def _compare_ids(report: Report, ids: list[str], manifest: SubmissionManifest, d
 
     try:
         where = data or manifest.data or _data_of(manifest.run)
-        found = storage.sha256(storage.read(find_table(where, "test").url))
+        found = table_sha256(find_table(where, "test"))
         table = read_table(where, "test", priced=False)
     except _NOT_READABLE as error:
         report.note(f"ids not compared: {first_line(error)}")

@@ -61,9 +61,9 @@ def test_a_source_that_is_missing(tmp_path: Path) -> None:
 
 def test_the_table(tmp_path: Path) -> None:
     write(str(tmp_path), "train.parquet", "embeddings/train/cnn.parquet")
-    assert find_table(str(tmp_path), "train").url.endswith("/train.parquet")
+    assert find_table(str(tmp_path), "train")[0].url.endswith("/train.parquet")
     write(str(tmp_path), "train.csv")
-    assert find_table(f"{tmp_path}/", "train").url == f"{tmp_path}/train.csv"
+    assert find_table(f"{tmp_path}/", "train")[0].url == f"{tmp_path}/train.csv"
 
 
 def test_a_wrong_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

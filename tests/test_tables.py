@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fusion.errors import DataError
-from fusion.tables import Table, read_table
+from fusion.tables import Table, read_table, warn_of_poor_prices
 
 GOOD = 'sample_id,price,title\n7,3.5,x\n007,20,"a,b"\nb,1e2,NA\n'
 
@@ -154,3 +154,52 @@ def test_no_file(tmp_path: Path) -> None:
 def test_positions_are_a_permutation(tmp_path: Path) -> None:
     text = "sample_id,price\n" + "".join(f"{i},1\n" for i in np.random.default_rng(0).permutation(200))
     assert sorted(read(tmp_path, text).file_order.tolist()) == list(range(200))
+
+
+def spark_table(folder: Path, *parts: pd.DataFrame) -> None:
+    (folder / "train.parquet").mkdir()
+    for number, part in enumerate(parts):
+        part.to_parquet(folder / "train.parquet" / f"part-{number:05d}.snappy.parquet", index=False)
+    for name in ("_SUCCESS", "._part-00000.snappy.parquet", ".part-00000.snappy.parquet.crc"):
+        (folder / "train.parquet" / name).write_bytes(b"no Parquet")
+
+
+def test_a_folder_of_parts_is_a_table(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"sample_id": [10, 9, 7], "price": [1.0, 2.0, 3.0]})
+    spark_table(tmp_path, rows[:2], rows[:0], rows[2:])
+    table = read_table(str(tmp_path), "train", priced=True)
+    assert table.ids.tolist() == ["10", "7", "9"]
+    assert table.ids[table.file_order].tolist() == ["10", "9", "7"]
+
+
+def test_parts_with_other_columns(tmp_path: Path) -> None:
+    first = pd.DataFrame({"sample_id": [1], "price": [1.0]})
+    spark_table(tmp_path, first, first.assign(sample_id=2, title="a"))
+    with pytest.raises(DataError, match=r"part-00001.* has the columns .*title.*, .*part-00000.* has sample_id"):
+        read_table(str(tmp_path), "train", priced=True)
+
+
+def test_a_folder_without_parts_is_no_table(tmp_path: Path) -> None:
+    spark_table(tmp_path)
+    with pytest.raises(DataError, match=r"neither .*train\.csv nor train\.parquet exists"):
+        read_table(str(tmp_path), "train", priced=True)
+
+
+def test_a_file_as_data_names_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(GOOD)
+    with pytest.raises(DataError, match="is a file, expected the folder") as caught:
+        read_table(str(tmp_path / "train.csv"), "train", priced=True)
+    assert caught.value.remedy == f"--data {tmp_path}"
+
+
+def test_an_id_that_pandas_kept_as_its_index(tmp_path: Path) -> None:
+    pd.DataFrame({"price": [1.0]}, index=pd.Index(["a"], name="sample_id")).to_parquet(tmp_path / "train.parquet")
+    assert read_table(str(tmp_path), "train", priced=True).ids.tolist() == ["a"]
+
+
+def test_few_rows_and_one_price_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    warn_of_poor_prices(read(tmp_path, "sample_id,price\n" + "".join(f"{i},19.99\n" for i in range(499))))
+    said = capsys.readouterr().err
+    assert "warning" in said and "event=few_rows rows=499" in said and "event=one_price price=19.99" in said
+    warn_of_poor_prices(read(tmp_path, "sample_id,price\n" + "".join(f"{i},{i + 1}\n" for i in range(500))))
+    assert not capsys.readouterr().err

@@ -40,7 +40,7 @@ from fusion.runs import (
     start_run,
 )
 from fusion.splits import read_split, split_rows, to_parquet
-from fusion.tables import Table, read_table
+from fusion.tables import Table, read_table, warn_of_poor_prices
 from fusion.watchdog import Watchdog, watched
 
 # Times the median price. Catalogs from screws to machines stay within it; 99999999 and 1e308 do not.
@@ -274,6 +274,7 @@ def _read_table(config: RunConfig) -> Table:
     columns = compared_columns(config)
     table = read_table(config.data, "train", priced=True, drop_bad_prices=config.drop_bad_prices, columns=columns)
     warn_of_extreme_prices(table)
+    warn_of_poor_prices(table)
     return table
 
 

@@ -124,7 +124,7 @@ class Nights:
     """Runs nights on a copy of the data's test rows, which each may change."""
 
     def __init__(self, data: Path, work: Path, flags: list[str], bindings: Mapping[str, str]) -> None:
-        self.data, self.work, self.flags = data, work, flags
+        self.data, self.work, self.flags, self.bindings = data, work, flags, bindings
         self.output = str(work / "output")
         (work / "data/embeddings/test").mkdir(parents=True)
         (work / "data/embeddings/train").symlink_to((data / "embeddings/train").resolve())
@@ -154,7 +154,7 @@ class Nights:
         self.number += 1
         self._night("2026-03-01", lambda sources: None)
         self._print("trained with another seed", *self._night("2026-03-02", lambda _: None, "seed"))
-        texts = [name for name in self.sources if "te" in name or "txt" in name]
+        texts = [name for role, name in self.bindings.items() if "text" in role]
         for what, change in (("all texts shuffled", shuffled(texts)), ("rotated", rotated(next(iter(self.sources))))):
             self.number += 1
             self._night("2026-03-01", lambda sources: None)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusion import verify
+from fusion import verify_submission
 from fusion.errors import DivergedError
 from fusion.prediction import warn_of_leak
 from fusion.submission import submission_csv
@@ -29,7 +29,7 @@ def test_a_submission_is_plain_text_in_the_given_order() -> None:
 )
 def test_prices_of_any_size_are_plain_numbers(price: float, text: str) -> None:
     assert submission_csv(["a"], np.array([price])) == f"sample_id,price\na,{text}\n".encode()
-    assert verify._is_price(text)
+    assert verify_submission._is_price(text)
 
 
 @pytest.mark.parametrize("price", [0.0, -1.0, float("nan"), float("inf")])

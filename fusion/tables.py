@@ -104,7 +104,10 @@ def read_table(
         raise DataError(f"{url} has no rows", "write at least one row with a sample_id")
     if priced:
         found = _with_prices(url, found, drop_bad_prices)
-    return _sorted(url, found, names)
+    table = _sorted(url, found, names)
+    del found
+    pa.default_memory_pool().release_unused()  # else what parsing took, several times the table, stays with us
+    return table
 
 
 def _read_parts(

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from fusion.config import RunConfig
-from fusion.duplicates import near_duplicate_groups, vector_labels
+from fusion.duplicates import _text_labels, near_duplicate_groups, vector_labels
 from fusion.errors import DataError
 from fusion.splits import split_rows
 from fusion.tables import Table
@@ -154,3 +154,21 @@ def test_the_command_stores_what_it_used(tmp_path: Path) -> None:
 
     (tmp_path / "split.parquet").write_bytes(to_parquet(sides(make())))
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "split.parquet"), sides(make()))
+
+
+def test_labels_of_texts_are_those_of_equal_texts() -> None:
+    generator = np.random.default_rng(0)
+    letters = np.array(list("ab é漢"))
+    texts = ["".join(generator.choice(letters, size)) for size in generator.integers(0, 24, 20_000)]
+    texts += ["x" * 40_000, "x" * 39_999, "x" * 40_000, "a" * 8 + "b" * 8, "b" * 8 + "a" * 8, "a", "a\0"]
+    found = _text_labels(pd.Series(texts, dtype="str"))
+    trimmed = pd.Series([text.strip() for text in texts])
+    expected = pd.factorize(trimmed)[0]
+    assert ((found == -1) == (trimmed == "")).all()
+    assert len(set(zip(found, expected, strict=True))) == len(set(found)) == len(set(expected))
+
+
+def test_labels_of_missing_texts_and_of_a_part_of_a_column() -> None:
+    column = pd.Series(["z", "a", None, " a ", "", "b", "c"], dtype="str")
+    labels = _text_labels(column[1:6])
+    assert labels[0] == labels[2] != labels[4] and labels[[1, 3]].tolist() == [-1, -1]

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from fusion import safe_pickle, storage
 from fusion.command import guarded
-from fusion.errors import DataError, ExitCode, Parser, UsageError
+from fusion.errors import DataError, ExitCode, Parser, UsageError, filled
 from fusion.numpy_file import read_npy
 from fusion.scratch import temporary_folder
 
@@ -264,7 +264,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--embeddings", metavar="FILE", help=".npy with an array (rows, dim); needs --ids")
     parser.add_argument("--ids", metavar="FILE", help=".npy with the sample ids of these rows, in their order")
     parser.add_argument("--pickle", metavar="FILE", help="pickle or torch.save of a dict: embeddings, sample_ids")
-    parser.add_argument("--to", metavar="URL", required=True, help="the .parquet to write; replaced if it exists")
+    parser.add_argument(
+        "--to", metavar="URL", type=filled("--to"), required=True, help="the .parquet to write; replaced if it exists"
+    )
     arguments = parser.parse_args(argv)
     if bool(arguments.embeddings) != bool(arguments.ids) or bool(arguments.pickle) == bool(arguments.ids):
         parser.error("expected either --embeddings with --ids, or --pickle")

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from fusion import environment
 from fusion.errors import FusionError
 
 RECORD_SECONDS = 5.0  # the store may be what hangs; a commit record takes less than one
@@ -48,11 +49,11 @@ def _let_another_record(_: FusionError) -> None:
 
 def tell(error: FusionError, trace: str = "") -> None:
     """To the launcher that started this rank, which says it once; without one, on standard error."""
-    rank, folder = os.environ.get("RANK", "0"), os.environ.get("FUSION_EXIT_DIR")
+    rank, folder = environment.rank(), environment.variable("FUSION_EXIT_DIR")
     if folder:
         told = {"code": error.code, "error": error.message, "hint": error.remedy, "time": time.time()}
         with suppress(OSError):  # a full disk: then say it here
             Path(folder, f"{rank}.json").write_text(json.dumps(told | {"traceback": trace}))
             return
-    if trace or folder or rank == "0":  # user errors hit every rank; only rank 0 prints
+    if trace or folder or rank == 0:  # user errors hit every rank; only rank 0 prints
         print(f"{trace}{error.report()}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
@@ -71,6 +72,17 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(wrong, known, n=1) if wrong not in known else []
         remedy = f"did you mean {near[0]}? " if near else ""
         raise UsageError(message, f"{remedy}`{self.prog} --help` lists all flags")
+
+
+def filled(flag: str) -> Callable[[str], str]:
+    """Type of a flag or argument that must not be empty: an empty URL would mean the root folder."""
+
+    def check(text: str) -> str:
+        if not text:
+            raise ConfigError(f"{flag} is empty", f"give {flag} a value, or leave it out")
+        return text
+
+    return check
 
 
 def seconds(text: str) -> float:

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fusion import log, storage
 from fusion.config import EvaluateConfig, PredictConfig, RunConfig
+from fusion.environment import rank, variable
 from fusion.errors import ConfigError, Parser
 
 # The headings of --help, in their order.
@@ -68,7 +69,7 @@ def _warn_of_misspelt(flags: Mapping[str, Any]) -> None:
     given = {name.removeprefix("FUSION_") for name in os.environ if name.startswith("FUSION_")}
     for name in sorted(given - known):
         near = difflib.get_close_matches(name, known, 1, 0.85)
-        if near and os.environ.get("RANK", "0") == "0":
+        if near and rank() == 0:
             log.warning(event="unknown_variable", name=f"FUSION_{name}", did_you_mean=f"FUSION_{near[0]}")
 
 
@@ -98,17 +99,25 @@ def _collect(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What is set by key, the first of flag, environment and file, and where each was found."""
     given = vars(_parser(flags, prog, description).parse_args(argv))
-    file = given.pop("config", None) or os.environ.get("FUSION_CONFIG")
+    file = given.pop("config", None) or variable("FUSION_CONFIG")
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in (
         (f"in {file}", _read_file(file, flags) if file else {}),
-        ("in the environment", {key: os.environ[_variable(key)] for key in flags if _variable(key) in os.environ}),
+        ("in the environment", {key: value for key in flags if (value := variable(_variable(key)))}),
         ("", given),
     ):
         values |= layer
         origins |= dict.fromkeys(layer, origin)
+    _check_filled(values, origins)
     return values, origins
+
+
+def _check_filled(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    for key, value in values.items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            where = f" ({origins[key]})" if origins[key] else ""
+            raise ConfigError(f"{_flag(key)} is empty{where}", f"give {_flag(key)} a value, or leave it out")
 
 
 def _parser(flags: Mapping[str, Any], prog: str, description: str) -> Parser:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion import stopping
+from fusion.environment import variable
 from fusion.errors import ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.meeting import Meeting, NodesMeeting
 from fusion.ranks import Ending, Group, Rank, Stop
@@ -121,16 +122,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser("python -m fusion.launch", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    nproc = _variable("PET_NPROC_PER_NODE") or "auto"
+    nproc = variable("PET_NPROC_PER_NODE") or "auto"
     add("--nproc-per-node", type=_n_ranks, default=nproc, help="ranks of this node: a number, gpu (one each), cpu "
         "(one a core), or auto: one a GPU, or a single one without")  # fmt: skip
-    nnodes = _variable("PET_NNODES", "SLURM_STEP_NUM_NODES") or "1"
+    nnodes = variable("PET_NNODES", "SLURM_STEP_NUM_NODES") or "1"
     add("--nnodes", type=_number(1), default=nnodes, help="nodes; on each of them runs one launcher")
-    node = _variable("PET_NODE_RANK", "JOB_COMPLETION_INDEX", "SLURM_NODEID")
+    node = variable("PET_NODE_RANK", "JOB_COMPLETION_INDEX", "SLURM_NODEID")
     add("--node-rank", type=_number(0), default=node, help="which of the nodes this is, from 0")
-    address = _variable("MASTER_ADDR", "PET_MASTER_ADDR") or _first_host(_variable("SLURM_STEP_NODELIST") or "")
+    address = variable("MASTER_ADDR", "PET_MASTER_ADDR") or _first_host(variable("SLURM_STEP_NODELIST") or "")
     add("--master-addr", default=address, help="name or address of node 0")
-    port = _variable("MASTER_PORT", "PET_MASTER_PORT") or "29500"
+    port = variable("MASTER_PORT", "PET_MASTER_PORT") or "29500"
     add("--master-port", type=_number(1), default=port, help="free port of node 0; a single node finds one itself")
     add("--rdzv-endpoint", metavar="ADDR:PORT", default="", help="the same two in one")
     add("--max-restarts", type=_number(0), default=0, help="times that all ranks are started again when one dies; "
@@ -194,10 +195,6 @@ def _number(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
-
-
-def _variable(*names: str) -> str | None:
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
 def _first_host(nodes: str) -> str:

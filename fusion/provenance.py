@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import io
-import os
 import subprocess
 import tokenize
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from fusion import storage
 from fusion.config import digest
+from fusion.environment import variable
 
 PACKAGE = Path(__file__).parent
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -20,8 +20,8 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 def revision() -> str:
     """The git revision of this package; "unknown" where there is none."""
-    if "FUSION_REVISION" in os.environ:  # an image has no git
-        return os.environ["FUSION_REVISION"]
+    if given := variable("FUSION_REVISION"):  # an image has no git
+        return given
     git, options = ["git", "-C", str(PACKAGE)], ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         # An installed package may lie below somebody else's repository, which does not know this file.

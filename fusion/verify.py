@@ -16,7 +16,6 @@ mistakes, but not a change by somebody who recomputes the digests: nothing is si
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -24,7 +23,8 @@ import fsspec
 
 from fusion import storage
 from fusion.command import guarded
-from fusion.errors import DataError, ExitCode, Parser, seconds
+from fusion.environment import variable
+from fusion.errors import DataError, ExitCode, Parser, filled, seconds
 from fusion.findings import Finding, Report, read
 from fusion.manifests import MANIFEST
 from fusion.verify_output import check_output, is_output
@@ -70,18 +70,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    environment = os.environ.get
-    parser.add_argument("url", metavar="URL", help=f"{_KINDS}; a path or an fsspec URL")
+    parser.add_argument("url", metavar="URL", type=filled("URL"), help=f"{_KINDS}; a path or an fsspec URL")
     parser.add_argument(
         "--data",
-        default=environment("FUSION_DATA"),
+        type=filled("--data"),
+        default=variable("FUSION_DATA"),
         help="bucket or folder whose test.csv a submission was made for (default: that of its run)",
     )
     parser.add_argument(
         "--store-timeout",
         metavar="S",
         type=seconds,
-        default=environment("FUSION_STORE_TIMEOUT", "60"),
+        default=variable("FUSION_STORE_TIMEOUT") or "60",
         help="seconds to retry a store that does not answer (default: 60)",
     )
     arguments = parser.parse_args(argv)

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
+from fusion import provenance, verify
 from fusion.all_embeddings.config import Config
 from fusion.config import EvaluateConfig, LossName
 from fusion.errors import ConfigError, UsageError
 from fusion.flags import from_json, parse, to_json
 from fusion.loss_functions import LOSSES
+from jobs import doctor, pull
 
 
 def read(*flags: str) -> Config:
@@ -105,3 +108,48 @@ def test_a_misspelt_variable_is_said(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_the_patience_with_a_store_is_a_time(seconds: str) -> None:
     with pytest.raises(ConfigError, match="--store-timeout is "):
         read("--store-timeout", seconds)
+
+
+@pytest.mark.parametrize("name", ["OUTPUT", "DATA", "RUN_ID", "FOLDS", "EPOCHS", "SOURCES_CLIP_IMAGE", "CONFIG"])
+def test_an_empty_variable_is_unset(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"FUSION_{name}", "")
+    assert read() == Config()
+
+
+@pytest.mark.parametrize("flag", ["--output", "--data", "--run-id", "--text-column", "--sources.clip-image", "--lr"])
+def test_a_flag_that_is_empty_is_named(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{flag} is empty$"):
+        read(flag, "")
+
+
+def test_a_setting_that_is_empty_in_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text('output = ""\n')
+    with pytest.raises(ConfigError, match=r"^--output is empty \(in .*settings.toml\)$"):
+        read("--config", str(tmp_path / "settings.toml"))
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (verify.main, [""]),
+        (verify.main, ["output", "--data", ""]),
+        (pull.main, ["runs", "--output", ""]),
+        (doctor.main, ["--output", ""]),
+        (doctor.main, ["--data="]),
+    ],
+)
+def test_no_command_takes_an_empty_url(
+    main: Callable[[list[str]], int], flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags) == 78
+    assert " is empty\nhint: give " in capsys.readouterr().err
+
+
+def test_all_commands_take_an_empty_variable_for_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FUSION_OUTPUT", "FUSION_DATA", "FUSION_STORE_TIMEOUT", "FUSION_REVISION"):
+        monkeypatch.setenv(name, "")
+    given = pull._parser().parse_args(["runs"])
+    assert (given.output, given.store_timeout) == ("output", 60)
+    given = verify._parse(["output"])
+    assert (given.data, given.store_timeout) == (None, 60)
+    assert provenance.revision()

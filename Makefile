@@ -16,6 +16,10 @@ IMAGE ?= fusion:$(VERSION)
 # Test files side by side: one more than there are cores, because the files on Slurm and on stores mostly wait.
 TEST_PROCESSES ?= $(shell expr $$(nproc) + 1)
 
+# As Fusion's commands do, see fusion/environment.py: tests do not crawl on a machine that others use as well.
+export GOMP_SPINCOUNT ?= 1000
+export KMP_BLOCKTIME ?= 1
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-image lint lint-manifests image clean
 

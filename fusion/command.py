@@ -11,6 +11,7 @@ from typing import TypeVar
 from fusion import stopping, storage
 from fusion.config import StoreConfig
 from fusion.ending import tell
+from fusion.environment import prepare_libraries
 from fusion.errors import ExitCode, FusionError
 from fusion.flags import parse
 from fusion.streams import unfailing
@@ -28,6 +29,7 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
             job(config)
         return ExitCode.DONE
 
+    prepare_libraries()
     with unfailing():
         try:
             return guarded(parsed_job)

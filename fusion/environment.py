@@ -7,6 +7,13 @@ from dataclasses import dataclass
 
 from fusion.errors import ConfigError
 
+# What libraries read when torch loads them. An OpenMP thread that waits for the others looks 300,000 times before it
+# sleeps (GNU), or spins for 200 ms (Intel, LLVM): beside one busy process, even of the lowest priority, a step takes
+# ten times longer, see benchmarks/busy_neighbour.py. 1,000 looks and 1 ms cost nothing on a machine of one's own.
+# Warnings of torch's C++ are about names and sockets, in a format of their own, and nothing a user could act on.
+LIBRARIES = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
 
@@ -14,6 +21,17 @@ MEETING = ("MASTER_ADDR", "MASTER_PORT")
 def variable(*names: str) -> str | None:
     """The first of these variables that is set and not empty."""
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def for_libraries() -> dict[str, str]:
+    """`LIBRARIES`, without what the user has decided: who sets one way of waiting decides on all of them."""
+    own = WAITING if variable(*WAITING) else ()
+    return {name: value for name, value in LIBRARIES.items() if name not in own and not variable(name)}
+
+
+def prepare_libraries() -> None:
+    """Sets `for_libraries` for this process; to be called before torch loads."""
+    os.environ.update(for_libraries())
 
 
 @dataclass(frozen=True)

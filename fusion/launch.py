@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion import stopping
-from fusion.environment import variable
+from fusion.environment import for_libraries, prepare_libraries, variable
 from fusion.errors import ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.meeting import Meeting, NodesMeeting
 from fusion.ranks import Ending, Group, Rank, Stop
@@ -94,8 +94,9 @@ def _attempt(options: Options, meeting: Meeting, stop: Stop, restart: int) -> En
 def _environment(options: Options, restart: int) -> dict[str, str]:
     n_threads = max(1, _n_cores() // options.nproc_per_node)
     return {
-        "OMP_NUM_THREADS": str(n_threads),
         **os.environ,
+        "OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or str(n_threads),
+        **for_libraries(),
         "PYTHONUNBUFFERED": "1",
         "WORLD_SIZE": str(options.nnodes * options.nproc_per_node),
         "LOCAL_WORLD_SIZE": str(options.nproc_per_node),
@@ -209,6 +210,7 @@ def _first_host(nodes: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     stop = Stop()  # first: to count the GPUs takes seconds
+    prepare_libraries()  # the launchers of several nodes meet in a store of torch
     with unfailing():
         return _guarded(argv, stop)
 

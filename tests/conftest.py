@@ -13,9 +13,11 @@ import boto3
 import fsspec
 import pytest
 
-from fusion import storage
+from fusion import environment, storage
 from fusion.demo_catalog import generate
 from tests.s3_server import KEY, SECRET, S3Server
+
+environment.prepare_libraries()  # nothing above loads torch
 
 DIMS = {"clip_image": 12, "siglip_image": 10, "siglip_text": 8, "qwen_text": 14}
 BUCKET = "fusion-tests"

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from fusion.environment import MEETING, RANKS, Place, place, rank, variable
+from fusion.environment import LIBRARIES, MEETING, RANKS, WAITING, Place, for_libraries, place, rank, variable
 from fusion.errors import ConfigError
 
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -71,3 +75,23 @@ def test_a_contradiction_is_named(message: str) -> None:
         place()
     assert message in raised.value.message
     assert rank() == 0
+
+
+def test_what_the_user_has_set_for_libraries_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {*LIBRARIES, *WAITING}:
+        monkeypatch.delenv(name, raising=False)
+    assert for_libraries() == LIBRARIES
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    assert for_libraries() == {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert for_libraries() == {}
+
+
+@pytest.mark.parametrize("launcher", [(), ("fusion.launch", "--nproc-per-node=1")])
+@pytest.mark.parametrize(("own", "used"), [("", "1000"), ("5", "5")])
+def test_openmp_waits_as_the_command_has_it(launcher: tuple[str, ...], own: str, used: str) -> None:
+    command = ["-m", *launcher, "fusion.all_embeddings.train", "--data", "/nowhere"]
+    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment = {**clean, "GOMP_SPINCOUNT": own, "OMP_DISPLAY_ENV": "VERBOSE"}
+    done = subprocess.run([sys.executable, *command], check=False, capture_output=True, text=True, env=environment)
+    assert f"GOMP_SPINCOUNT = '{used}'" in done.stderr, done.stderr

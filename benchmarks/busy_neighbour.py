@@ -1,0 +1,83 @@
+"""Step time of training beside a busy process: `python benchmarks/busy_neighbour.py [--steps 20] [--spin 300000 1000]`.
+
+OpenMP's threads meet at the end of each parallel loop. A thread that waits spins, in the belief that the others are
+about to arrive. Where another process takes a core away, even one of the lowest priority, they are not, and all wait
+for a time slice at each of the thousands of loops of a step. `GOMP_SPINCOUNT` says how often a thread looks before it
+sleeps: 300000 is the library's own choice, 1000 the one of Fusion's commands (see `fusion.environment`).
+
+Trains all_embeddings on 1,280 rows of the published dimensions, in a new process each, and prints the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STEPS = """
+import sys, time
+import numpy as np, torch
+from fusion.all_embeddings.config import Config
+from fusion.all_embeddings.model import build_network
+from fusion.distributed import world
+from fusion.embeddings import RowStore
+from fusion.fitting import Fit, TrainingData
+from fusion.layers import PriceModel
+
+DIMS = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
+ROWS, VALIDATION = 1280, 64
+torch.manual_seed(0)
+values = {role: torch.randn(ROWS + VALIDATION, dim) for role, dim in DIMS.items()}
+present = {role: torch.ones(ROWS + VALIDATION, dtype=torch.bool) for role in DIMS}
+config = Config()
+rows, targets = torch.arange(ROWS + VALIDATION), torch.rand(ROWS + VALIDATION) * 5
+with world("cpu") as place:
+    data = TrainingData(RowStore(values, present), targets, rows[:ROWS], rows[ROWS:], np.full(VALIDATION, 9.0))
+    fit = Fit(config, PriceModel(build_network(config, DIMS), DIMS, 0.05), data, place)
+    seconds = []
+    fit.model.train()
+    for batch in fit._batches() * (int(sys.argv[1]) // 5 + 1):
+        start = time.perf_counter()
+        fit._train_batch(batch)
+        fit.step += 1
+        seconds.append(time.perf_counter() - start)
+print(np.median(seconds[1:]))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="of 256 rows each (default: 20)")
+    parser.add_argument("--spin", type=int, nargs="+", default=[300_000, 1000], help="values of GOMP_SPINCOUNT")
+    options = parser.parse_args()
+    for n_neighbours in (0, 1):
+        for spin in options.spin:
+            with _neighbours(n_neighbours):
+                seconds = _step_time(options.steps, spin)
+            print(f"GOMP_SPINCOUNT {spin}, {n_neighbours} busy neighbours: {seconds * 1000:.0f} ms a step", flush=True)
+
+
+def _step_time(n_steps: int, spin: int) -> float:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment["GOMP_SPINCOUNT"] = str(spin)
+    command = [sys.executable, "-c", STEPS, str(n_steps)]
+    return float(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+@contextmanager
+def _neighbours(n: int) -> Iterator[None]:
+    """Inside, `n` processes of the lowest priority compute."""
+    running = [subprocess.Popen(["nice", "-n", "19", sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()

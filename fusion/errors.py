@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
-        wrong = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
+        wrong = next((word.split("=")[0].rstrip(":") for word in message.split() if word.startswith("--")), "")
         near = difflib.get_close_matches(wrong, known, n=1) if wrong not in known else []
         remedy = f"did you mean {near[0]}? " if near else ""
         raise UsageError(message, f"{remedy}`{self.prog} --help` lists all flags")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from fusion import stopping
 from fusion.environment import for_libraries, prepare_libraries, variable
-from fusion.errors import ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
+from fusion.errors import ConfigError, ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.meeting import Meeting, NodesMeeting
 from fusion.ranks import Ending, Group, Rank, Stop
 from fusion.scratch import temporary_folder
@@ -123,17 +123,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser("python -m fusion.launch", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    nproc = variable("PET_NPROC_PER_NODE") or "auto"
-    add("--nproc-per-node", type=_n_ranks, default=nproc, help="ranks of this node: a number, gpu (one each), cpu "
+    add("--nproc-per-node", type=_n_ranks, help="ranks of this node: a number, gpu (one each), cpu "
         "(one a core), or auto: one a GPU, or a single one without")  # fmt: skip
-    nnodes = variable("PET_NNODES", "SLURM_STEP_NUM_NODES") or "1"
-    add("--nnodes", type=_number(1), default=nnodes, help="nodes; on each of them runs one launcher")
-    node = variable("PET_NODE_RANK", "JOB_COMPLETION_INDEX", "SLURM_NODEID")
-    add("--node-rank", type=_number(0), default=node, help="which of the nodes this is, from 0")
+    add("--nnodes", type=_number(1), help="nodes; on each of them runs one launcher")
+    add("--node-rank", type=_number(0), help="which of the nodes this is, from 0")
     address = variable("MASTER_ADDR", "PET_MASTER_ADDR") or _first_host(variable("SLURM_STEP_NODELIST") or "")
     add("--master-addr", default=address, help="name or address of node 0")
-    port = variable("MASTER_PORT", "PET_MASTER_PORT") or "29500"
-    add("--master-port", type=_number(1), default=port, help="free port of node 0; a single node finds one itself")
+    add("--master-port", type=_number(1), help="free port of node 0; a single node finds one itself")
     add("--rdzv-endpoint", metavar="ADDR:PORT", default="", help="the same two in one")
     add("--max-restarts", type=_number(0), default=0, help="times that all ranks are started again when one dies; "
         "never after codes that a retry cannot change (64, 65, 75, 77, 78)")  # fmt: skip
@@ -142,39 +138,6 @@ def _parser() -> argparse.ArgumentParser:
     add("module", help="module to run, such as fusion.all_embeddings.train")
     add("arguments", nargs=argparse.REMAINDER, help="its arguments")
     return parser
-
-
-def _parse(argv: Sequence[str] | None) -> Options:
-    given = _parser().parse_args(argv)
-    given.command = (sys.executable, "-m", _known(given.module), *given.arguments)
-    if given.rdzv_endpoint:
-        address, _, port = given.rdzv_endpoint.rpartition(":")
-        given.master_addr = address.strip("[]")
-        given.master_port = int(port) if port.isdecimal() else 0
-    if given.nnodes == 1:
-        given.node_rank = 0
-    else:
-        _check_nodes(given)
-    return Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__})
-
-
-def _check_nodes(given: argparse.Namespace) -> None:
-    if given.node_rank is None or given.node_rank >= given.nnodes:
-        message = f"--nnodes is {given.nnodes}, and --node-rank is {given.node_rank}"
-        raise UsageError(message, f"give --node-rank 0..{given.nnodes - 1}; Kubernetes sets it as JOB_COMPLETION_INDEX")
-    if not given.master_addr or not 0 < given.master_port < 65536:
-        message = f"--nnodes is {given.nnodes}, and node 0 is {given.master_addr or '?'}:{given.master_port}"
-        raise UsageError(message, "give --master-addr and --master-port, or MASTER_ADDR and MASTER_PORT")
-    if given.max_restarts:
-        message = f"--max-restarts is {given.max_restarts} with --nnodes {given.nnodes}, expected 0"
-        raise UsageError(message, "let the JobSet or Slurm start all nodes again")
-
-
-def _known(module: str) -> str:
-    with suppress(ModuleNotFoundError):
-        if importlib.util.find_spec(module):
-            return module
-    raise UsageError(f"there is no module {module!r}", "name one as in python -m, such as fusion.all_embeddings.train")
 
 
 def _n_ranks(text: str) -> int:
@@ -196,6 +159,64 @@ def _number(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+# Per option: the variables that set it where no flag does, its type, and its default.
+VARIABLES: dict[str, tuple[tuple[str, ...], Callable[[str], int], str | None]] = {
+    "nproc_per_node": (("PET_NPROC_PER_NODE",), _n_ranks, "auto"),
+    "nnodes": (("PET_NNODES", "SLURM_STEP_NUM_NODES"), _number(1), "1"),
+    "node_rank": (("PET_NODE_RANK", "JOB_COMPLETION_INDEX", "SLURM_NODEID"), _number(0), None),
+    "master_port": (("MASTER_PORT", "PET_MASTER_PORT"), _number(1), "29500"),
+}
+
+
+def _parse(argv: Sequence[str] | None) -> Options:
+    given = _parser().parse_args(argv)
+    _add_variables(given)
+    given.command = (sys.executable, "-m", _known(given.module), *given.arguments)
+    if given.rdzv_endpoint:
+        address, _, port = given.rdzv_endpoint.rpartition(":")
+        given.master_addr = address.strip("[]")
+        given.master_port = int(port) if port.isdecimal() else 0
+    if given.nnodes == 1:
+        given.node_rank = 0
+    else:
+        _check_nodes(given)
+    return Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__})
+
+
+def _add_variables(given: argparse.Namespace) -> None:
+    """Fills in what no flag has set, from the variables of torchrun, Kubernetes and Slurm, else with the default."""
+    for key, (names, kind, default) in VARIABLES.items():
+        if getattr(given, key) is not None:
+            continue
+        name = next((name for name in names if variable(name)), "")
+        text = variable(name) or default
+        try:
+            setattr(given, key, None if text is None else kind(text))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            problem = error if isinstance(error, argparse.ArgumentTypeError) else f"is {text!r}, expected one number"
+            remedy = f"set {name} to one number, or give --{key.replace('_', '-')}"
+            raise ConfigError(f"{name} {problem}", remedy) from None
+
+
+def _check_nodes(given: argparse.Namespace) -> None:
+    if given.node_rank is None or given.node_rank >= given.nnodes:
+        message = f"--nnodes is {given.nnodes}, and --node-rank is {given.node_rank}"
+        raise UsageError(message, f"give --node-rank 0..{given.nnodes - 1}; Kubernetes sets it as JOB_COMPLETION_INDEX")
+    if not given.master_addr or not 0 < given.master_port < 65536:
+        message = f"--nnodes is {given.nnodes}, and node 0 is {given.master_addr or '?'}:{given.master_port}"
+        raise UsageError(message, "give --master-addr and --master-port, or MASTER_ADDR and MASTER_PORT")
+    if given.max_restarts:
+        message = f"--max-restarts is {given.max_restarts} with --nnodes {given.nnodes}, expected 0"
+        raise UsageError(message, "let the JobSet or Slurm start all nodes again")
+
+
+def _known(module: str) -> str:
+    with suppress(ModuleNotFoundError):
+        if importlib.util.find_spec(module):
+            return module
+    raise UsageError(f"there is no module {module!r}", "name one as in python -m, such as fusion.all_embeddings.train")
 
 
 def _first_host(nodes: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import socket
@@ -12,7 +13,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from fusion.errors import StopRequested, UnreachableError, UsageError
+from fusion.errors import ConfigError, StopRequested, UnreachableError, UsageError
 from fusion.ranks import GONE, POLL, SETTLE, Ending, Stop
 
 if TYPE_CHECKING:
@@ -22,17 +23,45 @@ MEET = 600.0  # seconds that the launchers wait for one another: nodes pull imag
 LEAVE = 300.0  # seconds that a node whose ranks are done waits for the other nodes, as torch's agents do
 
 
+def _reserve() -> socket.socket:
+    """A socket at a free port of the loopback interface, by its number: no name needs to resolve.
+
+    Raises:
+        ConfigError: there is no such interface; ranks would look for one another for minutes.
+    """
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with suppress(OSError):
+            reserved = socket.socket(family)
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reserved.bind((address, 0))
+            if _is_reachable(reserved):
+                return reserved
+            reserved.close()
+    raise ConfigError("neither 127.0.0.1 nor ::1 can be reached on this machine", "bring it up: ip link set lo up")
+
+
+def _is_reachable(reserved: socket.socket) -> bool:
+    # Nobody listens there yet, so the right answer is a refusal. An interface that is down gives none.
+    with socket.socket(reserved.family) as probe:
+        probe.settimeout(5)
+        return probe.connect_ex(reserved.getsockname()) in (0, errno.ECONNREFUSED)
+
+
+def _loopback() -> str:
+    with _reserve() as reserved:
+        return str(reserved.getsockname()[0])
+
+
 class Meeting:
     """Where the ranks of one node find one another: a port that is theirs, also from one attempt to the next."""
 
     def __init__(self) -> None:
         # Bound but not listening: the kernel gives the port to nobody else, and rank 0 can listen on it.
-        self._reserved = socket.socket()
-        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._reserved.bind(("", 0))
+        self._reserved = _reserve()
 
     def environment(self) -> dict[str, str]:
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._reserved.getsockname()[1])}
+        address, port = self._reserved.getsockname()[:2]
+        return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
     def warn(self) -> None:
         """Tells the other nodes that a rank has failed here."""
@@ -57,7 +86,7 @@ class NodesMeeting(Meeting):
         self._over = self._failing = False
         if self._node == 0:
             try:
-                self._server = TCPStore("localhost", address[1], is_master=True, wait_for_workers=False)
+                self._server = TCPStore(_loopback(), address[1], is_master=True, wait_for_workers=False)
             except RuntimeError as error:
                 message = f"node 0 cannot listen on port {address[1]}: {str(error).splitlines()[0]}"
                 raise UsageError(message, "choose another --master-port, the same on all nodes") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.errors import UsageError
+from fusion.errors import ConfigError, UsageError
 from fusion.launch import _n_cores, _parse
 
 LIMIT = 120.0  # seconds for anything to happen on a busy machine: torch alone loads in 4
@@ -342,3 +342,32 @@ def test_slurm_signals_the_ranks_as_well(start: Start) -> None:
     for pid in (launcher.process.pid, *launcher.pids(0, 1)):
         os.kill(pid, signal.SIGUSR2)
     assert launcher.end()[0] == 75
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PET_NNODES": "1:2"}, "PET_NNODES is '1:2', expected one number"),
+        ({"PET_NNODES": "0"}, "PET_NNODES is 0, expected at least 1"),
+        ({"PET_NNODES": "", "SLURM_STEP_NUM_NODES": "two"}, "SLURM_STEP_NUM_NODES is 'two', expected one number"),
+        ({"PET_NNODES": "2", "JOB_COMPLETION_INDEX": "-1"}, "JOB_COMPLETION_INDEX is -1, expected at least 0"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:80"}, "MASTER_PORT is 'tcp://10.0.0.1:80', expected one number"),
+        ({"PET_NPROC_PER_NODE": "all"}, "PET_NPROC_PER_NODE is 'all', expected one number"),
+    ],
+)
+def test_a_variable_that_is_wrong_is_named(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in set(os.environ) - set(CLEAN):
+        monkeypatch.delenv(name)
+    for name, value in {"PET_NPROC_PER_NODE": "1", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as raised:
+        _parse(["fusion.launch"])
+    assert raised.value.message == message
+
+
+def test_a_remedy_suggests_no_flag_that_was_given() -> None:
+    with pytest.raises(UsageError) as raised:
+        _parse(["--nnodes=1:2", "fusion.launch"])
+    assert "did you mean" not in raised.value.remedy

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -12,9 +14,10 @@ import pytest
 
 from fusion import meeting
 from fusion.errors import UnreachableError
-from fusion.meeting import NodesMeeting
+from fusion.meeting import Meeting, NodesMeeting
 from fusion.ranks import Stop
 from fusion.stopping import SIGNALS
+from tests.services import require
 from tests.test_launch import Launcher, Start, is_gone, start, wait_until
 
 __all__ = ["start"]
@@ -111,3 +114,25 @@ def test_a_stop_ends_the_wait_for_other_nodes(start: Start, port: int) -> None:
     wait_until(lambda: _listens(port))
     os.kill(launcher.process.pid, signal.SIGTERM)
     assert launcher.end() == (75, "error: got SIGTERM while waiting for node 1\nhint: run the same command again\n")
+
+
+WITHOUT_LOOPBACK = """
+from fusion.errors import ConfigError
+from fusion.meeting import Meeting
+try:
+    Meeting()
+except ConfigError as error:
+    print(error.report())
+"""
+
+
+def test_a_machine_without_loopback_is_named_at_once() -> None:
+    require(os.geteuid() == 0, "root, to make a network without interfaces")
+    command = ["unshare", "-n", sys.executable, "-c", WITHOUT_LOOPBACK]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    assert done.stdout.startswith("error: neither 127.0.0.1 nor ::1 can be reached on this machine\nhint: ")
+
+
+def test_no_name_needs_to_resolve() -> None:
+    assert Meeting().environment()["MASTER_ADDR"] == "127.0.0.1"
+    assert meeting._loopback() == "127.0.0.1"

@@ -134,5 +134,7 @@ def test_a_machine_without_loopback_is_named_at_once() -> None:
 
 
 def test_no_name_needs_to_resolve() -> None:
-    assert Meeting().environment()["MASTER_ADDR"] == "127.0.0.1"
+    made = Meeting()
+    assert made.environment()["MASTER_ADDR"] == "127.0.0.1"
+    made._reserved.close()
     assert meeting._loopback() == "127.0.0.1"

@@ -22,12 +22,16 @@ HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep", "promote"}
 
 
 C = TypeVar("C")
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def setting(default: Any, help: str, group: str, **constraints: Any) -> Any:
-    """A field of a config: its default, its help with the unit, the heading it stands under, its allowed range."""
-    return Field(default, description=help, json_schema_extra={"group": group}, **constraints)
+def setting(default: Any, help: str, group: str, expected: str = "", **constraints: Any) -> Any:
+    """A field of a config: its default, its help with the unit, the heading it stands under, its allowed range.
+
+    Args:
+        expected: what a `pattern` allows, in words.
+    """
+    return Field(default, description=help, json_schema_extra={"group": group, "expected": expected}, **constraints)
 
 
 LossName = Literal[
@@ -56,12 +60,13 @@ class StoreConfig:
         None,
         "name of the run; by default made from the variant and its settings",
         "where",
+        "at most 63 small letters, digits and hyphens, such as my-run-1",
         pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
     )
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N", "machine", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    store_timeout: float = setting(
-        60.0, "seconds to retry a store that does not answer", "machine", ge=0, allow_inf_nan=False
+    device: str = setting(
+        "auto", "auto, cpu, cuda or cuda:N", "machine", "auto, cpu, cuda or cuda:0", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
     )
+    store_timeout: float = setting(60.0, "seconds to retry a store that does not answer", "machine", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -101,7 +106,7 @@ class RunConfig(StoreConfig):
     lr_factor: float = setting(0.5, "factor applied to the learning rate when progress stalls", "training", gt=0, lt=1)
     min_lr: float = setting(1e-6, "smallest learning rate", "training", ge=0)
     patience: int = setting(15, "epochs without a better validation SMAPE before training stops", "training", ge=1)
-    seed: int = setting(41, "seed of the split, the weights, the row order and dropout", "training", ge=0)
+    seed: int = setting(41, "seed of the split, the weights, the row order and dropout", "training", ge=0, lt=2**32)
     checkpoint_seconds: float = setting(60.0, "seconds between checkpoints, at most one in flight", "stopping", ge=0)
     checkpoint_steps: int = setting(0, "steps between checkpoints; 0 goes by time alone", "stopping", ge=0)
     keep: int = setting(2, "committed checkpoints that a run keeps", "stopping", ge=1)
@@ -121,6 +126,10 @@ class RunConfig(StoreConfig):
     def __post_init__(self) -> None:
         if self.folds is not None and self.fold >= self.folds:
             raise ValueError(f"--fold is {self.fold}, expected one of 0..{self.folds - 1} for --folds {self.folds}")
+        bound = [name for name in asdict(self).get("sources", {}).values() if "{fold}" in name]
+        if self.folds is None and (self.fold or bound):
+            given = f"--fold is {self.fold}" if self.fold else f"the source {bound[0]!r} names a fold"
+            raise ValueError(f"{given}, and there are no --folds")
         if self.width % self.n_heads:
             raise ValueError(f"--width {self.width} cannot be divided into --n-heads {self.n_heads}")
 
@@ -159,7 +168,19 @@ class EvaluateConfig(ReadRunConfig):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PredictConfig(ReadRunConfig):
     name: str = setting(
-        "test", "name that the submission is published under", "submission", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$"
+        "test",
+        "name that the submission is published under",
+        "submission",
+        "at most 100 letters, digits, dots, hyphens and underscores, such as my-prices",
+        pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$",
+        max_length=100,  # it names a folder, and file systems end at 255 bytes
+    )
+    max_missing: float | None = setting(
+        None,
+        "largest share of rows a source may lack before nothing is predicted; by default the run's",
+        "submission",
+        ge=0,
+        le=1,
     )
     date: str | None = setting(None, "logical date YYYY-MM-DD; by default today in --time-zone", "submission")
     time_zone: str = setting("UTC", "time zone of today, such as Europe/Berlin", "submission")

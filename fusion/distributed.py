@@ -218,6 +218,9 @@ def _place(device: str) -> World:
             ignored=" ".join(found.ignored),
             hint="unset them; ranks are started with python -m fusion.launch",
         )
+    if found.local_size > 1 and ":" in device:
+        message = f"--device is {device}, and all {found.local_size} ranks of this machine would use it"
+        raise ConfigError(message, "use --device cuda, which gives each rank a GPU of its own")
     return World(found.rank, found.size, found.local_rank, found.local_size, _device(device, found.local_rank))
 
 

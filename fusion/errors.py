@@ -63,13 +63,28 @@ class UsageError(FusionError):
     code = ExitCode.USAGE
 
 
+# What other tools call flags of ours: too far from them to be found by their letters.
+SYNONYMS = {
+    "--learning-rate": "--lr",
+    "--learning_rate": "--lr",
+    "--wd": "--weight-decay",
+    "--bs": "--batch-size",
+    "--num-epochs": "--epochs",
+    "--max-epochs": "--epochs",
+    "--output-dir": "--output",
+    "--data-dir": "--data",
+    "--gpu": "--device",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Flags of a command; what it does not understand is a `UsageError`, with the nearest flag that exists."""
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
         wrong = next((word.split("=")[0].rstrip(":") for word in message.split() if word.startswith("--")), "")
-        near = difflib.get_close_matches(wrong, known, n=1) if wrong not in known else []
+        near = [SYNONYMS[wrong]] if SYNONYMS.get(wrong) in known else difflib.get_close_matches(wrong, known, n=1)
+        near = [] if wrong in known else near
         remedy = f"did you mean {near[0]}? " if near else ""
         raise UsageError(message, f"{remedy}`{self.prog} --help` lists all flags")
 

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -44,7 +45,9 @@ def from_json(config_class: type[C], text: str | bytes, origin: str) -> C:
         values = json.loads(text)
         flat = _flatten(values)
     except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{origin} is no JSON with settings: {error}", "use another run, or mend the file") from error
+        raise ConfigError(
+            f"{origin} is no JSON with settings: {error}", "use another run, or restore the file"
+        ) from error
     _check_keys(origin, flat, flags)
     return _validate(config_class, values, dict.fromkeys(flags, f"in {origin}"))
 
@@ -156,8 +159,9 @@ def _argument(key: str, field: Any) -> dict[str, Any]:
 
 
 def _element(kind: Any) -> Any:
-    """int of `int`, `int | None` and `tuple[int, ...]`."""
-    return next(iter(get_args(kind)), kind)
+    """int of `int`, `int | None`, `tuple[int, ...]` and `tuple[PositiveInt, ...]`."""
+    element = next(iter(get_args(kind)), kind)
+    return next(iter(get_args(element)), element)
 
 
 def _flags(config_class: type[Any]) -> dict[str, Any]:
@@ -187,7 +191,9 @@ def _read_file(url: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         loaded = tomllib.loads(text) if url.endswith(".toml") else json.loads(text)
         values = _flatten(loaded)
     except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{url} is neither JSON nor TOML with settings: {error}", "mend the file") from error
+        is_yaml = url.endswith((".yaml", ".yml"))
+        remedy = "YAML is not read: write `lr = 0.1` into a .toml file" if is_yaml else "correct the file"
+        raise ConfigError(f"{url} is neither JSON nor TOML with settings: {error}", remedy) from error
     _check_keys(url, values, flags)
     return values
 
@@ -222,10 +228,13 @@ def _validate(config_class: type[C], values: Mapping[str, Any], origins: Mapping
         return TypeAdapter(config_class).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(part for part in first["loc"] if isinstance(part, str))  # without the position in a list
         reason = first["msg"].removeprefix("Value error, ")
         if not key:
-            raise ConfigError(reason, "change one of the two") from error
+            named = dict.fromkeys(re.findall(r"--[a-z][a-z-]*", reason))
+            raise ConfigError(reason, f"change {' or '.join(named)}") from error
+        if first["type"] == "string_pattern_mismatch":
+            reason = f"expected {_flags(config_class)[key].json_schema_extra['expected']}"
         where = origins.get(key, "")
         found = f"{_flag(key)} is {first['input']!r}" + (f" ({where})" if where else "")
         raise ConfigError(f"{found}: {reason[0].lower()}{reason[1:]}", f"give {_flag(key)} an allowed value") from error

@@ -104,7 +104,8 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         table = on_main_alone(place, lambda: read_table(data, "test", priced=False, columns=["price"]))
         ids = place.on_main(lambda: held(table).ids)
         bindings, sources = config.bindings(), inputs.sources
-        store = load(data, "test", bindings, ids, place, max_missing=config.max_missing, sources=sources)
+        most = config.max_missing if settings.max_missing is None else settings.max_missing
+        store = load(data, "test", bindings, ids, place, max_missing=most, sources=sources)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
         if place.on_main(lambda: find_table(data, "test")) != inputs.table:
             raise UnreachableError(

@@ -240,6 +240,7 @@ def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[str, C, ma
         raise _no_finished_run(settings.output, config_class.variant)
     if content is None:
         raise no_run(settings.output, storage.base(run))
+    _check_variant(run, config_class.variant)
     config = from_json(config_class, content, url)
     best = manifests.best(run, named)
     if config_digest(json.loads(content)) != best.manifest.config_sha256:
@@ -248,6 +249,15 @@ def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[str, C, ma
             "restore it, or name another run with --run-id",
         )
     return run, config, best
+
+
+def _check_variant(run: str, variant: str) -> None:
+    facts = records.read_if_whole(RunFacts, storage.join(run, "run.json"), "run_damaged")
+    if facts is not None and facts.variant != variant:
+        raise ConfigError(
+            f"run {storage.base(run)} is of {facts.variant}, and this command is of {variant}",
+            f"use the commands of that variant, such as python -m fusion.{facts.variant}.predict_test",
+        )
 
 
 def config_digest(settings: Mapping[str, Any]) -> str:

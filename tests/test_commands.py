@@ -289,3 +289,29 @@ def test_ranks_that_fail_together_say_it_once(catalog: Path, tmp_path: Path) -> 
     done = run_command("fusion.all_embeddings.train", *flags, ranks=2)
     assert done.code != 0
     assert done.err.count("error: neither") == 1
+
+
+@pytest.fixture(scope="module")
+def trained(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder with one finished run."""
+    output = tmp_path_factory.mktemp("trained")
+    assert train.main(["--data", str(catalog), "--output", str(output), *SMALL, "--epochs", "1"]) == 0
+    return output
+
+
+def test_a_run_of_another_variant_is_named(trained: Path, here: Here) -> None:
+    (folder,) = (trained / "runs").iterdir()
+    for main in (fusion.qwen_clip.predict_test.main, fusion.qwen_clip.evaluate_by_groups.main):
+        done = here(main, "--run-dir", str(folder), "--output", str(trained), "--device", "cpu")
+        check_error(done, 78, "is of all_embeddings, and this command is of qwen_clip")
+        assert "python -m fusion.all_embeddings.predict_test" in done.err
+
+
+def test_a_prediction_accepts_missing_embeddings(catalog: Path, trained: Path, tmp_path: Path, here: Here) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(catalog, data)
+    path = data / "embeddings" / "test" / "clip_image.parquet"
+    embeddings(path, lambda rows: rows.iloc[len(rows) // 10 :])
+    flags = ["--output", str(trained), "--data", str(data), "--device", "cpu", "--name", "missing"]
+    check_error(here(predict_test.main, *flags), 65, "--max-missing")
+    check_error(here(predict_test.main, *flags, "--max-missing", "0.2"), 0, "event=published")

@@ -10,9 +10,9 @@ import pytest
 
 from fusion import provenance, verify
 from fusion.all_embeddings.config import Config
-from fusion.config import EvaluateConfig, LossName
+from fusion.config import EvaluateConfig, LossName, PredictConfig
 from fusion.errors import ConfigError, UsageError
-from fusion.flags import from_json, parse, to_json
+from fusion.flags import _element, _flag, _flags, from_json, parse, to_json
 from fusion.loss_functions import LOSSES
 from jobs import doctor, pull
 
@@ -153,3 +153,56 @@ def test_all_commands_take_an_empty_variable_for_unset(monkeypatch: pytest.Monke
     given = verify._parse(["output"])
     assert (given.data, given.store_timeout) == (None, 60)
     assert provenance.revision()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "remedy"),
+    [
+        ("--lr inf", "--lr is 'inf': input should be a finite number", "give --lr an allowed value"),
+        ("--clip nan", "--clip is 'nan': input should be a finite number", "give --clip an allowed value"),
+        ("--seed 4294967296", "--seed is '4294967296': input should be less than", "give --seed an allowed value"),
+        ("--hidden 8 0", "--hidden is '0': input should be greater than 0", "give --hidden an allowed value"),
+        ("--fold 3", "--fold is 3, and there are no --folds", "change --fold or --folds"),
+        ("--sources.qwen-text a_{fold}", "the source 'a_{fold}' names a fold, and there are no", "change --folds"),
+        ("--device gpu", "--device is 'gpu': expected auto, cpu, cuda or cuda:0", "give --device an allowed value"),
+        ("--width 9", "--width 9 cannot be divided into --n-heads 8", "change --width or --n-heads"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named(flags: str, message: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read(*flags.split())
+    assert raised.value.message.startswith(message) and raised.value.remedy == remedy
+
+
+def test_every_number_is_finite() -> None:
+    for config_class in (Config, EvaluateConfig, PredictConfig):
+        for key, field in _flags(config_class).items():
+            if _element(field.annotation) is float:
+                with pytest.raises(ConfigError, match=r"finite|less than"):
+                    parse(config_class, [_flag(key), "inf"], prog="x", description="")
+
+
+def test_a_name_that_no_file_system_takes() -> None:
+    with pytest.raises(ConfigError, match="--name is "):
+        parse(PredictConfig, ["--name", "n" * 101], prog="x", description="")
+    with pytest.raises(ConfigError, match="--name is 'my prices/x': expected at most 100 letters"):
+        parse(PredictConfig, ["--name", "my prices/x"], prog="x", description="")
+
+
+def test_a_day_that_does_not_exist_names_its_own_flag() -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(PredictConfig, ["--date", "2026-02-30"], prog="x", description="")
+    assert raised.value.remedy == "change --date"
+
+
+def test_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("lr: 0.1\n")
+    with pytest.raises(ConfigError) as raised:
+        read("--config", str(tmp_path / "settings.yaml"))
+    assert raised.value.remedy.startswith("YAML is not read")
+
+
+def test_the_usual_name_of_a_flag_is_understood() -> None:
+    with pytest.raises(UsageError) as raised:
+        read("--learning-rate", "0.1")
+    assert raised.value.remedy.startswith("did you mean --lr?")

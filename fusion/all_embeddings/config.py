@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from fusion.config import STRICT, RunConfig, setting
@@ -22,6 +23,6 @@ class Config(RunConfig):
     variant: ClassVar[str] = "all_embeddings"
 
     sources: Sources = Sources()
-    hidden: tuple[int, ...] = setting(
+    hidden: tuple[PositiveInt, ...] = setting(
         (1024, 512, 256), "features of the hidden layers of each expert", "model", min_length=1
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from fusion.config import STRICT, RunConfig, setting
@@ -20,6 +21,6 @@ class Config(RunConfig):
     variant: ClassVar[str] = "qwen_clip"
 
     sources: Sources = Sources()
-    hidden: tuple[int, ...] = setting(
+    hidden: tuple[PositiveInt, ...] = setting(
         (512, 256, 128), "features of the hidden layers of each expert", "model", min_length=1
     )

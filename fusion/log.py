@@ -6,6 +6,7 @@ that a run can store its log.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,4 +79,5 @@ def _format(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     shown = str(value)
-    return f'"{shown}"' if " " in shown else shown
+    is_plain = shown.isprintable() and not set(' "=') & set(shown)
+    return shown if is_plain else json.dumps(shown, ensure_ascii=not shown.isprintable())

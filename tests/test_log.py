@@ -25,6 +25,12 @@ def test_a_line_is_keys_and_values(capsys: pytest.CaptureFixture[str]) -> None:
     assert log.text().endswith(said)
 
 
+def test_a_value_cannot_end_its_line_nor_pass_for_another(capsys: pytest.CaptureFixture[str]) -> None:
+    log.info(a='say "x"', b="k=v", c="two\nlines \x1b[31m", d="plain-\u00e9")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(r'a="say \"x\"" b="k=v" c="two\nlines \u001b[31m" d=plain-' + "\u00e9")
+
+
 def test_other_ranks_only_warn(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("r", 1, 2)
     log.info(event="x")

@@ -40,13 +40,14 @@ def pointed_to(output: str, variant: str) -> RunPointer | None:
     return pointers.read(RunPointer, output, "runs", variant, SERVED)
 
 
-def point_to_run(config: RunConfig, checkpoint_name: str, smape: float) -> None:
+def point_to_run(config: RunConfig, chosen: manifests.Checkpoint) -> None:
     """Makes a finished run its variant's newest unless that began later, the best of its kind if it is, and served.
 
     It is served if --promote was given, if no other is, or if it is better than the served one and of its kind.
     """
-    target = RunPointer(config.name(), checkpoint_name, smape)
+    target = RunPointer(config.name(), chosen.name, chosen.smape, model_sha256=chosen.model_sha256)
     target = replace(target, split_sha256=manifests.split_digest(run_of(config.output, target)))
+    smape = chosen.smape
     where = (config.output, "runs", config.variant)
     kind = best_of_kind(target.split_sha256)
 

@@ -27,6 +27,10 @@ class Inputs:
     table: tuple[Entry, ...]
     sources: Sources
 
+    def version(self) -> str:
+        """A digest that changes when any of these objects is written, told from the listings alone."""
+        return digest([[entry.version for entry in self.table], self.sources_digest()])
+
     def sources_digest(self) -> str:
         """sha256 over the versions of all source files, which a listing tells without their vectors."""
         return digest({role: [entry.version for entry in files] for role, files in self.sources.items()})

@@ -23,15 +23,24 @@ def read(kind: type[T], output: str, *parts: str) -> T | None:
     return records.read_if_whole(kind, url(output, *parts), DAMAGED)
 
 
-def move(output: str, *parts: str, target: T, unless: Callable[[T], bool] = lambda _: False) -> bool:
+def move(
+    output: str,
+    *parts: str,
+    target: T,
+    unless: Callable[[T], bool] = lambda _: False,
+    seen: tuple[bytes, str] | None = None,
+) -> bool:
     """Points to `target`, a `RunPointer` or `SubmissionPointer`, unless what is pointed to now is to be kept.
 
     Returns whether it points to `target` now. A damaged pointer points to nothing.
+
+    Args:
+        seen: the pointer as `storage.read_version` gave it a moment ago, which saves asking again.
     """
     place = url(output, *parts)
     fields: dict[str, Any] = asdict(target)  # type: ignore[call-overload]
     for _ in turns(place):
-        held = storage.read_version(place)
+        held, seen = seen or storage.read_version(place), None
         current = None if held is None else records.parse_if_whole(type(target), held[0], place, DAMAGED)
         if current is not None and (current == target or unless(current)):
             return current == target

@@ -22,6 +22,7 @@ from fusion.metrics import bootstrap_interval, row_smape
 from fusion.parts import Compute, compute_parts, compute_rows, discard
 from fusion.price_model import PriceModel
 from fusion.tables import Table, read_table
+from fusion.unchanged import republish
 
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
@@ -92,6 +93,8 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
     """
     with world(settings.device) as place:
         settings = replace(settings, date=place.on_main(settings.day))  # one day for all ranks, also around midnight
+        if place.on_main(lambda: republish(settings, config_class.variant)):
+            return
         run, config, chosen, data = open_run(settings, config_class, place)
         inputs = place.on_main(lambda: find_inputs(data, "test", config.bindings()))
         origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, found=inputs))

@@ -104,6 +104,9 @@ class SubmissionManifest(Manifest):
 
     Attributes:
         previous: `<name>/<date>/<digest>` of the submission that was current when this one was made; empty: none was.
+        run_data: the data that the run's settings name, which a prediction reads unless it is given others.
+        sources: role to the name of the source that was read.
+        inputs_version: of `Inputs.version`.
     """
 
     rows: PositiveInt
@@ -119,6 +122,9 @@ class SubmissionManifest(Manifest):
     history: list[Night] = field(default_factory=list)  # oldest first
     name: str = ""
     previous: str = ""
+    run_data: str = ""
+    sources: dict[str, str] = field(default_factory=dict)
+    inputs_version: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ class RunPointer:
     checkpoint: Name
     smape: Smape
     split_sha256: str = ""  # of `split.parquet`: runs that share it validate on the same rows
+    model_sha256: str = ""
 
 
 @dataclass(frozen=True)

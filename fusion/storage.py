@@ -66,6 +66,15 @@ def write(url: str, data: bytes) -> None:
     retrying(url, lambda: backend.put(url, data))
 
 
+def copy(source: str, target: str) -> None:
+    """Copies an object to another place in the same store, all of it or nothing.
+
+    Raises:
+        DataError, CredentialsError, UnreachableError: as for `read`.
+    """
+    retrying(source, lambda: backend.copy(source, target))
+
+
 def create(url: str, data: bytes) -> bool:
     """Writes the object unless one exists; false when another one does.
 

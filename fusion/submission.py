@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -21,7 +21,6 @@ from fusion.inputs import Inputs, find_inputs, table_sha256
 from fusion.manifests import FINGERPRINTS, MANIFEST, SUBMISSION
 from fusion.provenance import code_digest
 from fusion.records import SCHEMA, Night, SubmissionManifest, SubmissionPointer, seal
-from fusion.runs import open_run
 
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
@@ -37,7 +36,8 @@ class Origin:
         data: URL of the input.
         table_sha256: of the bytes of `test.csv`.
         inputs_sha256: of `table_sha256` and the versions of all embeddings.
-        code_sha256: of this package.
+        code_sha256: of the code that decides a price.
+        run_data, sources, inputs_version: as in `SubmissionManifest`.
     """
 
     run: str
@@ -47,6 +47,9 @@ class Origin:
     table_sha256: str
     inputs_sha256: str
     code_sha256: str
+    run_data: str = ""
+    sources: dict[str, str] = field(default_factory=dict)
+    inputs_version: str = ""
 
     def key(self) -> str:
         """The same for the same model, data and code, wherever they lie."""
@@ -98,32 +101,32 @@ def origin_of(
     """
     found = found or find_inputs(data, split, config.bindings())
     table = table_sha256(found.table)
-    inputs = digest([table, found.sources_digest()])
-    return Origin(run, chosen.name, chosen.model_sha256, data, table, inputs, code_digest())
-
-
-def published(settings: PredictConfig, config_class: type[C]) -> str | None:
-    """URL of the submission of this date when model, data and code have not changed since the last; else None.
-
-    The last one is published again under this date if it bears another.
-
-    Raises:
-        DataError: no such run, or no such input.
-    """
-    settings = replace(settings, date=settings.day())  # midnight may come in between
-    run, config, best = open_run(settings, config_class)
-    return reuse(settings, origin_of(run, best, config, settings.data or config.data))
+    return Origin(
+        run,
+        chosen.name,
+        chosen.model_sha256,
+        data,
+        table,
+        digest([table, found.sources_digest()]),
+        code_digest(),
+        config.data,
+        config.bindings(),
+        found.version(),
+    )
 
 
 def reuse(settings: PredictConfig, origin: Origin) -> str | None:
-    """As `published`, for a known origin."""
+    """URL of the submission of this date, if one of the same origin is there or is current; else None.
+
+    The current one is published again under this date if it bears another.
+    """
     current = _current(settings)
     for folder, manifest in _candidates(settings, current):
-        content = _read_verified(folder, manifest, SUBMISSION) if origin.same_as(manifest) else None
+        content = read_verified(folder, manifest, SUBMISSION) if origin.same_as(manifest) else None
         if content is None:
             continue
         if current == (folder, manifest) and _is_of(settings, manifest):  # nothing is left to do
-            return _published_before(folder, manifest.rows)
+            return published_before(folder, manifest.rows)
         return publish(settings, origin, _made(folder, manifest, content), current[0] if current else None)
     return None
 
@@ -148,12 +151,13 @@ def _candidates(
 def _made(folder: str, manifest: SubmissionManifest, submission: bytes) -> Made:
     """What was committed there, without files that are damaged."""
     others = [entry.key for entry in manifest.files if entry.key != SUBMISSION]
-    found = {key: _read_verified(folder, manifest, key) for key in others}
+    found = {key: read_verified(folder, manifest, key) for key in others}
     whole = {key: content for key, content in found.items() if content is not None}
     return Made({SUBMISSION: submission, **whole}, manifest.rows, manifest.smape, manifest.history)
 
 
-def _published_before(folder: str, rows: int) -> str:
+def published_before(folder: str, rows: int) -> str:
+    """URL of a submission that is there already."""
     url = storage.join(folder, SUBMISSION)
     log.info(event="published_before", rows=rows, submission=url)
     return url
@@ -173,7 +177,8 @@ def _whole(kind: type[T], url: str) -> T | None:
     return records.read_if_whole(kind, url, "submission_damaged")
 
 
-def _read_verified(folder: str, manifest: SubmissionManifest, key: str) -> bytes | None:
+def read_verified(folder: str, manifest: SubmissionManifest, key: str) -> bytes | None:
+    """A file of a submission; None, with a warning, if it is not what the manifest says."""
     url = storage.join(folder, key)
     content = storage.read_if_exists(url)
     if content is not None and storage.sha256(content) == manifest.sha256_of(key):
@@ -208,17 +213,27 @@ def publish(settings: PredictConfig, origin: Origin, made: Made, current: str | 
         committed, data = storage.join(folder, MANIFEST), seal(asdict(manifest))
         if not storage.create(committed, data):  # a damaged one, or one of another origin with the same prices
             storage.write(committed, data)
+    url = storage.join(folder, SUBMISSION)
+    log.info(event="published_before" if before else "published", rows=made.rows, submission=url)
+    point_to(settings, key)
+    return url
+
+
+def point_to(settings: PredictConfig, key: str, seen: tuple[bytes, str] | None = None) -> None:
+    """Makes `<name>/<date>/<digest>` the current submission, unless one of a later date is.
+
+    Args:
+        seen: the pointer as it was read a moment ago.
+    """
     is_current = pointers.move(
         settings.output,
         *("submissions", settings.name, "current"),
         target=SubmissionPointer(key),
         unless=lambda current: current.date > settings.day(),
+        seen=seen,
     )
-    url = storage.join(folder, SUBMISSION)
-    log.info(event="published_before" if before else "published", rows=made.rows, submission=url)
     if not is_current:
         log.warning(event="not_current", date=settings.day(), reason="a submission of a later date is")
-    return url
 
 
 def _write_damaged(folder: str, files: Mapping[str, bytes], there: Collection[str]) -> None:
@@ -281,7 +296,7 @@ def plain(price: float) -> str:
 def last(settings: PredictConfig) -> Last | None:
     """The submission that is current under this name; None if there is none, or it is damaged."""
     found = _current(settings)
-    content = _read_verified(*found, SUBMISSION) if found else None
+    content = read_verified(*found, SUBMISSION) if found else None
     if found is None or content is None:
         return None
     frame = pd.read_csv(io.BytesIO(content), dtype={"sample_id": "str"}, keep_default_na=False)
@@ -291,7 +306,7 @@ def last(settings: PredictConfig) -> Last | None:
 def _prints(folder: str, manifest: SubmissionManifest) -> pd.DataFrame | None:
     if not manifest.sha256_of(FINGERPRINTS):  # of an earlier version
         return None
-    content = _read_verified(folder, manifest, FINGERPRINTS)
+    content = read_verified(folder, manifest, FINGERPRINTS)
     if content is None:
         return None
     frame = pd.read_parquet(io.BytesIO(content))

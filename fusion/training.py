@@ -75,7 +75,7 @@ def _is_finished(config: RunConfig) -> bool:
     start_run(config)
     for made in reversed(manifests.committed(run_url(config))):
         if made.manifest.finished and manifests.is_whole(made, MODEL):  # a damaged one is made again
-            point_to_run(config, made.name, made.smape)  # a run may have been killed before it did
+            point_to_run(config, made)  # a run may have been killed before it did
             return True
     return False
 
@@ -216,7 +216,7 @@ class Saver:
     def _finish(self) -> None:
         # Nothing is left to commit when an earlier attempt's last manifest arrived after this one had looked for it.
         made = self._save(wait=True) or manifests.committed(self.run)[-1]
-        point_to_run(self.config, made.name, self.fit.smape)
+        point_to_run(self.config, made)
         seconds = time.monotonic() - self.started
         log.info(event="finished", checkpoint=made.url, **_outcome(self.fit), blocked=self.blocked / seconds)
 

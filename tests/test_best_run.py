@@ -12,7 +12,8 @@ from fusion.all_embeddings.config import Config
 from fusion.best_run import point_to_run, served
 from fusion.config import ReadRunConfig
 from fusion.errors import DataError
-from fusion.records import RunPointer
+from fusion.manifests import Checkpoint
+from fusion.records import CheckpointManifest, RunPointer
 from fusion.runs import open_run
 
 VARIANT = Config.variant
@@ -24,7 +25,9 @@ def finish(output: Path, run_id: str, smape: float, split: str = "real", promote
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text("{}")
     (folder / "split.parquet").write_text(split)
-    point_to_run(Config(output=str(output), run_id=run_id, promote=promote), "step-1", smape)
+    digest = "0" * 64
+    manifest = CheckpointManifest(1, [], 1, 1, smape, True, digest, digest, "unknown")
+    point_to_run(Config(output=str(output), run_id=run_id, promote=promote), Checkpoint("step-1", manifest))
 
 
 def current(output: Path) -> str:

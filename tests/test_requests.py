@@ -68,5 +68,5 @@ def test_the_requests_of_nights(proxy: FaultProxy, bucket: str) -> None:
     assert not [request for request in sources if request.startswith("HEAD")]
     assert len(first) - len(sources) <= 30, "the model, the table, and what is written"
 
-    assert len(night("2026-01-02")) <= 10, proxy.seen  # nothing has changed
-    assert len(night("2026-01-03")) <= 17, proxy.seen  # nothing has changed, and it is published for another day
+    assert len(night("2026-01-02")) <= 6, proxy.seen  # nothing has changed
+    assert len(night("2026-01-03")) <= 10, proxy.seen  # nothing has changed, and it is published for another day

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,11 @@ import pandas as pd
 import pytest
 import safetensors.torch
 
-from fusion import embeddings, manifests, pointers, storage, submission
+from fusion import embeddings, manifests, pointers, storage, submission, unchanged
 from fusion.all_embeddings import predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
-from fusion.records import SubmissionPointer, seal
+from fusion.records import RunPointer, SubmissionPointer, seal
 from fusion.verify import verify
 from tests.conftest import SMALL
 from tests.documents import edit
@@ -107,7 +108,8 @@ def test_what_has_changed_is_predicted_again(
     frame.iloc[1:].to_parquet(source, index=False)
     assert night("2026-03-01") == 0
     assert len(publications(place)) == 2, "one embedding fewer: other prices, on the same day"
-    monkeypatch.setattr(submission, "code_digest", lambda: "0" * 64)
+    for module in (submission, unchanged):
+        monkeypatch.setattr(module, "code_digest", lambda: "0" * 64)
     capsys.readouterr()
     assert night("2026-03-02") == 0
     assert "event=model" in capsys.readouterr().err, "other code: computed again"
@@ -115,9 +117,17 @@ def test_what_has_changed_is_predicted_again(
 
 def test_the_library_tells_without_torch_whether_there_is_anything_to_do(place: Path, night: Night) -> None:
     settings = PredictConfig(output=str(place / "output"), data=str(place / "data"), date="2026-03-01")
-    assert submission.published(settings, Config) is None
+    assert unchanged.published(settings, Config) is None
     assert night("2026-03-01") == 0
-    assert submission.published(settings, Config) == f"{place}/output/submissions/test/{current(place)}/submission.csv"
+    assert unchanged.published(settings, Config) == f"{place}/output/submissions/test/{current(place)}/submission.csv"
+
+
+def test_a_night_on_other_data_is_not_the_last_one_of_the_runs_own(place: Path, night: Night) -> None:
+    half_the_rows(place)
+    assert night("2026-03-01") == 0
+    assert predict_test.main(["--output", str(place / "output"), "--date", "2026-03-02", "--device", "cpu"]) == 0
+    rows = pd.read_csv(place / "output/submissions/test" / current(place) / "submission.csv")
+    assert len(rows) == 100, "those of the data that the run was trained from"
 
 
 def half_the_rows(place: Path) -> None:
@@ -151,6 +161,11 @@ def a_model_of_nan(place: Path) -> None:
     }
     manifest = dataclasses.replace(made.manifest, files=manifests.write_files(made.url, files))
     storage.write(f"{made.url}/{manifests.MANIFEST}", seal(dataclasses.asdict(manifest)))
+    where = (str(place / "output"), "runs", Config.variant, "best")
+    pointer = pointers.read(RunPointer, *where)
+    assert pointer is not None
+    model_sha256 = manifest.sha256_of(manifests.MODEL)
+    pointers.move(*where, target=dataclasses.replace(pointer, model_sha256=model_sha256))
 
 
 POISON: dict[str, tuple[Callable[[Path], None], int, str]] = {
@@ -305,6 +320,7 @@ def test_a_damaged_checkpoint_is_left_out(place: Path, night: Night, capsys: pyt
     other = seal(dataclasses.asdict(dataclasses.replace(best.manifest, step=2)))
     (made.with_name("step-00000002") / "MANIFEST.json").write_bytes(other)
     (made / "MANIFEST.json").write_text('{"schema": 1')
+    os.utime(place / "data/test.csv", (0, 0))  # written again: the run is looked at
     assert night("2026-03-02") == 0, "the pointer names the damaged one, and there is another"
     assert "event=checkpoint_damaged" in capsys.readouterr().err
 

@@ -26,6 +26,7 @@ from fusion.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 from fusion.fitting import Fit, TrainingData, set_seed
 from fusion.manifests import MODEL, SPLIT
 from fusion.metrics import compute_smape
+from fusion.pace import Pace, seconds_left, standing
 from fusion.prediction import BuildNetwork, C, held, on_main_alone, validation_digest
 from fusion.price_model import PriceModel
 from fusion.provenance import code_digest
@@ -91,27 +92,53 @@ def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease
     saver.resume()
     # From here on: reading has time limits of its own.
     with watched(config.stall_timeout, lambda: f"rank {place.rank} at step {fit.step}") as watchdog:
-        while not fit.finished:
-            _run_epoch(fit, saver, watchdog)
+        _run_epochs(fit, saver, watchdog)
         if fit.stopping.stopped:
             log.info(event="early_stop", epoch=fit.epoch, smape=fit.smape)
         saver.finish()
 
 
-def _run_epoch(fit: Fit, saver: Saver, watchdog: Watchdog) -> None:
-    started = time.monotonic()
-    with log.progress(f"epoch {fit.epoch + 1}", fit.n_batches) as show:
-        for _ in fit.run_epoch(watchdog.beat):
-            show(fit.batch)
-            saver.agree()
-            watchdog.beat()
-    saver.agree(may_save=False)
-    facts = fit.end_epoch(time.monotonic() - started, watchdog.beat)
+def _run_epochs(fit: Fit, saver: Saver, watchdog: Watchdog) -> None:
+    pace = Pace()
+    n_steps = fit.config.epochs * fit.n_batches
+    with log.progress(standing(fit, pace), n_steps, done=fit.step, estimates=False) as show:
+        while not fit.finished:
+            _run_epoch(fit, saver, watchdog, pace, show)
+
+
+def _run_epoch(fit: Fit, saver: Saver, watchdog: Watchdog, pace: Pace, show: log.Show) -> None:
+    begun = time.monotonic()
+    n_rows = len(fit.data.train) - min(fit.batch * fit.config.batch_size, len(fit.data.train))
+    _train_epoch(fit, saver, watchdog, pace, show)
+    trained = time.monotonic()
+    facts = fit.end_epoch(trained - begun, watchdog.beat)
     watchdog.beat()
-    seconds = time.monotonic() - started
-    log.info(**facts, rows_s=len(fit.data.train) / seconds, eta_s=seconds * (fit.config.epochs - fit.epoch))
+    ended = time.monotonic()
+    pace.validated(ended - trained)
+    show(fit.step, standing(fit, pace))
+    left = seconds_left(fit, pace)
+    log.info(**facts, rows_s=n_rows / (ended - begun), **({} if left is None else {"eta_s": left}))
     if not fit.finished:
         saver.agree()
+
+
+def _train_epoch(fit: Fit, saver: Saver, watchdog: Watchdog, pace: Pace, show: log.Show) -> None:
+    """Trains on what is left of the epoch, saving on the way."""
+    step, started = fit.step, time.monotonic()
+
+    def count() -> None:
+        nonlocal step, started
+        now = time.monotonic()
+        pace.trained(fit.step - step, now - started)
+        step, started = fit.step, now
+
+    for _ in fit.run_epoch(watchdog.beat):
+        saver.agree()
+        watchdog.beat()
+        count()
+        show(fit.step, standing(fit, pace))
+    saver.agree(may_save=False)
+    count()
 
 
 class Saver:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -41,16 +42,58 @@ def test_other_ranks_only_warn(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("-", 0, 1)
 
 
-def test_a_terminal_gets_a_bar(catalog: Path, tmp_path: Path) -> None:
-    flags = ["--data", str(catalog), "--output", str(tmp_path / "terminal"), *SMALL, "--epochs", "1"]
+def test_a_terminal_gets_one_bar_below_short_lines(catalog: Path, tmp_path: Path) -> None:
+    output = tmp_path / "terminal"
+    flags = ["--data", str(catalog), "--output", str(output), *SMALL, "--epochs", "2", "--run-id", "r"]
     command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags, "--checkpoint-steps", "1"]
     ours, theirs = pty.openpty()
     job = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
-    said = b"".join(iter(lambda: read(ours), b""))
+    said = b"".join(iter(lambda: read(ours), b"")).decode()
     os.close(ours)
     assert job.wait(60) == 0
-    assert b"epoch 1" in said and b"epoch=1" in said
+    assert "\x1b[?25l" in said and said.count("\x1b[?25l") == 1, "the cursor is hidden once per bar"
+    assert re.search(r"epoch 2/2 \d+/\d+ loss \S+ smape \S+ best \S+ 0:00:0\d left", said)
+    assert re.search(r"\d\d:\d\d:\d\d info finished checkpoint=", said) and "run=r" not in said
+    stored = (output / "runs/r/attempts/1/log.txt").read_text()
+    assert re.search(r"Z info run=r rank=0/1 event=finished ", stored) and "\x1b" not in stored
+
+
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Stands for standard error; not a fixture, as pytest exchanges the stream again after those."""
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return stream
+
+
+def test_a_terminal_gets_short_lines_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = terminal(monkeypatch)
+    log.configure("r", 0, 1)
+    log.info(epoch=1, event="x", text="a b")
+    log.warning(event="y")
+    log.error(event="two\nlines")
+    shown = [line.split(" ", 1) for line in stream.getvalue().splitlines()]
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d", time) for time, _ in shown)
+    assert [rest for _, rest in shown] == [
+        'info x epoch=1 text="a b"',
+        "\x1b[33mwarning\x1b[0m y",
+        '\x1b[31merror\x1b[0m "two\\nlines"',
+    ]
+    assert re.search(r"Z info run=r rank=0/1 epoch=1 event=x", log.text())
+    log.configure("-", 0, 1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colour_can_be_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    stream = terminal(monkeypatch)
+    monkeypatch.setenv(name, value)
+    log.configure("r", 1, 2)
+    log.warning(event="y")
+    assert stream.getvalue()[8:] == " warning y rank=1/2\n"
+    log.configure("-", 0, 1)
 
 
 def test_epochs_say_how_far_they_are(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,83 @@
+"""How far a training is and how long it still takes, for the log and for the bar on a terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusion.fitting import Fit
+
+
+@dataclass
+class Pace:
+    """Time per step and per validation, measured in this process.
+
+    What an earlier attempt did took no time here, so a resumed training's estimate is right from its first steps on.
+    Steps and validations count apart: an epoch that was resumed near its end has few steps and a whole validation.
+
+    >>> pace = Pace()
+    >>> pace.trained(steps=10, seconds=20.0)
+    >>> pace.validated(seconds=5.0)
+    >>> pace.left(steps=30, validations=3)
+    75.0
+    """
+
+    steps: int = 0
+    training_seconds: float = 0.0
+    validations: int = 0
+    validation_seconds: float = 0.0
+
+    def trained(self, steps: int, seconds: float) -> None:
+        self.steps += steps
+        self.training_seconds += seconds
+
+    def validated(self, seconds: float) -> None:
+        self.validations += 1
+        self.validation_seconds += seconds
+
+    def left(self, steps: int, validations: int) -> float | None:
+        """Seconds that so much more work takes; None before the first step."""
+        if not self.steps:
+            return None
+        training = steps * self.training_seconds / self.steps
+        return training + validations * self.validation_seconds / max(1, self.validations)
+
+
+def seconds_left(fit: Fit, pace: Pace) -> float | None:
+    """Seconds until --epochs are done; early stopping may end the training before."""
+    epochs = fit.config.epochs
+    return pace.left(epochs * fit.n_batches - fit.step, epochs - fit.epoch)
+
+
+def standing(fit: Fit, pace: Pace) -> str:
+    """`epoch 3/60 250/6000 loss 0.412 smape 41.07 best 40.88 0:12:33 left`, without what is not known yet.
+
+    Short enough for a line of 80, with the steps done and all there are in second place.
+    """
+    epochs = fit.config.epochs
+    parts = [f"epoch {min(fit.epoch + 1, epochs)}/{epochs}", f"{fit.step}/{epochs * fit.n_batches}"]
+    loss = _loss(fit)
+    if loss is not None:
+        parts.append(f"loss {loss:.3g}")
+    if fit.history:
+        parts.append(f"smape {fit.history[-1]['smape']:.2f} best {fit.smape:.2f}")
+    left = seconds_left(fit, pace)
+    if left is not None:
+        parts.append(f"{clock(left)} left")
+    return " ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """
+    >>> clock(7384.6)
+    '2:03:05'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _loss(fit: Fit) -> float | None:
+    """Mean loss of the epoch so far, or of the last one while nothing of the next has been added up."""
+    if fit.batch:
+        return fit.loss_sum / min(fit.batch * fit.config.batch_size, len(fit.data.train))
+    return float(fit.history[-1]["loss"]) if fit.history else None

@@ -18,7 +18,7 @@ from fusion import log, records, storage
 from fusion.config import PredictConfig
 from fusion.errors import DataError
 from fusion.fingerprints import Look, agreements_with_chance, compared
-from fusion.metrics import compute_smape
+from fusion.metrics import compute_smape, readable
 from fusion.records import Night, RunFacts
 from fusion.submission import Last, Origin
 
@@ -147,7 +147,7 @@ def about_prices(
         smape: of the model on its validation rows.
     """
     if len(prices) >= MIN_ROWS and prices.quantile(0.75) < FLAT * prices.quantile(0.25):
-        what = f"all products get practically the same price, {prices.median():.2f}"
+        what = f"all products get practically the same price, {readable(prices.median())}"
         yield Finding(f"{what}: the model, or the embeddings, tell them not apart", True)
     if last is not None:
         yield from _against_last(settings, prices, smape, last, origin)
@@ -229,7 +229,9 @@ def _against_training(settings: PredictConfig, prices: pd.Series, run: str) -> I
 def _drift(prices: pd.Series, expected: Sequence[float], limit: float, whose: str, flag: str) -> Iterator[Finding]:
     for quantile, now, then in zip((25, 50, 75), _quartiles(prices), expected, strict=True):
         if max(now / then, then / now) > limit:
-            yield Finding(f"the {quantile}% quantile is {now:.2f}, {whose} {then:.2f} ({flag} {limit:g})", True)
+            yield Finding(
+                f"the {quantile}% quantile is {readable(now)}, {whose} {readable(then)} ({flag} {limit:g})", True
+            )
 
 
 def _quartiles(prices: pd.Series) -> list[float]:

@@ -18,6 +18,8 @@ FloatArray = NDArray[np.float64]
 # distributed but for a skewness of 0.02; resampling 2 million rows a thousand times takes half a minute per grouping.
 BOOTSTRAP_ROWS = 5000
 BOOTSTRAP_VALUES = 50_000  # resampled at a time: little memory, and few calls for many small groups
+# From here on cents say nothing, and below it two decimals say nothing: 0.004 would be "0.00".
+LARGE, TINY = 1000, 0.1
 _EPSILON = float(np.finfo(np.float64).eps)  # the smallest true value that scikit-learn's MAPE divides by
 
 
@@ -105,6 +107,17 @@ def bootstrap_interval(
     means = [rows[generator.integers(0, rows.size, (count, rows.size))].mean(axis=1) for count in counts]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def readable(value: float) -> str:
+    """A number for a table or a sentence: two decimals, none where it is large, two digits where it is tiny.
+
+    >>> [readable(value) for value in (19.99, 123456.7, 0.0, 0.000123)]
+    ['19.99', '123,457', '0.00', '0.00012']
+    """
+    if abs(value) >= LARGE:
+        return f"{value:,.0f}"
+    return f"{value:.2g}" if 0 < abs(value) < TINY else f"{value:.2f}"
 
 
 _GROUP_METRICS = ("smape", "mae", "rmse", "mape", "r2", "median_error", "bias", "mean_true", "mean_pred")

@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fusion.metrics import readable
+
 TEXT_WIDTH = 40
 LEAST_TEXT = 8  # columns below which a text says nothing
 BETWEEN = 2  # columns that a table has between two of its own; one more is left of the first
@@ -104,4 +106,4 @@ def _number(cell: object) -> str:
         return " ".join(str(cell).split())
     if math.isnan(cell):
         return "-"
-    return f"{cell:.2f}" if abs(cell) < 1000 else f"{cell:,.0f}"
+    return readable(cell)

@@ -220,3 +220,10 @@ def test_prices_far_from_the_training_prices_are_refused(tmp_path: Path) -> None
     (tmp_path / "run.json").write_text(facts.to_json())
     found = list(guards.about_prices(PredictConfig(), prices(), 40.0, None, origin(run=str(tmp_path))))
     assert [one.refused for one in found] == [True] * 3 and "the training prices'" in found[0].what
+
+
+def test_tiny_prices_are_shown_with_digits() -> None:
+    before, now = pd.Series(2e-4, IDS) * np.linspace(1, 2, N), pd.Series(8e-4, IDS) * np.linspace(1, 2, N)
+    said = " ".join(verdicts(now, last(before)))
+    assert "the 50% quantile is 0.0012, the last submission's 0.0003" in said
+    assert "practically the same price, 0.00012" in " ".join(verdicts(pd.Series(1.23e-4, IDS), last(before)))

@@ -15,7 +15,7 @@ import sklearn.metrics
 import torch
 from torchmetrics.functional import symmetric_mean_absolute_percentage_error
 
-from fusion.metrics import bootstrap_interval, compute_metrics, compute_smape, group_metrics, row_smape
+from fusion.metrics import bootstrap_interval, compute_metrics, compute_smape, group_metrics, readable, row_smape
 
 N_ROWS = 500
 
@@ -179,6 +179,11 @@ def test_the_interval_of_many_rows_is_that_of_the_normal_distribution() -> None:
     low, high = bootstrap_interval(values)
     half_width = 1.96 * values.std() / math.sqrt(len(values))
     assert (low, high) == pytest.approx((values.mean() - half_width, values.mean() + half_width), abs=1e-4)
+
+
+def test_numbers_for_reading_keep_what_says_something() -> None:
+    shown = [readable(value) for value in (19.989, 0.1, 123456.7, -1234.5, 0.0, 0.000123, -0.004)]
+    assert shown == ["19.99", "0.10", "123,457", "-1,234", "0.00", "0.00012", "-0.004"]
 
 
 def test_metrics_do_not_import_torch() -> None:

@@ -19,7 +19,8 @@ from pydantic.dataclasses import dataclass
 # Settings that say where and how a run is computed, not what it computes.
 HOW = {"output", "run_id", "device", "store_timeout", "grace", "stall_timeout", "fresh"}
 HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep", "promote"}
-
+# Settings that --model concat does not use.
+OF_ATTENTION = ("n_heads", "n_experts")
 
 C = TypeVar("C")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -67,6 +68,14 @@ class StoreConfig:
         "auto", "auto, cpu, cuda or cuda:N", "machine", "auto, cpu, cuda or cuda:0", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
     )
     store_timeout: float = setting(60.0, "seconds to retry a store that does not answer", "machine", ge=0)
+
+    def without_effect(self) -> str:
+        """What was given and changes nothing because of another setting, in words; empty if there is none.
+
+        It is asked of what a user gives, and not of the settings of a run that exists. A value that is the default is
+        never named: config.json holds every default.
+        """
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -133,6 +142,15 @@ class RunConfig(StoreConfig):
         if self.width % self.n_heads:
             raise ValueError(f"--width {self.width} cannot be divided into --n-heads {self.n_heads}")
 
+    def without_effect(self) -> str:
+        unused = [name for name in OF_ATTENTION if getattr(self, name) != getattr(type(self), name)]
+        if self.model == "concat" and unused:
+            name = unused[0].replace("_", "-")
+            return f"--{name} is given, and --model concat has none"
+        if self.folds is not None and self.val_fraction != type(self).val_fraction:
+            return "--val-fraction is given, and --folds replaces it"
+        return ""
+
     def bindings(self) -> dict[str, str]:
         """Role to name of the source bound to it, in the model's order.
 
@@ -155,6 +173,12 @@ class ReadRunConfig(StoreConfig):
 
     run_dir: str | None = setting(None, "the run to use; by default the variant's best under --output", "where")
     data: str | None = setting(None, "bucket or folder of the input; by default the run's", "where")
+
+    def without_effect(self) -> str:
+        name = (self.run_dir or "").rstrip("/").rpartition("/")[2]
+        if self.run_dir and self.run_id and name != self.run_id:
+            return f"--run-dir names the run {name}, and --run-id names {self.run_id}"
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -19,9 +19,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from fusion import log, storage
-from fusion.config import EvaluateConfig, PredictConfig, RunConfig
+from fusion.config import EvaluateConfig, PredictConfig, RunConfig, StoreConfig
 from fusion.environment import rank, variable
-from fusion.errors import ConfigError, Parser
+from fusion.errors import ConfigError, DataError, Parser
 
 # The headings of --help, in their order.
 GROUPS = ("where", "sources", "data", "model", "training", "evaluation", "submission", "stopping", "machine")
@@ -62,7 +62,22 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
     flags = _flags(config_class)
     values, origins = _collect(flags, argv, prog, description)
     _warn_of_misspelt(flags)
-    return _validate(config_class, _nest(values, flags), origins)
+    return _given(config_class, _nest(values, flags), origins)
+
+
+def _given(config_class: type[C], values: Mapping[str, Any], origins: Mapping[str, str]) -> C:
+    """As `_validate`, for what a user gives: a setting that cannot take effect is an error."""
+    config = _validate(config_class, values, origins)
+    reason = config.without_effect() if isinstance(config, StoreConfig) else ""
+    if reason:
+        named = _flags_in(reason)
+        found = [f"{_flag(key)} is {origin}" for key, origin in origins.items() if origin and _flag(key) in named]
+        raise ConfigError("; ".join([reason, *found]), f"leave out {' or '.join(named)}")
+    return config
+
+
+def _flags_in(text: str) -> list[str]:
+    return list(dict.fromkeys(re.findall(r"--[a-z][a-z-]*", text)))
 
 
 def _warn_of_misspelt(flags: Mapping[str, Any]) -> None:
@@ -84,7 +99,7 @@ def as_flags(config_class: type[Any], argv: Sequence[str] | None = None, *, prog
     """
     flags = _flags(config_class)
     values, origins = _collect(flags, argv, prog, "")
-    checked = _flatten(asdict(_validate(config_class, _nest(values, flags), origins)))
+    checked = _flatten(asdict(_given(config_class, _nest(values, flags), origins)))
     return [word for key in flags if key in values for word in _words(key, checked[key])]
 
 
@@ -185,7 +200,10 @@ def _variable(key: str) -> str:
 
 
 def _read_file(url: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    data = storage.read(url)
+    try:
+        data = storage.read(url)
+    except DataError as error:
+        raise DataError(error.message, "--config, or FUSION_CONFIG, must name a JSON or TOML file") from error
     try:
         text = data.decode()
         loaded = tomllib.loads(text) if url.endswith(".toml") else json.loads(text)
@@ -231,8 +249,7 @@ def _validate(config_class: type[C], values: Mapping[str, Any], origins: Mapping
         key = ".".join(part for part in first["loc"] if isinstance(part, str))  # without the position in a list
         reason = first["msg"].removeprefix("Value error, ")
         if not key:
-            named = dict.fromkeys(re.findall(r"--[a-z][a-z-]*", reason))
-            raise ConfigError(reason, f"change {' or '.join(named)}") from error
+            raise ConfigError(reason, f"change {' or '.join(_flags_in(reason))}") from error
         if first["type"] == "string_pattern_mismatch":
             reason = f"expected {_flags(config_class)[key].json_schema_extra['expected']}"
         where = origins.get(key, "")

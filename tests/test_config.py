@@ -11,8 +11,8 @@ import pytest
 from fusion import provenance, verify
 from fusion.all_embeddings.config import Config
 from fusion.config import EvaluateConfig, LossName, PredictConfig
-from fusion.errors import ConfigError, UsageError
-from fusion.flags import _element, _flag, _flags, from_json, parse, to_json
+from fusion.errors import ConfigError, DataError, UsageError
+from fusion.flags import _element, _flag, _flags, as_flags, from_json, parse, to_json
 from fusion.loss_functions import LOSSES
 from jobs import doctor, pull
 
@@ -73,6 +73,47 @@ def test_a_config_is_frozen_and_validated() -> None:
         Config().epochs = 3  # type: ignore[misc]
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         Config(epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "concat", "--n-heads", "4"], "--n-heads is given, and --model concat has none"),
+        (["--model", "concat", "--n-experts", "5"], "--n-experts is given, and --model concat has none"),
+        (["--folds", "5", "--val-fraction", "0.1"], "--val-fraction is given, and --folds replaces it"),
+    ],
+)
+def test_a_setting_that_cannot_take_effect_is_an_error(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(*flags)
+    assert caught.value.message == message and caught.value.remedy.startswith("leave out --")
+    with pytest.raises(ConfigError):
+        as_flags(Config, flags, prog="")
+
+
+def test_a_default_that_cannot_take_effect_is_none(tmp_path: Path) -> None:
+    config = read("--model", "concat", "--folds", "5")
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert read("--config", str(tmp_path / "config.json")) == config, "which holds every default"
+    old = to_json(Config(model="concat", n_experts=5))
+    assert from_json(Config, old, "config.json").n_experts == 5, "of a run that exists"
+
+
+def test_two_runs_are_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSION_RUN_ID", "old")
+    for settings in (EvaluateConfig, PredictConfig):
+        assert parse(settings, ["--run-dir", "out/runs/old/"], prog="", description="").run_id == "old"
+        with pytest.raises(ConfigError) as caught:
+            parse(settings, ["--run-dir", "out/runs/new"], prog="", description="")
+        assert caught.value.message == (
+            "--run-dir names the run new, and --run-id names old; --run-id is in the environment"
+        )
+
+
+def test_a_config_file_that_is_missing_is_named_by_its_flag(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist") as caught:
+        read("--config", str(tmp_path / "none.toml"))
+    assert caught.value.remedy == "--config, or FUSION_CONFIG, must name a JSON or TOML file"
 
 
 def test_flags_are_never_abbreviated() -> None:

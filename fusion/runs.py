@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fusion import __version__, log, manifests, records, storage
@@ -249,6 +250,22 @@ def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[str, C, ma
             "restore it, or name another run with --run-id",
         )
     return run, config, best
+
+
+def data_of(settings: ReadRunConfig, config: RunConfig) -> str:
+    """Where the input is: `--data`, else where the run had it.
+
+    Raises:
+        DataError: the run had it in a folder that is not here.
+    """
+    if settings.data:
+        return settings.data
+    if "://" not in config.data and not Path(config.data).is_dir():
+        relative = "" if Path(config.data).is_absolute() else ", as seen from where its training was started"
+        raise DataError(
+            f"the run's data are in the folder {config.data}{relative}, and here is none", "name the folder with --data"
+        )
+    return config.data
 
 
 def _check_variant(run: str, variant: str) -> None:

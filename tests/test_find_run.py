@@ -9,7 +9,7 @@ import pytest
 from fusion.config import ReadRunConfig
 from fusion.errors import DataError
 from fusion.qwen_clip.config import Config
-from fusion.runs import open_run
+from fusion.runs import data_of, open_run
 from tests.made_runs import make_run
 
 
@@ -25,6 +25,20 @@ def test_an_id_that_is_unknown_gets_the_nearest(tmp_path: Path) -> None:
 def test_an_output_without_runs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no run old under"):
         open_run(ReadRunConfig(output=str(tmp_path), run_id="old"), Config)
+
+
+def test_data_that_were_relative_to_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert data_of(ReadRunConfig(), Config(data="data")) == "data"
+    assert data_of(ReadRunConfig(), Config(data="s3://bucket/data")) == "s3://bucket/data"
+    monkeypatch.chdir("data")
+    assert data_of(ReadRunConfig(data="x"), Config(data="data")) == "x"
+    with pytest.raises(DataError, match="in the folder data, as seen from where its training was started") as caught:
+        data_of(ReadRunConfig(), Config(data="data"))
+    assert caught.value.remedy == "name the folder with --data"
+    with pytest.raises(DataError, match="in the folder /nowhere, and here is none"):
+        data_of(ReadRunConfig(), Config(data="/nowhere"))
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ The names below are what users import. They load on first use, so that `--help` 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 __version__ = "0.1.0"
@@ -24,6 +26,22 @@ _EXPORTS = {
     "load_checkpoint": "portable",
 }
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 (names, spread from the table above)
+
+
+def _refuse_wrong_python() -> None:
+    """Ends `python -m fusion.…` of a Python without Fusion's libraries in two lines, instead of a traceback.
+
+    Python looks for the module with `-m` as the program's name, and imports this package for that.
+    """
+    is_ours = sys.argv[:1] == ["-m"] and any(word.startswith("fusion.") for word in getattr(sys, "orig_argv", ()))
+    missing = [name for name in ("fsspec", "pydantic") if is_ours and find_spec(name) is None]
+    if missing:
+        print(f"error: No module named {missing[0]!r} for {sys.executable}", file=sys.stderr)
+        print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
+        sys.exit(78)  # ExitCode.CONFIG; a module imported here is imported by all
+
+
+_refuse_wrong_python()
 
 
 def __getattr__(name: str) -> Any:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fusion.environment import LIBRARIES, MEETING, RANKS, WAITING, Place, for_libraries, place, rank, variable
-from fusion.errors import ConfigError
+from fusion.errors import ConfigError, ExitCode
 
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -95,3 +96,15 @@ def test_openmp_waits_as_the_command_has_it(launcher: tuple[str, ...], own: str,
     environment = {**clean, "GOMP_SPINCOUNT": own, "OMP_DISPLAY_ENV": "VERBOSE"}
     done = subprocess.run([sys.executable, *command], check=False, capture_output=True, text=True, env=environment)
     assert f"GOMP_SPINCOUNT = '{used}'" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("module", ["fusion.verify", "fusion.qwen_clip.train", "fusion.launch"])
+def test_a_python_without_the_libraries_is_named_in_two_lines(module: str) -> None:
+    command = [sys.executable, "-S", "-m", module]  # -S: no installed packages
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, cwd=root)
+    assert done.returncode == ExitCode.CONFIG
+    assert done.stderr.splitlines() == [
+        f"error: No module named 'fsspec' for {sys.executable}",
+        "hint: run `. .venv/bin/activate` first; `make demo` makes .venv",
+    ]

@@ -95,7 +95,9 @@ def _no_table(data: str, split: str, there: list[str]) -> DataError:
         return DataError(f"{data} is a file, expected the folder that holds {split}.csv", f"--data {folder or '.'}")
     holds = ", ".join(there[:10]) or "nothing"
     return DataError(
-        f"neither {csv} nor {split}{_PARQUET} exists; {data} holds {holds}", "--data must name the folder that holds it"
+        f"neither {csv} nor {split}{_PARQUET} exists; {data} holds {holds}",
+        "--data must name the folder that holds it, such as --data s3://my-bucket/data; "
+        "`python -m fusion.demo` makes one to try, demo/data",
     )
 
 

@@ -5,6 +5,7 @@ The same command again goes on where the newest committed checkpoint left off, a
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -59,12 +60,9 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
     """
     with world(config.device, config.stall_timeout) as place:
         log.configure(config.name(), place.rank, place.size)
-        if place.on_main(lambda: _is_finished(config)):
-            log.info(
-                event="finished_before",
-                folder=run_url(config),
-                hint="train under another --run-id, if at all",
-            )
+        smape = place.on_main(lambda: _smape_if_finished(config))
+        if smape is not None:
+            log.info(event="finished_before", folder=run_url(config), smape=smape, hint=_next_commands(config))
             return
         with attempt(run_url(config)) if place.is_main else nullcontext() as lease:
             record = None if lease is None else lambda error: record_end(lease, end_of(error))
@@ -72,13 +70,22 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
                 _train(config, build_network, place, lease)
 
 
-def _is_finished(config: RunConfig) -> bool:
+def _smape_if_finished(config: RunConfig) -> float | None:
     start_run(config)
     for made in reversed(manifests.committed(run_url(config))):
         if made.manifest.finished and manifests.is_whole(made, MODEL):  # a damaged one is made again
             point_to_run(config, made)  # a run may have been killed before it did
-            return True
-    return False
+            return made.smape
+    return None
+
+
+def _next_commands(config: RunConfig) -> str:
+    """What to type next, as it can be pasted into a shell."""
+    where = shlex.join(["--output", config.output, "--run-id", config.name()])
+    commands = (
+        f"`python -m fusion.{config.variant}.{name} {where}`" for name in ("evaluate_by_groups", "predict_test")
+    )
+    return " or ".join(commands)
 
 
 def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,7 +176,9 @@ def test_a_finished_run_is_left_alone(catalog: Path, tmp_path: Path, capsys: pyt
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert train.main(flags) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    assert "event=finished_before" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(r"event=finished_before folder=\S+ smape=\d+", said)
+    assert f"fusion.all_embeddings.predict_test --output {tmp_path} --run-id all-embeddings-" in said
 
 
 def test_a_second_prediction_publishes_nothing_new(catalog: Path, tmp_path: Path) -> None:

@@ -75,8 +75,9 @@ def test_a_wrong_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert caught.value.remedy == f"--data {folder}"
     with pytest.raises(DataError, match=r"neither data/test\.csv nor test\.parquet exists; data holds train\.csv"):
         find_table("data", "test")
-    with pytest.raises(DataError, match="nowhere holds nothing"):
+    with pytest.raises(DataError, match="nowhere holds nothing") as caught:
         find_table("nowhere", "train")
+    assert "such as --data s3://my-bucket/data" in caught.value.remedy
 
 
 def test_a_bucket_that_is_missing_is_named(bucket: str) -> None:

@@ -261,5 +261,5 @@ def _warn_of_equal_sources(bindings: Mapping[str, str], store: RowStore) -> None
                 event="same_vectors",
                 roles=f"{first},{second}",
                 sources=f"{bindings[first]},{bindings[second]}",
-                hint="bind another source to one of them",
+                hint="give each role a source of its own",
             )

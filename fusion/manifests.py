@@ -104,7 +104,9 @@ def best(run: str, named: str = "") -> Checkpoint:
         return last
     found = validated(run)
     if not found:
-        raise DataError(f"{run} has no committed checkpoint", "let its training finish, or name another with --run-dir")
+        raise DataError(
+            f"{run} has no committed checkpoint", "let its training finish, or name another run with --run-dir"
+        )
     return best_of(found)
 
 

@@ -115,7 +115,7 @@ def _check_ids(role: str, source: str, found: pa.ChunkedArray, targets: np.ndarr
         message += f"; {n_respelled} of them differ only in their spelling"
         raise DataError(message, "write the ids in both files alike, as whole numbers or as the same text")
     if n_found == 0:
-        raise DataError(f"{message}; no id is in both", "write the same ids into both, or bind another source")
+        raise DataError(f"{message}; no id is in both", "write the same ids into the table and the source")
     raise DataError(
         message, f"complete the source, or accept more than {rows.max_missing:.0%} missing rows with --max-missing"
     )

@@ -1,7 +1,8 @@
-"""Embeddings of a split as rows aligned by `sample_id`: planned from the ids, then streamed into contiguous tensors.
+"""Embeddings of a split as rows aligned by `sample_id`, streamed in one pass into contiguous tensors.
 
-Rank 0 reads schemas and ids and decides which row of which file goes where. Then the ranks of a node read disjoint row
-groups in parallel, straight into one tensor a role that they share, so each vector is read once a node.
+Rank 0 learns how long the vectors of each source are. Then the ranks of a node read disjoint files and row groups in
+parallel, straight into one tensor per role that they share, so each vector is read once per node. Last, rank 0 judges
+the ids that its node has seen: which occur twice, and which are missing.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from fusion.distributed import World
 from fusion.errors import DataError, StopRequested, UnreachableError
 from fusion.inputs import Sources, find_sources
 from fusion.sharing import node_tensor
-from fusion.source_file import Header, read_header, read_vectors
-from fusion.source_plan import Piece, Rows, SourcePlan, plan_source
+from fusion.source_file import Kind, Part, content_of, kind_of, open_part, parts_of
+from fusion.source_rows import NO_ROW, Found, Rows, check_ids
 from fusion.storage import Entry
 
 N_THREADS = 4
@@ -94,6 +95,24 @@ def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What is known of a source before it is read.
+
+    Attributes:
+        source: what messages call it.
+    """
+
+    role: str
+    source: str
+    kind: Kind
+    parts: list[Part]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.kind.dtype == "float16" else torch.float32
+
+
+@dataclass(frozen=True)
 class Target:
     """Where the vectors of a role go: values [N, D], and whether a row [N] is present, or has a vector of zeros."""
 
@@ -129,22 +148,26 @@ def load(
     world.together(_stop_if_asked)
     files = sources or world.on_main(lambda: find_sources(data, split, bindings))
     where = storage.join(data, "embeddings", split)
-    plans = world.on_main(lambda: _plans(files, bindings, where, Rows.of(ids, max_missing), world.local_size))
-    shape = {plan.role: (len(ids), plan.dim) for plan in plans}
-    values = {plan.role: node_tensor(shape[plan.role], plan.dtype, world) for plan in plans}
+    kept: dict[str, bytes] = {}
+    plans = world.on_main(lambda: _plans(files, bindings, where, kept))
+    rows = Rows(ids)
+    values = {plan.role: node_tensor((len(ids), plan.kind.dim), plan.dtype, world) for plan in plans}
     present = {plan.role: node_tensor((len(ids),), torch.bool, world) for plan in plans}
     zeros = {plan.role: node_tensor((len(ids),), torch.bool, world) for plan in plans}
-    _fill(
-        plans,
-        {role: Target(values[role].numpy(), present[role].numpy(), zeros[role].numpy()) for role in values},
-        world,
-    )
+    targets = {role: Target(values[role].numpy(), present[role].numpy(), zeros[role].numpy()) for role in values}
+    found = _fill(plans, rows, targets, kept, world)
     if world.on_main(lambda: find_sources(data, split, bindings)) != files:
         raise UnreachableError(
             f"embeddings of {split} in {data} were written while they were read", "run it again once they are complete"
         )
     store = RowStore(values, present)
-    world.on_main(lambda: _report(plans, bindings, store, zeros, ids, max_missing, partial))
+    read = world.gather_on_main(found if world.rank == world.local_rank else {})  # each node reads all, one's suffice
+
+    def report() -> None:
+        everything = _checked(plans, read, rows, max_missing)
+        _report(bindings, store, zeros, everything, ids, max_missing, partial)
+
+    world.on_main(report)
     return store
 
 
@@ -154,33 +177,51 @@ def _stop_if_asked() -> None:
         raise StopRequested(message, "run the same command again")
 
 
-def _plans(files: Sources, bindings: Mapping[str, str], where: str, rows: Rows, n_readers: int) -> list[SourcePlan]:
-    return [_plan(role, f"source {name!r} in {where}", files[role], rows, n_readers) for role, name in bindings.items()]
+def _plans(files: Sources, bindings: Mapping[str, str], where: str, kept: dict[str, bytes]) -> list[Plan]:
+    return [_plan(role, f"source {name!r} in {where}", files[role], kept) for role, name in bindings.items()]
 
 
-def _plan(role: str, source: str, files: Sequence[Entry], rows: Rows, n_readers: int) -> SourcePlan:
+def _plan(role: str, source: str, files: Sequence[Entry], kept: dict[str, bytes]) -> Plan:
     with ThreadPoolExecutor(N_THREADS) as pool:
-        headers = list(pool.map(_read_header, files))
-    return plan_source(role, source, headers, rows, N_THREADS * n_readers)
+        parts = [part for found in pool.map(_parts_of, files) for part in found]
+    return Plan(role, source, _first_kind(source, len(files), parts, kept), parts)
 
 
-def _read_header(entry: Entry) -> Header:
+def _parts_of(entry: Entry) -> list[Part]:
     _stop_if_asked()
-    return read_header(entry.url, entry.size)
+    return parts_of(entry)
 
 
-def _fill(plans: Iterable[SourcePlan], targets: Mapping[str, Target], world: World) -> None:
-    tasks = [(plan, piece) for plan in plans for piece in plan.pieces][world.local_rank :: world.local_size]
+def _first_kind(source: str, n_files: int, parts: Iterable[Part], kept: dict[str, bytes]) -> Kind:
+    """The kind of the first vectors there are; the small files it took stay in `kept`, and are not fetched again."""
+    for part in parts:
+        _stop_if_asked()
+        content = content_of(part)
+        if content is not None:
+            kept[part.url] = content
+        kind = kind_of(part, content)
+        if kind is not None:
+            return kind
+    raise DataError(f"{source} has no vectors in its {n_files} files", "write the embeddings again")
+
+
+def _fill(
+    plans: Sequence[Plan], rows: Rows, targets: Mapping[str, Target], kept: dict[str, bytes], world: World
+) -> dict[str, Found]:
+    """Reads this rank's share of all parts into the targets; the ids that it has seen, by role."""
+    tasks = [(plan, part) for plan in plans for part in plan.parts][world.local_rank :: world.local_size]
     given_up = threading.Event()
 
-    def read(task: tuple[SourcePlan, Piece]) -> None:
-        plan, piece = task
-        storage.retrying(piece.file.url, lambda: _read_piece(plan, piece, targets[plan.role], given_up))
+    def read(task: tuple[Plan, Part]) -> Found:
+        plan, part = task
+        content = kept.pop(part.url, None) or content_of(part)
+        target = targets[plan.role]
+        return storage.retrying(part.url, lambda: _read_part(part, plan.kind, content, rows, target, given_up))
 
     def is_reading() -> bool:
         done, left = wait(reading, LOOK, FIRST_EXCEPTION)
-        for piece in done:
-            piece.result()
+        for part in done:
+            part.result()
         _stop_if_asked()
         return bool(left)
 
@@ -192,55 +233,70 @@ def _fill(plans: Iterable[SourcePlan], targets: Mapping[str, Target], world: Wor
         finally:
             given_up.set()
             pool.shutdown(cancel_futures=True)
+    found = [(plan.role, part.result()) for (plan, _), part in zip(tasks, reading, strict=True)]
+    return {plan.role: Found.joined([part for role, part in found if role == plan.role]) for plan in plans}
 
 
-def _read_piece(plan: SourcePlan, piece: Piece, target: Target, given_up: threading.Event) -> None:
+def _read_part(
+    part: Part, kind: Kind, content: bytes | None, rows: Rows, target: Target, given_up: threading.Event
+) -> Found:
     if given_up.is_set():  # before a retry
-        return
-    for vectors, rows in read_vectors(piece.file, piece.row_groups, plan.dim):
-        if given_up.is_set():
-            return
-        _store(vectors, piece.targets[rows], target)
+        return Found.joined([])
+    with open_part(part, kind, content) as (ids, batches):
+        found = rows.find(ids)
+        for vectors, positions in batches:
+            if given_up.is_set():
+                break
+            _store(vectors, found.rows[positions], target)
+        return found
 
 
 def _store(vectors: np.ndarray, rows: np.ndarray, target: Target) -> None:
     """Puts vectors [M, D] into the rows [M] of a target; what is not finite, or all zeros, stays missing there."""
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and counts as not finite
         vectors = vectors.astype(target.values.dtype, copy=False)
-    known, empty = rows >= 0, ~vectors.any(1)  # extractors write zeros where there was no image or text
+    known, empty = rows != NO_ROW, ~vectors.any(1)  # extractors write zeros where there was no image or text
     good = known & ~empty & np.isfinite(vectors).all(1)
     target.values[rows[good]] = vectors if good.all() else vectors[good]
     target.present[rows[good]] = True
     target.zeros[rows[known & empty]] = True
 
 
+def _checked(
+    plans: Iterable[Plan], read: Iterable[Mapping[str, Found]], rows: Rows, max_missing: float
+) -> dict[str, Found]:
+    """The ids of each source, by role, from those that each rank has seen."""
+    everything = {plan.role: Found.joined([seen[plan.role] for seen in read if seen]) for plan in plans}
+    for plan in plans:
+        check_ids(plan.role, plan.source, everything[plan.role], rows, max_missing)
+    return everything
+
+
 def _report(
-    plans: Iterable[SourcePlan],
     bindings: Mapping[str, str],
     store: RowStore,
     zeros: Mapping[str, Tensor],
+    found: Mapping[str, Found],
     ids: pd.Index,
     max_missing: float,
     partial: bool,
 ) -> None:
-    for plan in plans:
-        role, name, present = plan.role, bindings[plan.role], store.present[plan.role].numpy()
-        found = np.zeros(len(ids), bool)
-        for piece in plan.pieces:
-            found[piece.targets[piece.targets >= 0]] = True
-        empty = zeros[role].numpy()
-        broken, missing = ids[found & ~present & ~empty], ids[~found]
-        log.info(event="loaded", role=role, source=name, rows=int(present.sum()), missing=len(missing), dim=plan.dim)
-        if plan.n_unknown and not partial:
-            log.info(event="ids_not_in_table", role=role, rows=plan.n_unknown)
+    for role, name in bindings.items():
+        present, empty, has_id = store.present[role].numpy(), zeros[role].numpy(), np.zeros(len(ids), bool)
+        has_id[found[role].known] = True
+        broken, missing, n_unknown = ids[has_id & ~present & ~empty], ids[~has_id], len(found[role].unknown)
+        n_present, dim = int(present.sum()), store.dims[role]
+        log.info(event="loaded", role=role, source=name, rows=n_present, missing=len(missing), dim=dim)
+        if n_unknown and not partial:
+            log.info(event="ids_not_in_table", role=role, rows=n_unknown)
         if empty.any():
             first = ",".join(ids[empty][:5])
             log.warning(event="vectors_of_zeros", role=role, rows=int(empty.sum()), first=first, counted="as missing")
         if len(broken):
             log.warning(event="not_finite", role=role, rows=len(broken), first=",".join(broken[:5]))
-        if len(ids) - present.sum() > max_missing * len(ids):
+        if len(ids) - n_present > max_missing * len(ids):
             raise DataError(
-                f"source {name!r} ({role}) has usable embeddings for {int(present.sum())} of {len(ids)} rows, without: "
+                f"source {name!r} ({role}) has usable embeddings for {n_present} of {len(ids)} rows, without: "
                 f"{', '.join(ids[~present][:5])}",
                 f"complete the source, or accept more than {max_missing:.0%} missing rows with --max-missing",
             )

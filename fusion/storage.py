@@ -6,6 +6,7 @@ into an error that names the URL and the cause.
 
 from __future__ import annotations
 
+import functools
 import json
 import uuid
 from collections.abc import Callable
@@ -179,8 +180,12 @@ def find(url: str) -> dict[str, Entry]:
     return retrying(url, lambda: backend.find(url))
 
 
-def open_read(url: str, size: int | None = None) -> BinaryIO:
-    """A seekable file for reading parts of an object, without read-ahead; a known size saves a request."""
+def open_read(url: str, size: int | None = None, span: tuple[int, int] | None = None) -> BinaryIO:
+    """A seekable file for reading parts of an object, without read-ahead; a known size saves a request.
+
+    Args:
+        span: first byte, and the one after the last, of a range that is fetched in one request when it is first needed.
+    """
     fs, path = backend.locate(url)
     is_known = size is not None and backend.is_s3(fs)
     known = {"size": size} if is_known else {}
@@ -190,8 +195,26 @@ def open_read(url: str, size: int | None = None) -> BinaryIO:
     cache = getattr(file, "cache", None)
     if cache is not None:  # not a local file: each part is asked for again by itself, not the whole from its start
         fetch = cache.fetcher
-        cache.fetcher = lambda start, end: retrying(url, lambda: fetch(start, end))
+        cache.fetcher = _at_once(span, lambda start, end: retrying(url, lambda: fetch(start, end)))
     return cast(BinaryIO, file)
+
+
+Fetch = Callable[[int, int], bytes]
+
+
+def _at_once(span: tuple[int, int] | None, fetch: Fetch) -> Fetch:
+    """The same, where all of the span is fetched with the first range that lies in it."""
+    if span is None:
+        return fetch
+    first, last = span
+    held = functools.cache(lambda: fetch(first, last))
+
+    def fetch_once(start: int, end: int) -> bytes:
+        if first <= start and end <= last:
+            return held()[start - first : end - first]
+        return fetch(start, end)
+
+    return fetch_once
 
 
 def as_json(value: object) -> bytes:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from fusion.distributed import World, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError
 from tests.conftest import upload
+from tests.forked import run_ranks
 
 DIM = 5
 
@@ -288,6 +290,29 @@ def test_the_same_rows_from_s3(tmp_path: Path, alone: World, bucket: str) -> Non
     write(source(tmp_path), list(range(500)), values, rows=64)
     upload(tmp_path, bucket)
     np.testing.assert_array_equal(read(bucket, 500, alone).values["a"].numpy(), values)
+
+
+def ids_that_two_ranks_see(place: World) -> None:
+    """Each rank reads one file of the source; what they found is judged together."""
+    folder = Path(os.environ["FUSION_TEST_FOLDER"])
+    np.testing.assert_array_equal(read(folder / "good", 20, place).values["a"].numpy(), vectors(20))
+    for name, expected in {
+        "twice": "1 ids occur more than once in source 's'.*: 3",
+        "other": "other ids instead: X",
+    }.items():
+        with pytest.raises(DataError, match=expected):
+            read(folder / name, 20, place, max_missing=0.05)
+
+
+def test_ids_are_judged_from_what_all_ranks_have_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSION_TEST_FOLDER", str(tmp_path))
+    second = {"good": range(10, 20), "twice": [3, *range(11, 20)], "other": ["X", "Y", *map(str, range(12, 20))]}
+    for name, ids in second.items():
+        folder = tmp_path / name / "embeddings" / "train" / "s"
+        write(folder / "0.parquet", list(range(10)), vectors(20)[:10])
+        write(folder / "1.parquet", list(ids), vectors(20)[10:])
+    done = run_ranks(2, ids_that_two_ranks_see)
+    assert done.returncode == 0, done.stderr
 
 
 PEAK = """

@@ -59,7 +59,7 @@ PRINTED_BY = {
     "fusion/runs.py:no_run": ("pull",),  # in a command that it names
     "fusion/runs.py:open_run": ("evaluate", "predict"),
     "fusion/runs.py:data_of": ("evaluate", "predict"),
-    "fusion/source_plan.py": ("train", "predict"),
+    "fusion/source_rows.py": ("train", "predict"),
     "fusion/splits.py": ("train",),
     "fusion/submission.py": ("predict",),
     "fusion/training.py": ("train",),

@@ -11,33 +11,44 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from fusion.errors import DataError
+from fusion.text_hashes import text_hashes
 
 BLOCK_BYTES = 1 << 24  # parsed at a time; a row has to fit into one block
 SEPARATORS = ";\t|"  # what stands between columns in files that are called CSV and are none
 
 Wanted = Callable[[Sequence[str]], list[str]]
+# Names of columns, or what chooses them from the names of all columns of a file.
+Columns = Collection[str] | Callable[[Sequence[str]], Collection[str]]
 
 
 def parse_table(
-    url: str, content: bytes, needed: Sequence[str], columns: Collection[str] | None
+    url: str, content: bytes, needed: Sequence[str], columns: Columns | None, hashed: Collection[str] = ()
 ) -> tuple[pa.Table, tuple[str, ...]]:
-    """The columns `needed` and those of `columns` that exist (all if None), and the names of all columns.
+    """The columns `needed`, those of `columns` and `hashed` that exist, and the names of all columns.
 
     CSV is text as written: an id such as 007 stays 007, and "NA" is a text. Text is of type large_string.
+
+    Args:
+        columns: all columns if None.
+        hashed: columns of which only the hashes are kept, [N] uint64 as of `text_hashes`: block by block, so that
+            their texts are never in memory together.
 
     Raises:
         DataError: unreadable, a needed column is missing, or its type is of no use.
     """
+    hashed = set(hashed).difference(needed)
 
     def wanted(names: Sequence[str]) -> list[str]:
         _check_columns(url, names, needed)
-        return [name for name in names if name and (columns is None or name in needed or name in columns)]
+        chosen = columns(names) if callable(columns) else columns
+        kept = names if chosen is None else {*needed, *chosen, *hashed}
+        return [name for name in names if name and name in kept]
 
     if not content:
         raise _unreadable(url, "the file is empty")
     parse = _parse_parquet if url.endswith(".parquet") else _parse_csv
     try:
-        found, names = parse(content, wanted)
+        found, names = parse(content, wanted, hashed)
         return _typed(url, found, needed), tuple(name for name in names if name)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(url, str(error).splitlines()[0]) from error
@@ -60,20 +71,25 @@ def _check_columns(url: str, names: Sequence[str], needed: Sequence[str]) -> Non
         raise DataError(f"{url} has no column {column!r}; it has {list(names)}", "add or rename the column")
 
 
-def _parse_parquet(content: bytes, wanted: Wanted) -> tuple[pa.Table, list[str]]:
+def _parse_parquet(content: bytes, wanted: Wanted, hashed: Collection[str]) -> tuple[pa.Table, list[str]]:
     with pq.ParquetFile(pa.BufferReader(content)) as file:
         names = file.schema_arrow.names
-        return file.read(columns=wanted(names)), names
+        keep = wanted(names)
+        found = file.read(columns=[name for name in keep if name not in hashed])
+        for name in set(keep).intersection(hashed):
+            blocks = [text_hashes(block.column(0)) for block in file.iter_batches(columns=[name])]
+            found = found.append_column(name, pa.chunked_array(blocks, pa.uint64()))
+        return found, names
 
 
-def _parse_csv(content: bytes, wanted: Wanted) -> tuple[pa.Table, list[str]]:
+def _parse_csv(content: bytes, wanted: Wanted, hashed: Collection[str]) -> tuple[pa.Table, list[str]]:
     with _open_csv(content) as reader:
         names = reader.schema.names
     keep = wanted(names)
     try:
-        return _read_csv(content, keep), names
+        return _read_csv(content, keep, hashed), names
     except pa.ArrowInvalid as error:
-        found = _read_with_trailing_comma(content, names, keep)
+        found = _read_with_trailing_comma(content, names, keep, hashed)
         if found is None:
             raise error
         return found, names
@@ -88,21 +104,34 @@ def _open_csv(content: bytes) -> pacsv.CSVStreamingReader:
     )
 
 
-def _read_csv(content: bytes, keep: list[str], **header: Any) -> pa.Table:
-    return pacsv.read_csv(
+def _read_csv(content: bytes, keep: list[str], hashed: Collection[str], **header: Any) -> pa.Table:
+    with pacsv.open_csv(
         pa.BufferReader(content),
-        read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES, **header),
+        # On one thread, an error names the row, and no blocks lie in memory read ahead.
+        read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False, **header),
         parse_options=pacsv.ParseOptions(newlines_in_values=True),
         convert_options=pacsv.ConvertOptions(
             include_columns=keep, column_types=dict.fromkeys(keep, pa.large_string()), strings_can_be_null=False
         ),
-    )
+    ) as reader:
+        blocks = [_with_hashes(pa.Table.from_batches([block]), hashed) for block in reader]
+        return pa.concat_tables(blocks or [_with_hashes(reader.schema.empty_table(), hashed)])
 
 
-def _read_with_trailing_comma(content: bytes, names: list[str], keep: list[str]) -> pa.Table | None:
+def _with_hashes(block: pa.Table, hashed: Collection[str]) -> pa.Table:
+    """The block with hashes in the place of the texts of these columns."""
+    for position, name in enumerate(block.column_names):
+        if name in hashed:
+            block = block.set_column(position, name, pa.array(text_hashes(block.column(position))))
+    return block
+
+
+def _read_with_trailing_comma(
+    content: bytes, names: list[str], keep: list[str], hashed: Collection[str]
+) -> pa.Table | None:
     """The table if every row ends with one comma more than the header has; else None."""
     try:
-        found = _read_csv(content.lstrip(), [*keep, ""], column_names=[*names, ""], skip_rows=1)
+        found = _read_csv(content.lstrip(), [*keep, ""], hashed, column_names=[*names, ""], skip_rows=1)
     except pa.ArrowInvalid:
         return None
     is_empty = pc.all(pc.equal(found[""], "")).as_py()

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from fusion import log, storage
 from fusion.errors import DataError
 from fusion.inputs import find_table
-from fusion.table_file import parse_table
+from fusion.table_file import Columns, parse_table
 
 FEW_ROWS = 500  # a fifth of them validates: with an error of 40 +- 40 a row, the mean of 100 rows is off by 4
 NO_ID = pa.array(["", "nan", "None", "<NA>"], pa.large_string())  # what writers leave for an id that is missing
@@ -53,9 +53,14 @@ class Table:
         """[N] float64, dollars."""
         return self.frame["price"].to_numpy(np.float64)
 
+    def places(self, ids: pd.Index) -> np.ndarray:
+        """[n] positions of the rows with these ids; -1 for an id that no row has."""
+        found = pc.index_in(_large_string(ids), value_set=_large_string(self.ids))
+        return np.asarray(found.fill_null(-1).to_numpy(), np.int64)
+
     def digest(self) -> str:
         """sha256 of ids and prices: the same for the same rows, whatever file they came from."""
-        ids = pa.chunked_array([pa.array(self.ids, pa.large_string())]).combine_chunks()
+        ids = _large_string(self.ids)
         total = hashlib.sha256(pc.binary_length(ids).to_numpy().tobytes())
         _, offsets, texts = ids.buffers()
         first, *_, last = np.frombuffer(offsets, np.int64)[[ids.offset, ids.offset + len(ids)]]
@@ -78,19 +83,26 @@ class Table:
         return self.frame[name]
 
 
+def _large_string(ids: pd.Index) -> pa.Array:
+    array = pa.array(ids, pa.large_string())
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
 def read_table(
     data: str,
     split: str,
     *,
     priced: bool,
     drop_bad_prices: bool = False,
-    columns: Collection[str] | None = None,
+    columns: Columns | None = None,
+    hashed: Collection[str] = (),
 ) -> Table:
     """The table of a split.
 
     Args:
         priced: the table has to have prices.
         columns: those to keep beside ids and prices, where the file has them; all by default.
+        hashed: those of which only hashes of the texts are kept, uint64, 0 for none (see `text_hashes`).
 
     Raises:
         DataError: no such file, unreadable, a column missing or of an unusable type, ids empty or twice, prices missing
@@ -99,7 +111,7 @@ def read_table(
     files = find_table(data, split)
     url = files[0].url if len(files) == 1 else storage.join(data, f"{split}.parquet")
     needed = ("sample_id", "price") if priced else ("sample_id",)
-    found, names = _read_parts([entry.url for entry in files], needed, columns)
+    found, names = _read_parts([entry.url for entry in files], needed, columns, hashed)
     if found.num_rows == 0:
         raise DataError(f"{url} has no rows", "write at least one row with a sample_id")
     if priced:
@@ -111,13 +123,13 @@ def read_table(
 
 
 def _read_parts(
-    urls: Sequence[str], needed: Sequence[str], columns: Collection[str] | None
+    urls: Sequence[str], needed: Sequence[str], columns: Columns | None, hashed: Collection[str]
 ) -> tuple[pa.Table, tuple[str, ...]]:
     """The rows of all files of a table, which have the same columns, and the names of these."""
-    found, names = parse_table(urls[0], storage.read(urls[0]), needed, columns)
+    found, names = parse_table(urls[0], storage.read(urls[0]), needed, columns, hashed)
     parts = [found]
     for url in urls[1:]:
-        part, _ = parse_table(url, storage.read(url), needed, columns)
+        part, _ = parse_table(url, storage.read(url), needed, columns, hashed)
         if part.schema != found.schema:
             raise DataError(
                 f"{url} has the columns {_described(part)}, {urls[0]} has {_described(found)}",
@@ -132,17 +144,24 @@ def _described(part: pa.Table) -> str:
 
 
 def _sorted(url: str, found: pa.Table, names: tuple[str, ...]) -> Table:
-    ids = found["sample_id"]
+    ids = found["sample_id"].combine_chunks()
     n_empty = int(pc.sum(pc.is_in(ids, value_set=NO_ID)).as_py() or 0) + ids.null_count
     if n_empty:
         raise DataError(f"{url} has {n_empty} rows without a sample_id", "give every row an id")
     order = pc.sort_indices(ids)
-    found = found.take(order)
-    report_duplicates(url, found["sample_id"])
+    ids = ids.take(order)
+    if pc.any(pc.equal(ids[1:], ids[:-1])).as_py():  # equal ids are neighbours now
+        report_duplicates(url, ids)
     file_order = np.empty(len(order), np.int64)
     file_order[order.to_numpy()] = np.arange(len(order))
-    frame = found.combine_chunks().to_pandas(ignore_metadata=True).set_index("sample_id")
+    others = found.drop_columns("sample_id").take(order).combine_chunks()
+    frame = others.to_pandas(ignore_metadata=True).set_axis(_index(ids))
     return Table(frame, file_order, names, storage.base(url))
+
+
+def _index(ids: pa.Array) -> pd.Index:
+    index: pd.Index = pd.Index(pa.chunked_array([ids]).to_pandas(), name="sample_id")
+    return index
 
 
 def warn_of_poor_prices(table: Table) -> None:

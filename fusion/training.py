@@ -305,8 +305,8 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
 
 
 def _read_table(config: RunConfig) -> Table:
-    columns = compared_columns(config)
-    table = read_table(config.data, "train", priced=True, drop_bad_prices=config.drop_bad_prices, columns=columns)
+    drop, hashed = config.drop_bad_prices, compared_columns(config)
+    table = read_table(config.data, "train", priced=True, drop_bad_prices=drop, columns=(), hashed=hashed)
     warn_of_extreme_prices(table)
     warn_of_poor_prices(table)
     return table

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fusion import table_file
 from fusion.errors import DataError
 from fusion.tables import Table, read_table, warn_of_poor_prices
 
@@ -49,7 +50,10 @@ def test_parquet_with_numbers_as_ids(tmp_path: Path) -> None:
         ("sample_id,cost\n1,2\n", "no column 'price'"),
         ("sample_id,price\n1,2\n1,3\n2,1\n", r"1 ids occur more than once in .*train\.csv, the first: 1"),
         ("sample_id,price\n,2\n", "1 rows without a sample_id"),
-        ("sample_id,price\n1,2\n2,3,4,5\n", "cannot be read: CSV parse error: Expected 2 columns, got 4: 2,3,4,5"),
+        (
+            "sample_id,price\n1,2\n2,3,4,5\n",
+            "cannot be read: CSV parse error: Row #3: Expected 2 .*, got 4: 2,3,4,5",
+        ),
         (b"sample_id,price\n\xff\xfe,1\n", "cannot be read"),
         ("sample_id;price\n1;2\n", r"columns of .*train\.csv are separated by ';', expected ','"),
         ("sample_id,price,price\n1,2,3\n", "has 2 columns 'price'"),
@@ -140,6 +144,52 @@ def test_only_the_columns_that_are_asked_for_are_kept(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no column 'titel'; it has") as caught:
         table.column("titel", "--by")
     assert caught.value.remedy == "did you mean 'title'? correct --by"
+
+
+def hashes(folder: Path) -> list[int]:
+    table = read_table(str(folder), "train", priced=True, columns=(), hashed=["text", "other"])
+    assert list(table.frame.columns) == ["price", "text"] and table.frame["text"].dtype == np.uint64
+    return table.frame["text"].tolist()
+
+
+def test_of_a_hashed_column_equal_texts_have_equal_hashes(tmp_path: Path) -> None:
+    texts = ["a", "b", " a ", "", "漢字" * 5000]
+    frame = pd.DataFrame({"sample_id": list("edcba"), "price": 1.0, "text": texts})
+    frame.to_parquet(tmp_path / "train.parquet", row_group_size=2)
+    found = hashes(tmp_path)
+    assert found[4] == found[2] and found[1] == 0 and len(set(found)) == 4
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    assert hashes(tmp_path) == found
+    (tmp_path / "train.csv").write_text(frame.to_csv(index=False).replace("\n", ",\n").replace("text,", "text", 1))
+    assert hashes(tmp_path) == found
+
+
+def test_missing_numbers_have_no_hash(tmp_path: Path) -> None:
+    values = pa.array([1.5, float("nan"), None, 1.5])
+    table = pa.table({"sample_id": list("abcd"), "price": [1, 1, 1, 1], "text": values})
+    pq.write_table(table, tmp_path / "train.parquet")
+    first, *missing, last = hashes(tmp_path)
+    assert first == last > 0 and missing == [0, 0]
+
+
+def test_texts_that_are_hashed_are_never_in_memory_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_file, "BLOCK_BYTES", 1 << 16)
+    rows = "".join(f"{i},1,{'x' * 1000}\n" for i in range(5000))
+    (tmp_path / "train.csv").write_text(f"sample_id,price,text\n{rows}")
+    before, most = pa.total_allocated_bytes(), []
+    hash_block = table_file.text_hashes
+
+    def counted(texts: pa.ChunkedArray) -> np.ndarray:
+        most.append(pa.total_allocated_bytes() - before)
+        return hash_block(texts)
+
+    monkeypatch.setattr(table_file, "text_hashes", counted)
+    assert len(hashes(tmp_path)) == 5000 and len(most) > 50 and max(most) < 2 << 20, "the texts have 5 MB"
+
+
+def test_places_of_ids(tmp_path: Path) -> None:
+    table = read(tmp_path, GOOD)
+    assert table.places(pd.Index(["b", "x", "007"])).tolist() == [2, -1, 0]
 
 
 def test_a_table_without_prices_needs_none(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ from fusion.price_model import PriceModel
 from fusion.records import SCHEMA, MetricsManifest, seal
 from fusion.splits import read_split
 from fusion.tables import Table, read_table
+
+COMPUTED = ("price", "predicted", "present", "smape")  # of each row; the user's columns of these names are not shown
 
 
 def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_network: BuildNetwork[C]) -> None:
@@ -110,17 +113,24 @@ def _validation_rows(
 ) -> Table:
     split = read_split(run, chosen.manifest.split_sha256)
     ids = pd.Index(split.loc[split["side"] == "validation", "sample_id"])
-    table = read_table(data, "train", priced=True, drop_bad_prices=config.drop_bad_prices)
-    lost = ids[~ids.isin(table.ids)]
+    drop, columns = config.drop_bad_prices, partial(_columns_of_report, settings.by)
+    table = read_table(data, "train", priced=True, drop_bad_prices=drop, columns=columns)
+    for column in settings.by:
+        table.column(column, "--by")
+    places = table.places(ids)
+    lost = ids[places < 0]
     if len(lost):
         raise DataError(
             f"{len(lost)} validation rows of the run are not in {data}/train.csv, the first: {', '.join(lost[:5])}",
             "evaluate with the data that the run was trained on: --data",
         )
-    for column in settings.by:
-        if column not in table.frame.columns:
-            raise DataError(f"train.csv has no column {column!r}; it has {list(table.frame.columns)}", "correct --by")
-    return Table(table.frame.loc[ids], np.arange(len(ids)))
+    return Table(table.frame.iloc[places], np.arange(len(ids)))
+
+
+def _columns_of_report(by: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The columns to group by, and those that the extreme rows are shown with, of the names of all columns."""
+    others = [name for name in names if name and name not in ("sample_id", *COMPUTED)]
+    return [*by, *others[: report.N_TEXTS]]
 
 
 def _predictions(table: Table, prices: np.ndarray, present: Mapping[str, Tensor]) -> pd.DataFrame:

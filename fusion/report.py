@@ -13,6 +13,7 @@ from rich.table import Table
 from fusion.metrics import readable
 
 TEXT_WIDTH = 40
+N_TEXTS = 2  # columns of the user's that extreme rows are shown with
 LEAST_TEXT = 8  # columns below which a text says nothing
 BETWEEN = 2  # columns that a table has between two of its own; one more is left of the first
 WHOLE = ("sample_id", "bin")  # texts that name a row
@@ -52,7 +53,7 @@ def show(
     console.print(_groups(groups, console.width, note))
     for title, rows in (("Worst rows, by SMAPE", worst), ("Best rows, by SMAPE", best)):
         numbers = ["sample_id", "price", "predicted", "smape"]
-        texts = [column for column in rows.columns if column not in (*numbers, "present")][:2]
+        texts = [column for column in rows.columns if column not in (*numbers, "present")][:N_TEXTS]
         console.print(_plain(title, rows[numbers + texts], console.width))
     title = "Quantiles of price, prediction and error in $, and of a row's SMAPE in %"
     console.print(_plain(title, distributions, console.width))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusion import pointers, report, stopping, storage
+from fusion import groups, pointers, report, stopping, storage
 from fusion.errors import StopRequested, UnreachableError
-from fusion.evaluation import _predictions, _replace, _show, _summary
+from fusion.evaluation import _columns_of_report, _predictions, _replace, _show, _summary
 from fusion.groups import BIN_NAMES, RANGE_NAMES, Evaluation, evaluate, price_bins
 from fusion.manifests import Checkpoint
 from fusion.metrics import bootstrap_interval, compute_metrics, row_smape
@@ -83,6 +83,23 @@ def test_worst_and_best_rows_are_twenty_and_in_order() -> None:
     errors = np.sort(row_smape(table["price"], table["predicted"]))
     np.testing.assert_allclose(evaluation.worst["smape"], errors[::-1][:20])
     np.testing.assert_allclose(evaluation.best["smape"], errors[:20])
+
+
+@pytest.mark.parametrize("n_rows", [1, 19, 20, 21, 400])
+@pytest.mark.parametrize("n_unknown", [0, 1, 30])
+def test_worst_and_best_rows_are_those_of_all_rows_in_order(n_rows: int, n_unknown: int) -> None:
+    errors = np.random.default_rng(n_rows).integers(0, 15, n_rows) * 10.0  # many are equal
+    errors[:n_unknown] = np.nan
+    table = rows(np.ones(n_rows), smape=errors)
+    ordered = table.sort_values(["smape", "sample_id"], ascending=[False, True])
+    worst, best = groups._extremes(table)
+    pd.testing.assert_frame_equal(worst, ordered.head(20))
+    pd.testing.assert_frame_equal(best, ordered.tail(20).iloc[::-1])
+
+
+def test_a_report_reads_the_columns_that_it_shows() -> None:
+    names = ["predicted", "sample_id", "title", "", "price", "brand", "text", "colour"]
+    assert _columns_of_report(["colour", "missing"], names) == ["colour", "missing", "title", "brand"]
 
 
 def test_gates_are_means_over_the_rows_of_a_bin() -> None:

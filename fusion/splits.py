@@ -6,6 +6,8 @@ import io
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fusion import log, storage
 from fusion.config import RunConfig
@@ -34,7 +36,7 @@ def split_rows(table: Table, groups: np.ndarray, config: RunConfig) -> pd.DataFr
         DataError: fewer groups than the split needs.
     """
     validates = _sides(table, groups, config)
-    side = np.where(validates, "validation", "train")
+    side = pc.if_else(pa.array(validates), "validation", "train").cast(pa.large_string())
     log.info(
         event="split",
         train=int((~validates).sum()),
@@ -42,7 +44,7 @@ def split_rows(table: Table, groups: np.ndarray, config: RunConfig) -> pd.DataFr
         groups=int(groups.max() + 1),
         rows_in_groups=int((np.bincount(groups)[groups] > 1).sum()),
     )
-    return pd.DataFrame({"sample_id": table.ids, "price": table.prices, "group": groups, "side": side})
+    return pd.DataFrame({"sample_id": table.ids, "price": table.prices, "group": groups, "side": pd.array(side, "str")})
 
 
 def _sides(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:

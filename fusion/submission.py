@@ -278,7 +278,8 @@ def submission_csv(ids: Sequence[str], prices: np.ndarray) -> bytes:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["sample_id", "price"])
-    writer.writerows((sample_id, plain(price)) for sample_id, price in zip(ids, prices, strict=True))
+    # Floats of Python: those of NumPy take three times as long to format.
+    writer.writerows((sample_id, plain(price)) for sample_id, price in zip(ids, prices.tolist(), strict=True))
     return buffer.getvalue().encode()
 
 

@@ -2,8 +2,14 @@
 
 Makes tables with texts of 10 to 40,000 letters and four small sources in a temporary folder (below --folder), then runs
 reading and splitting, training of one epoch, evaluation and prediction on them with a tiny model, each in new processes
-on CPUs. Prints a line per stage: seconds, microseconds per row, and the peak of memory beyond the libraries' own, of
-rank 0 as a multiple of train.csv, and of the largest other rank in bytes per row. 10 million rows need 10 GB of disk.
+on CPUs. Prints a line per stage:
+
+- seconds, and microseconds of wall time and of CPU time (of all ranks together) per row. On a machine that others use,
+  only the CPU time says whether the cost per row stays the same.
+- the peak of memory more than the libraries' own: of rank 0 in MiB; the same without the tensors of the embeddings, as
+  a multiple of the table's file; and of the largest other rank, without these tensors, in bytes per row.
+
+10 million rows need 10 GB of disk.
 """
 
 from __future__ import annotations
@@ -35,6 +41,8 @@ MEDIAN_LENGTH, SPREAD, SHORTEST, LONGEST, SHARE_OF_LONGEST = 60, 0.9, 10, 40_000
 SHARE_OF_COPIES = 0.03  # texts that are those of another row
 FLAGS = ["--width", "8", "--n-heads", "2", "--hidden", "8", "--device", "cpu", "--epochs", "1", "--run-id", "scale"]
 FLAGS += ["--batch-size", "4096", "--checkpoint-seconds", "3600"]
+EMBEDDING_BYTES = len(SOURCES) * (4 * DIM + 2)  # per row: float32, and two marks for each source
+VALIDATING = 0.2  # share of the rows that an evaluation predicts: the default of --val-fraction
 STAGES = ("read", "train", "evaluate", "predict")
 
 WORKER = """
@@ -60,18 +68,24 @@ def read(flags):
 
 stage, flags = sys.argv[1], sys.argv[2:]
 stages = {"train": train.main, "evaluate": evaluate_by_groups.main, "predict": predict_test.main, "read": read}
-before, start = peak(), time.perf_counter()
+before, start, cpu = peak(), time.perf_counter(), time.process_time()
 code = stages[stage](flags)
-print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak() - before}))
+used = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "peak": peak() - before}
+print(json.dumps(used))
 sys.exit(code)
 """
+
+HEADER = """\
+                                      us/row   us/row   rank 0   rank 0 - embeddings   others - embeddings
+rows      ranks  stage       seconds    wall      CPU      MiB         x its table             bytes/row"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage on all ranks: seconds, and bytes of memory on rank 0 and on the largest of the others."""
+    """A stage on all ranks: seconds, seconds of CPU time, and bytes of memory on rank 0 and the largest other rank."""
 
     seconds: float
+    cpu: float
     main: int
     other: int
     log: str
@@ -84,7 +98,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--folder", help="where the temporary folder is made")
     settings = parser.parse_args()
-    print("rows      ranks  stage       seconds   us/row   rank 0: MiB  x train.csv   others: bytes/row", flush=True)
+    print(HEADER, flush=True)
     for n_rows in settings.rows:
         with tempfile.TemporaryDirectory(prefix="fusion-scale-", dir=settings.folder) as folder:
             make(Path(folder), n_rows)
@@ -93,17 +107,24 @@ def main() -> None:
 
 
 def measure(folder: Path, n_rows: int, n_ranks: int, stages: Sequence[str]) -> None:
-    size = (folder / "train.csv").stat().st_size
     where = ["--data", str(folder), "--output", str(folder / f"output-{n_ranks}")]
     for stage in stages:
         flags = [*where, *(FLAGS if stage in ("read", "train") else ["--device", "cpu", "--run-id", "scale"])]
         found = run(stage, flags, n_ranks)
+        of = n_rows // TEST_SHARE if stage == "predict" else n_rows
         for name, seconds in _parts(stage, found, n_rows):
-            of = n_rows // TEST_SHARE if stage == "predict" else n_rows
-            line = f"{n_rows:<9} {n_ranks:<6} {name:<10} {seconds:8.2f} {seconds / of * 1e6:8.2f}"
-            if seconds == found.seconds:
-                line += f" {found.main / 2**20:13.0f} {found.main / size:12.2f} {found.other / n_rows:19.0f}"
-            print(line, flush=True)
+            line = f"{n_rows:<9} {n_ranks:<6} {name:<10} {seconds:8.2f} {seconds / of * 1e6:7.2f}"
+            whole = _whole(folder, stage, found, of) if name == stage else ""
+            print(line + whole, flush=True)
+
+
+def _whole(folder: Path, stage: str, found: Measured, n_rows: int) -> str:
+    """What is known of a stage as a whole: CPU time and memory."""
+    table = folder / ("test.csv" if stage == "predict" else "train.csv")
+    embeddings = EMBEDDING_BYTES * n_rows * (VALIDATING if stage == "evaluate" else 1)
+    main = (found.main - embeddings) / table.stat().st_size
+    other = (found.other - embeddings) / n_rows if found.other else 0
+    return f" {found.cpu / n_rows * 1e6:8.2f} {found.main / 2**20:8.0f} {main:19.2f} {other:21.0f}"
 
 
 def _parts(stage: str, found: Measured, n_rows: int) -> Iterator[tuple[str, float]]:
@@ -130,7 +151,8 @@ def run(stage: str, flags: list[str], n_ranks: int) -> Measured:
             sys.exit(f"{stage} ended with {rank.returncode}:\n{log[-3000:]}")
     told = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     peaks = [one["peak"] for one in told]
-    return Measured(max(one["seconds"] for one in told), peaks[0], max(peaks[1:], default=0), outputs[0][1])
+    seconds, cpu = max(one["seconds"] for one in told), sum(one["cpu"] for one in told)
+    return Measured(seconds, cpu, peaks[0], max(peaks[1:], default=0), outputs[0][1])
 
 
 def _start(stage: str, flags: list[str], rank: int, n_ranks: int, port: int) -> subprocess.Popen[str]:

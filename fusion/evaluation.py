@@ -36,7 +36,7 @@ from fusion.prediction import (
 from fusion.price_model import PriceModel
 from fusion.records import SCHEMA, MetricsManifest, seal
 from fusion.splits import read_split
-from fusion.tables import Table, read_table
+from fusion.tables import Table, places_of, read_table
 
 COMPUTED = ("price", "predicted", "present", "smape")  # of each row; the user's columns of these names are not shown
 
@@ -117,7 +117,7 @@ def _validation_rows(
     table = read_table(data, "train", priced=True, drop_bad_prices=drop, columns=columns)
     for column in settings.by:
         table.column(column, "--by")
-    places = table.places(ids)
+    places = places_of(ids, table.ids)
     lost = ids[places < 0]
     if len(lost):
         raise DataError(

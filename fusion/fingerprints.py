@@ -20,6 +20,7 @@ from torch import Tensor
 from fusion.distributed import World
 from fusion.embeddings import RowStore
 from fusion.price_model import PriceModel
+from fusion.tables import places_of
 
 N_BITS = 64
 CHUNK = 1024  # rows standardised at a time
@@ -134,14 +135,15 @@ def _means(total: np.ndarray) -> np.ndarray:
 
 def compared(before: pd.Series, now: pd.Series) -> Comparison:
     """Fingerprints of a role, by sample_id, against those of an earlier night."""
-    ids = now.index[now > 0].intersection(before.index[before > 0])
-    old, new = before[ids].to_numpy(np.uint64), now[ids].to_numpy(np.uint64)
+    now, before = now[now > 0], before[before > 0]
+    places = places_of(now.index, before.index)
+    old, new = before.to_numpy(np.uint64)[places[places >= 0]], now.to_numpy(np.uint64)[places >= 0]
     other = new[_distance(old, new) > MAX_SAME_BITS]
     if not len(other):  # most nights: no need to look for them among all others
-        return Comparison(len(ids), 0, 0)
-    counts = before[before > 0].value_counts()
+        return Comparison(len(new), 0, 0)
+    counts = before.value_counts()
     moved = int(pd.Series(other).isin(counts.index[counts <= PLACEHOLDER_ROWS]).sum())
-    return Comparison(len(ids), moved, len(other) - moved)
+    return Comparison(len(new), moved, len(other) - moved)
 
 
 def _distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:

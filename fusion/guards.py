@@ -21,6 +21,7 @@ from fusion.fingerprints import Look, agreements_with_chance, compared
 from fusion.metrics import compute_smape, readable
 from fusion.records import Night, RunFacts
 from fusion.submission import Last, Origin
+from fusion.tables import places_of
 
 # Fewer rows than this have no distribution worth the name: means of 50 rows are off by 0.14 deviations by chance alone.
 MIN_ROWS = 50
@@ -173,8 +174,14 @@ def _against_last(
 
 def change_of(prices: pd.Series, before: pd.Series) -> float | None:
     """SMAPE, in %, between the prices of the products that both have; None if there is none."""
-    common = prices.index.intersection(before.index)
-    return compute_smape(before[common].to_numpy(), prices[common].to_numpy()) if len(common) else None
+    then, now = _common(before, prices)
+    return compute_smape(then, now) if len(now) else None
+
+
+def _common(before: pd.Series, prices: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """[M] former and present prices of the products that have both."""
+    places = places_of(prices.index, before.index)
+    return before.to_numpy()[places[places >= 0]], prices.to_numpy()[places >= 0]
 
 
 def largest_change(before: pd.Series, same_model: bool, smape: float, smape_before: float | None) -> float:
@@ -210,8 +217,8 @@ def remembered(prices: pd.Series, last: Last | None, day: str, model_sha256: str
     change = change_of(prices, last.prices)
     if change is None:
         return last.manifest.history
-    common = prices.index.intersection(last.prices.index)
-    factor = float((prices[common] / last.prices[common]).median())
+    then, now = _common(last.prices, prices)
+    factor = float(np.median(now / then))
     nights = [*last.manifest.history, Night(day, model_sha256, change, factor)][-records.MAX_NIGHTS :]
     moved = math.prod(night.factor for night in nights)
     if max(moved, 1 / moved) > MOVED_PRICES:

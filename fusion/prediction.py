@@ -153,7 +153,7 @@ def _publish(
     ids = table.ids[table.file_order]
     files = {
         SUBMISSION: submission.submission_csv(list(ids), prices[table.file_order]),
-        FINGERPRINTS: to_parquet(seen.prints.loc[ids]),
+        FINGERPRINTS: to_parquet(seen.prints.iloc[table.file_order]),
     }
     history = guards.remembered(priced, last, settings.day(), origin.model_sha256)
     submission.publish(settings, origin, submission.Made(files, len(table), smape, history))

@@ -53,11 +53,6 @@ class Table:
         """[N] float64, dollars."""
         return self.frame["price"].to_numpy(np.float64)
 
-    def places(self, ids: pd.Index) -> np.ndarray:
-        """[n] positions of the rows with these ids; -1 for an id that no row has."""
-        found = pc.index_in(_large_string(ids), value_set=_large_string(self.ids))
-        return np.asarray(found.fill_null(-1).to_numpy(), np.int64)
-
     def digest(self) -> str:
         """sha256 of ids and prices: the same for the same rows, whatever file they came from."""
         ids = _large_string(self.ids)
@@ -81,6 +76,15 @@ class Table:
                 f"{self.name} has no column {name!r}; it has {list(self.columns)}", f"{meant}correct {flag}"
             )
         return self.frame[name]
+
+
+def places_of(ids: pd.Index, among: pd.Index) -> np.ndarray:
+    """[n] positions of these ids among others, which are there once; -1 for one that is not there.
+
+    What pandas does for this builds an object per id.
+    """
+    found = pc.index_in(_large_string(ids), value_set=_large_string(among))
+    return np.asarray(found.fill_null(-1).to_numpy(), np.int64)
 
 
 def _large_string(ids: pd.Index) -> pa.Array:

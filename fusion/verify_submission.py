@@ -77,7 +77,7 @@ def _compare_ids(report: Report, ids: list[str], manifest: SubmissionManifest, d
     try:
         where = data or manifest.data or _data_of(manifest.run)
         found = table_sha256(find_table(where, "test"))
-        table = read_table(where, "test", priced=False)
+        table = read_table(where, "test", priced=False, columns=())
     except _NOT_READABLE as error:
         report.note(f"ids not compared: {first_line(error)}")
         return

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from fusion import table_file
 from fusion.errors import DataError
-from fusion.tables import Table, read_table, warn_of_poor_prices
+from fusion.tables import Table, places_of, read_table, warn_of_poor_prices
 
 GOOD = 'sample_id,price,title\n7,3.5,x\n007,20,"a,b"\nb,1e2,NA\n'
 
@@ -188,8 +189,16 @@ def test_texts_that_are_hashed_are_never_in_memory_together(tmp_path: Path, monk
 
 
 def test_places_of_ids(tmp_path: Path) -> None:
-    table = read(tmp_path, GOOD)
-    assert table.places(pd.Index(["b", "x", "007"])).tolist() == [2, -1, 0]
+    ids = read(tmp_path, GOOD).ids
+    assert places_of(pd.Index(["b", "x", "007"]), ids).tolist() == [2, -1, 0]
+    assert places_of(ids, pd.Index([], dtype="str")).tolist() == [-1, -1, -1]
+
+
+def test_places_of_many_ids_are_found_in_the_time_of_a_join() -> None:
+    ids = pd.Index([str(i) for i in range(100_000)], dtype="str")
+    started = time.process_time()
+    assert (places_of(ids[::-1], ids) == np.arange(100_000)[::-1]).all()
+    assert time.process_time() - started < 0.3, "Index.isin takes 0.6 s, and Series.loc as long again"
 
 
 def test_a_table_without_prices_needs_none(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def open_run(settings: ReadRunConfig, config_class: type[C], place: World) -> tu
     """As `runs.open_run`, on every rank, and where the data are; from here on the log carries the run's name."""
     run, config, best = place.on_main(lambda: runs.open_run(settings, config_class))
     log.configure(storage.base(run), place.rank, place.size)
-    return run, config, best, place.on_main(lambda: runs.data_of(settings, config))
+    return run, config, best, place.on_main(lambda: runs.data_of(settings, config.data))
 
 
 def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetwork[C], place: World) -> PriceModel:

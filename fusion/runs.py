@@ -252,20 +252,20 @@ def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[str, C, ma
     return run, config, best
 
 
-def data_of(settings: ReadRunConfig, config: RunConfig) -> str:
-    """Where the input is: `--data`, else where the run had it.
+def data_of(settings: ReadRunConfig, of_run: str) -> str:
+    """Where the input is: `--data`, else `of_run`, where the run had it.
 
     Raises:
         DataError: the run had it in a folder that is not here.
     """
     if settings.data:
         return settings.data
-    if "://" not in config.data and not Path(config.data).is_dir():
-        relative = "" if Path(config.data).is_absolute() else ", as seen from where its training was started"
+    if "://" not in of_run and not Path(of_run).is_dir():
+        relative = "" if Path(of_run).is_absolute() else ", as seen from where its training was started"
         raise DataError(
-            f"the run's data are in the folder {config.data}{relative}, and here is none", "name the folder with --data"
+            f"the run's data are in the folder {of_run}{relative}, and here is none", "name the folder with --data"
         )
-    return config.data
+    return of_run
 
 
 def _check_variant(run: str, variant: str) -> None:

@@ -16,7 +16,7 @@ from fusion.inputs import find_inputs
 from fusion.manifests import FINGERPRINTS, MANIFEST, SUBMISSION
 from fusion.provenance import code_digest
 from fusion.records import SubmissionManifest, SubmissionPointer, seal
-from fusion.runs import open_run
+from fusion.runs import data_of, open_run
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -36,7 +36,7 @@ def published(settings: PredictConfig, config_class: type[C]) -> str | None:
     if known is not None:
         return known
     run, config, best = open_run(settings, config_class)
-    origin = submission.origin_of(run, best, config, settings.data or config.data)
+    origin = submission.origin_of(run, best, config, data_of(settings, config.data))
     return submission.reuse(settings, origin)
 
 
@@ -63,7 +63,7 @@ def _is_current(settings: PredictConfig, variant: str, manifest: SubmissionManif
     run = best_run.pointed_to(settings.output, variant)
     if run is None or run.model_sha256 != manifest.model_sha256 or not _is_of(settings, run.run_id, manifest):
         return False
-    inputs = find_inputs(settings.data or manifest.run_data, "test", manifest.sources)
+    inputs = find_inputs(data_of(settings, manifest.run_data), "test", manifest.sources)
     return inputs.version() == manifest.inputs_version
 
 

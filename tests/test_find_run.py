@@ -30,15 +30,15 @@ def test_an_output_without_runs(tmp_path: Path) -> None:
 def test_data_that_were_relative_to_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert data_of(ReadRunConfig(), Config(data="data")) == "data"
-    assert data_of(ReadRunConfig(), Config(data="s3://bucket/data")) == "s3://bucket/data"
+    assert data_of(ReadRunConfig(), "data") == "data"
+    assert data_of(ReadRunConfig(), "s3://bucket/data") == "s3://bucket/data"
     monkeypatch.chdir("data")
-    assert data_of(ReadRunConfig(data="x"), Config(data="data")) == "x"
+    assert data_of(ReadRunConfig(data="x"), "data") == "x"
     with pytest.raises(DataError, match="in the folder data, as seen from where its training was started") as caught:
-        data_of(ReadRunConfig(), Config(data="data"))
+        data_of(ReadRunConfig(), "data")
     assert caught.value.remedy == "name the folder with --data"
     with pytest.raises(DataError, match="in the folder /nowhere, and here is none"):
-        data_of(ReadRunConfig(), Config(data="/nowhere"))
+        data_of(ReadRunConfig(), "/nowhere")
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

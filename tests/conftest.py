@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,12 @@ SMALL += ["--device", "cpu"]
 
 # Test files that take minutes, the longest first: started last, each would keep one process busy and the others idle.
 LONG = ["test_slurm", "test_exit_codes", "test_resume", "test_faults", "test_meeting", "test_ranks", "test_end_to_end"]
+
+
+def pytest_configure() -> None:
+    """A shell ignores Ctrl-C in what it starts in the background, and so would every command that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -78,7 +78,7 @@ BAD_INPUT: dict[str, tuple[Damage, int, str]] = {
         "event=ids_not_in_table",
     ),
     "ids missing in a source": (lambda data: embeddings(clip(data), lambda t: t.iloc[100:]), 65, "--max-missing"),
-    "no price": (price(""), 65, "1 rows of"),
+    "no price": (price(""), 65, "1 of 503 rows of"),
     "NaN price": (price("nan"), 65, "--drop-bad-prices"),
     "zero price": (price("0"), 65, "no price above zero"),
     "negative price": (price("-2"), 65, "no price above zero"),
@@ -218,7 +218,7 @@ def test_training_that_diverges(catalog: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("fusion.fitting.compute_smape", lambda *_: float("nan"))
     assert train.main(["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1"]) == 70
     end = json.loads(next(tmp_path.rglob("exit.json")).read_text())
-    assert end["code"] == 70 and "not both finite" in end["error"]
+    assert end["code"] == 70 and "which is not finite at step" in end["error"]
     assert not list(tmp_path.rglob("MANIFEST.json"))
 
 
@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr("fusion.fitting.Fit._train_batch", lambda *_: torch.tensor(float("nan")))
     assert train.main(["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "2"]) == 70
     end = json.loads(next(tmp_path.rglob("exit.json")).read_text())
-    assert end["code"] == 70 and "loss nan" in end["error"]
+    assert end["code"] == 70 and "the loss is nan, which is not finite" in end["error"]
     assert not list(tmp_path.rglob("MANIFEST.json"))
 
 

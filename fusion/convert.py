@@ -261,6 +261,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
         epilog="Any FILE or URL is a path or an fsspec URL; one in a store passes through a temporary folder (TMPDIR).",
     )
+    parser.example = "--embeddings x.npy --ids ids.npy --to data/embeddings/train/clip_image.parquet"
     parser.add_argument("--embeddings", metavar="FILE", help=".npy with an array (rows, dim); needs --ids")
     parser.add_argument("--ids", metavar="FILE", help=".npy with the sample ids of these rows, in their order")
     parser.add_argument("--pickle", metavar="FILE", help="pickle or torch.save of a dict: embeddings, sample_ids")

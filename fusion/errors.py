@@ -78,7 +78,13 @@ SYNONYMS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags of a command; what it does not understand is a `UsageError`, with the nearest flag that exists."""
+    """Flags of a command; what it does not understand is a `UsageError`, with the nearest flag that exists.
+
+    Attributes:
+        example: what follows the command's name in a typical call, shown where something required is missing.
+    """
+
+    example = ""
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
@@ -86,6 +92,8 @@ class Parser(argparse.ArgumentParser):
         near = [SYNONYMS[wrong]] if SYNONYMS.get(wrong) in known else difflib.get_close_matches(wrong, known, n=1)
         near = [] if wrong in known else near
         remedy = f"did you mean {near[0]}? " if near else ""
+        if self.example and "required" in message:
+            remedy = f"for example `{self.prog} {self.example}`; "
         raise UsageError(message, f"{remedy}`{self.prog} --help` lists all flags")
 
 

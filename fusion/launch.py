@@ -119,8 +119,9 @@ def _say(report: str) -> None:
         print(report, file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser("python -m fusion.launch", description=__doc__, allow_abbrev=False)
+    parser.example = "fusion.all_embeddings.train --data s3://my-bucket/data --output s3://my-bucket/output"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--nproc-per-node", type=_n_ranks, help="ranks of this node: a number, gpu (one each), cpu "

@@ -70,6 +70,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.example = "s3://my-bucket/output"
     parser.add_argument("url", metavar="URL", type=filled("URL"), help=f"{_KINDS}; a path or an fsspec URL")
     parser.add_argument(
         "--data",

@@ -144,8 +144,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return given, argv[at + 1 :]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser("python jobs/submit.py", description=__doc__, allow_abbrev=False)
+    parser.example = "--cluster local -- --data s3://my-bucket/data --output s3://my-bucket/output"
     parser.usage = "python jobs/submit.py --cluster slurm|k8s|local [flags] [-- flags of the command]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     job, how = parser.add_argument_group("what"), parser.add_argument_group("how")

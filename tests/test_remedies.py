@@ -7,12 +7,16 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from fusion import convert, launch, verify
 from fusion.all_embeddings.config import Config
 from fusion.config import EvaluateConfig, PredictConfig
+from fusion.errors import ExitCode, Parser, UsageError
 from fusion.flags import _flag, _flags, _variable
+from jobs import submit
 
 ROOT = Path(__file__).parents[1]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
@@ -173,3 +177,19 @@ def test_each_module_that_is_named_exists() -> None:
                 assert importlib.util.find_spec(module), (path, module)
             for script in re.findall(r"jobs/[a-z]+\.py", text):
                 assert (ROOT / script).exists(), (path, script)
+
+
+@pytest.mark.parametrize("parser", [launch._parser(), submit._parser()], ids=lambda parser: parser.prog)
+def test_the_example_is_a_call_that_the_parser_takes(parser: Parser) -> None:
+    with pytest.raises(UsageError) as caught:
+        parser.parse_args([])
+    assert (
+        caught.value.remedy == f"for example `{parser.prog} {parser.example}`; `{parser.prog} --help` lists all flags"
+    )
+    parser.parse_args(parser.example.partition(" -- ")[0].split())
+
+
+@pytest.mark.parametrize("command", [verify, convert])
+def test_a_command_without_arguments_shows_an_example(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([]) == ExitCode.USAGE
+    assert f"hint: for example `python -m {command.__name__} " in capsys.readouterr().err

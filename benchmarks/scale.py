@@ -48,7 +48,7 @@ STAGES = ("read", "train", "evaluate", "predict")
 WORKER = """
 import json, sys, time
 import pyarrow.csv, pyarrow.dataset
-from fusion import evaluation, training
+from fusion import evaluation, training_data
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.distributed import world
@@ -63,7 +63,7 @@ def read(flags):
     config = parse(Config, flags, prog="scale", description=None)
     with world("cpu") as place:
         place.on_main(lambda: start_run(config))
-        training.read_data(config, place)
+        training_data.read_data(config, place)
     return 0
 
 stage, flags = sys.argv[1], sys.argv[2:]

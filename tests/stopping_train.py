@@ -4,13 +4,13 @@ import os
 import signal
 import sys
 
-from fusion import training
 from fusion.all_embeddings import train
+from fusion.saver import Saver
 
-agree = training.Saver.agree
+agree = Saver.agree
 
 
-def stop_at(saver: training.Saver, **options: bool) -> None:
+def stop_at(saver: Saver, **options: bool) -> None:
     last = saver.place.rank == saver.place.size - 1
     if last and saver.fit.step >= int(os.environ["FUSION_TEST_STOP_AT"]):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -18,5 +18,5 @@ def stop_at(saver: training.Saver, **options: bool) -> None:
 
 
 if __name__ == "__main__":
-    training.Saver.agree = stop_at  # type: ignore[method-assign]
+    Saver.agree = stop_at  # type: ignore[method-assign]
     sys.exit(train.main())

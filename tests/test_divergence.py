@@ -17,7 +17,7 @@ from fusion.all_embeddings import train
 from fusion.fitting import Fit
 from fusion.records import CheckpointManifest
 from fusion.tables import Table
-from fusion.training import warn_of_extreme_prices
+from fusion.training_data import warn_of_extreme_prices
 from tests.conftest import SMALL
 
 BROKEN_FROM = 33  # step; an epoch has 60

@@ -45,16 +45,16 @@ def undisturbed(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def stopped_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """A stop request arrives at the first agreement at or after the step."""
-    import fusion.training
+    import fusion.saver
 
-    original = fusion.training.Saver.agree
+    original = fusion.saver.Saver.agree
 
-    def agree(self: fusion.training.Saver, **options: bool) -> None:
+    def agree(self: fusion.saver.Saver, **options: bool) -> None:
         if self.fit.step >= step:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, **options)
 
-    monkeypatch.setattr(fusion.training.Saver, "agree", agree)
+    monkeypatch.setattr(fusion.saver.Saver, "agree", agree)
 
 
 @pytest.mark.parametrize("step", [2, 8, 14])
@@ -385,14 +385,14 @@ def test_a_real_signal_ends_with_75_and_a_checkpoint(number: signal.Signals, cat
 
 SLOW_TO_SAVE = """
 import sys, time
-from fusion import training
+from fusion import saver
 from fusion.all_embeddings import train
 
-def save(saver, wait=False):
+def save(self, wait=False):
     print("saving", file=sys.stderr, flush=True)
     time.sleep(1000)
 
-training.Saver._save = save
+saver.Saver._save = save
 sys.exit(train.main(sys.argv[1:]))
 """
 

@@ -57,12 +57,12 @@ def test_who_makes_progress_or_is_not_watched_goes_on(timeout: float, beat: str)
     assert run(timeout, 0.6, beat, "print('done')").stdout == "done\n"
 
 
-@pytest.mark.parametrize("place", ["fitting.Fit._train_batch", "training.Saver._finish"])
+@pytest.mark.parametrize("place", ["fitting.Fit._train_batch", "saver.Saver._finish"])
 def test_a_rank_that_waits_for_another_is_ended(place: str) -> None:
     """The first batch of rank 0, or its last commit, never comes back, as a collective whose other side has gone."""
     script = """
 import sys, time
-from fusion import fitting, training
+from fusion import fitting, saver
 from fusion.all_embeddings import train
 from fusion.distributed import world
 from fusion.embeddings import RowStore

@@ -1,0 +1,88 @@
+"""What a training is made of: rows with prices and embeddings, and who of them validates."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fusion import log, manifests, storage
+from fusion.config import RunConfig, digest
+from fusion.distributed import World
+from fusion.duplicates import compared_columns, near_duplicate_groups
+from fusion.embeddings import RowStore, load
+from fusion.errors import DataError
+from fusion.fitting import TrainingData
+from fusion.manifests import SPLIT
+from fusion.prediction import held, on_main_alone
+from fusion.runs import describe_run, run_url
+from fusion.splits import read_split, split_rows, to_parquet
+from fusion.tables import Table, read_table, warn_of_poor_prices
+
+# Times the median price. Catalogs from screws to machines stay within it; 99999999 and 1e308 do not.
+EXTREME_PRICE = 1e6
+
+
+def read_data(config: RunConfig, place: World) -> TrainingData:
+    """Reads and splits what the run is made of; writes `split.parquet` and `run.json`, or reads the split back."""
+    started = time.monotonic()
+    table = on_main_alone(place, lambda: _read_table(config))
+    ids, prices = place.on_main(lambda: (held(table).ids, held(table).prices))
+    store = load(config.data, "train", config.bindings(), ids, place, max_missing=config.max_missing)
+    log.info(event="read", rows=len(ids), seconds=time.monotonic() - started)
+    validates = torch.tensor(place.on_main(lambda: _split(config, held(table), store, place)))
+    targets = torch.from_numpy(np.log1p(prices).astype(np.float32))
+    train = torch.nonzero(~validates & store.any_present()).squeeze(1)
+    validation = torch.nonzero(validates).squeeze(1)
+    return TrainingData(store, targets, train, validation, prices[validates.numpy()])
+
+
+def _read_table(config: RunConfig) -> Table:
+    drop, hashed = config.drop_bad_prices, compared_columns(config)
+    table = read_table(config.data, "train", priced=True, drop_bad_prices=drop, columns=(), hashed=hashed)
+    warn_of_extreme_prices(table)
+    warn_of_poor_prices(table)
+    return table
+
+
+def warn_of_extreme_prices(table: Table) -> None:
+    """Names rows whose price is a million times the median, or a millionth of it: placeholders, or another unit."""
+    distance = np.abs(np.log(table.prices) - np.log(np.median(table.prices)))
+    extreme = np.flatnonzero(distance > np.log(EXTREME_PRICE))
+    if extreme.size:
+        first = ", ".join(f"{table.ids[row]} ({table.prices[row]:g})" for row in extreme[:5])
+        log.warning(
+            event="extreme_prices", rows=extreme.size, first=first, hint="correct these prices or leave them out"
+        )
+
+
+def _split(config: RunConfig, table: Table, store: RowStore, place: World) -> np.ndarray:
+    """[N] bool: the row validates."""
+    groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
+    quartiles = np.quantile(table.prices, [0.25, 0.5, 0.75]).tolist()
+    rows = [table.digest(), storage.sha256(groups.astype(np.int64).tobytes())]
+    describe_run(config, digest([*rows, store.digest()]), store.dims, quartiles, place.size)
+    run = run_url(config)
+    url = storage.join(run, SPLIT)
+    if not storage.exists(url):
+        storage.write(url, to_parquet(split_rows(table, groups, config)))
+    made = manifests.committed(run)
+    split = read_split(run, made[-1].manifest.split_sha256 if made else "")
+    if not pd.Index(split["sample_id"]).equals(table.ids):  # describe_run has found the data to be the same
+        raise DataError(f"{url} lists other rows than train.csv, or in another order", "train under another --run-id")
+    return (split["side"] == "validation").to_numpy(bool)
+
+
+def statistics(data: TrainingData, role: str) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [D] over the training rows that have the role."""
+    rows = data.train[data.store.present[role][data.train]]
+    total = torch.zeros(2, data.store.dims[role], dtype=torch.float64)
+    pivot = data.store.values[role][rows[:1024]].double().mean(0) if len(rows) else total[0]  # against cancellation
+    for chunk in torch.split(rows, 4096):
+        centred = data.store.values[role][chunk].double() - pivot
+        total += torch.stack([centred.sum(0), centred.square().sum(0)])
+    mean, square = total / max(1, len(rows))
+    return (pivot + mean).float(), (square - mean.square()).clamp_min(0).sqrt().float()

@@ -297,10 +297,10 @@ def test_input_that_is_written_while_it_is_read_is_not_predicted(
 ) -> None:
     fill = embeddings._fill
 
-    def filled(*arguments: object) -> None:
+    def filled(*arguments: object) -> object:
         path = place / "data" / what
         path.write_bytes(path.read_bytes() + (b"111,,,\n" if what == "test.csv" else b""))
-        fill(*arguments)  # type: ignore[arg-type]
+        return fill(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(embeddings, "_fill", filled)

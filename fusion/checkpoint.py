@@ -134,7 +134,7 @@ def commit(
     manifest = CheckpointManifest(SCHEMA, written, step=snapshot.step, history=history, **snapshot.facts, **lineage)
     check_lease()
     if not storage.create(url, seal(asdict(manifest))):
-        raise SupersededError(f"another process has committed {folder}", "let it finish; run one job a --run-id")
+        raise SupersededError(f"another process has committed {folder}", "let it finish; run one job per --run-id")
     return Checkpoint(folder, manifest)
 
 

@@ -124,8 +124,8 @@ def _parser() -> Parser:
     parser.example = "fusion.all_embeddings.train --data s3://my-bucket/data --output s3://my-bucket/output"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--nproc-per-node", type=_n_ranks, help="ranks of this node: a number, gpu (one each), cpu "
-        "(one a core), or auto: one a GPU, or a single one without")  # fmt: skip
+    add("--nproc-per-node", type=_n_ranks, help="ranks of this node: a number, gpu (one per GPU), cpu "
+        "(one per core), or auto: one per GPU, or a single one without")  # fmt: skip
     add("--nnodes", type=_number(1), help="nodes; on each of them runs one launcher")
     add("--node-rank", type=_number(0), help="which of the nodes this is, from 0")
     address = variable("MASTER_ADDR", "PET_MASTER_ADDR") or _first_host(variable("SLURM_STEP_NODELIST") or "")

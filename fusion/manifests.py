@@ -150,6 +150,6 @@ def read_file(checkpoint: Checkpoint, name: str) -> bytes:
         raise DataError(
             f"{checkpoint.url}/{name} is damaged: sha256 {storage.sha256(data)[:12]} of {len(data)} bytes, "
             f"its manifest says {checkpoint.manifest.sha256_of(name)[:12] or 'nothing of it'}",
-            "start the training of this run again, which makes it anew, or use another run",
+            "start the training of this run again, which writes it again, or use another run",
         )
     return data

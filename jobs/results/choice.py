@@ -27,7 +27,7 @@ from jobs.results.transfer import Item, Plan
 
 POINTERS = ("latest", "best")
 # Files of a run that are pulled without a manifest. What else lies there, such as the parts of an evaluation under way,
-# stays; and no name leads out of the folder, whoever wrote it.
+# stays; and no name leads out of the folder, no matter who wrote it.
 BESIDE = re.compile(r"(attempts/\d+/|metrics/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

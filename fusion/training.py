@@ -136,7 +136,7 @@ def _log_start(fit: Fit) -> None:
     log.info(
         event="start",
         parameters=sum(p.numel() for p in fit.model.parameters()),
-        steps_an_epoch=fit.n_batches,
+        steps_per_epoch=fit.n_batches,
         device=fit.place.device,
         loss=config.loss,
         batch_size=config.batch_size,

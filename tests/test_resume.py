@@ -148,7 +148,7 @@ def test_a_finished_run_that_is_damaged_is_made_again(
     damaged(Path(last.url, name))
     if name == manifests.MODEL:
         assert predict_test.main(["--output", str(tmp_path), "--device", "cpu"]) == 65
-        assert "start the training of this run again, which makes it anew" in capsys.readouterr().err
+        assert "start the training of this run again, which writes it again" in capsys.readouterr().err
     assert train.main(flags(catalog, tmp_path)) == 0
     again = manifests.committed(str(tmp_path / "runs/r"))[-1]
     assert again.url == last.url and again.manifest.finished

@@ -25,7 +25,7 @@ from fusion.all_embeddings.model import build_network
 from fusion.distributed import world
 from fusion.embeddings import RowStore
 from fusion.fitting import Fit, TrainingData
-from fusion.layers import PriceModel
+from fusion.price_model import PriceModel
 
 DIMS = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
 ROWS, VALIDATION = 1280, 64
@@ -57,7 +57,9 @@ def main() -> None:
         for spin in options.spin:
             with _neighbours(n_neighbours):
                 seconds = _step_time(options.steps, spin)
-            print(f"GOMP_SPINCOUNT {spin}, {n_neighbours} busy neighbours: {seconds * 1000:.0f} ms a step", flush=True)
+            print(
+                f"GOMP_SPINCOUNT {spin}, {n_neighbours} busy neighbours: {seconds * 1000:.0f} ms per step", flush=True
+            )
 
 
 def _step_time(n_steps: int, spin: int) -> float:
@@ -69,8 +71,13 @@ def _step_time(n_steps: int, spin: int) -> float:
 
 @contextmanager
 def _neighbours(n: int) -> Iterator[None]:
-    """Inside, `n` processes of the lowest priority compute."""
-    running = [subprocess.Popen(["nice", "-n", "19", sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    """Inside, `n` processes of the lowest priority compute.
+
+    Each has a session of its own, as another user's job has: between sessions the kernel shares the time out evenly,
+    whatever their priorities are (sched_autogroup).
+    """
+    command = ["nice", "-n", "19", sys.executable, "-c", "while True: pass"]
+    running = [subprocess.Popen(command, start_new_session=True) for _ in range(n)]
     try:
         yield
     finally:

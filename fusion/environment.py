@@ -9,7 +9,8 @@ from fusion.errors import ConfigError
 
 # What libraries read when torch loads them. An OpenMP thread that waits for the others looks 300,000 times before it
 # sleeps (GNU), or spins for 200 ms (Intel, LLVM): beside one busy process, even of the lowest priority, a step takes
-# ten times longer, see benchmarks/busy_neighbour.py. 1,000 looks and 1 ms cost nothing on a machine of one's own.
+# ten times longer, see benchmarks/busy_neighbour.py. On a machine of one's own, 1,000 looks cost up to a fifth of a
+# step of 0.3 s, and mostly nothing that can be measured.
 # Warnings of torch's C++ are about names and sockets, in a format of their own, and nothing a user could act on.
 LIBRARIES = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

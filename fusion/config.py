@@ -24,6 +24,8 @@ OF_ATTENTION = ("n_heads", "n_experts")
 
 C = TypeVar("C")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+RUN_ID = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # a name that Kubernetes takes, too
+A_RUN_ID = "at most 63 small letters, digits and hyphens, such as my-run-1"
 
 
 def setting(default: Any, help: str, group: str, expected: str = "", **constraints: Any) -> Any:
@@ -61,8 +63,8 @@ class StoreConfig:
         None,
         "name of the run; by default made from the variant and its settings",
         "where",
-        "at most 63 small letters, digits and hyphens, such as my-run-1",
-        pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
+        A_RUN_ID,
+        pattern=RUN_ID,
     )
     device: str = setting(
         "auto", "auto, cpu, cuda or cuda:N", "machine", "auto, cpu, cuda or cuda:0", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
@@ -171,7 +173,10 @@ class RunConfig(StoreConfig):
 class ReadRunConfig(StoreConfig):
     """Settings of a command that uses a finished run; everything else comes from that run."""
 
-    run_dir: str | None = setting(None, "the run to use; by default the variant's best under --output", "where")
+    run_id: str | None = setting(
+        None, "name of the run to use; by default the variant's best under --output", "where", A_RUN_ID, pattern=RUN_ID
+    )
+    run_dir: str | None = setting(None, "folder of the run to use, in place of --run-id", "where")
     data: str | None = setting(None, "bucket or folder of the input; by default the run's", "where")
 
     def without_effect(self) -> str:

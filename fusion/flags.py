@@ -168,7 +168,11 @@ def _argument(key: str, field: Any) -> dict[str, Any]:
         text += f" (default: {default})"
     if 0 < len(names) <= MOST_IN_METAVAR:
         return {"help": text, "metavar": "|".join(names)}
-    metavars = {int: "N", float: "X"} | dict.fromkeys(("data", "output", "run_dir"), "URL")
+    metavars = (
+        {int: "N", float: "X"}
+        | dict.fromkeys(("data", "output", "run_dir"), "URL")
+        | {"date": "YYYY-MM-DD", "time_zone": "ZONE"}
+    )
     options = {"help": text, "metavar": metavars.get(key) or metavars.get(_element(kind), "NAME")}
     return options | ({"nargs": "+"} if get_origin(kind) is tuple else {})
 

@@ -28,7 +28,7 @@ def near_duplicate_groups(table: Table, vectors: Mapping[str, np.ndarray], confi
     Groups are numbered in the order of their first row.
 
     Args:
-        table: N rows, with the columns `text_columns(config)` where the file has them.
+        table: N rows, with the columns `compared_columns(config)`, or their hashes, where the file has them.
         vectors: role to [N, D_role]; rows of zeros are missing.
 
     Raises:

@@ -1,6 +1,6 @@
 """What is committed: immutable folders whose `MANIFEST.json`, written last, names every file with its hash.
 
-A folder without one does not exist. Whoever reads a file verifies its hash.
+A folder without one does not exist. Every reader of a file verifies its hash.
 """
 
 from __future__ import annotations

@@ -168,11 +168,8 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type) or bool(pa.types.is_integer(kind.value_type))
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    binaries = (
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-        pa.types.is_binary_view,
-    )  # Spark and others write UTF-8 so
+    # Spark and others write UTF-8 as bytes.
+    binaries = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
     return any(is_kind(kind) for is_kind in (*texts, *binaries))
 
 

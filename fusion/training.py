@@ -19,14 +19,7 @@ from fusion.manifests import MODEL
 from fusion.pace import Pace, seconds_left, standing
 from fusion.prediction import BuildNetwork, C
 from fusion.price_model import PriceModel
-from fusion.runs import (
-    Lease,
-    attempt,
-    end_of,
-    record_end,
-    run_url,
-    start_run,
-)
+from fusion.runs import Lease, attempt, end_of, record_end, run_url, start_run
 from fusion.saver import Saver, baseline
 from fusion.training_data import read_data, statistics
 from fusion.watchdog import Watchdog, watched

@@ -51,7 +51,9 @@ def republish(settings: PredictConfig, variant: str) -> str | None:
         return None
     folder = storage.join(settings.output, "submissions", pointer.submission)
     manifest = records.read_if_whole(SubmissionManifest, storage.join(folder, MANIFEST), "submission_damaged")
-    if manifest is None or not _is_current(settings, variant, manifest):
+    if manifest is None or manifest.date != pointer.date:  # damaged, or of another night than where it lies
+        return None
+    if not _is_current(settings, variant, manifest):
         return None
     return _carry_over(settings, pointer, folder, manifest, seen)
 

@@ -69,6 +69,13 @@ class World:
             raise failure or failed
         return cast(T, answer)
 
+    def on_main_alone(self, action: Callable[[], T]) -> T | None:
+        """Result of `action` on rank 0, None on the others, to which it is not sent (see `held`).
+
+        An error is raised on every rank.
+        """
+        return self.together(lambda: action() if self.is_main else None)
+
     def together(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank; when it fails on one, the same error is raised on all.
 
@@ -99,6 +106,12 @@ class World:
             return [value, *(transport.receive(rank, _control()) for rank in range(1, self.size))]
         transport.send(value, 0, _control())
         return []
+
+
+def held(result: T | None) -> T:
+    """What `World.on_main_alone` gave, on rank 0."""
+    assert result is not None, "only rank 0 has it"
+    return result
 
 
 def _control() -> dist.ProcessGroup | None:

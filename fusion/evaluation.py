@@ -17,7 +17,7 @@ from torch import Tensor
 from fusion import log, manifests, report, storage, submission
 from fusion.config import EvaluateConfig, RunConfig
 from fusion.contention import turns
-from fusion.distributed import world
+from fusion.distributed import held, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError
 from fusion.groups import Evaluation, evaluate
@@ -26,9 +26,7 @@ from fusion.prediction import (
     BuildNetwork,
     C,
     check_dims,
-    held,
     load_model,
-    on_main_alone,
     open_run,
     parts_folder,
     validation_digest,
@@ -53,7 +51,7 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         run, config, chosen, data = open_run(settings, config_class, place)
         model = load_model(chosen, config, build_network, place)
         origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
-        table = on_main_alone(place, lambda: _validation_rows(run, chosen, config, settings, data))
+        table = place.on_main_alone(lambda: _validation_rows(run, chosen, config, settings, data))
         ids = place.on_main(lambda: held(table).ids)
         store = load(data, "train", config.bindings(), ids, place, partial=True)
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")

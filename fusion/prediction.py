@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusion import checkpoint, guards, log, manifests, runs, storage, submission
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig, digest
-from fusion.distributed import World, world
+from fusion.distributed import World, held, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, DivergedError, UnreachableError
 from fusion.fingerprints import Look, look, to_parquet
@@ -25,7 +25,6 @@ from fusion.tables import Table, read_table
 from fusion.unchanged import republish
 
 C = TypeVar("C", bound=RunConfig)
-T = TypeVar("T")
 BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]
 
 
@@ -104,7 +103,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
             place.on_main(lambda: discard(under_way))  # of one that was killed after it had published
             return
         model = load_model(chosen, config, build_network, place)
-        table = on_main_alone(place, lambda: read_table(data, "test", priced=False, columns=["price"]))
+        table = place.on_main_alone(lambda: read_table(data, "test", priced=False, columns=["price"]))
         ids = place.on_main(lambda: held(table).ids)
         bindings, sources = config.bindings(), inputs.sources
         most = config.max_missing if settings.max_missing is None else settings.max_missing
@@ -114,7 +113,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
             raise UnreachableError(
                 f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
             )
-        store, last = store.resident_on(place.device), on_main_alone(place, lambda: submission.last(settings))
+        store, last = store.resident_on(place.device), place.on_main_alone(lambda: submission.last(settings))
         seen = look(model, store, ids, place)
         about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
         place.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
@@ -125,17 +124,6 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
             place.on_main(lambda: discard(under_way))  # refused: the input or the model will be replaced
             raise
         place.on_main(lambda: discard(under_way))  # also what earlier nights left that did not end
-
-
-def on_main_alone(place: World, action: Callable[[], T]) -> T | None:
-    """Result of `action` on rank 0, None on the others, to which it is not sent. An error is raised on every rank."""
-    return place.together(lambda: action() if place.is_main else None)
-
-
-def held(result: T | None) -> T:
-    """What `on_main_alone` gave, on rank 0."""
-    assert result is not None, "only rank 0 has it"
-    return result
 
 
 def _publish(

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from fusion import log, manifests, storage
 from fusion.config import RunConfig, digest
-from fusion.distributed import World
+from fusion.distributed import World, held
 from fusion.duplicates import compared_columns, near_duplicate_groups
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError
 from fusion.fitting import TrainingData
 from fusion.manifests import SPLIT
-from fusion.prediction import held, on_main_alone
 from fusion.runs import describe_run, run_url
 from fusion.splits import read_split, split_rows, to_parquet
 from fusion.tables import Table, read_table, warn_of_poor_prices
@@ -29,7 +28,7 @@ EXTREME_PRICE = 1e6
 def read_data(config: RunConfig, place: World) -> TrainingData:
     """Reads and splits what the run is made of; writes `split.parquet` and `run.json`, or reads the split back."""
     started = time.monotonic()
-    table = on_main_alone(place, lambda: _read_table(config))
+    table = place.on_main_alone(lambda: _read_table(config))
     ids, prices = place.on_main(lambda: (held(table).ids, held(table).prices))
     store = load(config.data, "train", config.bindings(), ids, place, max_missing=config.max_missing)
     log.info(event="read", rows=len(ids), seconds=time.monotonic() - started)

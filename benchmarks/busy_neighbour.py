@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 STEPS = """
 import sys, time
-import numpy as np, torch
+import numpy as np, pandas as pd, torch
 from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
 from fusion.distributed import world
@@ -35,7 +35,8 @@ present = {role: torch.ones(ROWS + VALIDATION, dtype=torch.bool) for role in DIM
 config = Config()
 rows, targets = torch.arange(ROWS + VALIDATION), torch.rand(ROWS + VALIDATION) * 5
 with world("cpu") as place:
-    data = TrainingData(RowStore(values, present), targets, rows[:ROWS], rows[ROWS:], np.full(VALIDATION, 9.0))
+    prices, ids = np.full(VALIDATION, 9.0), pd.RangeIndex(VALIDATION).astype("str")
+    data = TrainingData(RowStore(values, present), targets, rows[:ROWS], rows[ROWS:], prices, ids)
     fit = Fit(config, PriceModel(build_network(config, DIMS), DIMS, 0.05), data, place)
     seconds = []
     fit.model.train()

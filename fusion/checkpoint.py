@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
@@ -28,6 +29,7 @@ from fusion.manifests import (
     MANIFEST,
     MODEL,
     STATE,
+    VALIDATION,
     Checkpoint,
     best_of,
     committed,
@@ -36,6 +38,7 @@ from fusion.manifests import (
     write_files,
 )
 from fusion.records import SCHEMA, CheckpointManifest, FileEntry, seal
+from fusion.validation import has_validation, to_parquet, validation_of
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class Snapshot:
         weights: the model's state dict at its best validation so far.
         state: what training needs to go on; tensors and plain values.
         facts: what else the manifest says: epoch, smape, finished.
+        validation: as of `validation_frame`; None before the first validation.
     """
 
     step: int
     weights: dict[str, Tensor]
     state: dict[str, Any]
     facts: dict[str, Any]
+    validation: pd.DataFrame | None = None
 
 
 class Writer:
@@ -121,6 +126,8 @@ def commit(
         MODEL: safetensors.torch.save(contiguous, {"dims": json.dumps(dict(dims))}),
         STATE: _torch_bytes(snapshot.state),
     }
+    if snapshot.validation is not None:
+        files[VALIDATION] = to_parquet(snapshot.validation)
     url = storage.join(folder, MANIFEST)
     check_lease()
     if storage.exists(url):  # of one that was damaged, and so passed over
@@ -184,12 +191,15 @@ def forget_after(run: str, url: str | None) -> None:
 def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
     """The newest committed checkpoint that can be resumed from, with its weights and its state.
 
+    The state also has what the weights predict for the validation rows: "predicted", [n] or None.
+
     One that is damaged, or not finite, is named in the log and passed over.
     """
     for checkpoint in reversed(committed(run)):
         try:
             weights = safetensors.torch.load(read_file(checkpoint, MODEL))
             state = torch.load(io.BytesIO(read_file(checkpoint, STATE)), map_location="cpu", weights_only=True)
+            state["predicted"] = _predicted(checkpoint)
         except DataError as error:
             log.warning(event="checkpoint_damaged", checkpoint=checkpoint.url, reason=error.message)
             continue
@@ -198,6 +208,10 @@ def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | N
             return checkpoint, weights, state
         log.warning(event="checkpoint_not_finite", checkpoint=checkpoint.url, first=wrong)
     return None
+
+
+def _predicted(checkpoint: Checkpoint) -> np.ndarray | None:
+    return validation_of(checkpoint)["predicted"].to_numpy() if has_validation(checkpoint) else None
 
 
 def not_finite(value: Any, name: str = "") -> str | None:

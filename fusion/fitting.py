@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +30,7 @@ from fusion.metrics import compute_smape
 from fusion.parts import with_beats
 from fusion.prediction import predict_rows, pricing
 from fusion.price_model import PriceModel
+from fusion.validation import validation_frame
 
 AGREE_STEPS = 10  # steps between two moments at which the ranks add up their losses and may stop or save
 
@@ -43,6 +45,7 @@ class TrainingData:
         targets: [N] log1p(price), float32.
         train, validation: positions in the store, int64. Rows without any embedding are not trained on.
         prices: [n_validation] dollars, float64.
+        ids: [n_validation] sample ids.
     """
 
     store: RowStore
@@ -50,6 +53,7 @@ class TrainingData:
     train: Tensor
     validation: Tensor
     prices: np.ndarray
+    ids: pd.Index
 
 
 class EarlyStopping:
@@ -92,6 +96,7 @@ class Fit:
         loss_sum: loss summed over the rows of those batches, all ranks together.
         history: one entry an epoch.
         best: state dict at the lowest validation SMAPE so far.
+        predicted: [n_validation] dollars, by `best`; rank 0 alone has them. None before the first validation.
     """
 
     def __init__(self, config: RunConfig, model: PriceModel, data: TrainingData, place: World) -> None:
@@ -111,6 +116,7 @@ class Fit:
         self.loss_sum, self.smape = 0.0, float("inf")
         self.history: list[dict[str, Any]] = []
         self.best = _copy(model.state_dict())
+        self.predicted: np.ndarray | None = None
         self._unshared = torch.zeros((), device=place.device)
 
     @property
@@ -160,14 +166,14 @@ class Fit:
         Raises:
             DivergedError: the SMAPE is not finite.
         """
-        loss, smape = self.loss_sum / len(self.data.train), self._validate(beat)
+        loss, (smape, predicted) = self.loss_sum / len(self.data.train), self._validate(beat)
         if not math.isfinite(smape):
             raise self._diverged(f"the validation SMAPE is {smape}, which is not finite")
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
         facts = {"epoch": self.epoch, "step": self.step, "loss": loss, "smape": smape, "lr": self.lr}
         self.history.append(facts | {"seconds": seconds})
         if smape < self.smape:
-            self.smape, self.best = smape, _copy(self.model.state_dict())
+            self.smape, self.best, self.predicted = smape, _copy(self.model.state_dict()), predicted
         self.scheduler.step(smape)
         self.stopping(smape)
         return facts | {"step": f"{self.step}/{self.config.epochs * self.n_batches}"}
@@ -192,7 +198,13 @@ class Fit:
             "smape": self.smape,
             "history": [dict(entry) for entry in self.history],
         }
-        return Snapshot(self.step, self.best, state, {"epoch": self.epoch, "smape": smape, "finished": self.finished})
+        facts = {"epoch": self.epoch, "smape": smape, "finished": self.finished}
+        return Snapshot(self.step, self.best, state, facts, self._validated())
+
+    def _validated(self) -> pd.DataFrame | None:
+        if self.predicted is None:
+            return None
+        return validation_frame(self.data.ids, self.data.prices, self.predicted)
 
     def restore(self, best: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Takes up where the snapshot was made."""
@@ -203,6 +215,7 @@ class Fit:
         for name, value in state["position"].items():
             setattr(self, name, value)
         self.smape, self.history, self.best = state["smape"], state["history"], best
+        self.predicted = state.get("predicted")
 
     def _diverged(self, what: str) -> DivergedError:
         return DivergedError(
@@ -236,10 +249,10 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _validate(self, beat: Beat) -> float:
+    def _validate(self, beat: Beat) -> tuple[float, np.ndarray]:
         compute = with_beats(pricing(self.model), beat)
         predicted = predict_rows(compute, self.store, self.data.validation, self.place)
-        return self.place.on_main(lambda: compute_smape(self.data.prices, predicted))
+        return self.place.on_main(lambda: compute_smape(self.data.prices, predicted)), predicted
 
 
 def _copy(value: Any) -> Any:

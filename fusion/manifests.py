@@ -19,6 +19,7 @@ from fusion.records import CheckpointManifest, FileEntry
 MANIFEST: Final = "MANIFEST.json"
 MODEL: Final = "model.safetensors"
 STATE: Final = "state.pt"
+VALIDATION: Final = "validation.parquet"  # what the best weights predict for the rows that validate
 SUBMISSION: Final = "submission.csv"
 FINGERPRINTS: Final = "fingerprints.parquet"  # of a submission's embeddings, which the next night is compared with
 SPLIT: Final = "split.parquet"  # has no manifest of its own; every checkpoint's has its hash

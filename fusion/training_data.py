@@ -36,7 +36,8 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
     targets = torch.from_numpy(np.log1p(prices).astype(np.float32))
     train = torch.nonzero(~validates & store.any_present()).squeeze(1)
     validation = torch.nonzero(validates).squeeze(1)
-    return TrainingData(store, targets, train, validation, prices[validates.numpy()])
+    rows = validates.numpy()
+    return TrainingData(store, targets, train, validation, prices[rows], ids[rows])
 
 
 def _read_table(config: RunConfig) -> Table:

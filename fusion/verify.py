@@ -27,9 +27,10 @@ from fusion.environment import variable
 from fusion.errors import DataError, ExitCode, Parser, filled, seconds
 from fusion.findings import Finding, Report, read
 from fusion.manifests import MANIFEST
+from fusion.verify_checkpoint import check_checkpoint
 from fusion.verify_output import check_output, is_output
 from fusion.verify_pointers import POINTERS, check_pointer
-from fusion.verify_run import check_checkpoint, check_run
+from fusion.verify_run import check_run
 from fusion.verify_submission import check_submission
 
 _KINDS = "an output, a run, a checkpoint folder, a submission folder, or a pointer such as best.json or current.json"

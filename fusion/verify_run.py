@@ -10,25 +10,24 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
-from fusion import manifests, storage
+from fusion import storage
 from fusion.errors import ExitCode
 from fusion.findings import (
     Report,
     check_beginning,
     check_content,
-    check_files,
     check_once,
     first_line,
     parsed,
     read,
     some,
 )
-from fusion.manifests import LINES, MANIFEST, MODEL, PULLED, SPLIT, STATE
+from fusion.manifests import LINES, MANIFEST, PULLED, SPLIT
 from fusion.records import AttemptEnd, AttemptStart, CheckpointManifest, DataOfRun, LeaseRecord, Pulled, RunFacts
 from fusion.runs import config_digest
+from fusion.verify_checkpoint import check_checkpoint
 from fusion.verify_metrics import check_metrics
 
 
@@ -40,6 +39,7 @@ class CheckedRun:
         url: of its folder.
         facts: None: there is no `run.json`, or it is damaged.
         run_sha256, split_sha256: of the bytes of `run.json` and `split.parquet`; empty: there is none.
+        validating: ids of the rows that validate; None: unknown.
         left_out: paths below the folder that `jobs/pull.py` did not fetch; None: this is no pulled copy.
         committed: names of the checkpoints that have a manifest, oldest first.
         checkpoints: their manifests by name, but for damaged ones.
@@ -50,6 +50,7 @@ class CheckedRun:
     facts: RunFacts | None
     run_sha256: str
     split_sha256: str
+    validating: set[str] | None
     left_out: tuple[str, ...] | None
     committed: list[str]
     checkpoints: dict[str, CheckpointManifest]
@@ -71,7 +72,7 @@ def check_run(report: Report, url: str) -> CheckedRun:
     content = read(storage.join(url, SPLIT))
     validating = _check_split(report, content, expected=_is_trained(url))
     split_sha256 = "" if content is None else storage.sha256(content)
-    run = CheckedRun(url, facts, run_sha256, split_sha256, pulled, [], {}, {})
+    run = CheckedRun(url, facts, run_sha256, split_sha256, validating, pulled, [], {}, {})
     run.ends.update(_check_attempts(report, run))  # before the checkpoints: an end names one that is committed
     _check_checkpoints(report, run)
     _check_ends(report, run)
@@ -209,7 +210,8 @@ def _is_newest(run: CheckedRun) -> bool:
 
 def _check_checkpoint_of_run(report: Report, folder: str, run: CheckedRun) -> None:
     part, name = Report(place=report.place), storage.base(folder)
-    manifest = check_checkpoint(part, folder, {storage.base(path) for path in run.left_out or ()}, run.facts)
+    left_out = {storage.base(path) for path in run.left_out or ()}
+    manifest = check_checkpoint(part, folder, left_out, run.facts, run.validating)
     if manifest is not None:
         _check_lineage(part, name, manifest, run)
     if part.n_wrong and not storage.exists(storage.join(folder, MANIFEST)):
@@ -229,40 +231,6 @@ def _check_lineage(report: Report, name: str, manifest: CheckpointManifest, run:
     for key in ("config_sha256", "data_sha256"):
         if run.facts is not None:
             report.expect(f"{name}: {key} of run.json", getattr(run.facts, key), getattr(manifest, key))
-
-
-def check_checkpoint(
-    report: Report, folder: str, left_out: Container[str] = (), facts: RunFacts | None = None
-) -> CheckpointManifest | None:
-    """Checks a checkpoint's folder; its manifest, if it is one.
-
-    Args:
-        left_out: names of files that a pulled copy lacks.
-        facts: of its run; None: unknown.
-    """
-    name = storage.base(folder)
-    manifest, contents = check_files(report, folder, CheckpointManifest, {MODEL, STATE}, left_out)
-    if manifest is not None and name.startswith("step-"):
-        report.expect(f"{name}: step of the manifest", name, manifest.name)
-    if MODEL in contents:
-        _check_header(report, f"{name}/{MODEL}", contents[MODEL], facts.dims if facts else None)
-    return manifest
-
-
-def _check_header(report: Report, what: str, data: bytes, expected: Mapping[str, int] | None) -> None:
-    from safetensors import SafetensorError, deserialize
-
-    try:
-        tensors = deserialize(data)  # type: ignore[no-untyped-call]
-        dims = manifests.dims_in(data)
-    except (SafetensorError, ValueError) as error:
-        report.bad(f"{what}: header", "tensors, and in its metadata the dims of every role", first_line(error))
-        return
-    found = f"dims {', '.join(f'{role} {dim}' for role, dim in dims.items())}"
-    if expected is None or dict(expected) == dims:
-        report.ok(f"{what}: {len(tensors)} tensors, {found}")
-    else:
-        report.bad(f"{what}: dims of run.json", ", ".join(f"{role} {dim}" for role, dim in expected.items()), found)
 
 
 def _check_ends(report: Report, run: CheckedRun) -> None:

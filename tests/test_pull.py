@@ -409,12 +409,12 @@ def test_a_checkpoint_that_is_pruned_meanwhile(copied: str, proxy: FaultProxy, s
     def prune(request: Request) -> bool:
         if "model.safetensors" in request.path and not moved:
             moved.append(request.path)
-            for name in ("model.safetensors", "state.pt", "MANIFEST.json"):
+            for name in ("model.safetensors", "state.pt", "validation.parquet", "MANIFEST.json"):
                 source = {"Bucket": BUCKET, "Key": f"{old}/{name}"}
                 client.copy_object(Bucket=BUCKET, Key=f"{new}/{name}", CopySource=source)
             manifest = json.loads(client.get_object(Bucket=BUCKET, Key=f"{new}/MANIFEST.json")["Body"].read())
             client.put_object(Bucket=BUCKET, Key=f"{new}/MANIFEST.json", Body=seal(manifest | {"step": 99999999}))
-            for name in ("MANIFEST.json", "model.safetensors", "state.pt"):
+            for name in ("MANIFEST.json", "model.safetensors", "state.pt", "validation.parquet"):
                 client.delete_object(Bucket=BUCKET, Key=f"{old}/{name}")
         return False
 

@@ -70,6 +70,7 @@ PRINTED_BY = {
     "fusion/training.py": ("train",),
     "fusion/training_data.py": ("train",),
     "fusion/training.py:_next_commands": ("evaluate", "predict"),
+    "fusion/validation.py": ("train",),
     "fusion/verify.py": ("verify",),
     "fusion/verify_submission.py": ("verify",),
     "fusion/watchdog.py": ("train",),

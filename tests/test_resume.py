@@ -36,6 +36,10 @@ def model_bytes(output: Path) -> bytes:
     return manifests.read_file(manifests.best(str(output / "runs" / "r")), manifests.MODEL)
 
 
+def validation_bytes(output: Path) -> bytes:
+    return manifests.read_file(manifests.best(str(output / "runs" / "r")), manifests.VALIDATION)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed")
@@ -68,6 +72,7 @@ def test_stopped_and_resumed_is_the_same(
     assert end["code"] == 75 and end["step"] >= step
     assert train.main(flags(catalog, tmp_path)) == 0
     assert model_bytes(tmp_path) == model_bytes(undisturbed)
+    assert validation_bytes(tmp_path) == validation_bytes(undisturbed)
     columns = ["epoch", "step", "loss", "smape", "lr"]
     ours, theirs = (pd.read_csv(place / "runs/r/metrics/epochs.csv")[columns] for place in (tmp_path, undisturbed))
     pd.testing.assert_frame_equal(ours, theirs, check_exact=True)

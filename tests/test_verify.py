@@ -341,10 +341,34 @@ def test_a_smape_that_the_training_never_had(output: Path, capsys: Capture) -> N
     """It decides which model is served; whoever changes it with our own functions is found all the same."""
     smape = manifests.committed(str(output / "runs/r"))[-1].smape
     edit(newest(output) / "MANIFEST.json", smape=1.0)
-    (line,) = wrong_lines(capsys, output / "runs/r")
-    assert line == f"BAD  {newest(output).name}: lowest smape of train.jsonl: expected {smape}, found 1.0"
+    recomputed, of_history = wrong_lines(capsys, output / "runs/r")
+    assert "validation.parquet: smape of the manifest, recomputed: expected " in recomputed
+    assert of_history == f"BAD  {newest(output).name}: lowest smape of train.jsonl: expected {smape}, found 1.0"
     (line,) = wrong_lines(capsys, output / "pointers/runs/all_embeddings/best.json")[:1]
     assert f"smape of {newest(output).name} in r: expected 1.0, found {smape}" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows.assign(predicted=rows["predicted"] * 2), "smape of the manifest, recomputed: expected "),
+        (lambda rows: rows.iloc[1:], "ids: expected the validation rows of the split, found others: "),
+        (lambda rows: rows.assign(sample_id="x"), "ids: expected each once, none empty, found 1 others: x"),
+        (lambda rows: rows.assign(predicted=-1.0), "expected finite prices above 0, found others"),
+        (lambda rows: rows.drop(columns="predicted"), "expected Parquet with sample_id, price and predicted, found "),
+    ],
+)
+def test_validation_predictions_that_do_not_fit_though_their_digests_do(
+    change: Callable[[pd.DataFrame], pd.DataFrame], said: str, output: Path, capsys: Capture
+) -> None:
+    path = newest(output) / "validation.parquet"
+    change(pd.read_parquet(path)).to_parquet(path, index=False)
+    content, manifest = path.read_bytes(), json.loads((newest(output) / "MANIFEST.json").read_text())
+    entry = {"key": path.name, "bytes": len(content), "sha256": storage.sha256(content)}
+    others = [one for one in manifest["files"] if one["key"] != path.name]
+    edit(newest(output) / "MANIFEST.json", files=[*others, entry])
+    lines = wrong_lines(capsys, output / "runs/r")
+    assert any(f"{newest(output).name}/validation.parquet" in line and said in line for line in lines), lines
 
 
 def test_manifests_that_are_gone(output: Path, capsys: Capture) -> None:

@@ -1,0 +1,80 @@
+"""Checks of one checkpoint: its files, its weights' header, and what it says of the rows that validate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping
+
+from fusion import manifests, storage
+from fusion.findings import Report, check_files, check_once, first_line, some
+from fusion.manifests import MODEL, STATE, VALIDATION
+from fusion.metrics import compute_smape
+from fusion.records import CheckpointManifest, RunFacts
+
+TOLERANCE = 1e-9  # relative: sums of float64 in another order, on another machine
+
+
+def check_checkpoint(
+    report: Report,
+    folder: str,
+    left_out: Container[str] = (),
+    facts: RunFacts | None = None,
+    validating: set[str] | None = None,
+) -> CheckpointManifest | None:
+    """Checks a checkpoint's folder; its manifest, if it is one.
+
+    Args:
+        left_out: names of files that a pulled copy lacks.
+        facts: of its run; None: unknown.
+        validating: ids of the rows that validate; None: unknown.
+    """
+    name = storage.base(folder)
+    manifest, contents = check_files(report, folder, CheckpointManifest, {MODEL, STATE}, left_out)
+    if manifest is not None and name.startswith("step-"):
+        report.expect(f"{name}: step of the manifest", name, manifest.name)
+    if MODEL in contents:
+        _check_header(report, f"{name}/{MODEL}", contents[MODEL], facts.dims if facts else None)
+    if manifest is not None and VALIDATION in contents:
+        _check_validation(report, f"{name}/{VALIDATION}", contents[VALIDATION], manifest, validating)
+    return manifest
+
+
+def _check_header(report: Report, what: str, data: bytes, expected: Mapping[str, int] | None) -> None:
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        tensors = deserialize(data)  # type: ignore[no-untyped-call]
+        dims = manifests.dims_in(data)
+    except (SafetensorError, ValueError) as error:
+        report.bad(f"{what}: header", "tensors, and in its metadata the dims of every role", first_line(error))
+        return
+    found = f"dims {', '.join(f'{role} {dim}' for role, dim in dims.items())}"
+    if expected is None or dict(expected) == dims:
+        report.ok(f"{what}: {len(tensors)} tensors, {found}")
+    else:
+        report.bad(f"{what}: dims of run.json", ", ".join(f"{role} {dim}" for role, dim in expected.items()), found)
+
+
+def _check_validation(
+    report: Report, what: str, data: bytes, manifest: CheckpointManifest, validating: set[str] | None
+) -> None:
+    """Checks ids and prices, and recomputes the SMAPE that the manifest states."""
+    from fusion.validation import from_parquet
+
+    try:
+        rows = from_parquet(data)
+    except ValueError as error:
+        report.bad(what, "Parquet with sample_id, price and predicted", first_line(error))
+        return
+    ids = rows["sample_id"].tolist()
+    check_once(report, f"{what}: ids", ids)
+    if validating is not None and validating != set(ids):
+        report.bad(f"{what}: ids", "the validation rows of the split", f"others: {some(list(validating ^ set(ids)))}")
+    if not (rows[["price", "predicted"]].gt(0) & rows[["price", "predicted"]].lt(math.inf)).all(axis=None):
+        report.bad(what, "finite prices above 0", "others")
+        return
+    smape = compute_smape(rows["price"], rows["predicted"])
+    if manifest.smape is None or not math.isclose(smape, manifest.smape, rel_tol=TOLERANCE):
+        report.bad(f"{what}: smape of the manifest, recomputed", smape, manifest.smape)
+    else:
+        report.ok(f"{what}: {len(rows)} rows, smape {smape}")

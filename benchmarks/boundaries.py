@@ -52,6 +52,7 @@ KINDS = {
     "evaluation-parts-gone": "remove */runs/r/parts",
     "prediction-part": "write */parts/*",
     "submission": "write */submissions/*/submission.csv",
+    "predictions": "write */submissions/*/predictions.parquet",
     "fingerprints": "write */submissions/*/fingerprints.parquet",
     "submission-manifest": "write */submissions/*/MANIFEST.json",
     "current": "write */pointers/submissions/*/current.json",

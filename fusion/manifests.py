@@ -21,6 +21,7 @@ MODEL: Final = "model.safetensors"
 STATE: Final = "state.pt"
 VALIDATION: Final = "validation.parquet"  # what the best weights predict for the rows that validate
 SUBMISSION: Final = "submission.csv"
+PREDICTIONS: Final = "predictions.parquet"  # of a submission: what else the model says of each row
 FINGERPRINTS: Final = "fingerprints.parquet"  # of a submission's embeddings, which the next night is compared with
 SPLIT: Final = "split.parquet"  # has no manifest of its own; every checkpoint's has its hash
 LINES: Final = "train.jsonl"  # the history of the training, in metrics/: the newest checkpoint's manifest has its hash

@@ -10,16 +10,16 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fusion import checkpoint, guards, log, manifests, runs, storage, submission
+from fusion import checkpoint, guards, log, manifests, predictions, runs, storage, submission
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig, digest
 from fusion.distributed import World, held, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, DivergedError, UnreachableError
 from fusion.fingerprints import Look, look, to_parquet
 from fusion.inputs import find_inputs, find_table
-from fusion.manifests import FINGERPRINTS, SUBMISSION
+from fusion.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
 from fusion.metrics import bootstrap_interval, row_smape
-from fusion.parts import Compute, compute_parts, compute_rows, discard
+from fusion.parts import Arrays, Compute, compute_parts, compute_rows, discard
 from fusion.price_model import PriceModel
 from fusion.tables import Table, read_table
 from fusion.unchanged import republish
@@ -119,7 +119,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         place.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
         computed = compute_parts(pricing(model), store, place, parts)
         try:
-            place.on_main(lambda: _publish(settings, origin, chosen.smape, held(table), computed["price"], seen, last))
+            place.on_main(lambda: _publish(settings, origin, chosen.smape, held(table), computed, seen, last))
         except (DataError, DivergedError):
             place.on_main(lambda: discard(under_way))  # refused: the input or the model will be replaced
             raise
@@ -131,16 +131,18 @@ def _publish(
     origin: submission.Origin,
     smape: float,
     table: Table,
-    prices: np.ndarray,
+    computed: Arrays,
     seen: Look,
     last: submission.Last | None,
 ) -> None:
+    prices = computed["price"]
     warn_of_leak(table, prices, smape)
     priced = pd.Series(prices, table.ids)
     guards.conclude(settings, guards.about_prices(settings, priced, smape, last, origin))
-    ids = table.ids[table.file_order]
+    ids, in_order = list(table.ids[table.file_order]), {name: one[table.file_order] for name, one in computed.items()}
     files = {
-        SUBMISSION: submission.submission_csv(list(ids), prices[table.file_order]),
+        SUBMISSION: submission.submission_csv(ids, in_order["price"]),
+        PREDICTIONS: predictions.to_parquet(ids, in_order),
         FINGERPRINTS: to_parquet(seen.prints.iloc[table.file_order]),
     }
     history = guards.remembered(priced, last, settings.day(), origin.model_sha256)

@@ -197,26 +197,42 @@ def publish(settings: PredictConfig, origin: Origin, made: Made, current: str | 
     folder = storage.join(settings.output, "submissions", key)
     there = {storage.base(url) for url in storage.ls(folder)}
     before = _same_publication(settings, origin, folder) if MANIFEST in there else None
-    _write_damaged(folder, made.files, there)
-    if before is None:
-        manifest = SubmissionManifest(
-            SCHEMA,
-            manifests.entries(made.files),
-            rows=made.rows,
-            date=settings.day(),
-            smape=made.smape,
-            history=made.history,
-            name=settings.name,
-            previous=_previous(settings, key, current),
-            **asdict(origin),
-        )
-        committed, data = storage.join(folder, MANIFEST), seal(asdict(manifest))
-        if not storage.create(committed, data):  # a damaged one, or one of another origin with the same prices
-            storage.write(committed, data)
+    if before is None or not _is_whole(folder, before):
+        _write_damaged(folder, made.files, there)
+        if before is None or before.files != manifests.entries(made.files):
+            _commit(folder, _manifest(settings, origin, made, _previous(settings, key, current)))
     url = storage.join(folder, SUBMISSION)
     log.info(event="published_before" if before else "published", rows=made.rows, submission=url)
     point_to(settings, key)
     return url
+
+
+def _is_whole(folder: str, manifest: SubmissionManifest) -> bool:
+    """Whether all of its files are there as they should be.
+
+    Then they stay: what another kind of processor computes may differ from them in digits that no price shows.
+    """
+    return all(read_verified(folder, manifest, entry.key) is not None for entry in manifest.files)
+
+
+def _manifest(settings: PredictConfig, origin: Origin, made: Made, previous: str) -> SubmissionManifest:
+    return SubmissionManifest(
+        SCHEMA,
+        manifests.entries(made.files),
+        rows=made.rows,
+        date=settings.day(),
+        smape=made.smape,
+        history=made.history,
+        name=settings.name,
+        previous=previous,
+        **asdict(origin),
+    )
+
+
+def _commit(folder: str, manifest: SubmissionManifest) -> None:
+    url, data = storage.join(folder, MANIFEST), seal(asdict(manifest))
+    if not storage.create(url, data):  # a damaged one, or one of another origin with the same prices
+        storage.write(url, data)
 
 
 def point_to(settings: PredictConfig, key: str, seen: tuple[bytes, str] | None = None) -> None:

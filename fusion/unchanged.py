@@ -1,4 +1,4 @@
-"""A night on which nothing has changed: told from the last submission's manifest and two listings, in ten requests.
+"""A night on which nothing has changed: told from the last submission's manifest and two listings, in eleven requests.
 
 The manifest says which model, inputs and code its prices were made with. Where the served run, the listings and the
 code are still those, its rows are published again, and neither the run nor the table is read. Where they are not, or
@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from fusion import best_run, log, pointers, records, storage, submission
 from fusion.config import PredictConfig, RunConfig
+from fusion.errors import DataError
 from fusion.inputs import find_inputs
-from fusion.manifests import FINGERPRINTS, MANIFEST, SUBMISSION
+from fusion.manifests import MANIFEST, SUBMISSION
 from fusion.provenance import code_digest
 from fusion.records import SubmissionManifest, SubmissionPointer, seal
 from fusion.runs import data_of, open_run
@@ -85,8 +86,13 @@ def _carry_over(
     key = f"{settings.name}/{settings.day()}/{storage.base(folder)}"
     target = storage.join(settings.output, "submissions", key)
     storage.write(storage.join(target, SUBMISSION), content)
-    if manifest.sha256_of(FINGERPRINTS):
-        storage.copy(storage.join(folder, FINGERPRINTS), storage.join(target, FINGERPRINTS))
+    try:
+        for entry in manifest.files:
+            if entry.key != SUBMISSION:
+                storage.copy(storage.join(folder, entry.key), storage.join(target, entry.key))
+    except DataError as error:  # one of them is gone
+        log.warning(event="submission_damaged", submission=folder, reason=error.message)
+        return None
     data = settings.data or manifest.run_data
     again = replace(manifest, date=settings.day(), previous=pointer.submission, data=data)
     if not storage.create(storage.join(target, MANIFEST), seal(asdict(again))):

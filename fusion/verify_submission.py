@@ -12,8 +12,9 @@ from fusion import storage
 from fusion.errors import CredentialsError, DataError
 from fusion.findings import Report, check_files, check_once, first_line, parsed, some
 from fusion.inputs import find_table, table_sha256
-from fusion.manifests import MANIFEST, MODEL, SUBMISSION
+from fusion.manifests import MANIFEST, MODEL, PREDICTIONS, SUBMISSION
 from fusion.records import CheckpointManifest, DataOfRun, SubmissionManifest, read_required
+from fusion.submission import plain
 
 _PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")
 _NOT_READABLE = (DataError, CredentialsError, ImportError, ValueError)  # not: a store that is silent, which is 69
@@ -32,7 +33,10 @@ def check_submission(report: Report, folder: str, data: str | None) -> Submissio
     if SUBMISSION in contents:
         content = contents[SUBMISSION]
         report.expect("folder's digest", storage.sha256(content)[:12], storage.base(folder))
-        ids = _check_csv(report, content, manifest.rows)
+        rows = _check_csv(report, content, manifest.rows)
+        if PREDICTIONS in contents:
+            _check_predictions(report, contents[PREDICTIONS], rows)
+        ids = [row[0] if row else "" for row in rows]
         _compare_ids(report, ids, manifest, data)
     _compare_model(report, manifest)
     return manifest
@@ -47,8 +51,8 @@ def _check_place(report: Report, folder: str, manifest: SubmissionManifest) -> N
             report.expect("name of the manifest", name, manifest.name)
 
 
-def _check_csv(report: Report, content: bytes, n_rows: int) -> list[str]:
-    """Checks header, rows and prices of a submission; its ids."""
+def _check_csv(report: Report, content: bytes, n_rows: int) -> list[list[str]]:
+    """Checks header, rows and prices of a submission; its rows."""
     try:
         header, *rows = [*csv.reader(io.StringIO(content.decode(), newline=""), strict=True)] or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
@@ -63,7 +67,23 @@ def _check_csv(report: Report, content: bytes, n_rows: int) -> list[str]:
         report.bad(f"{SUBMISSION}: prices", "plain finite numbers above 0", f"{len(wrong)} others: {some(wrong)}")
     else:
         report.ok(f"{SUBMISSION}: prices are plain finite numbers above 0")
-    return ids
+    return rows
+
+
+def _check_predictions(report: Report, data: bytes, rows: list[list[str]]) -> None:
+    """Whether these are the rows of `submission.csv`, and each price lies within its intervals."""
+    from fusion.predictions import from_parquet
+
+    try:
+        found = from_parquet(data)
+    except ValueError as error:
+        report.bad(PREDICTIONS, "Parquet with sample_id and price", first_line(error))
+        return
+    same = zip(found["sample_id"].tolist(), map(plain, found["price"].tolist()), strict=True)
+    if [[*row] for row in same] == rows:
+        report.ok(f"{PREDICTIONS}: ids and prices of {SUBMISSION}")
+    else:
+        report.bad(PREDICTIONS, f"ids and prices of {SUBMISSION}", "others")
 
 
 def _is_price(text: str) -> bool:

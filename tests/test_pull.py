@@ -243,7 +243,7 @@ def test_a_submission_is_pulled(which: str, output: str, tmp_path: Path) -> None
     assert csv.read_bytes() == storage.read(f"{output}/submissions/{current}/submission.csv")
     pointer = {"pointers/submissions/prices/current.json"} if which == "current" else set()
     folder = f"submissions/{current}"
-    names = ("submission.csv", "fingerprints.parquet", "MANIFEST.json", "pulled.json")
+    names = ("submission.csv", "predictions.parquet", "fingerprints.parquet", "MANIFEST.json", "pulled.json")
     assert files(tmp_path) == {f"{folder}/{name}" for name in names} | pointer
     assert [finding for finding in verify(str(csv.parent)) if finding.verdict != "ok"] == []
     check_whole(tmp_path)

@@ -1,0 +1,136 @@
+"""What a submission says of each row beside its price."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from fusion import manifests, pointers, prediction, predictions, submission
+from fusion.all_embeddings import predict_test, train
+from fusion.parts import Compute
+from fusion.price_model import PriceModel
+from fusion.records import SubmissionPointer
+from fusion.submission import plain
+from fusion.verify import verify
+from tests.conftest import SMALL
+from tests.documents import edit
+
+
+@pytest.fixture(scope="module")
+def output(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("predictions")
+    flags = ["--data", str(catalog), "--output", str(output), "--run-id", "r", *SMALL, "--epochs", "1"]
+    assert train.main(flags) == 0
+    return output
+
+
+def published(output: Path, name: str, *flags: str) -> Path:
+    where = ["--output", str(output), "--device", "cpu", "--name", name, *flags]
+    assert predict_test.main([*where, "--date", "2026-01-02"]) == 0
+    return current(output, name)
+
+
+def current(output: Path, name: str) -> Path:
+    pointer = pointers.read(SubmissionPointer, str(output), "submissions", name, "current")
+    assert pointer is not None
+    return output / "submissions" / pointer.submission
+
+
+def wrong(folder: Path) -> list[str]:
+    return [str(finding) for finding in verify(str(folder)) if finding.verdict == "BAD"]
+
+
+def test_rows_are_those_of_the_csv_in_its_order(output: Path) -> None:
+    folder = published(output, "plain")
+    csv = pd.read_csv(folder / "submission.csv", dtype="str")
+    rows = predictions.from_parquet((folder / "predictions.parquet").read_bytes())
+    assert rows["sample_id"].tolist() == csv["sample_id"].tolist() != sorted(csv["sample_id"])
+    assert [plain(price) for price in rows["price"]] == csv["price"].tolist()
+    assert wrong(folder) == []
+
+
+def test_whatever_the_model_computes_per_row_is_published(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pricing = prediction.pricing
+
+    def with_neighbours(model: PriceModel) -> Compute:
+        compute = pricing(model)
+
+        def more(inputs: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str, Tensor]:
+            price = compute(inputs, present)["price"]
+            return {"price": price, "spread": price / 2, "neighbours": torch.stack([price, price + 1], 1).long()}
+
+        return more
+
+    monkeypatch.setattr(prediction, "pricing", with_neighbours)
+    folder = published(output, "more", "--force")
+    rows = pd.read_parquet(folder / "predictions.parquet")
+    np.testing.assert_allclose(rows["spread"], rows["price"] / 2)
+    assert [list(one) for one in rows["neighbours"]] == [[int(price), int(price + 1)] for price in rows["price"]]
+    assert wrong(folder) == []
+
+
+def test_an_unchanged_night_carries_them_over(output: Path) -> None:
+    first = published(output, "nights")
+    assert predict_test.main(["--output", str(output), "--name", "nights", "--date", "2026-01-03"]) == 0
+    again = current(output, "nights")
+    assert again.parent.name == "2026-01-03" and wrong(again) == []
+    assert (again / "predictions.parquet").read_bytes() == (first / "predictions.parquet").read_bytes()
+
+
+def test_a_night_after_they_were_lost_publishes_what_is_left(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (published(output, "lost") / "predictions.parquet").unlink()
+    assert predict_test.main(["--output", str(output), "--name", "lost", "--date", "2026-01-03"]) == 0
+    assert "event=submission_damaged" in capsys.readouterr().err
+    assert current(output, "lost").parent.name == "2026-01-03" and wrong(current(output, "lost")) == []
+
+
+@pytest.mark.parametrize("change", ["price", "order", "column"])
+def test_rows_that_are_not_those_of_the_csv_are_found(change: str, output: Path) -> None:
+    folder = published(output, change)
+    path = folder / "predictions.parquet"
+    rows = pd.read_parquet(path)
+    if change == "price":
+        rows.loc[0, "price"] += 0.001
+    changed = {"price": rows, "order": rows.iloc[::-1], "column": rows.drop(columns="sample_id")}[change]
+    changed.to_parquet(path, index=False)
+    files = {name: (folder / name).read_bytes() for name in ("submission.csv", path.name, "fingerprints.parquet")}
+    edit(folder / "MANIFEST.json", files=[vars(entry) for entry in manifests.entries(files)])
+    (line,) = wrong(folder)
+    assert line.startswith("BAD  predictions.parquet: expected ")
+
+
+def test_digits_that_no_price_shows_do_not_replace_what_is_published(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two jobs at once on different processors, which round differently, the first one counts."""
+    folder = published(output, "digits")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    pricing = prediction.pricing
+
+    def otherwise(model: PriceModel) -> Compute:
+        compute = pricing(model)
+        return lambda inputs, present: {"price": compute(inputs, present)["price"] * (1 + 1e-12)}
+
+    monkeypatch.setattr(prediction, "pricing", otherwise)
+    monkeypatch.setattr(submission, "reuse", lambda *_: None)
+    monkeypatch.setattr(prediction, "republish", lambda *_: None)
+    assert published(output, "digits") == folder and wrong(folder) == []
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_lists_and_numbers_in_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "ROWS_PER_GROUP", 2)
+    columns = {"price": np.array([1.0, 2.0, 3.0]), "weights": np.arange(6.0).reshape(3, 2), "none": np.empty((3, 0))}
+    data = predictions.to_parquet(["a", "b", "c"], columns)
+    assert data == predictions.to_parquet(["a", "b", "c"], columns)
+    assert pq.ParquetFile(io.BytesIO(data)).num_row_groups == 2
+    rows = predictions.from_parquet(data)
+    assert [list(one) for one in rows["weights"]] == [[0, 1], [2, 3], [4, 5]]
+    assert rows["sample_id"].tolist() == ["a", "b", "c"] and [len(one) for one in rows["none"]] == [0, 0, 0]

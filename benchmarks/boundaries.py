@@ -33,6 +33,7 @@ KINDS = {
     "model": "write */runs/r/checkpoints/*/model.safetensors",
     "state": "write */runs/r/checkpoints/*/state.pt",
     "checkpoint-validation": "write */runs/r/checkpoints/*/validation.parquet",
+    "checkpoint-intervals": "write */runs/r/checkpoints/*/intervals.json",
     "checkpoint-manifest": "write */runs/r/checkpoints/*/MANIFEST.json",
     "epoch-end": "end epoch",
     "prune-manifest": "remove */runs/r/checkpoints/*/MANIFEST.json",
@@ -59,7 +60,7 @@ KINDS = {
     "prediction-parts-gone": "remove */parts/*",
 }
 REPEATED = ("history-by-line", "history-as-table", "model", "state", "checkpoint-manifest", "epoch-end")
-REPEATED += ("checkpoint-validation", "prune-manifest", "prune")
+REPEATED += ("checkpoint-validation", "checkpoint-intervals", "prune-manifest", "prune")
 EVERYBODYS = ("epoch-end", "evaluation-part", "prediction-part")
 WHOLE = ("prune-manifest", "metrics-manifest-gone")  # one object is removed: nothing is inside
 

@@ -15,16 +15,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from fusion import log, storage
+from fusion import intervals, log, storage
 from fusion.errors import DataError, FusionError, SupersededError
 from fusion.manifests import (
     EPOCHS,
+    INTERVALS,
     LINES,
     MANIFEST,
     MODEL,
@@ -38,7 +38,7 @@ from fusion.manifests import (
     write_files,
 )
 from fusion.records import SCHEMA, CheckpointManifest, FileEntry, seal
-from fusion.validation import has_validation, to_parquet, validation_of
+from fusion.validation import computed_in, has_validation, to_parquet, validation_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Snapshot:
         state: what training needs to go on; tensors and plain values.
         facts: what else the manifest says: epoch, smape, finished.
         validation: as of `validation_frame`; None before the first validation.
+        category: name of the column that the category of a row is; empty: there is none.
     """
 
     step: int
@@ -58,6 +59,7 @@ class Snapshot:
     state: dict[str, Any]
     facts: dict[str, Any]
     validation: pd.DataFrame | None = None
+    category: str = ""
 
 
 class Writer:
@@ -126,8 +128,7 @@ def commit(
         MODEL: safetensors.torch.save(contiguous, {"dims": json.dumps(dict(dims))}),
         STATE: _torch_bytes(snapshot.state),
     }
-    if snapshot.validation is not None:
-        files[VALIDATION] = to_parquet(snapshot.validation)
+    files |= _of_validation(snapshot)
     url = storage.join(folder, MANIFEST)
     check_lease()
     if storage.exists(url):  # of one that was damaged, and so passed over
@@ -143,6 +144,15 @@ def commit(
     if not storage.create(url, seal(asdict(manifest))):
         raise SupersededError(f"another process has committed {folder}", "let it finish; run one job per --run-id")
     return Checkpoint(folder, manifest)
+
+
+def _of_validation(snapshot: Snapshot) -> dict[str, bytes]:
+    """What the best weights predict for the validation rows, and the intervals that follow from it."""
+    if snapshot.validation is None:
+        return {}
+    made = intervals.fit(snapshot.validation, snapshot.category)
+    others = {} if made is None else {INTERVALS: seal(asdict(made))}
+    return {VALIDATION: to_parquet(snapshot.validation), **others}
 
 
 def _write_history(run: str, history: Sequence[Mapping[str, Any]]) -> tuple[FileEntry, ...]:
@@ -191,7 +201,7 @@ def forget_after(run: str, url: str | None) -> None:
 def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
     """The newest committed checkpoint that can be resumed from, with its weights and its state.
 
-    The state also has what the weights predict for the validation rows: "predicted", [n] or None.
+    The state also has "validated", what the weights compute of the validation rows, as a `Fit` has it.
 
     One that is damaged, or not finite, is named in the log and passed over.
     """
@@ -199,7 +209,7 @@ def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | N
         try:
             weights = safetensors.torch.load(read_file(checkpoint, MODEL))
             state = torch.load(io.BytesIO(read_file(checkpoint, STATE)), map_location="cpu", weights_only=True)
-            state["predicted"] = _predicted(checkpoint)
+            state["validated"] = computed_in(validation_of(checkpoint)) if has_validation(checkpoint) else None
         except DataError as error:
             log.warning(event="checkpoint_damaged", checkpoint=checkpoint.url, reason=error.message)
             continue
@@ -208,10 +218,6 @@ def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | N
             return checkpoint, weights, state
         log.warning(event="checkpoint_not_finite", checkpoint=checkpoint.url, first=wrong)
     return None
-
-
-def _predicted(checkpoint: Checkpoint) -> np.ndarray | None:
-    return validation_of(checkpoint)["predicted"].to_numpy() if has_validation(checkpoint) else None
 
 
 def not_finite(value: Any, name: str = "") -> str | None:

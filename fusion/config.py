@@ -90,6 +90,9 @@ class RunConfig(StoreConfig):
         None, "column whose equal texts are near-duplicates; by default catalog_content, if there is one", "data"
     )
     group_column: str | None = setting(None, "column whose equal values must stay on one side of the split", "data")
+    interval_by: str | None = setting(
+        None, "column whose values have intervals of their own; by default category, if there is one", "data"
+    )
     max_missing: float = setting(
         0.05, "largest share of rows a source may lack before the run refuses", "data", ge=0, le=1
     )

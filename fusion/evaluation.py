@@ -14,14 +14,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import log, manifests, report, storage, submission
+from fusion import intervals, log, manifests, report, storage, submission
 from fusion.config import EvaluateConfig, RunConfig
 from fusion.contention import turns
 from fusion.distributed import held, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError
 from fusion.groups import Evaluation, evaluate
-from fusion.parts import Compute, compute_parts, discard
+from fusion.parts import Arrays, Compute, compute_parts, discard
 from fusion.prediction import (
     BuildNetwork,
     C,
@@ -32,9 +32,10 @@ from fusion.prediction import (
     validation_digest,
 )
 from fusion.price_model import PriceModel
-from fusion.records import SCHEMA, MetricsManifest, seal
+from fusion.records import SCHEMA, Intervals, MetricsManifest, seal
 from fusion.splits import read_split
 from fusion.tables import Table, places_of, read_table
+from fusion.validation import computed_frame
 
 COMPUTED = ("price", "predicted", "present", "smape")  # of each row; the user's columns of these names are not shown
 
@@ -62,13 +63,41 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
 
         def finish() -> None:
             rows = _predictions(held(table), computed["price"], store.present)
+            limits = intervals.intervals_of(chosen)
+            rows, coverage = _with_bounds(rows, limits, run, chosen, held(table), computed, as_trained)
             by = held(table).frame[list(settings.by)]
-            evaluation = evaluate(rows, by, computed.get("gate"), as_trained=as_trained)
+            evaluation = evaluate(rows, by, computed.get("gate"), as_trained=as_trained, coverage=coverage)
             _write(run, chosen, evaluation, rows)
             _show(evaluation, held(table).frame)
 
         place.on_main(finish)
         place.on_main(lambda: discard(under_way))  # also what earlier ones left that did not end
+
+
+def _with_bounds(
+    rows: pd.DataFrame,
+    limits: Intervals | None,
+    run: str,
+    chosen: manifests.Checkpoint,
+    table: Table,
+    computed: Arrays,
+    as_trained: bool | None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows with the bounds of their intervals, and how many prices lie within; empty if there are no intervals.
+
+    Where these are the rows that the run's intervals were made of, each gets bounds from the other groups of rows.
+    """
+    if limits is None:
+        return rows, pd.DataFrame()
+    known = computed_frame(computed, intervals.category_of(table, limits.by)).assign(price=rows["price"])
+    if as_trained is False:
+        found: dict[str, np.ndarray] | None = intervals.bounds(limits, known)
+    else:
+        split = read_split(run, chosen.manifest.split_sha256)
+        found = intervals.crossed(known, split.loc[split["side"] == "validation", "group"].to_numpy(), limits.by)
+    if found is None:
+        return rows, pd.DataFrame()
+    return rows.assign(**found), intervals.coverage(limits, known.assign(**found))
 
 
 def _explaining(model: PriceModel) -> Compute:
@@ -111,7 +140,8 @@ def _validation_rows(
 ) -> Table:
     split = read_split(run, chosen.manifest.split_sha256)
     ids = pd.Index(split.loc[split["side"] == "validation", "sample_id"])
-    drop, columns = config.drop_bad_prices, partial(_columns_of_report, settings.by)
+    drop, by = config.drop_bad_prices, (*settings.by, intervals.category_column(config))
+    columns = partial(_columns_of_report, by)
     table = read_table(data, "train", priced=True, drop_bad_prices=drop, columns=columns)
     for column in settings.by:
         table.column(column, "--by")
@@ -176,7 +206,7 @@ def _show(evaluation: Evaluation, columns: pd.DataFrame) -> None:
     beside = columns.drop(columns=[name for name in columns if name in evaluation.worst])
     worst, best = (rows.join(beside, on="sample_id") for rows in (evaluation.worst, evaluation.best))
     note = ", with other prices or embeddings than in training" if evaluation.as_trained is False else ""
-    report.show(evaluation.groups, worst, best, evaluation.gates, evaluation.distributions, note)
+    report.show(evaluation.groups, worst, best, evaluation.gates, evaluation.distributions, note, evaluation.coverage)
 
 
 def _parquet(frame: pd.DataFrame) -> bytes:
@@ -198,6 +228,7 @@ def _summary(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation) -> 
         "best": _records(evaluation.best[columns]),
         "gates": _records(evaluation.gates.rename_axis("price_bin").reset_index()),
         "distributions": _records(evaluation.distributions),
+        "intervals": _records(evaluation.coverage),
     }
     return storage.as_json(summary)
 

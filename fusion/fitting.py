@@ -27,7 +27,7 @@ from fusion.errors import DivergedError
 from fusion.layers import random_rows
 from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape
-from fusion.parts import with_beats
+from fusion.parts import Arrays, with_beats
 from fusion.prediction import predict_rows, pricing
 from fusion.price_model import PriceModel
 from fusion.validation import validation_frame
@@ -46,6 +46,7 @@ class TrainingData:
         train, validation: positions in the store, int64. Rows without any embedding are not trained on.
         prices: [n_validation] dollars, float64.
         ids: [n_validation] sample ids.
+        category: [n_validation] text, named after its column; None: there is no such column, or this is not rank 0.
     """
 
     store: RowStore
@@ -54,6 +55,7 @@ class TrainingData:
     validation: Tensor
     prices: np.ndarray
     ids: pd.Index
+    category: pd.Series | None = None
 
 
 class EarlyStopping:
@@ -96,7 +98,8 @@ class Fit:
         loss_sum: loss summed over the rows of those batches, all ranks together.
         history: one entry an epoch.
         best: state dict at the lowest validation SMAPE so far.
-        predicted: [n_validation] dollars, by `best`; rank 0 alone has them. None before the first validation.
+        validated: what `best` computes of the validation rows, name to [n_validation, …], such as their price; rank 0
+            alone has them. None before the first validation.
     """
 
     def __init__(self, config: RunConfig, model: PriceModel, data: TrainingData, place: World) -> None:
@@ -116,7 +119,7 @@ class Fit:
         self.loss_sum, self.smape = 0.0, float("inf")
         self.history: list[dict[str, Any]] = []
         self.best = _copy(model.state_dict())
-        self.predicted: np.ndarray | None = None
+        self.validated: Arrays | None = None
         self._unshared = torch.zeros((), device=place.device)
 
     @property
@@ -166,14 +169,14 @@ class Fit:
         Raises:
             DivergedError: the SMAPE is not finite.
         """
-        loss, (smape, predicted) = self.loss_sum / len(self.data.train), self._validate(beat)
+        loss, (smape, validated) = self.loss_sum / len(self.data.train), self._validate(beat)
         if not math.isfinite(smape):
             raise self._diverged(f"the validation SMAPE is {smape}, which is not finite")
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
         facts = {"epoch": self.epoch, "step": self.step, "loss": loss, "smape": smape, "lr": self.lr}
         self.history.append(facts | {"seconds": seconds})
         if smape < self.smape:
-            self.smape, self.best, self.predicted = smape, _copy(self.model.state_dict()), predicted
+            self.smape, self.best, self.validated = smape, _copy(self.model.state_dict()), validated
         self.scheduler.step(smape)
         self.stopping(smape)
         return facts | {"step": f"{self.step}/{self.config.epochs * self.n_batches}"}
@@ -199,12 +202,13 @@ class Fit:
             "history": [dict(entry) for entry in self.history],
         }
         facts = {"epoch": self.epoch, "smape": smape, "finished": self.finished}
-        return Snapshot(self.step, self.best, state, facts, self._validated())
+        by = "" if self.data.category is None else str(self.data.category.name)
+        return Snapshot(self.step, self.best, state, facts, self._validated(), by)
 
     def _validated(self) -> pd.DataFrame | None:
-        if self.predicted is None:
+        if self.validated is None:
             return None
-        return validation_frame(self.data.ids, self.data.prices, self.predicted)
+        return validation_frame(self.data.ids, self.data.prices, self.validated, self.data.category)
 
     def restore(self, best: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Takes up where the snapshot was made."""
@@ -215,7 +219,7 @@ class Fit:
         for name, value in state["position"].items():
             setattr(self, name, value)
         self.smape, self.history, self.best = state["smape"], state["history"], best
-        self.predicted = state.get("predicted")
+        self.validated = state.get("validated")
 
     def _diverged(self, what: str) -> DivergedError:
         return DivergedError(
@@ -249,10 +253,10 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _validate(self, beat: Beat) -> tuple[float, np.ndarray]:
+    def _validate(self, beat: Beat) -> tuple[float, Arrays]:
         compute = with_beats(pricing(self.model), beat)
-        predicted = predict_rows(compute, self.store, self.data.validation, self.place)
-        return self.place.on_main(lambda: compute_smape(self.data.prices, predicted)), predicted
+        computed = predict_rows(compute, self.store, self.data.validation, self.place)
+        return self.place.on_main(lambda: compute_smape(self.data.prices, computed["price"])), computed
 
 
 def _copy(value: Any) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from fusion import log
+from fusion.intervals import LEVELS, is_within
 from fusion.metrics import bootstrap_interval, group_metrics, row_smape
 
 BINS = (0, 5, 10, 15, 20, 30, 50, 100, 200, 500, np.inf)
@@ -32,6 +33,7 @@ class Evaluation:
         groups: one row per group: by, group, count, share, smape with its 95% interval, and the other metrics.
         worst, best: the rows with the largest and the smallest error.
         gates: mean gate weight of each expert by price bin; empty for models without a gate.
+        coverage: of the intervals, as of `fusion.intervals.coverage`; empty if there are none.
         distributions: quantiles of true and predicted prices and of the row errors.
     """
 
@@ -41,20 +43,27 @@ class Evaluation:
     gates: pd.DataFrame
     distributions: pd.DataFrame
     as_trained: bool | None = None
+    coverage: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def evaluate(
-    rows: pd.DataFrame, by: pd.DataFrame, gate: np.ndarray | None = None, *, as_trained: bool | None = None
+    rows: pd.DataFrame,
+    by: pd.DataFrame,
+    gate: np.ndarray | None = None,
+    *,
+    as_trained: bool | None = None,
+    coverage: pd.DataFrame | None = None,
 ) -> Evaluation:
     """Metrics of predicted rows, overall and by group.
 
     Args:
-        rows: columns sample_id, price, predicted, present (which roles were there).
+        rows: columns sample_id, price, predicted, present (which roles were there), and perhaps bounds of intervals.
         by: the user's columns to group by, of the same rows; their names may be anything.
         gate: [n, E] weight of each expert.
     """
     rows = rows.assign(smape=row_smape(rows["price"], rows["predicted"]))
     columns = {name: rows[name].to_numpy(np.float64) for name in ("smape", "price", "predicted")}
+    columns |= {f"covered_{level}": is_within(rows, level) for level in LEVELS if f"low_{level}" in rows}
     groups = [_metrics(columns, name, group, chosen) for name, group, chosen in _groups(rows, by)]
     worst, best = _extremes(rows)
     return Evaluation(
@@ -64,6 +73,7 @@ def evaluate(
         _gates(rows, gate),
         _distributions(rows),
         as_trained,
+        pd.DataFrame() if coverage is None else coverage,
     )
 
 
@@ -129,7 +139,9 @@ def _metrics(columns: Mapping[str, np.ndarray], name: str, group: str, rows: np.
     low, high = bootstrap_interval(smape)
     head = {"by": name, "group": group, "count": len(rows), "share": len(rows) / len(columns["smape"])}
     metrics = group_metrics(price, predicted)
-    return head | {"smape": metrics.pop("smape"), "smape_low": low, "smape_high": high} | metrics
+    shares = {name: values[rows] for name, values in columns.items() if name.startswith("covered_")}
+    covered = {name: float(within.mean()) if len(rows) else float("nan") for name, within in shares.items()}
+    return head | {"smape": metrics.pop("smape"), "smape_low": low, "smape_high": high} | metrics | covered
 
 
 def _gates(rows: pd.DataFrame, gate: np.ndarray | None) -> pd.DataFrame:

@@ -20,6 +20,7 @@ MANIFEST: Final = "MANIFEST.json"
 MODEL: Final = "model.safetensors"
 STATE: Final = "state.pt"
 VALIDATION: Final = "validation.parquet"  # what the best weights predict for the rows that validate
+INTERVALS: Final = "intervals.json"  # between which prices a true price lies, given the predicted one
 SUBMISSION: Final = "submission.csv"
 PREDICTIONS: Final = "predictions.parquet"  # of a submission: what else the model says of each row
 FINGERPRINTS: Final = "fingerprints.parquet"  # of a submission's embeddings, which the next night is compared with

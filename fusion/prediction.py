@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fusion import checkpoint, guards, log, manifests, predictions, runs, storage, submission
+from fusion import checkpoint, guards, intervals, log, manifests, predictions, runs, storage, submission
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig, digest
 from fusion.distributed import World, held, world
 from fusion.embeddings import RowStore, load
@@ -21,20 +21,23 @@ from fusion.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.parts import Arrays, Compute, compute_parts, compute_rows, discard
 from fusion.price_model import PriceModel
+from fusion.records import Intervals
 from fusion.tables import Table, read_table
 from fusion.unchanged import republish
+from fusion.validation import computed_frame
 
 C = TypeVar("C", bound=RunConfig)
 BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]
 
 
-def predict_rows(compute: Compute, store: RowStore, rows: Tensor, place: World) -> np.ndarray:
-    """What `pricing` computes of the store's rows [n], in their order: each once over all ranks.
+def predict_rows(compute: Compute, store: RowStore, rows: Tensor, place: World) -> Arrays:
+    """What `compute` says of the store's rows [n], name to [n, …], in their order: each once over all ranks.
 
     Rank 0 has them all; the others have none.
     """
-    part = compute_rows(compute, store, rows[place.share(len(rows))], place.device)
-    return np.concatenate([np.empty(0), *place.gather_on_main(part.get("price", np.empty(0)))])
+    mine = compute_rows(compute, store, rows[place.share(len(rows))], place.device)
+    parts = [part for part in place.gather_on_main(mine) if part]  # a rank may have no rows
+    return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else {})}
 
 
 def validation_digest(store: RowStore, rows: Tensor, prices: np.ndarray) -> str:
@@ -103,7 +106,9 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
             place.on_main(lambda: discard(under_way))  # of one that was killed after it had published
             return
         model = load_model(chosen, config, build_network, place)
-        table = place.on_main_alone(lambda: read_table(data, "test", priced=False, columns=["price"]))
+        limits = place.on_main_alone(lambda: intervals.intervals_of(chosen))
+        columns = ["price", *([limits.by] if limits else [])]
+        table = place.on_main_alone(lambda: read_table(data, "test", priced=False, columns=columns))
         ids = place.on_main(lambda: held(table).ids)
         bindings, sources = config.bindings(), inputs.sources
         most = config.max_missing if settings.max_missing is None else settings.max_missing
@@ -119,7 +124,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         place.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
         computed = compute_parts(pricing(model), store, place, parts)
         try:
-            place.on_main(lambda: _publish(settings, origin, chosen.smape, held(table), computed, seen, last))
+            place.on_main(lambda: _publish(settings, origin, chosen.smape, held(table), computed, limits, seen, last))
         except (DataError, DivergedError):
             place.on_main(lambda: discard(under_way))  # refused: the input or the model will be replaced
             raise
@@ -132,6 +137,7 @@ def _publish(
     smape: float,
     table: Table,
     computed: Arrays,
+    limits: Intervals | None,
     seen: Look,
     last: submission.Last | None,
 ) -> None:
@@ -139,7 +145,8 @@ def _publish(
     warn_of_leak(table, prices, smape)
     priced = pd.Series(prices, table.ids)
     guards.conclude(settings, guards.about_prices(settings, priced, smape, last, origin))
-    ids, in_order = list(table.ids[table.file_order]), {name: one[table.file_order] for name, one in computed.items()}
+    rows = {"price": prices, **_bounds(limits, table, computed), **computed}
+    ids, in_order = list(table.ids[table.file_order]), {name: one[table.file_order] for name, one in rows.items()}
     files = {
         SUBMISSION: submission.submission_csv(ids, in_order["price"]),
         PREDICTIONS: predictions.to_parquet(ids, in_order),
@@ -147,6 +154,17 @@ def _publish(
     }
     history = guards.remembered(priced, last, settings.day(), origin.model_sha256)
     submission.publish(settings, origin, submission.Made(files, len(table), smape, history))
+
+
+def _bounds(limits: Intervals | None, table: Table, computed: Arrays) -> Arrays:
+    """The intervals' bounds of the table's rows; nothing if the checkpoint has none."""
+    if limits is None:
+        log.warning(event="no_intervals", reason="an earlier version trained this run, or it validated on few rows")
+        return {}
+    category = intervals.category_of(table, limits.by)
+    if limits.by and category is None:
+        log.warning(event="column_missing", column=limits.by, reason=f"{table.name} lacks what intervals were made by")
+    return intervals.bounds(limits, computed_frame(computed, category))
 
 
 def warn_of_leak(table: Table, prices: np.ndarray, validation_smape: float) -> None:

@@ -30,6 +30,7 @@ _REMEDY = "`python -m fusion.verify URL` says what else is"
 Count = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of one file or folder: no way out of its own
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Smape = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -81,6 +82,47 @@ class CheckpointManifest(Manifest):
 
 
 @dataclass(frozen=True)
+class IntervalBin:
+    """Rows whose errors intervals are made of.
+
+    Attributes:
+        category: None: all; empty: all that have no bins of their own.
+        tier: of the predicted price, from 0; None: all.
+        widths: of each level: half the width of an interval in log price, before it is scaled by the spread.
+    """
+
+    category: str | None
+    tier: Count | None
+    rows: PositiveInt
+    widths: tuple[NotNegative, ...]
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """`checkpoints/step-…/intervals.json`
+
+    Attributes:
+        levels: percent of the true prices that lie within.
+        rows: that they were made of.
+        by: column of the table that `categories` are values of; empty: there was none.
+        categories: those with bins of their own.
+        tier_edges: dollars between the tiers, rising.
+        spread_edges: between the bins of the model's spread, rising.
+        scales: of each bin of the spread, what widths are multiplied by; empty: 1.
+    """
+
+    schema: Literal[1, 2]
+    levels: tuple[PositiveInt, ...]
+    rows: PositiveInt
+    by: str
+    categories: tuple[str, ...]
+    tier_edges: tuple[PositiveFloat, ...]
+    spread_edges: tuple[float, ...]
+    scales: tuple[PositiveFloat, ...]
+    bins: tuple[IntervalBin, ...]
+
+
+@dataclass(frozen=True)
 class Night:
     """What a published night did to the prices of the products that the one before had.
 
@@ -107,6 +149,7 @@ class SubmissionManifest(Manifest):
         run_data: the data that the run's settings name, which a prediction reads unless it is given others.
         sources: role to the name of the source that was read.
         inputs_version: of `Inputs.version`.
+        intervals_sha256: of the `intervals.json` that bounds were computed with; empty: there was none.
     """
 
     rows: PositiveInt
@@ -125,6 +168,7 @@ class SubmissionManifest(Manifest):
     run_data: str = ""
     sources: dict[str, str] = field(default_factory=dict)
     inputs_version: str = ""
+    intervals_sha256: str = ""
 
 
 @dataclass(frozen=True)

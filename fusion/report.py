@@ -43,14 +43,18 @@ def show(
     gates: pd.DataFrame,
     distributions: pd.DataFrame,
     note: str = "",
+    coverage: pd.DataFrame | None = None,
 ) -> None:
     """Prints metrics by group, the extreme rows, the distributions and the gate's use on standard output.
 
     Args:
         note: what has to be known of the rows.
+        coverage: as of `fusion.intervals.coverage`; empty or None: there are no intervals.
     """
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(_groups(groups, console.width, note))
+    if coverage is not None and not coverage.empty:
+        console.print(_coverage(coverage))
     for title, rows in (("Worst rows, by SMAPE", worst), ("Best rows, by SMAPE", best)):
         numbers = ["sample_id", "price", "predicted", "smape"]
         texts = [column for column in rows.columns if column not in (*numbers, "present")][:N_TEXTS]
@@ -76,6 +80,23 @@ def _groups(groups: pd.DataFrame, width: int, note: str) -> Table:
             row["interval"] = f"{_number(row['smape_low'])} - {_number(row['smape_high'])}"
             row["share"] = f"{row['share']:.1%}"
             table.add_row(str(row["group"]), *(_number(row[name]) for name in shown))
+    return table
+
+
+def _coverage(coverage: pd.DataFrame) -> Table:
+    covered = [str(name) for name in coverage if str(name).startswith("covered_")]
+    table = _table("Intervals: share of the true prices inside, and the factor from the price to a bound of 90%")
+    table.add_column("group", no_wrap=True, max_width=TEXT_WIDTH)
+    shares = [f"{name.removeprefix('covered_')}%" for name in covered]
+    for heading in ("rows", *shares, "s.e. of 90%", "factor"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for by, part in coverage.groupby("by", sort=False):
+        if by != "overall":
+            table.add_section()
+            table.add_row(f"by {by}", style="bold")
+        for row in part.to_dict("records"):
+            percents = [f"{row[name]:.1%}" for name in (*covered, "error")]
+            table.add_row(str(row["group"]), str(row["count"]), *percents, readable(row["factor_90"]))
     return table
 
 

@@ -143,7 +143,7 @@ def _check_share(validates: np.ndarray, wanted: float, sizes: np.ndarray) -> Non
 
 
 def read_split(run: str, sha256: str = "") -> pd.DataFrame:
-    """sample_id (str) and side of every row of a run, as `to_parquet` wrote them.
+    """sample_id (str), side and group of every row of a run, as `to_parquet` wrote them.
 
     Args:
         sha256: of the bytes that the run was trained with; unknown if empty.
@@ -157,7 +157,7 @@ def read_split(run: str, sha256: str = "") -> pd.DataFrame:
     if sha256 not in ("", storage.sha256(content)):
         raise DataError(f"{url} is not the one that the run was trained with", remedy)
     try:
-        return pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"})[["sample_id", "side"]]
+        return pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"})[["sample_id", "side", "group"]]
     except (ValueError, OSError, KeyError) as error:  # pyarrow's errors are among them
         raise DataError(f"{url} is damaged: {str(error).splitlines()[0]}", remedy) from error
 

@@ -18,7 +18,7 @@ from fusion import log, manifests, pointers, records, storage
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.errors import DivergedError
 from fusion.inputs import Inputs, find_inputs, table_sha256
-from fusion.manifests import FINGERPRINTS, MANIFEST, SUBMISSION
+from fusion.manifests import FINGERPRINTS, INTERVALS, MANIFEST, SUBMISSION
 from fusion.provenance import code_digest
 from fusion.records import SCHEMA, Night, SubmissionManifest, SubmissionPointer, seal
 
@@ -38,6 +38,7 @@ class Origin:
         inputs_sha256: of `table_sha256` and the versions of all embeddings.
         code_sha256: of the code that decides a price.
         run_data, sources, inputs_version: as in `SubmissionManifest`.
+        intervals_sha256: of the checkpoint's intervals; empty: it has none.
     """
 
     run: str
@@ -50,14 +51,15 @@ class Origin:
     run_data: str = ""
     sources: dict[str, str] = field(default_factory=dict)
     inputs_version: str = ""
+    intervals_sha256: str = ""
 
     def key(self) -> str:
         """The same for the same model, data and code, wherever they lie."""
-        return digest([self.model_sha256, self.inputs_sha256, self.code_sha256])
+        return digest([self.model_sha256, self.intervals_sha256, self.inputs_sha256, self.code_sha256])
 
     def same_as(self, made: Origin | SubmissionManifest) -> bool:
         """Whether the other, or a submission with this manifest, was made of the same model, data and code."""
-        compared = ("model_sha256", "inputs_sha256", "code_sha256")
+        compared = ("model_sha256", "intervals_sha256", "inputs_sha256", "code_sha256")
         return all(getattr(made, name) == getattr(self, name) for name in compared)
 
 
@@ -112,6 +114,7 @@ def origin_of(
         config.data,
         config.bindings(),
         found.version(),
+        chosen.manifest.sha256_of(INTERVALS),
     )
 
 

@@ -16,6 +16,7 @@ from fusion.duplicates import compared_columns, near_duplicate_groups
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError
 from fusion.fitting import TrainingData
+from fusion.intervals import category_column, category_of
 from fusion.manifests import SPLIT
 from fusion.runs import describe_run, run_url
 from fusion.splits import read_split, split_rows, to_parquet
@@ -37,12 +38,16 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
     train = torch.nonzero(~validates & store.any_present()).squeeze(1)
     validation = torch.nonzero(validates).squeeze(1)
     rows = validates.numpy()
-    return TrainingData(store, targets, train, validation, prices[rows], ids[rows])
+    category = None if table is None else category_of(table, category_column(config), rows)
+    return TrainingData(store, targets, train, validation, prices[rows], ids[rows], category)
 
 
 def _read_table(config: RunConfig) -> Table:
-    drop, hashed = config.drop_bad_prices, compared_columns(config)
-    table = read_table(config.data, "train", priced=True, drop_bad_prices=drop, columns=(), hashed=hashed)
+    drop, kept = config.drop_bad_prices, [category_column(config)]
+    hashed = [name for name in compared_columns(config) if name not in kept]
+    table = read_table(config.data, "train", priced=True, drop_bad_prices=drop, columns=kept, hashed=hashed)
+    if config.interval_by is not None:
+        table.column(config.interval_by, "--interval-by")
     warn_of_extreme_prices(table)
     warn_of_poor_prices(table)
     return table

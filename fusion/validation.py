@@ -1,11 +1,13 @@
 """What a checkpoint's best weights predicted for the rows that validate: `validation.parquet`, beside the weights.
 
-Intervals, comparisons and ensembles are made of these rows, for no training step saw them.
+Intervals, comparisons and ensembles are made of these rows, for no training step saw them. Beside the price a row may
+have a category, and what the model computes of it that intervals use.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -14,11 +16,13 @@ from fusion import manifests
 from fusion.errors import DataError
 from fusion.manifests import VALIDATION, Checkpoint
 
-COLUMNS = ["sample_id", "price", "predicted"]
+COMPUTED = ("spread",)  # by the model, beside the price: some models do
 
 
 def validation_of(checkpoint: Checkpoint) -> pd.DataFrame:
     """sample_id (str), price and predicted (dollars, float64) of every row that validates, sorted by sample_id.
+
+    Where there are: spread (float64), and category (text, empty where it is missing).
 
     Raises:
         DataError: the checkpoint has none, for an earlier version made it, or they are damaged.
@@ -42,9 +46,38 @@ def has_validation(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.manifest.sha256_of(VALIDATION))
 
 
-def validation_frame(ids: pd.Index, prices: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
-    """What `validation.parquet` holds: ids [n] in the order of the split, prices [n] and predictions [n] in dollars."""
-    return pd.DataFrame({"sample_id": ids, "price": prices, "predicted": predicted})
+def validation_frame(
+    ids: pd.Index, prices: np.ndarray, computed: Mapping[str, np.ndarray], category: pd.Series | None = None
+) -> pd.DataFrame:
+    """What `validation.parquet` holds.
+
+    Args:
+        ids: [n] in the order of the split.
+        prices: [n] dollars.
+        computed, category: as of `computed_frame`.
+    """
+    frame = computed_frame(computed, category)
+    frame.insert(0, "price", prices)
+    frame.insert(0, "sample_id", ids)
+    return frame
+
+
+def computed_frame(computed: Mapping[str, np.ndarray], category: pd.Series | None = None) -> pd.DataFrame:
+    """What intervals need of rows: predicted, and where there are, spread and category.
+
+    Args:
+        computed: name to [n, …]; price in dollars, and perhaps one of `COMPUTED`.
+        category: [n] text.
+    """
+    others = {name: computed[name] for name in COMPUTED if name in computed}
+    frame = pd.DataFrame({"predicted": computed["price"], **others})
+    return frame if category is None else frame.assign(category=category.to_numpy())
+
+
+def computed_in(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """What the model computed of the rows: `computed` of `validation_frame`."""
+    others = {name: frame[name].to_numpy() for name in COMPUTED if name in frame}
+    return {"price": frame["predicted"].to_numpy(), **others}
 
 
 def to_parquet(frame: pd.DataFrame) -> bytes:
@@ -61,7 +94,7 @@ def from_parquet(data: bytes) -> pd.DataFrame:
         ValueError: it is no Parquet file, or lacks a column.
     """
     try:
-        frame = pd.read_parquet(io.BytesIO(data), columns=COLUMNS)
+        frame = pd.read_parquet(io.BytesIO(data))
         return frame.astype({"sample_id": "str", "price": np.float64, "predicted": np.float64})
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(str(error)) from error

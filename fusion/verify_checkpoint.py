@@ -6,11 +6,12 @@ import math
 from collections.abc import Container, Mapping
 
 from fusion import manifests, storage
-from fusion.findings import Report, check_files, check_once, first_line, some
-from fusion.manifests import MODEL, STATE, VALIDATION
+from fusion.findings import Report, check_files, check_once, first_line, parsed, some
+from fusion.manifests import INTERVALS, MODEL, STATE, VALIDATION
 from fusion.metrics import compute_smape
-from fusion.records import CheckpointManifest, RunFacts
+from fusion.records import CheckpointManifest, Intervals, RunFacts
 
+BORROWED = 5  # percent: bins of few rows use the errors of others, and so may hold for fewer of their own
 TOLERANCE = 1e-9  # relative: sums of float64 in another order, on another machine
 
 
@@ -36,6 +37,8 @@ def check_checkpoint(
         _check_header(report, f"{name}/{MODEL}", contents[MODEL], facts.dims if facts else None)
     if manifest is not None and VALIDATION in contents:
         _check_validation(report, f"{name}/{VALIDATION}", contents[VALIDATION], manifest, validating)
+    if INTERVALS in contents:
+        _check_intervals(report, f"{name}/{INTERVALS}", contents[INTERVALS], contents.get(VALIDATION))
     return manifest
 
 
@@ -78,3 +81,27 @@ def _check_validation(
         report.bad(f"{what}: smape of the manifest, recomputed", smape, manifest.smape)
     else:
         report.ok(f"{what}: {len(rows)} rows, smape {smape}")
+
+
+def _check_intervals(report: Report, what: str, data: bytes, validation: bytes | None) -> None:
+    """Whether they hold for the rows that they were made of, whatever the way."""
+    from fusion.intervals import bounds, is_within
+    from fusion.validation import from_parquet
+
+    made = parsed(report, what, data, Intervals)
+    if made is None or validation is None:
+        return
+    if not made.levels or any(len(one.widths) != len(made.levels) for one in made.bins):
+        report.bad(what, "levels, and in each bin a width for each", f"{len(made.levels)} levels")
+        return
+    try:
+        rows = from_parquet(validation)
+        rows = rows.assign(**bounds(made, rows))
+    except (ValueError, LookupError) as error:
+        report.bad(what, f"intervals for the rows of {VALIDATION}", first_line(error))
+        return
+    report.expect(f"{what}: rows", len(rows), made.rows)
+    for level in made.levels:
+        share = 100 * is_within(rows, level).mean()
+        if share < level - BORROWED:
+            report.bad(what, f"{level}% of its rows within the bounds of {level}%", f"{share:.1f}%")

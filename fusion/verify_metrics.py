@@ -6,13 +6,16 @@ import io
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion import storage
 from fusion.findings import Report, check_files, first_line, read, some
 from fusion.manifests import EPOCHS, LINES, MANIFEST, MODEL
 from fusion.metrics import compute_smape
 from fusion.records import CheckpointManifest, MetricsManifest, RunFacts
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FILES = {"groups.csv", "groups.parquet", "summary.json", "predictions.parquet"}
 # summary.json has ten digits after the point, which leaves a SMAPE of 0.01% exact to this.
@@ -96,8 +99,27 @@ def _check_content(
         return
     if not math.isclose(smape, stated, rel_tol=TOLERANCE):
         report.bad("metrics/summary.json: smape, recomputed", smape, stated)
+    _check_coverage(report, rows, summary)
     if groups.to_csv(index=False).encode() != contents["groups.csv"]:
         report.bad("metrics/groups.csv", "the rows of groups.parquet", "others")
     if validating is not None and validating != ids:
         others = some(list(validating ^ ids))
         report.bad("metrics/predictions.parquet", "the validation rows of the split", f"others: {others}")
+
+
+def _check_coverage(report: Report, rows: pd.DataFrame, summary: Mapping[str, Any]) -> None:
+    """Recomputes how many prices lie within the bounds."""
+    from fusion.intervals import is_within, misplaced
+
+    covered = {name: value for name, value in summary.items() if name.startswith("covered_")}
+    try:
+        found = {name: float(is_within(rows, int(name.removeprefix("covered_"))).mean()) for name in covered}
+        n_wrong = misplaced(rows, "predicted") if covered else 0
+    except (KeyError, ValueError) as error:
+        report.bad("metrics/predictions.parquet", "the bounds of its intervals", first_line(error))
+        return
+    for name, share in found.items():
+        if not math.isclose(share, float(covered[name]), rel_tol=TOLERANCE):
+            report.bad(f"metrics/summary.json: {name}, recomputed", share, covered[name])
+    if n_wrong:
+        report.bad("metrics/predictions.parquet", "finite bounds around the predicted price", f"{n_wrong} others")

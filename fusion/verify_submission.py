@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fusion import storage
 from fusion.errors import CredentialsError, DataError
@@ -15,6 +16,9 @@ from fusion.inputs import find_table, table_sha256
 from fusion.manifests import MANIFEST, MODEL, PREDICTIONS, SUBMISSION
 from fusion.records import CheckpointManifest, DataOfRun, SubmissionManifest, read_required
 from fusion.submission import plain
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")
 _NOT_READABLE = (DataError, CredentialsError, ImportError, ValueError)  # not: a store that is silent, which is 69
@@ -84,6 +88,24 @@ def _check_predictions(report: Report, data: bytes, rows: list[list[str]]) -> No
         report.ok(f"{PREDICTIONS}: ids and prices of {SUBMISSION}")
     else:
         report.bad(PREDICTIONS, f"ids and prices of {SUBMISSION}", "others")
+    _check_bounds(report, found)
+
+
+def _check_bounds(report: Report, rows: pd.DataFrame) -> None:
+    from fusion.intervals import misplaced
+
+    if not any(str(name).startswith("low_") for name in rows):
+        report.note(f"{PREDICTIONS}: no intervals")
+        return
+    try:
+        n_wrong = misplaced(rows, "price")
+    except (KeyError, ValueError) as error:
+        report.bad(PREDICTIONS, "both bounds of each interval", first_line(error))
+        return
+    if n_wrong:
+        report.bad(PREDICTIONS, "finite bounds, the wider ones further from the price", f"{n_wrong} other rows")
+    else:
+        report.ok(f"{PREDICTIONS}: prices lie within their bounds")
 
 
 def _is_price(text: str) -> bool:

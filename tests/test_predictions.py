@@ -91,15 +91,16 @@ def test_a_night_after_they_were_lost_publishes_what_is_left(output: Path, capsy
     assert current(output, "lost").parent.name == "2026-01-03" and wrong(current(output, "lost")) == []
 
 
-@pytest.mark.parametrize("change", ["price", "order", "column"])
+@pytest.mark.parametrize("change", ["price", "order", "column", "bounds", "bound"])
 def test_rows_that_are_not_those_of_the_csv_are_found(change: str, output: Path) -> None:
     folder = published(output, change)
     path = folder / "predictions.parquet"
     rows = pd.read_parquet(path)
     if change == "price":
         rows.loc[0, "price"] += 0.001
-    changed = {"price": rows, "order": rows.iloc[::-1], "column": rows.drop(columns="sample_id")}[change]
-    changed.to_parquet(path, index=False)
+    changed = {"price": rows, "order": rows.iloc[::-1], "column": rows.drop(columns="sample_id")}
+    changed |= {"bounds": rows.assign(low_80=rows["high_80"]), "bound": rows.drop(columns="high_90")}
+    changed[change].to_parquet(path, index=False)
     files = {name: (folder / name).read_bytes() for name in ("submission.csv", path.name, "fingerprints.parquet")}
     edit(folder / "MANIFEST.json", files=[vars(entry) for entry in manifests.entries(files)])
     (line,) = wrong(folder)

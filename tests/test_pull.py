@@ -405,16 +405,17 @@ def test_a_checkpoint_that_is_pruned_meanwhile(copied: str, proxy: FaultProxy, s
     old = f"{copied.removeprefix(f's3://{BUCKET}/')}/{step_of(copied, 'small')}"
     new = f"{old.rsplit('/', 1)[0]}/step-99999999"
     client, moved = boto3.client("s3", endpoint_url=s3.endpoint), list[str]()
+    files = ("model.safetensors", "state.pt", "validation.parquet", "intervals.json")
 
     def prune(request: Request) -> bool:
         if "model.safetensors" in request.path and not moved:
             moved.append(request.path)
-            for name in ("model.safetensors", "state.pt", "validation.parquet", "MANIFEST.json"):
+            for name in (*files, "MANIFEST.json"):
                 source = {"Bucket": BUCKET, "Key": f"{old}/{name}"}
                 client.copy_object(Bucket=BUCKET, Key=f"{new}/{name}", CopySource=source)
             manifest = json.loads(client.get_object(Bucket=BUCKET, Key=f"{new}/MANIFEST.json")["Body"].read())
             client.put_object(Bucket=BUCKET, Key=f"{new}/MANIFEST.json", Body=seal(manifest | {"step": 99999999}))
-            for name in ("MANIFEST.json", "model.safetensors", "state.pt", "validation.parquet"):
+            for name in ("MANIFEST.json", *files):
                 client.delete_object(Bucket=BUCKET, Key=f"{old}/{name}")
         return False
 

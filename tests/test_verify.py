@@ -393,7 +393,7 @@ def test_what_an_earlier_version_wrote(output: Path, capsys: Capture) -> None:
     new = {"pointer", "config_json_sha256", "run_sha256", "history", "earlier", "log", "name", "previous"}
     new |= {"model_sha256", "data_sha256"}
     for path in output.rglob("*.json"):
-        if path.name in ("config.json", "summary.json"):
+        if path.name in ("config.json", "summary.json", "intervals.json"):
             continue
         kept = new - ({"model_sha256", "data_sha256"} if path.parent.name != "metrics" else set())
         document = {key: value for key, value in json.loads(path.read_text()).items() if key not in kept}

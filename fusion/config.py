@@ -93,6 +93,11 @@ class RunConfig(StoreConfig):
     interval_by: str | None = setting(
         None, "column whose values have intervals of their own; by default category, if there is one", "data"
     )
+    validate_after: tuple[str, str] | None = setting(
+        None,
+        "rows whose date in COLUMN is on or after DATE validate, earlier ones train; replaces --val-fraction",
+        "data",
+    )
     max_missing: float = setting(
         0.05, "largest share of rows a source may lack before the run refuses", "data", ge=0, le=1
     )
@@ -144,6 +149,8 @@ class RunConfig(StoreConfig):
         if self.folds is None and (self.fold or bound):
             given = f"--fold is {self.fold}" if self.fold else f"the source {bound[0]!r} names a fold"
             raise ValueError(f"{given}, and there are no --folds")
+        if self.validate_after is not None:
+            self._check_validate_after(*self.validate_after)
         if self.width % self.n_heads:
             raise ValueError(f"--width {self.width} cannot be divided into --n-heads {self.n_heads}")
 
@@ -152,9 +159,21 @@ class RunConfig(StoreConfig):
         if self.model == "concat" and unused:
             name = unused[0].replace("_", "-")
             return f"--{name} is given, and --model concat has none"
-        if self.folds is not None and self.val_fraction != type(self).val_fraction:
-            return "--val-fraction is given, and --folds replaces it"
+        if self.val_fraction != type(self).val_fraction and (self.folds is not None or self.validate_after is not None):
+            return f"--val-fraction is given, and --{'folds' if self.folds else 'validate-after'} replaces it"
         return ""
+
+    def _check_validate_after(self, column: str, day: str) -> None:
+        try:
+            datetime.fromisoformat(day)
+        except ValueError as error:
+            expected = "a date or timestamp such as 2026-01-31 or 2026-01-31T12:00+02:00"
+            raise ValueError(f"--validate-after {column!r} names the date {day!r}, expected {expected}") from error
+        if self.folds is not None:
+            raise ValueError("--folds and --validate-after both say which rows validate")
+        if column in (self.text_column, self.group_column):
+            other = "text" if column == self.text_column else "group"
+            raise ValueError(f"--validate-after and --{other}-column both name the column {column!r}")
 
     def bindings(self) -> dict[str, str]:
         """Role to name of the source bound to it, in the model's order.

@@ -171,10 +171,19 @@ def _argument(key: str, field: Any) -> dict[str, Any]:
     metavars = (
         {int: "N", float: "X"}
         | dict.fromkeys(("data", "output", "run_dir"), "URL")
-        | {"date": "YYYY-MM-DD", "time_zone": "ZONE"}
+        | {"date": "YYYY-MM-DD", "time_zone": "ZONE", "validate_after": ("COLUMN", "DATE")}
     )
     options = {"help": text, "metavar": metavars.get(key) or metavars.get(_element(kind), "NAME")}
-    return options | ({"nargs": "+"} if get_origin(kind) is tuple else {})
+    length = _tuple_length(kind)
+    return options if length is None else options | {"nargs": length or "+"}
+
+
+def _tuple_length(kind: Any) -> int | None:
+    """Number of values of a tuple, or of `tuple[…] | None`; 0 for any number; None: it is no tuple."""
+    kind = next((inner for inner in (kind, *get_args(kind)) if get_origin(inner) is tuple), None)
+    if kind is None:
+        return None
+    return 0 if ... in get_args(kind) else len(get_args(kind))
 
 
 def _element(kind: Any) -> Any:
@@ -238,8 +247,9 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 def _nest(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in values.items():
-        if key in flags and get_origin(flags[key].annotation) is tuple and isinstance(value, str):
-            value = value.split(",")
+        length = _tuple_length(flags[key].annotation) if key in flags else None
+        if length is not None and isinstance(value, str):
+            value = value.rsplit(",", length - 1)  # the first may have commas where their number is known
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = value
     return nested

@@ -1,4 +1,7 @@
-"""Which rows train and which validate: stratified by price, near-duplicates on one side, the same for any row order."""
+"""Which rows train and which validate: stratified by price or by date, near-duplicates on one side.
+
+The split is the same for any order of the rows.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import pyarrow.compute as pc
 
 from fusion import log, storage
 from fusion.config import RunConfig
+from fusion.dates import moment, moments
 from fusion.errors import DataError
 from fusion.manifests import SPLIT
 from fusion.tables import Table
@@ -30,17 +34,24 @@ def split_rows(table: Table, groups: np.ndarray, config: RunConfig) -> pd.DataFr
         groups: [N] as of `near_duplicate_groups`.
 
     Returns:
-        One row per sample in the table's order: sample_id, price, group (int), side ("train" or "validation").
+        One row per sample in the table's order: sample_id, price, group (int), side ("train", "validation" or, by date,
+        "dropped").
 
     Raises:
-        DataError: fewer groups than the split needs.
+        DataError: fewer groups than the split needs, a column of dates that cannot be used, or no row on one side.
     """
-    validates = _sides(table, groups, config)
-    side = pc.if_else(pa.array(validates), "validation", "train").cast(pa.large_string())
+    if config.validate_after is not None:
+        validates, dropped = _sides_by_date(table, groups, *config.validate_after)
+    else:
+        validates = _sides(table, groups, config)
+        dropped = np.zeros_like(validates)
+    side = pc.if_else(pa.array(validates), "validation", pc.if_else(pa.array(dropped), "dropped", "train"))
+    side = side.cast(pa.large_string())
     log.info(
         event="split",
-        train=int((~validates).sum()),
+        train=int((~validates & ~dropped).sum()),
         validation=int(validates.sum()),
+        **({"dropped": int(dropped.sum())} if dropped.any() else {}),
         groups=int(groups.max() + 1),
         rows_in_groups=int((np.bincount(groups)[groups] > 1).sum()),
     )
@@ -61,6 +72,24 @@ def _sides(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:
     validates: np.ndarray = (parts == wanted)[groups]
     _check_share(validates, shares[wanted], sizes)
     return validates
+
+
+def _sides_by_date(table: Table, groups: np.ndarray, column: str, day: str) -> tuple[np.ndarray, np.ndarray]:
+    """[N] bool: the row is of that day or later and validates; [N] bool: it is earlier, and a near-duplicate of one.
+
+    The latter neither train nor validate: what was learned of them would be known of rows that validate.
+    """
+    found = moments(table.column(column, "--validate-after"), "--validate-after").to_numpy("datetime64[us]")
+    validates: np.ndarray = found >= moment(day)
+    dropped: np.ndarray = np.isin(groups, groups[validates]) & ~validates
+    if not validates.any() or (validates | dropped).all():
+        missing = "validates" if not validates.any() else "trains"
+        days = " to ".join(np.datetime_as_string([found.min(), found.max()], "D"))
+        raise DataError(
+            f"no row {missing}: the {len(found)} dates in {column!r} are {days}, --validate-after names {day}",
+            "name a date between them with --validate-after",
+        )
+    return validates, dropped
 
 
 def _shares(config: RunConfig) -> tuple[np.ndarray, int]:

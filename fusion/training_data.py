@@ -33,9 +33,9 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
     ids, prices = place.on_main(lambda: (held(table).ids, held(table).prices))
     store = load(config.data, "train", config.bindings(), ids, place, max_missing=config.max_missing)
     log.info(event="read", rows=len(ids), seconds=time.monotonic() - started)
-    validates = torch.tensor(place.on_main(lambda: _split(config, held(table), store, place)))
+    trains, validates = map(torch.tensor, place.on_main(lambda: _split(config, held(table), store, place)))
     targets = torch.from_numpy(np.log1p(prices).astype(np.float32))
-    train = torch.nonzero(~validates & store.any_present()).squeeze(1)
+    train = torch.nonzero(trains & store.any_present()).squeeze(1)
     validation = torch.nonzero(validates).squeeze(1)
     rows = validates.numpy()
     category = None if table is None else category_of(table, category_column(config), rows)
@@ -43,7 +43,8 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
 
 
 def _read_table(config: RunConfig) -> Table:
-    drop, kept = config.drop_bad_prices, [category_column(config)]
+    dates = config.validate_after[:1] if config.validate_after else ()
+    drop, kept = config.drop_bad_prices, list(dict.fromkeys([category_column(config), *dates]))
     hashed = [name for name in compared_columns(config) if name not in kept]
     table = read_table(config.data, "train", priced=True, drop_bad_prices=drop, columns=kept, hashed=hashed)
     if config.interval_by is not None:
@@ -64,8 +65,8 @@ def warn_of_extreme_prices(table: Table) -> None:
         )
 
 
-def _split(config: RunConfig, table: Table, store: RowStore, place: World) -> np.ndarray:
-    """[N] bool: the row validates."""
+def _split(config: RunConfig, table: Table, store: RowStore, place: World) -> tuple[np.ndarray, np.ndarray]:
+    """[N] bool: the row trains; [N] bool: it validates."""
     groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
     quartiles = np.quantile(table.prices, [0.25, 0.5, 0.75]).tolist()
     rows = [table.digest(), storage.sha256(groups.astype(np.int64).tobytes())]
@@ -78,7 +79,8 @@ def _split(config: RunConfig, table: Table, store: RowStore, place: World) -> np
     split = read_split(run, made[-1].manifest.split_sha256 if made else "")
     if not pd.Index(split["sample_id"]).equals(table.ids):  # describe_run has found the data to be the same
         raise DataError(f"{url} lists other rows than train.csv, or in another order", "train under another --run-id")
-    return (split["side"] == "validation").to_numpy(bool)
+    trains, validates = ((split["side"] == side).to_numpy(bool) for side in ("train", "validation"))
+    return trains, validates
 
 
 def statistics(data: TrainingData, role: str) -> tuple[Tensor, Tensor]:

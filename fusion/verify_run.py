@@ -133,10 +133,11 @@ def _check_split(report: Report, data: bytes | None, *, expected: bool) -> set[s
         return None
     sides, ids = Counter(map(str, split["side"])), list(map(str, split["sample_id"]))
     check_once(report, f"{SPLIT}: ids", ids)
-    if set(sides) != {"train", "validation"}:
+    if set(sides) - {"dropped"} != {"train", "validation"}:
         report.bad(f"{SPLIT}: sides", "train and validation", " and ".join(sorted(sides)) or "no rows")
         return None
-    report.ok(f"{SPLIT}: {sides['train']} rows train, {sides['validation']} validate")
+    others = f", {sides['dropped']} are dropped" if sides["dropped"] else ""
+    report.ok(f"{SPLIT}: {sides['train']} rows train, {sides['validation']} validate{others}")
     return {sample_id for sample_id, side in zip(ids, split["side"], strict=True) if side == "validation"}
 
 

@@ -55,6 +55,18 @@ def test_lists_and_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse(EvaluateConfig, [], prog="", description="").by == ("brand", "category")
 
 
+def test_a_column_and_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--validate-after", "created", "2026-01-31"]
+    config = read(*flags)
+    assert config.validate_after == ("created", "2026-01-31")
+    assert from_json(Config, to_json(config), "config.json") == config
+    assert as_flags(Config, flags, prog="") == flags
+    monkeypatch.setenv("FUSION_VALIDATE_AFTER", "first, seen,2026-01-31")
+    assert read().validate_after == ("first, seen", "2026-01-31")
+    with pytest.raises(UsageError, match="--validate-after: expected 2 arguments"):
+        read("--validate-after", "created")
+
+
 def test_json_round_trip_and_reuse_as_a_config_file(tmp_path: Path) -> None:
     config = read("--epochs", "3", "--sources.clip-image", "x", "--hidden", "8")
     assert from_json(Config, to_json(config), "config.json") == config
@@ -81,6 +93,10 @@ def test_a_config_is_frozen_and_validated() -> None:
         (["--model", "concat", "--n-heads", "4"], "--n-heads is given, and --model concat has none"),
         (["--model", "concat", "--n-experts", "5"], "--n-experts is given, and --model concat has none"),
         (["--folds", "5", "--val-fraction", "0.1"], "--val-fraction is given, and --folds replaces it"),
+        (
+            ["--validate-after", "created", "2026-01-31", "--val-fraction", "0.1"],
+            "--val-fraction is given, and --validate-after replaces it",
+        ),
     ],
 )
 def test_a_setting_that_cannot_take_effect_is_an_error(flags: list[str], message: str) -> None:
@@ -205,6 +221,21 @@ def test_all_commands_take_an_empty_variable_for_unset(monkeypatch: pytest.Monke
         ("--hidden 8 0", "--hidden is '0': input should be greater than 0", "give --hidden an allowed value"),
         ("--fold 3", "--fold is 3, and there are no --folds", "change --fold or --folds"),
         ("--sources.qwen-text a_{fold}", "the source 'a_{fold}' names a fold, and there are no", "change --folds"),
+        (
+            "--validate-after created 31.01.2026",
+            "--validate-after 'created' names the date '31.01.2026', expected a date or timestamp such as 2026-01-31",
+            "change --validate-after",
+        ),
+        (
+            "--validate-after created 2026-01-31 --folds 5",
+            "--folds and --validate-after both say which rows validate",
+            "change --folds or --validate-after",
+        ),
+        (
+            "--validate-after created 2026-01-31 --group-column created",
+            "--validate-after and --group-column both name the column 'created'",
+            "change --validate-after or --group-column",
+        ),
         ("--device gpu", "--device is 'gpu': expected auto, cpu, cuda or cuda:0", "give --device an allowed value"),
         ("--width 9", "--width 9 cannot be divided into --n-heads 8", "change --width or --n-heads"),
     ],

@@ -175,3 +175,39 @@ def test_labels_of_missing_texts_and_of_a_part_of_a_column() -> None:
     column = pd.Series(["z", "a", None, " a ", "", "b", "c"], dtype="str")
     labels = _text_labels(column[1:6])
     assert labels[0] == labels[2] >= 0 and labels[[1, 3, 4]].tolist() == [-1, -1, -1]
+
+
+def dated(n: int = 1000, **columns: object) -> Table:
+    days = pd.date_range("2026-01-01", periods=n, freq="h").strftime("%Y-%m-%dT%H:%M:%S")
+    return make(n, created=pd.Series(days).sample(frac=1, random_state=0).to_numpy(), **columns)
+
+
+def test_later_rows_validate_and_earlier_ones_train() -> None:
+    table = dated()
+    split = sides(table, validate_after=("created", "2026-01-31"))
+    is_late = table.frame["created"].to_numpy() >= "2026-01-31"
+    assert (split["side"] == np.where(is_late, "validation", "train")).all()
+    later = sides(table, validate_after=("created", "2026-01-31T05:00+02:00"))
+    assert (later["side"] == "validation").sum() == is_late.sum() - 3
+
+
+def test_earlier_near_duplicates_of_later_rows_are_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(2)
+    table = dated(catalog_content=[f"text {i}" for i in rng.integers(0, 700, 1000)])
+    split = sides(table, validate_after=("created", "2026-01-31"))
+    is_late = table.frame["created"].to_numpy() >= "2026-01-31"
+    texts = table.frame["catalog_content"].to_numpy()
+    seen_later = np.isin(texts, texts[is_late])
+    assert (split["side"] == np.where(is_late, "validation", np.where(seen_later, "dropped", "train"))).all()
+    n_dropped = int((seen_later & ~is_late).sum())
+    assert n_dropped > 50 and f"dropped={n_dropped}" in capsys.readouterr().err
+
+
+def test_a_date_that_leaves_no_rows_on_one_side() -> None:
+    with pytest.raises(DataError, match="no row validates: the 1000 dates in 'created' are 2026-01-01 to 2026-02-11"):
+        sides(dated(), validate_after=("created", "2027-01-01"))
+    with pytest.raises(DataError, match="no row trains"):
+        sides(dated(), validate_after=("created", "2026-01-01"))
+    with pytest.raises(DataError, match="has no column 'creatd'") as caught:
+        sides(dated(), validate_after=("creatd", "2026-01-31"))
+    assert "--validate-after" in caught.value.remedy

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from fusion import convert, launch, verify
+from fusion import compare, convert, launch, verify
 from fusion.all_embeddings.config import Config
 from fusion.config import EvaluateConfig, PredictConfig
 from fusion.errors import ExitCode, Parser, UsageError
@@ -26,6 +26,7 @@ SETTINGS = {"train": Config, "evaluate": EvaluateConfig, "predict": PredictConfi
 PARSERS = {
     "launch": "fusion/launch.py",
     "verify": "fusion/verify.py",
+    "compare": "fusion/compare.py",
     "convert": "fusion/convert.py",
     "demo": "fusion/demo.py",
     "doctor": "jobs/doctor.py",
@@ -38,6 +39,7 @@ RUNS = ("train", "evaluate", "predict")
 PRINTED_BY = {
     "fusion/best_run.py": ("train",),
     "fusion/checkpoint.py": ("train",),
+    "fusion/compare.py": ("compare",),
     "fusion/conditional.py": RUNS,
     "fusion/config.py:RunConfig": ("train",),
     "fusion/config.py:PredictConfig": ("predict",),
@@ -60,6 +62,8 @@ PRINTED_BY = {
     "fusion/prediction.py": ("predict",),
     "fusion/runs.py": ("train",),
     "fusion/runs.py:_no_finished_run": ("evaluate", "predict"),
+    "fusion/scored.py:find_run": ("pull",),  # in a command that it names
+    "fusion/scored.py:_evaluated": ("evaluate",),
     "fusion/runs.py:no_run": ("pull",),  # in a command that it names
     "fusion/runs.py:open_run": ("evaluate", "predict"),
     "fusion/runs.py:data_of": ("evaluate", "predict"),
@@ -192,7 +196,7 @@ def test_the_example_is_a_call_that_the_parser_takes(parser: Parser) -> None:
     parser.parse_args(parser.example.partition(" -- ")[0].split())
 
 
-@pytest.mark.parametrize("command", [verify, convert])
+@pytest.mark.parametrize("command", [verify, convert, compare])
 def test_a_command_without_arguments_shows_an_example(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([]) == ExitCode.USAGE
     assert f"hint: for example `python -m {command.__name__} " in capsys.readouterr().err

@@ -1,19 +1,21 @@
-"""What differs between runs: their settings, their SMAPE, and their metrics group by group."""
+"""What differs between runs: their settings, their SMAPE, and their metrics group by group.
+
+It only reads what is there. `python -m fusion.compare` says which run is better, and whether by more than chance.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fusion import storage
-from fusion.errors import DataError, UsageError
+from fusion.errors import UsageError
 from fusion.manifests import split_digest, validated
-from fusion.records import RunFacts, read
+from fusion.run_summary import damaged, differing, settings_of, variant_of
 
 NAMES = {"by", "group"}
 WHERE = {"output", "run_id"}  # different for any two runs
@@ -50,25 +52,20 @@ def compare(runs: Sequence[str], metric: str = "smape") -> Comparison:
         DataError: a run lacks its settings, or they are damaged.
         UsageError: there is no such metric.
     """
-    settings = [dict(_flat(_settings(storage.join(run, "config.json")))) for run in runs]
+    settings = [settings_of(run) for run in runs]
     metrics = [_groups(run, metric) for run in runs]
     evaluated = [groups for groups in metrics if groups]
-    keys = dict.fromkeys(key for one in settings for key in one if key not in WHERE)
     groups = dict.fromkeys(key for one in evaluated for key in one)
     return Comparison(
         [storage.base(run) for run in runs],
-        [_variant(run) for run in runs],
+        [variant_of(run) for run in runs],
         [_smape(run) for run in runs],
-        {key: [one.get(key) for one in settings] for key in keys if _differ([one.get(key) for one in settings])},
+        differing(settings, WHERE),
         metric,
         {key: [one.get(key) for one in metrics] for key in groups} if len(evaluated) > 1 else {},
         [storage.base(run) for run, found in zip(runs, metrics, strict=True) if not found],
         _same_rows(runs),
     )
-
-
-def _differ(values: Sequence[Any]) -> bool:
-    return any(value != values[0] for value in values)
 
 
 def _smape(run: str) -> float | None:
@@ -80,35 +77,6 @@ def _same_rows(runs: Sequence[str]) -> bool:
     return len(digests) == 1 and "" not in digests
 
 
-def _variant(run: str) -> str:
-    facts = read(RunFacts, storage.join(run, "run.json"))
-    return facts.variant if facts else ""
-
-
-def _settings(url: str) -> dict[str, Any]:
-    try:
-        values = json.loads(storage.read(url))
-    except ValueError as error:
-        raise _damaged(url, str(error)) from error
-    if not isinstance(values, dict):
-        raise _damaged(url, f"expected an object with settings, found {values!r:.80}")
-    return values
-
-
-def _damaged(url: str, cause: str) -> DataError:
-    return DataError(
-        f"{url} is damaged: {cause}", "compare other runs; `python -m fusion.verify URL` says what else is"
-    )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def _groups(run: str, metric: str) -> dict[tuple[str, str], float | None]:
     """(by, group) to the metric; empty when the run has not been evaluated."""
     url = storage.join(run, "metrics", "groups.csv")
@@ -118,7 +86,7 @@ def _groups(run: str, metric: str) -> dict[tuple[str, str], float | None]:
     try:
         return dict(_values(url, data.decode(), metric))
     except (ValueError, csv.Error) as error:
-        raise _damaged(url, str(error)) from error
+        raise damaged(url, str(error)) from error
 
 
 def _values(url: str, text: str, metric: str) -> Iterator[tuple[tuple[str, str], float | None]]:

@@ -1,0 +1,67 @@
+"""Means of rows that are not independent: near-duplicates share an error, so whole groups are what is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.special import stdtrit
+
+from fusion.metrics import FloatArray
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, its standard error, and its interval; error and interval are None where there are fewer than 2 groups."""
+
+    mean: float
+    error: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether it differs from 0 by more than twice its standard error."""
+        return self.error is not None and abs(self.mean) > 2 * self.error
+
+
+def clustered_mean(values: FloatArray, groups: NDArray[np.integer], level: float = 0.95) -> Estimate:
+    """Mean of values [n] with a standard error that is robust to dependence within groups [n].
+
+    `error^2 = G/(G-1) sum_g (sum_{i in g} (v_i - mean))^2 / n^2` (Liang and Zeger, 1986), and the interval is that of
+    Student's t with G - 1 degrees of freedom. Rows that are all alone in their groups give the usual `std / sqrt(n)`.
+
+    Raises:
+        ValueError: there are no values, or not as many groups as values.
+    """
+    if not len(values) or len(values) != len(groups):
+        raise ValueError(f"expected a group per value, however: {len(values)=}, {len(groups)=}")
+    mean = float(np.mean(values))
+    _, codes = np.unique(groups, return_inverse=True)
+    sums = np.bincount(codes, values - mean)
+    if len(sums) < 2:
+        return Estimate(mean, None, None, None)
+    error = float(np.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(values))
+    half = error * float(stdtrit(len(sums) - 1, (1 + level) / 2))
+    return Estimate(mean, error, mean - half, mean + half)
+
+
+def joined_groups(groupings: Sequence[NDArray[np.integer]]) -> IntArray:
+    """[n] groups of rows that any of the groupings, each [n], puts together, directly or through others."""
+    n_rows, links = len(groupings[0]), []
+    offset = n_rows
+    for grouping in groupings:
+        _, codes = np.unique(grouping, return_inverse=True)
+        links.append(codes + offset)
+        offset += len(codes)
+    rows, nodes = np.tile(np.arange(n_rows), len(groupings)), np.concatenate(links)
+    graph = coo_array((np.ones(len(rows), np.int8), (rows, nodes)), shape=(offset, offset))
+    _, component = connected_components(graph, directed=False)
+    _, joined = np.unique(component[:n_rows], return_inverse=True)
+    return np.asarray(joined, np.int64)

@@ -1,0 +1,88 @@
+"""Which run is better, on the rows that all of them validated on, and whether by more than chance:
+
+    python -m fusion.compare RUN RUN … --output s3://bucket/output
+
+RUN is the id of a run under --output, or the URL of its folder. For each run: SMAPE on the shared rows with its 95%
+interval, and the difference to the best run row by row, with its standard error. Near-duplicates share their errors, so
+whole groups of them are what the errors are computed from. Fold runs of one recipe count as one run that validated on
+all rows. A run that validated on other rows is set apart, and compared on the rows that it shares with the best, if
+they are 100 or more. It only reads, and needs no GPU. `jobs/pull.py compare` shows metrics of runs group by group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from fusion import storage
+from fusion.command import guarded
+from fusion.compare_report import show
+from fusion.comparison import compare
+from fusion.environment import variable
+from fusion.errors import ExitCode, Parser, UsageError, filled, seconds
+from fusion.scored import Scored, find_run, scored, stacked
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m fusion.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.example = "my-run-1 my-run-2 --output s3://my-bucket/output"
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=filled("RUN"), help="ids of runs, or URLs of folders")
+    parser.add_argument(
+        "--output",
+        metavar="URL",
+        type=filled("--output"),
+        default=variable("FUSION_OUTPUT") or "output",
+        help="bucket or folder with runs/ (default: FUSION_OUTPUT, else output)",
+    )
+    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
+    parser.add_argument(
+        "--store-timeout",
+        metavar="S",
+        type=seconds,
+        default=variable("FUSION_STORE_TIMEOUT") or "60",
+        help="seconds to retry a store that does not answer (default: 60)",
+    )
+    return parser.parse_args(argv)
+
+
+def scored_runs(runs: Sequence[str], output: str) -> list[Scored]:
+    """The runs that a user names, the fold runs of a recipe as one.
+
+    Raises:
+        UsageError: fewer than two, or one of them twice.
+        DataError: as `find_run` and `scored`.
+    """
+    urls = [find_run(output, which) for which in runs]
+    twice = [which for which, url in zip(runs, urls, strict=True) if urls.count(url) > 1]
+    if twice:
+        raise UsageError(f"{twice[0]} is named {len(twice)} times", "name each run once")
+    if len(runs) < 2:
+        lists = f"`python jobs/pull.py runs --output {output}` lists them"
+        raise UsageError(f"got {' '.join(runs)}, expected at least two runs", lists)
+    return stacked([scored(url) for url in urls])
+
+
+def _job(arguments: argparse.Namespace) -> ExitCode:
+    storage.set_patience(arguments.store_timeout)
+    found = compare(scored_runs(arguments.runs, arguments.output))
+    if arguments.json:
+        sys.stdout.write(storage.as_json(asdict(found)).decode())
+    else:
+        show(found)
+    return ExitCode.DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with `argv`; gives its exit code. `--help` raises SystemExit, as argparse does."""
+    return guarded(lambda: _job(_parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""What a comparison of runs looks like on a terminal: legible at 100 columns, however many runs there are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from string import ascii_uppercase
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fusion.clustered import Estimate
+from fusion.comparison import MIN_SHARED, Apart, Comparison
+from fusion.errors import visible
+
+PLAIN_WIDTH = 100  # columns where standard output is no terminal
+RUNS_PER_TABLE = 6  # columns of settings beside one another; more runs get a table of their own
+
+
+def show(found: Comparison) -> None:
+    """Prints it on standard output."""
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    title = f"{found.rows} rows that all of them validated on, in {found.groups} groups of near-duplicates"
+    _print(console, title, _runs(found))
+    if found.apart:
+        _print(console, "Set apart: they validated on other rows", _apart(found.apart, first=len(found.runs)))
+    for first in range(0, len(found.runs) + len(found.apart) if found.settings else 0, RUNS_PER_TABLE):
+        _print(console, "What differs", _settings(found.settings, first))
+    for line in _verdict(found):
+        console.print(Text(visible(line)))
+
+
+def _runs(found: Comparison) -> Table:
+    table = _table("", "run", "SMAPE", "95% interval", "to the best", "parameters", "minutes")
+    for letter, entry in enumerate(found.runs):
+        table.add_row(
+            *_texts(
+                _letter(letter),
+                entry.name if entry.finished else f"{entry.name} (unfinished)",
+                f"{entry.smape.mean:.2f}",
+                _interval(entry.smape),
+                _difference(entry.to_best),
+                "-" if entry.parameters is None else f"{entry.parameters:,}",
+                "-" if entry.minutes is None else f"{entry.minutes:.1f}",
+            )
+        )
+    return table
+
+
+def _apart(apart: Sequence[Apart], first: int) -> Table:
+    table = _table(
+        "",
+        "run",
+        "rows",
+        "shared",
+        "SMAPE there",
+        "best there",
+        "to the best",
+    )
+    for letter, one in enumerate(apart, first):
+        scores = ["-" if value is None else f"{value:.2f}" for value in (one.smape, one.best_smape)]
+        table.add_row(
+            *_texts(_letter(letter), one.name, str(one.rows), str(one.shared), *scores, _difference(one.to_best))
+        )
+    return table
+
+
+def _settings(settings: dict[str, list[Any]], first: int) -> Table:
+    n_runs = min(RUNS_PER_TABLE, len(next(iter(settings.values()))) - first)
+    table = _table("", *(_letter(first + i) for i in range(n_runs)))
+    for key, values in settings.items():
+        table.add_row(*_texts(key, *map(_cell, values[first : first + n_runs])))
+    return table
+
+
+def _verdict(found: Comparison) -> list[str]:
+    """What the figures say, in sentences."""
+    level = [
+        _letter(i)
+        for i, entry in enumerate(found.runs)
+        if entry.to_best is not None and not entry.to_best.is_significant
+    ]
+    lines = []
+    if level:
+        lines.append(f"A is not told from {', '.join(level)} on these rows: less than twice the standard error apart")
+    elif len(found.runs) > 1:
+        lines.append("A is better than every other by more than twice the standard error of the difference")
+    strangers = [one.name for one in found.apart if one.to_best is None]
+    if strangers:
+        lines.append(f"do not compare with A: {', '.join(strangers)}: fewer than {MIN_SHARED} shared validation rows")
+    return lines
+
+
+def _print(console: Console, title: str, table: Table) -> None:
+    console.print(Text(title, style="bold"))  # a title of the table would be wrapped at the table's width
+    console.print(table)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings:
+        is_text = heading in ("", "run") or heading in ascii_uppercase
+        is_whole = heading not in ("run", *ascii_uppercase)
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=is_whole, overflow="fold")
+    return table
+
+
+def _texts(*cells: str) -> list[Text]:
+    return [Text(visible(cell)) for cell in cells]
+
+
+def _letter(number: int) -> str:
+    return ascii_uppercase[number] if number < len(ascii_uppercase) else str(number + 1)
+
+
+def _interval(estimate: Estimate) -> str:
+    return "-" if estimate.low is None else f"{estimate.low:.2f} - {estimate.high:.2f}"
+
+
+def _difference(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{estimate.mean:+.2f}" if estimate.error is None else f"{estimate.mean:+.2f} +- {estimate.error:.2f}"
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)

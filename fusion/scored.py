@@ -1,0 +1,179 @@
+"""What runs predicted for rows that they did not train on, and which of these rows several runs share."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fusion import manifests, storage
+from fusion.clustered import IntArray, joined_groups
+from fusion.config import HOW
+from fusion.errors import DataError
+from fusion.manifests import MANIFEST
+from fusion.records import MetricsManifest, read_if_whole
+from fusion.run_summary import settings_of, variant_of
+from fusion.runs import no_run
+from fusion.splits import read_split
+from fusion.validation import has_validation, validation_of
+
+# Settings in which the fold runs of one recipe differ.
+OF_FOLD = {"fold", *HOW}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run, and the checkpoint of it that predicts."""
+
+    run: str
+    chosen: manifests.Checkpoint
+    variant: str
+    settings: dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        return storage.base(self.run)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A run, or the fold runs of one recipe together.
+
+    Attributes:
+        rows: of every validation row, sorted by sample_id, its index: price and predicted in dollars, group.
+    """
+
+    members: tuple[Member, ...]
+    rows: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        first = self.members[0].run_id
+        return first if len(self.members) == 1 else f"{first} ({len(self.members)} folds)"
+
+
+def find_run(output: str, which: str) -> str:
+    """URL of a run, given by its id or by the URL of its folder.
+
+    Raises:
+        DataError: there is none; or it names submissions.
+    """
+    url = which.rstrip("/") if "/" in which else storage.join(output, "runs", which)
+    if storage.exists(storage.join(url, "config.json")):
+        return url
+    if storage.exists(storage.join(url, "submission.csv")) or storage.ls(storage.join(output, "submissions", which)):
+        lists = f"`python jobs/pull.py submissions --output {output}` says which run each was made with"
+        raise DataError(f"{which} is a submission, not a run", lists)
+    if "/" in which:
+        raise DataError(f"{url} has no config.json: it is not the folder of a run", "name a run by its id or folder")
+    raise no_run(output, which)
+
+
+def scored(run: str) -> Scored:
+    """A run with the predictions of its best checkpoint.
+
+    Raises:
+        DataError: the run has no checkpoint that was validated, or its predictions are not kept, or damaged.
+    """
+    found = manifests.validated(run)
+    variant = variant_of(run)
+    if not found:
+        raise DataError(
+            f"run {storage.base(run)} has no committed checkpoint that was validated",
+            "let its training finish, or leave this run out",
+        )
+    chosen = manifests.best_of(found)
+    rows = validation_of(chosen) if has_validation(chosen) else _evaluated(run, chosen, variant)
+    split = read_split(run, chosen.manifest.split_sha256).set_index("sample_id")
+    rows = rows.set_index("sample_id").sort_index()[["price", "predicted"]]
+    rows["group"] = split["group"].reindex(rows.index).to_numpy()
+    return Scored((Member(run, chosen, variant, settings_of(run)),), rows)
+
+
+def _evaluated(run: str, chosen: manifests.Checkpoint, variant: str) -> pd.DataFrame:
+    """The predictions that an evaluation of the checkpoint has written, where an earlier version trained it."""
+    folder = storage.join(run, "metrics")
+    manifest = read_if_whole(MetricsManifest, storage.join(folder, MANIFEST), "metrics_damaged")
+    if manifest is not None and manifest.model_sha256 == chosen.model_sha256:
+        files = {key: storage.read(storage.join(folder, key)) for key in ("predictions.parquet", "summary.json")}
+        is_whole = all(storage.sha256(data) == manifest.sha256_of(key) for key, data in files.items())
+        if is_whole and json.loads(files["summary.json"]).get("as_trained") is not False:
+            return pd.read_parquet(io.BytesIO(files["predictions.parquet"])).astype({"sample_id": "str"})
+    output, run_id = run.rpartition("/runs/")[0], storage.base(run)
+    raise DataError(
+        f"run {run_id} does not keep what it predicted for its validation rows: an earlier version trained it",
+        f"evaluate it first: `python -m fusion.{variant}.evaluate_by_groups --output {output} --run-id {run_id}`",
+    )
+
+
+def stacked(found: Sequence[Scored]) -> list[Scored]:
+    """The same, with the fold runs of one recipe as one: every row was predicted by the run that held it out."""
+    recipes: dict[str, list[Scored]] = {}
+    for one in found:
+        recipes.setdefault(_recipe(one), []).append(one)
+    return [_joined(recipe) for recipe in recipes.values()]
+
+
+def _recipe(one: Scored) -> str:
+    """The same for fold runs of one recipe, and for nothing else."""
+    (member,) = one.members
+    if member.settings.get("folds") is None:
+        return member.run
+    settings = {key: value for key, value in member.settings.items() if key not in OF_FOLD}
+    return json.dumps([member.variant, member.chosen.manifest.data_sha256, settings], sort_keys=True)
+
+
+def _joined(folds: list[Scored]) -> Scored:
+    """Raises DataError when two of the runs are of one fold."""
+    if len(folds) == 1:
+        return folds[0]
+    folds = sorted(folds, key=lambda one: int(one.members[0].settings["fold"]))
+    rows = pd.concat([one.rows for one in folds]).sort_index()
+    members = tuple(member for one in folds for member in one.members)
+    if rows.index.has_duplicates:
+        ids = [member.run_id for member in members]
+        raise DataError(f"the runs {', '.join(ids)} are of one recipe, and two of them of one fold", "name one of them")
+    return Scored(members, rows)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Rows that several runs validated on at the same prices.
+
+    Attributes:
+        prices: [n] dollars.
+        predicted: [R, n] dollars, of each run.
+        groups: [n] of near-duplicates, by any of the runs.
+    """
+
+    ids: pd.Index
+    prices: np.ndarray
+    predicted: np.ndarray
+    groups: IntArray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def shared(found: Sequence[Scored]) -> Shared:
+    """The rows that all of them validated on; none if there are none."""
+    ids = found[0].rows.index
+    for other in found[1:]:
+        ids = ids.intersection(other.rows.index)
+    parts = [one.rows.loc[ids] for one in found]
+    prices = np.stack([part["price"].to_numpy(np.float64) for part in parts])
+    is_same = (prices == prices[0]).all(axis=0)
+    predicted = np.stack([part["predicted"].to_numpy(np.float64) for part in parts])
+    groups = joined_groups([part["group"].to_numpy(np.int64)[is_same] for part in parts])
+    return Shared(ids[is_same], prices[0, is_same], predicted[:, is_same], groups)
+
+
+def same_rows(one: Scored, other: Scored) -> bool:
+    """Whether both validated on the same rows, at the same prices."""
+    prices = (one.rows["price"], other.rows["price"])
+    return one.rows.index.equals(other.rows.index) and bool((prices[0].to_numpy() == prices[1].to_numpy()).all())

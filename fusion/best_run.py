@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from fusion import log, manifests, pointers, records, storage
 from fusion.config import RunConfig
+from fusion.manifests import ENSEMBLE
 from fusion.records import RunFacts, RunPointer
 
 SERVED = "best"
@@ -26,7 +27,8 @@ def run_of(output: str, pointer: RunPointer) -> str:
 
 
 def exists(output: str, pointer: RunPointer) -> bool:
-    return storage.exists(storage.join(run_of(output, pointer), "config.json"))
+    """Whether the run, or the ensemble, is still there."""
+    return any(storage.exists(storage.join(run_of(output, pointer), name)) for name in ("config.json", ENSEMBLE))
 
 
 def served(output: str, variant: str) -> RunPointer | None:
@@ -47,27 +49,31 @@ def point_to_run(config: RunConfig, chosen: manifests.Checkpoint) -> None:
     """
     target = RunPointer(config.name(), chosen.name, chosen.smape, model_sha256=chosen.model_sha256)
     target = replace(target, split_sha256=manifests.split_digest(run_of(config.output, target)))
-    smape = chosen.smape
-    where = (config.output, "runs", config.variant)
+    point_to(config.output, config.variant, target, promote=config.promote)
+
+
+def point_to(output: str, variant: str, target: RunPointer, *, promote: bool) -> None:
+    """As `point_to_run`, for what is finished under `target.run_id`, be it a run or an ensemble."""
+    where = (output, "runs", variant)
     kind = best_of_kind(target.split_sha256)
 
     def is_kept(other: RunPointer) -> bool:
-        return other.smape <= smape and exists(config.output, other)
+        return other.smape <= target.smape and exists(output, other)
 
     pointers.move(
-        *where, "latest", target=target, unless=lambda latest: _began(config, latest) > _began(config, target)
+        *where, "latest", target=target, unless=lambda latest: _began(output, latest) > _began(output, target)
     )
     pointers.move(*where, kind, target=target, unless=is_kept)
-    before = served(config.output, config.variant)
+    before = served(output, variant)
 
     def stays_served(now: RunPointer) -> bool:
-        if config.promote or not exists(config.output, now):
+        if promote or not exists(output, now):
             return False
-        return not _same_kind(config.output, now, target) or now.smape <= smape
+        return not _same_kind(output, now, target) or now.smape <= target.smape
 
     is_now = pointers.move(*where, SERVED, target=target, unless=stays_served)
     if before is not None and before.run_id != target.run_id:
-        _tell(is_now, before, target, _same_kind(config.output, before, target))
+        _tell(is_now, before, target, _same_kind(output, before, target))
 
 
 def _same_kind(output: str, first: RunPointer, second: RunPointer) -> bool:
@@ -91,6 +97,6 @@ def _tell(is_served: bool, before: RunPointer, target: RunPointer, same_kind: bo
         )
 
 
-def _began(config: RunConfig, pointer: RunPointer) -> str:
-    facts = records.read_if_whole(RunFacts, storage.join(run_of(config.output, pointer), "run.json"), "run_damaged")
+def _began(output: str, pointer: RunPointer) -> str:
+    facts = records.read_if_whole(RunFacts, storage.join(run_of(output, pointer), "run.json"), "run_damaged")
     return facts.started if facts else ""

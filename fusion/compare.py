@@ -21,8 +21,8 @@ from fusion.command import guarded
 from fusion.compare_report import show
 from fusion.comparison import compare
 from fusion.environment import variable
-from fusion.errors import ExitCode, Parser, UsageError, filled, seconds
-from fusion.scored import Scored, find_run, scored, stacked
+from fusion.errors import ExitCode, Parser, filled, seconds
+from fusion.scored import scored_runs
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,23 +50,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="seconds to retry a store that does not answer (default: 60)",
     )
     return parser.parse_args(argv)
-
-
-def scored_runs(runs: Sequence[str], output: str) -> list[Scored]:
-    """The runs that a user names, the fold runs of a recipe as one.
-
-    Raises:
-        UsageError: fewer than two, or one of them twice.
-        DataError: as `find_run` and `scored`.
-    """
-    urls = [find_run(output, which) for which in runs]
-    twice = [which for which, url in zip(runs, urls, strict=True) if urls.count(url) > 1]
-    if twice:
-        raise UsageError(f"{twice[0]} is named {len(twice)} times", "name each run once")
-    if len(runs) < 2:
-        lists = f"`python jobs/pull.py runs --output {output}` lists them"
-        raise UsageError(f"got {' '.join(runs)}, expected at least two runs", lists)
-    return stacked([scored(url) for url in urls])
 
 
 def _job(arguments: argparse.Namespace) -> ExitCode:

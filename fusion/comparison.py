@@ -92,8 +92,19 @@ def compare(found: Sequence[Scored]) -> Comparison:
             for one, of_run, difference in zip(together, errors, differences, strict=True)
         ],
         [_apart(one, together[0]) for one in others],
-        differing([_settings(one) for one in (*together, *others)], OF_FOLD - {"fold"}),
+        _differing([*together, *others]),
     )
+
+
+def _differing(found: Sequence[Scored]) -> dict[str, list[Any]]:
+    """Settings in which runs differ; an ensemble has none, and None for each."""
+    runs = [place for place, one in enumerate(found) if one.members[0].settings]
+    differ = differing([_settings(found[place]) for place in runs], OF_FOLD - {"fold"})
+    full: dict[str, list[Any]] = {key: [None] * len(found) for key in differ}
+    for key, values in differ.items():
+        for place, value in zip(runs, values, strict=True):
+            full[key][place] = value
+    return full
 
 
 def _settings(one: Scored) -> dict[str, Any]:
@@ -108,7 +119,7 @@ def _entry(one: Scored, smape: Estimate, to_best: Estimate | None) -> Entry:
         one.name,
         [member.run_id for member in one.members],
         one.members[0].variant,
-        all(member.chosen.manifest.finished for member in one.members),
+        all(member.finished for member in one.members),
         smape,
         to_best,
         parameters_of(one.members[0].run),

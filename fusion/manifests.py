@@ -14,7 +14,7 @@ from pydantic import PositiveInt, TypeAdapter
 
 from fusion import log, records, storage
 from fusion.errors import DataError
-from fusion.records import CheckpointManifest, FileEntry
+from fusion.records import CheckpointManifest, EnsembleRecord, FileEntry, Manifest
 
 MANIFEST: Final = "MANIFEST.json"
 MODEL: Final = "model.safetensors"
@@ -27,6 +27,7 @@ FINGERPRINTS: Final = "fingerprints.parquet"  # of a submission's embeddings, wh
 SPLIT: Final = "split.parquet"  # has no manifest of its own; every checkpoint's has its hash
 LINES: Final = "train.jsonl"  # the history of the training, in metrics/: the newest checkpoint's manifest has its hash
 EPOCHS: Final = "epochs.csv"  # the same as a table
+ENSEMBLE: Final = "ensemble.json"  # in the folder of an ensemble, in the place of a run's checkpoints
 PULLED: Final = "pulled.json"  # in a folder that jobs/pull.py has made: what it left out
 
 
@@ -116,6 +117,24 @@ def best(run: str, named: str = "") -> Checkpoint:
 def best_of(found: Sequence[Checkpoint]) -> Checkpoint:
     """The one with the lowest validation SMAPE, the newest of equals."""
     return min(reversed(found), key=lambda checkpoint: checkpoint.smape)
+
+
+def read_ensemble(folder: str) -> EnsembleRecord:
+    """What the ensemble in this folder is made of, verified against its manifest.
+
+    Raises:
+        DataError: it is not committed, or damaged.
+    """
+    url, manifest = storage.join(folder, ENSEMBLE), records.read(Manifest, storage.join(folder, MANIFEST))
+    if manifest is None:
+        raise DataError(
+            f"{folder} has no {MANIFEST}: this ensemble was not completed",
+            "run the same `python -m fusion.ensemble` command again, which completes it",
+        )
+    content = storage.read(url)
+    if storage.sha256(content) != manifest.sha256_of(ENSEMBLE):
+        raise DataError(f"{url} is damaged: it is not what its manifest says", "make another ensemble of the same runs")
+    return records.parse(EnsembleRecord, content, url)
 
 
 def dims_in(model: bytes) -> dict[str, int]:

@@ -124,14 +124,16 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         place.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
         computed = compute_parts(pricing(model), store, place, parts)
         try:
-            place.on_main(lambda: _publish(settings, origin, chosen.smape, held(table), computed, limits, seen, last))
+            place.on_main(
+                lambda: publish_prices(settings, origin, chosen.smape, held(table), computed, limits, seen, last)
+            )
         except (DataError, DivergedError):
             place.on_main(lambda: discard(under_way))  # refused: the input or the model will be replaced
             raise
         place.on_main(lambda: discard(under_way))  # also what earlier nights left that did not end
 
 
-def _publish(
+def publish_prices(
     settings: PredictConfig,
     origin: submission.Origin,
     smape: float,
@@ -141,6 +143,13 @@ def _publish(
     seen: Look,
     last: submission.Last | None,
 ) -> None:
+    """Publishes what was computed of the table's rows, in its order, unless a guard refuses the prices.
+
+    Args:
+        smape: of the model on its validation rows.
+        computed: "price" [N] in dollars, and further columns.
+        seen: the embeddings that the prices were made of.
+    """
     prices = computed["price"]
     warn_of_leak(table, prices, smape)
     priced = pd.Series(prices, table.ids)

@@ -182,6 +182,53 @@ class MetricsManifest(Manifest):
 
 
 @dataclass(frozen=True)
+class EnsembleMember:
+    """A run that an ensemble asks for prices.
+
+    Attributes:
+        run: its folder below the output, such as `runs/my-run-1`.
+        weight: of its log price.
+    """
+
+    variant: str
+    run: Annotated[str, Field(pattern=r"^runs/[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    checkpoint: Name
+    model_sha256: Sha256
+    weight: Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class EnsembleRecord:
+    """`ensemble.json`: a price is `exp(sum of weight * log price)` over the members.
+
+    Attributes:
+        members: their weights add up to 1.
+        fitted: whether the weights were fitted; else those of recipes are equal.
+        smape: of `validation.parquet`, in %: with fitted weights, each row by those that were fitted without its group.
+        smape_error: standard error of it, by groups of near-duplicates.
+        rows: that all of the recipes validated on.
+        rows_sha256: of their ids and prices: ensembles that share it can be compared.
+        data: where the first member had its data.
+    """
+
+    run_id: Name
+    members: Annotated[list[EnsembleMember], Field(min_length=1)]
+    fitted: bool
+    smape: Smape
+    smape_error: Smape | None
+    equal_smape: Smape
+    best_member_smape: Smape
+    rows: PositiveInt
+    groups: PositiveInt
+    rows_sha256: Sha256
+    data: str
+
+    def model_sha256(self) -> str:
+        """Digest of what decides a price: the members' models and their weights."""
+        return digest([[member.model_sha256, member.weight] for member in self.members])
+
+
+@dataclass(frozen=True)
 class SubmissionPointer:
     submission: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/\d{4}-\d{2}-\d{2}/[0-9a-f]{12}$")]
 

@@ -239,9 +239,9 @@ def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[str, C, ma
     content = storage.read(url) if settings.run_dir else storage.read_if_exists(url)
     if content is None and not settings.run_id:  # the run that is pointed to was deleted
         raise _no_finished_run(settings.output, config_class.variant)
+    _check_variant(run, config_class.variant)
     if content is None:
         raise no_run(settings.output, storage.base(run))
-    _check_variant(run, config_class.variant)
     config = from_json(config_class, content, url)
     best = manifests.best(run, named)
     if config_digest(json.loads(content)) != best.manifest.config_sha256:

@@ -14,25 +14,34 @@ import pandas as pd
 from fusion import manifests, storage
 from fusion.clustered import IntArray, joined_groups
 from fusion.config import HOW
-from fusion.errors import DataError
-from fusion.manifests import MANIFEST
-from fusion.records import MetricsManifest, read_if_whole
-from fusion.run_summary import settings_of, variant_of
+from fusion.errors import DataError, UsageError
+from fusion.manifests import ENSEMBLE, MANIFEST, VALIDATION
+from fusion.records import Manifest, MetricsManifest, read_if_whole, read_required
+from fusion.run_summary import damaged, settings_of, variant_of
 from fusion.runs import no_run
 from fusion.splits import read_split
 from fusion.validation import has_validation, validation_of
 
+ENSEMBLE_VARIANT = "ensemble"
 # Settings in which the fold runs of one recipe differ.
 OF_FOLD = {"fold", *HOW}
 
 
 @dataclass(frozen=True)
 class Member:
-    """A run, and the checkpoint of it that predicts."""
+    """A run, and the checkpoint of it that predicts; or an ensemble.
+
+    Attributes:
+        run: its URL.
+        settings: as of `settings_of`; an ensemble has none.
+    """
 
     run: str
-    chosen: manifests.Checkpoint
     variant: str
+    checkpoint: str
+    model_sha256: str
+    data_sha256: str
+    finished: bool
     settings: dict[str, Any]
 
     @property
@@ -57,6 +66,23 @@ class Scored:
         return first if len(self.members) == 1 else f"{first} ({len(self.members)} folds)"
 
 
+def scored_runs(runs: Sequence[str], output: str) -> list[Scored]:
+    """The runs that a user names, the fold runs of a recipe as one.
+
+    Raises:
+        UsageError: fewer than two, or one of them twice.
+        DataError: as `find_run` and `scored`.
+    """
+    urls = [find_run(output, which) for which in runs]
+    twice = [which for which, url in zip(runs, urls, strict=True) if urls.count(url) > 1]
+    if twice:
+        raise UsageError(f"{twice[0]} is named {len(twice)} times", "name each run once")
+    if len(runs) < 2:
+        lists = f"`python jobs/pull.py runs --output {output}` lists them"
+        raise UsageError(f"got {' '.join(runs)}, expected at least two runs", lists)
+    return stacked([scored(url) for url in urls])
+
+
 def find_run(output: str, which: str) -> str:
     """URL of a run, given by its id or by the URL of its folder.
 
@@ -64,7 +90,7 @@ def find_run(output: str, which: str) -> str:
         DataError: there is none; or it names submissions.
     """
     url = which.rstrip("/") if "/" in which else storage.join(output, "runs", which)
-    if storage.exists(storage.join(url, "config.json")):
+    if any(storage.exists(storage.join(url, name)) for name in ("config.json", ENSEMBLE)):
         return url
     if storage.exists(storage.join(url, "submission.csv")) or storage.ls(storage.join(output, "submissions", which)):
         lists = f"`python jobs/pull.py submissions --output {output}` says which run each was made with"
@@ -80,6 +106,8 @@ def scored(run: str) -> Scored:
     Raises:
         DataError: the run has no checkpoint that was validated, or its predictions are not kept, or damaged.
     """
+    if storage.exists(storage.join(run, ENSEMBLE)):
+        return _ensemble(run)
     found = manifests.validated(run)
     variant = variant_of(run)
     if not found:
@@ -92,7 +120,20 @@ def scored(run: str) -> Scored:
     split = read_split(run, chosen.manifest.split_sha256).set_index("sample_id")
     rows = rows.set_index("sample_id").sort_index()[["price", "predicted"]]
     rows["group"] = split["group"].reindex(rows.index).to_numpy()
-    return Scored((Member(run, chosen, variant, settings_of(run)),), rows)
+    made = chosen.manifest
+    member = Member(run, variant, chosen.name, chosen.model_sha256, made.data_sha256, made.finished, settings_of(run))
+    return Scored((member,), rows)
+
+
+def _ensemble(folder: str) -> Scored:
+    record = manifests.read_ensemble(folder)
+    manifest = read_required(Manifest, storage.join(folder, MANIFEST))
+    content = storage.read(storage.join(folder, VALIDATION))
+    if storage.sha256(content) != manifest.sha256_of(VALIDATION):
+        raise damaged(storage.join(folder, VALIDATION), "it is not what the manifest says")
+    rows = pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"}).set_index("sample_id")
+    member = Member(folder, ENSEMBLE_VARIANT, ENSEMBLE, record.model_sha256(), "", True, {})
+    return Scored((member,), rows)
 
 
 def _evaluated(run: str, chosen: manifests.Checkpoint, variant: str) -> pd.DataFrame:
@@ -125,7 +166,7 @@ def _recipe(one: Scored) -> str:
     if member.settings.get("folds") is None:
         return member.run
     settings = {key: value for key, value in member.settings.items() if key not in OF_FOLD}
-    return json.dumps([member.variant, member.chosen.manifest.data_sha256, settings], sort_keys=True)
+    return json.dumps([member.variant, member.data_sha256, settings], sort_keys=True)
 
 
 def _joined(folds: list[Scored]) -> Scored:

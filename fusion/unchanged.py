@@ -41,8 +41,12 @@ def published(settings: PredictConfig, config_class: type[C]) -> str | None:
     return submission.reuse(settings, origin)
 
 
-def republish(settings: PredictConfig, variant: str) -> str | None:
-    """URL of the submission of this date if the manifest of the last one shows that nothing has changed; else None."""
+def republish(settings: PredictConfig, variant: str, code: str = "prediction") -> str | None:
+    """URL of the submission of this date if the manifest of the last one shows that nothing has changed; else None.
+
+    Args:
+        code: the module that predicts, as of `code_digest`.
+    """
     if settings.run_id or settings.run_dir:  # the best checkpoint of a run that is named may be another by now
         return None
     place = pointers.url(settings.output, "submissions", settings.name, "current")
@@ -54,14 +58,14 @@ def republish(settings: PredictConfig, variant: str) -> str | None:
     manifest = records.read_if_whole(SubmissionManifest, storage.join(folder, MANIFEST), "submission_damaged")
     if manifest is None or manifest.date != pointer.date:  # damaged, or of another night than where it lies
         return None
-    if not _is_current(settings, variant, manifest):
+    if not _is_current(settings, variant, manifest, code):
         return None
     return _carry_over(settings, pointer, folder, manifest, seen)
 
 
-def _is_current(settings: PredictConfig, variant: str, manifest: SubmissionManifest) -> bool:
+def _is_current(settings: PredictConfig, variant: str, manifest: SubmissionManifest, code: str) -> bool:
     """Whether the served model, the inputs and the code are those that the submission was made with."""
-    if not manifest.inputs_version or manifest.code_sha256 != code_digest():
+    if not manifest.inputs_version or manifest.code_sha256 != code_digest(code):
         return False
     run = best_run.pointed_to(settings.output, variant)
     if run is None or run.model_sha256 != manifest.model_sha256 or not _is_of(settings, run.run_id, manifest):

@@ -28,12 +28,13 @@ from fusion.errors import DataError, ExitCode, Parser, filled, seconds
 from fusion.findings import Finding, Report, read
 from fusion.manifests import MANIFEST
 from fusion.verify_checkpoint import check_checkpoint
+from fusion.verify_ensemble import check_ensemble, is_ensemble
 from fusion.verify_output import check_output, is_output
 from fusion.verify_pointers import POINTERS, check_pointer
 from fusion.verify_run import check_run
 from fusion.verify_submission import check_submission
 
-_KINDS = "an output, a run, a checkpoint folder, a submission folder, or a pointer such as best.json or current.json"
+_KINDS = "an output, a run, an ensemble, a checkpoint or submission folder, or a pointer such as current.json"
 
 
 def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = lambda _: None) -> list[Finding]:
@@ -53,6 +54,8 @@ def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = l
         check_pointer(report, url, data)
     elif manifest is not None and b'"rows"' in manifest:
         check_submission(report, url, data)
+    elif not url.endswith(".json") and is_ensemble(url, manifest):
+        check_ensemble(report, url)
     elif manifest is not None:
         check_checkpoint(report, url)
     elif any(storage.exists(storage.join(url, name)) for name in ("config.json", "run.json")):

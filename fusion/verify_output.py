@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+
+from pydantic import ValidationError
 
 from fusion import storage
 from fusion.best_run import SERVED, best_of_kind
 from fusion.errors import ExitCode
-from fusion.findings import Report
+from fusion.findings import Report, read
 from fusion.manifests import MANIFEST, PULLED
-from fusion.records import SubmissionManifest
+from fusion.records import RunPointer, SubmissionManifest, validated
+from fusion.scored import ENSEMBLE_VARIANT
+from fusion.verify_ensemble import check_ensemble, is_ensemble, record_in
 from fusion.verify_pointers import check_run_pointer, check_submission_pointer
 from fusion.verify_run import CheckedRun, check_run
 from fusion.verify_submission import check_submission
@@ -28,7 +33,8 @@ def check_output(report: Report, url: str, data: str | None) -> None:
     submissions = _check_submissions(report, url, data)
     pointers = storage.join(url, "pointers")
     to_runs = {place for variant in storage.ls(storage.join(pointers, "runs")) for place in storage.ls(variant)}
-    for place in sorted(to_runs | _expected_run_pointers(pointers, runs)):
+    expected = _expected_run_pointers(pointers, runs) | _expected_ensemble_pointers(url, to_runs)
+    for place in sorted(to_runs | expected):
         check_run_pointer(report, place)
     to_submissions = {place for name in storage.ls(storage.join(pointers, "submissions")) for place in storage.ls(name)}
     for place in sorted(to_submissions | _expected_submission_pointers(url, pointers, submissions)):
@@ -41,7 +47,10 @@ def _check_runs(report: Report, url: str) -> dict[str, CheckedRun]:
         if not storage.ls(folder):  # on a file system, of a run that was killed while it wrote its first file
             continue
         with report.within(f"runs/{storage.base(folder)}"):
-            runs[storage.base(folder)] = check_run(report, folder)
+            if is_ensemble(folder, read(storage.join(folder, MANIFEST))):
+                check_ensemble(report, folder)
+            else:
+                runs[storage.base(folder)] = check_run(report, folder)
     return runs
 
 
@@ -81,6 +90,22 @@ def _expected_run_pointers(pointers: str, runs: Mapping[str, CheckedRun]) -> set
             names.append(best_of_kind(run.newest.split_sha256))
         expected |= {storage.join(pointers, "runs", run.facts.variant, f"{name}.json") for name in names}
     return expected
+
+
+def _expected_ensemble_pointers(url: str, there: set[str]) -> set[str]:
+    """An ensemble is pointed to as latest, then as best of its kind, then as served: where one is, so are those before.
+
+    It has no record of its end, so that one without any pointer may be of a command that was killed.
+    """
+    folder = storage.join(url, "pointers", "runs", ENSEMBLE_VARIANT)
+    mine = {storage.base(place) for place in there if place.startswith(f"{folder}/")}
+    names = {"latest.json"} if mine else set[str]()
+    content = read(storage.join(folder, f"{SERVED}.json")) if f"{SERVED}.json" in mine else None
+    with suppress(ValidationError):
+        served = None if content is None else validated(RunPointer, content)
+        record = record_in(storage.join(url, "runs", served.run_id)) if served else None
+        names |= {f"{best_of_kind(record.rows_sha256)}.json"} if record else set()
+    return {storage.join(folder, name) for name in names}
 
 
 def _expected_submission_pointers(url: str, pointers: str, whole: Submissions) -> set[str]:

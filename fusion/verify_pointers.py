@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 from fusion import storage
 from fusion.findings import Report, parsed, read
-from fusion.manifests import MANIFEST
+from fusion.manifests import ENSEMBLE, MANIFEST
 from fusion.records import CheckpointManifest, PointerPlace, RunFacts, RunPointer, SubmissionPointer, validated
+from fusion.verify_ensemble import check_ensemble, record_in
 from fusion.verify_run import check_run
 from fusion.verify_submission import check_submission
 
@@ -28,7 +29,8 @@ def check_pointer(report: Report, url: str, data: str | None) -> None:
     if rest.startswith("runs/"):
         pointer = check_run_pointer(report, url)
         if pointer is not None:
-            check_run(report, storage.join(output, "runs", pointer.run_id))
+            check = check_ensemble if pointer.checkpoint == ENSEMBLE else check_run
+            check(report, storage.join(output, "runs", pointer.run_id))
     else:
         target = check_submission_pointer(report, url)
         if target is not None:
@@ -44,6 +46,9 @@ def check_run_pointer(report: Report, url: str) -> RunPointer | None:
     facts = _read(RunFacts, storage.join(run, "run.json"))
     if facts is not None:
         report.expect(f"{_name(url)}: variant of {pointer.run_id}", _name(url).split("/")[2], facts.variant)
+    if pointer.checkpoint == ENSEMBLE:
+        _compare_ensemble(report, _name(url), pointer, run)
+        return pointer
     made = _read(CheckpointManifest, storage.join(run, "checkpoints", pointer.checkpoint, MANIFEST))
     what = f"{_name(url)}: smape of {pointer.checkpoint} in {pointer.run_id}"
     if made is None:
@@ -53,6 +58,17 @@ def check_run_pointer(report: Report, url: str) -> RunPointer | None:
     if pointer.split_sha256 and made.split_sha256:  # earlier versions did not say
         report.expect(f"{_name(url)}: split_sha256 of {pointer.run_id}", made.split_sha256, pointer.split_sha256)
     return pointer
+
+
+def _compare_ensemble(report: Report, name: str, pointer: RunPointer, folder: str) -> None:
+    what = f"{name}: smape of {pointer.run_id}"
+    record = record_in(folder) if storage.exists(storage.join(folder, MANIFEST)) else None
+    if record is None:
+        report.bad(what, pointer.smape, "no such ensemble")
+        return
+    report.expect(what, record.smape, pointer.smape)
+    report.expect(f"{name}: rows_sha256 of {pointer.run_id}", record.rows_sha256, pointer.split_sha256)
+    report.expect(f"{name}: model_sha256 of {pointer.run_id}", record.model_sha256(), pointer.model_sha256)
 
 
 def check_submission_pointer(report: Report, url: str) -> SubmissionPointer | None:

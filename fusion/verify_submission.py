@@ -13,8 +13,8 @@ from fusion import storage
 from fusion.errors import CredentialsError, DataError
 from fusion.findings import Report, check_files, check_once, first_line, parsed, some
 from fusion.inputs import find_table, table_sha256
-from fusion.manifests import MANIFEST, MODEL, PREDICTIONS, SUBMISSION
-from fusion.records import CheckpointManifest, DataOfRun, SubmissionManifest, read_required
+from fusion.manifests import ENSEMBLE, MANIFEST, MODEL, PREDICTIONS, SUBMISSION
+from fusion.records import CheckpointManifest, DataOfRun, EnsembleRecord, SubmissionManifest, read_required
 from fusion.submission import plain
 
 if TYPE_CHECKING:
@@ -145,6 +145,9 @@ def _difference(wanted: Sequence[str], ids: Sequence[str]) -> str:
 
 
 def _compare_model(report: Report, manifest: SubmissionManifest) -> None:
+    if manifest.checkpoint == ENSEMBLE:
+        _compare_ensemble(report, manifest)
+        return
     folder = storage.join(manifest.run, "checkpoints", manifest.checkpoint)
     try:
         data = storage.read_if_exists(storage.join(folder, MANIFEST))
@@ -157,3 +160,17 @@ def _compare_model(report: Report, manifest: SubmissionManifest) -> None:
     made = parsed(report, f"{manifest.checkpoint}/{MANIFEST} of {manifest.run}", data, CheckpointManifest)
     if made is not None:
         report.expect(f"model_sha256, as in {manifest.checkpoint}", made.sha256_of(MODEL), manifest.model_sha256)
+
+
+def _compare_ensemble(report: Report, manifest: SubmissionManifest) -> None:
+    try:
+        data = storage.read_if_exists(storage.join(manifest.run, ENSEMBLE))
+    except _NOT_READABLE as error:
+        report.note(f"ensemble not compared: {first_line(error)}")
+        return
+    if data is None:
+        report.note(f"ensemble not compared: {manifest.run} is no longer there")
+        return
+    record = parsed(report, f"{ENSEMBLE} of {manifest.run}", data, EnsembleRecord)
+    if record is not None:
+        report.expect(f"model_sha256, as in {ENSEMBLE}", record.model_sha256(), manifest.model_sha256)

@@ -30,7 +30,7 @@ try:
     from fusion.command import guarded
     from fusion.environment import variable
     from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds, visible
-    from fusion.manifests import STATE, SUBMISSION
+    from fusion.manifests import ENSEMBLE, STATE, SUBMISSION
     from fusion.streams import unfailing
     from jobs.arguments import refuse_empty
     from jobs.results import shown
@@ -96,7 +96,9 @@ def _run(given: argparse.Namespace) -> None:
         _print_commands(given, choice, _run_filters(given, choice))
         return
     paths = _pull(given, lambda: plan_run(given.output, choice, state=given.state))
-    if not any("/checkpoints/" in path for path in paths):
+    if any(storage.base(path) == ENSEMBLE for path in paths):
+        _say("it is an ensemble: its members, which ensemble.json names, are runs to be pulled as well")
+    elif not any("/checkpoints/" in path for path in paths):
         _say("it has no validated checkpoint yet, so no model was pulled")
     print(os.path.join(given.to, choice.path))
 

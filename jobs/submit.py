@@ -23,8 +23,9 @@ try:
     from fusion.errors import ExitCode, Parser, UsageError
     from fusion.flags import parse
     from fusion.streams import unfailing
+    from fusion.variants import variants
     from jobs.clusters import local
-    from jobs.clusters.description import MODULES, Job, check_together, config_class, each_fold, frozen, variants
+    from jobs.clusters.description import MODULES, Job, check_together, config_class, each_fold, frozen
 except ImportError as wrong_python:
     if __name__ != "__main__":
         raise

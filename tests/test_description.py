@@ -12,7 +12,8 @@ from setuptools import find_packages
 
 import fusion
 from fusion.errors import UsageError
-from jobs.clusters.description import Job, config_class, variants
+from fusion.variants import variants
+from jobs.clusters.description import Job, config_class
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """

@@ -14,6 +14,7 @@ import pytest
 from fusion import compare, convert, launch, verify
 from fusion.all_embeddings.config import Config
 from fusion.config import EvaluateConfig, PredictConfig
+from fusion.ensemble import __main__ as ensemble
 from fusion.errors import ExitCode, Parser, UsageError
 from fusion.flags import _flag, _flags, _variable
 from jobs import submit
@@ -27,6 +28,7 @@ PARSERS = {
     "launch": "fusion/launch.py",
     "verify": "fusion/verify.py",
     "compare": "fusion/compare.py",
+    "ensemble": "fusion/ensemble/__main__.py",
     "convert": "fusion/convert.py",
     "demo": "fusion/demo.py",
     "doctor": "jobs/doctor.py",
@@ -49,6 +51,12 @@ PRINTED_BY = {
     "fusion/distributed.py": RUNS,
     "fusion/duplicates.py": ("train",),
     "fusion/embeddings.py": ("train", "predict"),
+    "fusion/ensemble/__main__.py:_other_rows": ("submit",),  # in a command that it names
+    "fusion/ensemble/__main__.py:_warn_of_several_data": ("predict",),
+    "fusion/ensemble/__main__.py": ("ensemble",),
+    "fusion/ensemble/folder.py": ("ensemble",),
+    "fusion/ensemble/prediction.py": ("ensemble", "predict"),
+    "fusion/ensemble/report.py": ("predict",),  # in a command that it names
     "fusion/errors.py": (*RUNS, *PARSERS),
     "fusion/evaluation.py": ("evaluate",),
     "fusion/fitting.py": ("train",),
@@ -62,6 +70,7 @@ PRINTED_BY = {
     "fusion/prediction.py": ("predict",),
     "fusion/runs.py": ("train",),
     "fusion/runs.py:_no_finished_run": ("evaluate", "predict"),
+    "fusion/scored.py:scored_runs": ("pull",),  # in a command that it names
     "fusion/scored.py:find_run": ("pull",),  # in a command that it names
     "fusion/scored.py:_evaluated": ("evaluate",),
     "fusion/runs.py:no_run": ("pull",),  # in a command that it names
@@ -93,6 +102,7 @@ PRINTED_BY = {
 # Of git, docker and kubectl; and of the training whose flags follow the `--` of a submission.
 FOREIGN = {"fusion/provenance.py": {"--error-unmatch"}, "fusion/sharing.py": {"--shm-size"}}
 FOREIGN |= {"jobs/clusters/kubectl.py": {"--output"}}
+FOREIGN |= {"fusion/ensemble/__main__.py:_other_rows": {"--folds"}}
 FOREIGN |= {"jobs/clusters/description.py": {"--folds", "--fold", "--name", "--run-id"}}
 MODULES = sorted(path for part in ("fusion", "jobs") for path in (ROOT / part).glob("**/*.py"))
 
@@ -196,7 +206,8 @@ def test_the_example_is_a_call_that_the_parser_takes(parser: Parser) -> None:
     parser.parse_args(parser.example.partition(" -- ")[0].split())
 
 
-@pytest.mark.parametrize("command", [verify, convert, compare])
+@pytest.mark.parametrize("command", [verify, convert, compare, ensemble])
 def test_a_command_without_arguments_shows_an_example(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([]) == ExitCode.USAGE
-    assert f"hint: for example `python -m {command.__name__} " in capsys.readouterr().err
+    name = command.__name__.removesuffix(".__main__")
+    assert f"hint: for example `python -m {name} " in capsys.readouterr().err

@@ -6,17 +6,15 @@ a mistake costs a second and not an hour in a queue, and nothing that is edited 
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
-import fusion
 from fusion.config import EvaluateConfig, PredictConfig, RunConfig, digest
 from fusion.errors import UsageError
 from fusion.flags import as_flags
+from fusion.variants import variants
 
 MODULES = {"train": "train", "evaluate": "evaluate_by_groups", "predict": "predict_test"}
 
@@ -66,21 +64,6 @@ class Job:
     def digest(self, *further: str) -> str:
         """Eight letters that differ between jobs with different settings."""
         return digest([asdict(self), *further])[:8]
-
-
-def variants() -> list[str]:
-    """Names of the variants: every package of `fusion` whose module `config` has the settings of a run."""
-    names = [found.name for found in pkgutil.iter_modules(fusion.__path__) if found.ispkg]
-    return [name for name in names if _has_settings(name)]
-
-
-def _has_settings(name: str) -> bool:
-    package = find_spec(f"fusion.{name}")  # imports nothing: other packages load torch, which may not be installed here
-    folders = package.submodule_search_locations if package else None
-    if "config" not in [found.name for found in pkgutil.iter_modules(folders or [])]:
-        return False
-    config = getattr(import_module(f"fusion.{name}.config"), "Config", None)
-    return isinstance(config, type) and issubclass(config, RunConfig)
 
 
 def config_class(variant: str, task: str) -> type[Any]:

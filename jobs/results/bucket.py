@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from fusion import pointers, storage
 from fusion.errors import DataError, ExitCode
-from fusion.manifests import MANIFEST, Checkpoint, best_of
+from fusion.manifests import ENSEMBLE, MANIFEST, Checkpoint, best_of, read_ensemble
 from fusion.records import (
     AttemptEnd,
     AttemptStart,
@@ -117,6 +117,8 @@ def _served(output: str, variants: Iterable[str]) -> set[str]:
 def _describe_run(root: str, run_id: str, listing: Listing, now: datetime) -> Run:
     seen = max((found.modified for found in listing.values() if found.modified), default=None)
     sign = f"{seen.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}" if seen else ""
+    if ENSEMBLE in listing:
+        return _describe_ensemble(root, run_id, listing, sign)
     if LEASE not in listing:
         return Run(run_id, last_sign=sign, error="it has no lease.json: no attempt ever began")
     try:
@@ -126,6 +128,18 @@ def _describe_run(root: str, run_id: str, listing: Listing, now: datetime) -> Ru
     if run.state == "running" and seen and now - seen > SILENT_AFTER:
         return replace(run, state="silent", last_sign=sign, error=f"no sign since {sign}: killed, most likely")
     return replace(run, last_sign=sign)
+
+
+def _describe_ensemble(root: str, run_id: str, listing: Listing, sign: str) -> Run:
+    url = storage.join(root, run_id)
+    if MANIFEST not in listing:
+        return Run(run_id, "ensemble", last_sign=sign, error="it was not completed: make it again")
+    try:
+        record, facts = read_ensemble(url), _read_listed(RunFacts, url, "run.json", listing)
+    except DataError as error:
+        return Run(run_id, "ensemble", last_sign=sign, error=error.message)
+    started, rows = facts.started if facts else "", record.rows_sha256[:12]
+    return Run(run_id, "ensemble", record.smape, "finished", 0, 1, started, started, sign, rows)
 
 
 def _read_run(url: str, listing: Listing) -> Run:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
-from fusion.manifests import MANIFEST, PULLED, SPLIT, STATE, Checkpoint
+from fusion.manifests import ENSEMBLE, MANIFEST, PULLED, SPLIT, STATE, Checkpoint
 from fusion.records import (
     CheckpointManifest,
     FileEntry,
@@ -106,6 +106,9 @@ def plan_run(output: str, choice: Choice, *, state: bool) -> Plan:
     listing = storage.find(run)
     if not listing:  # a pointer may outlive it
         raise no_run(output, storage.base(run))
+    if ENSEMBLE in listing:  # its members are runs of their own
+        plan = _committed(output, choice.path, Manifest)
+        return _joined(plan, Plan([], choice.pointer | _marker(output, choice, [])))
     best = best_checkpoint(run, listing)
     metrics = _committed(output, f"{choice.path}/metrics", Manifest, required=False)
     plan = _joined(metrics, _beside(choice.path, listing, metrics, best))

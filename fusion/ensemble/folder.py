@@ -1,0 +1,116 @@
+"""The folder of an ensemble: `runs/<id>/` with `ensemble.json`, `run.json` and `validation.parquet`, then a manifest.
+
+It lies among the runs, for it is compared and served as they are; in the place of a checkpoint it names its members,
+which stay where they are. Only the manifest, written last, makes it exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+
+from fusion import best_run, log, manifests, records, storage
+from fusion.config import digest
+from fusion.ensemble.weights import Blend
+from fusion.errors import ConfigError
+from fusion.manifests import ENSEMBLE, MANIFEST, VALIDATION
+from fusion.provenance import revision
+from fusion.records import SCHEMA, EnsembleMember, EnsembleRecord, Manifest, RunFacts, RunPointer, seal
+from fusion.scored import ENSEMBLE_VARIANT, Member, Scored, Shared
+from fusion.tables import Table
+from fusion.validation import to_parquet
+
+CODE = "ensemble/prediction"  # the module whose code decides a price
+
+
+def record_of(run_id: str, found: Sequence[Scored], rows: Shared, blend: Blend) -> EnsembleRecord:
+    """What `ensemble.json` says; the fold runs of a recipe share its weight."""
+    members = [
+        EnsembleMember(
+            member.variant,
+            f"runs/{member.run_id}",
+            member.checkpoint,
+            member.model_sha256,
+            float(weight) / len(one.members),
+        )
+        for one, weight in zip(found, blend.weights, strict=True)
+        for member in one.members
+        if weight > 0
+    ]
+    return EnsembleRecord(
+        run_id or f"ensemble-{digest([[one.model_sha256, one.weight] for one in members])[:8]}",
+        members,
+        blend.fitted,
+        blend.smape.mean,
+        blend.smape.error,
+        blend.smape.mean + (blend.gain.mean if blend.fitted else 0),
+        min(one.mean for one in blend.members),
+        len(rows),
+        len(np.unique(rows.groups)),
+        rows_digest(rows.ids, rows.prices),
+        str(found[0].members[0].settings["data"]),
+    )
+
+
+def rows_digest(ids: pd.Index, prices: np.ndarray) -> str:
+    """sha256 of ids [n] and their prices [n]."""
+    return Table(pd.DataFrame({"price": prices}, index=ids), np.arange(len(ids))).digest()
+
+
+def publish(output: str, record: EnsembleRecord, found: Sequence[Scored], rows: Shared, blend: Blend) -> bool:
+    """Writes the folder unless it is there; whether it was written now.
+
+    Raises:
+        ConfigError: the name is that of a run, or of an ensemble of other members.
+    """
+    folder = storage.join(output, "runs", record.run_id)
+    if storage.exists(storage.join(folder, "config.json")):
+        raise ConfigError(f"{record.run_id} is the name of a run in {output}", "choose another --run-id")
+    if storage.exists(storage.join(folder, MANIFEST)):
+        _check_same(folder, record)
+        return False
+    frame = pd.DataFrame({"sample_id": rows.ids, "price": rows.prices, "predicted": np.exp(blend.log_prices)})
+    members = [member for one in found for member in one.members]
+    files = {
+        ENSEMBLE: seal(asdict(record)),  # first: it tells the folder from that of a run
+        "run.json": seal(_facts(record, members)),
+        VALIDATION: to_parquet(frame.assign(group=rows.groups)),
+    }
+    manifest = seal(asdict(Manifest(SCHEMA, manifests.write_files(folder, files))))
+    if storage.create(storage.join(folder, MANIFEST), manifest):
+        return True
+    _check_same(folder, record)  # somebody else was faster
+    return False
+
+
+def _check_same(folder: str, record: EnsembleRecord) -> None:
+    before = manifests.read_ensemble(folder)
+    if before != record:
+        raise ConfigError(
+            f"the ensemble {record.run_id} exists with other members, weights or rows", "choose another --run-id"
+        )
+
+
+def _facts(record: EnsembleRecord, members: Sequence[Member]) -> dict[str, object]:
+    """`run.json`, as a run has it: what later nights, and pointers, ask of it."""
+    first = records.read_required(RunFacts, storage.join(members[0].run, "run.json"))
+    return {
+        "run_id": record.run_id,
+        "variant": ENSEMBLE_VARIANT,
+        "config_sha256": record.model_sha256(),
+        "data_sha256": digest([member.data_sha256 for member in members]),
+        "dims": dict(first.dims),
+        "price_quartiles": first.price_quartiles,
+        "revision": revision(),
+        "started": records.now(),
+    }
+
+
+def point_to(output: str, record: EnsembleRecord, *, promote: bool) -> None:
+    """Makes it the newest and, by the rules of runs, the best and the served ensemble."""
+    target = RunPointer(record.run_id, ENSEMBLE, record.smape, record.rows_sha256, record.model_sha256())
+    best_run.point_to(output, ENSEMBLE_VARIANT, target, promote=promote)
+    log.info(event="ensemble", folder=storage.join(output, "runs", record.run_id), smape=record.smape)

@@ -1,0 +1,216 @@
+"""Prices of an ensemble: each member's model prices every row, and the mean of their logs is what is published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fusion import guards, log, manifests, records, runs, storage, submission
+from fusion.best_run import pointed_to, run_of
+from fusion.config import PredictConfig, RunConfig, digest
+from fusion.distributed import World, held, world
+from fusion.embeddings import RowStore, load
+from fusion.ensemble.folder import CODE
+from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
+from fusion.fingerprints import Look, look
+from fusion.flags import from_json
+from fusion.inputs import Inputs, find_inputs, find_table, table_sha256
+from fusion.manifests import ENSEMBLE
+from fusion.parts import Compute, compute_parts, discard
+from fusion.prediction import check_dims, load_model, parts_folder, pricing, publish_prices
+from fusion.price_model import PriceModel
+from fusion.provenance import code_digest
+from fusion.records import EnsembleMember, EnsembleRecord, RunFacts
+from fusion.scored import ENSEMBLE_VARIANT
+from fusion.tables import read_table
+from fusion.unchanged import republish
+from fusion.variants import config_class_of, network_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """A member: the checkpoint that it is, with the settings that it was trained with."""
+
+    member: EnsembleMember
+    chosen: manifests.Checkpoint
+    config: RunConfig
+
+    @property
+    def bindings(self) -> dict[str, str]:
+        return self.config.bindings()
+
+
+def predict_test(settings: PredictConfig) -> None:
+    """As `fusion.prediction.predict_test`, with an ensemble.
+
+    Raises:
+        DataError: no such ensemble, a member that is gone or another, and as there.
+        UnreachableError, StopRequested: as there.
+    """
+    with world(settings.device) as place:
+        settings = replace(settings, date=place.on_main(settings.day))
+        if place.on_main(lambda: republish(settings, ENSEMBLE_VARIANT, CODE)):
+            return
+        folder, record, parts = place.on_main(lambda: _open(settings))
+        log.configure(record.run_id, place.rank, place.size)
+        data = place.on_main(lambda: runs.data_of(settings, record.data))
+        inputs = place.on_main(lambda: find_inputs(data, "test", _sources(parts)))
+        origin = place.on_main(lambda: _origin(folder, record, parts, data, inputs))
+        under_way = storage.join(settings.output, "parts", settings.name)
+        if place.on_main(lambda: submission.reuse(settings, origin)):
+            place.on_main(lambda: discard(under_way))
+            return
+        _predict(settings, record, parts, inputs, origin, place)
+        place.on_main(lambda: discard(under_way))
+
+
+def _open(settings: PredictConfig) -> tuple[str, EnsembleRecord, list[Part]]:
+    """The ensemble to use: `--run-dir`, else `--run-id`, else the one that is served; and its members, checked."""
+    folder = _find(settings)
+    record = manifests.read_ensemble(folder)
+    output = folder.rpartition("/runs/")[0]
+    return folder, record, [_open_member(output, record, member) for member in record.members]
+
+
+def _find(settings: PredictConfig) -> str:
+    makes = f"`python -m fusion.ensemble RUN RUN --output {settings.output}` makes one"
+    if settings.run_dir:
+        folder = settings.run_dir.rstrip("/")
+    elif settings.run_id:
+        folder = storage.join(settings.output, "runs", settings.run_id)
+    else:
+        best = pointed_to(settings.output, ENSEMBLE_VARIANT)
+        if best is None:
+            raise DataError(f"no ensemble under {settings.output}", makes)
+        folder = run_of(settings.output, best)
+    if storage.exists(storage.join(folder, ENSEMBLE)):
+        return folder
+    facts = records.read_if_whole(RunFacts, storage.join(folder, "run.json"), "run_damaged")
+    if facts is not None and facts.variant != ENSEMBLE_VARIANT:
+        raise ConfigError(
+            f"run {storage.base(folder)} is of {facts.variant}, and this command predicts with ensembles",
+            f"use python -m fusion.{facts.variant}.predict_test",
+        )
+    raise DataError(f"no ensemble {storage.base(folder)} under {settings.output}", makes)
+
+
+def _open_member(output: str, record: EnsembleRecord, member: EnsembleMember) -> Part:
+    run = storage.join(output, member.run)
+    found = {made.name: made for made in manifests.committed(run)}
+    chosen = found.get(member.checkpoint)
+    if chosen is None or chosen.model_sha256 != member.model_sha256:
+        state = "gone" if chosen is None else "another model now"
+        raise DataError(
+            f"the ensemble {record.run_id} needs {member.checkpoint} of {member.run}, which is {state}",
+            "restore that run, or make an ensemble of the runs that are left with python -m fusion.ensemble",
+        )
+    url = storage.join(run, "config.json")
+    return Part(member, chosen, from_json(config_class_of(member.variant), storage.read(url), url))
+
+
+def _sources(parts: Sequence[Part]) -> dict[str, str]:
+    """All sources that any member reads, by their own names: roles differ between variants."""
+    return {name: name for part in parts for name in part.bindings.values()}
+
+
+def _origin(folder: str, record: EnsembleRecord, parts: Sequence[Part], data: str, inputs: Inputs) -> submission.Origin:
+    table = table_sha256(inputs.table)
+    return submission.Origin(
+        folder,
+        ENSEMBLE,
+        record.model_sha256(),
+        data,
+        table,
+        digest([table, inputs.sources_digest()]),
+        code_digest(CODE),
+        record.data,
+        _sources(parts),
+        inputs.version(),
+    )
+
+
+def _predict(
+    settings: PredictConfig,
+    record: EnsembleRecord,
+    parts: Sequence[Part],
+    inputs: Inputs,
+    origin: submission.Origin,
+    place: World,
+) -> None:
+    """Reads, judges, prices and publishes the rows."""
+    data = origin.data
+    models = [load_model(part.chosen, part.config, network_of(part.member.variant), place) for part in parts]
+    table = place.on_main_alone(lambda: read_table(data, "test", priced=False, columns=["price"]))
+    ids = place.on_main(lambda: held(table).ids)
+    most = min(part.config.max_missing for part in parts) if settings.max_missing is None else settings.max_missing
+    store = load(data, "test", _sources(parts), ids, place, max_missing=most, sources=inputs.sources)
+    for part, model in zip(parts, models, strict=True):
+        check_dims(_view(store, part).dims, model.dims, f"{data}/embeddings/test")
+    if place.on_main(lambda: find_table(data, "test")) != inputs.table:
+        raise UnreachableError(
+            f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
+        )
+    store, last = store.resident_on(place.device), place.on_main_alone(lambda: submission.last(settings))
+    seen, agreement = _look(parts, models, store, ids, place)
+    about = guards.about_embeddings(seen, agreement, last, origin)
+    place.on_main(lambda: guards.conclude(settings, about))
+    under_way = storage.join(settings.output, "parts", settings.name)
+    computed = compute_parts(_mixing(parts, models), store, place, parts_folder(under_way, origin, place))
+    try:
+        place.on_main(lambda: publish_prices(settings, origin, record.smape, held(table), computed, None, seen, last))
+    except (DataError, DivergedError):
+        place.on_main(lambda: discard(under_way))
+        raise
+
+
+def _view(store: RowStore, part: Part) -> RowStore:
+    """The store's rows as the member knows them: by role."""
+    return RowStore(_by_role(store.values, part), _by_role(store.present, part))
+
+
+def _by_role(by_source: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
+    return {role: by_source[source] for role, source in part.bindings.items()}
+
+
+def _look(
+    parts: Sequence[Part], models: Sequence[PriceModel], store: RowStore, ids: pd.Index, place: World
+) -> tuple[Look, dict[str, float]]:
+    """What embeddings look like, by source, to the first member that reads each, and how pairs agreed in training."""
+    seen, agreement, found = Look(pd.DataFrame(), {}, {}), dict[str, float](), list[Look]()
+    for part, model in zip(parts, models, strict=True):
+        names = {role: name for role, name in part.bindings.items() if name not in seen.shift}
+        if not names:
+            continue
+        one = look(model, _view(store, part), ids, place)
+        found.append(replace(one, prints=one.prints[list(names)].rename(columns=names)))
+        seen.shift.update({name: one.shift[role] for role, name in names.items()})
+        seen.spread.update({name: one.spread[role] for role, name in names.items()})
+        agreement |= _agreement(part)
+    return replace(seen, prints=pd.concat([one.prints for one in found], axis=1)), agreement
+
+
+def _agreement(part: Part) -> dict[str, float]:
+    """Of pairs of sources, in either order."""
+    pairs = {tuple(pair.split(" ")): value for pair, value in part.chosen.manifest.agreement.items()}
+    names = part.bindings
+    both = [(names[one], names[other], value) for (one, other), value in pairs.items()]
+    return {f"{first} {second}": value for a, b, value in both for first, second in ((a, b), (b, a))}
+
+
+def _mixing(parts: Sequence[Part], models: Sequence[PriceModel]) -> Compute:
+    """What computes {"price": [B] dollars} from inputs and presence by source."""
+    computes = [pricing(model) for model in models]
+
+    def compute(inputs: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str, Tensor]:
+        total: Any = 0.0
+        for part, priced in zip(parts, computes, strict=True):
+            price = priced(_by_role(inputs, part), _by_role(present, part))["price"]
+            total = total + part.member.weight * torch.log(price.double())
+        return {"price": torch.exp(total)}
+
+    return compute

@@ -1,0 +1,49 @@
+"""The variants: packages of `fusion` with the settings of a run, a model and three commands."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import fusion
+from fusion.config import RunConfig
+from fusion.errors import ConfigError
+
+
+def variants() -> list[str]:
+    """Names of the variants: every package of `fusion` whose module `config` has the settings of a run."""
+    names = [found.name for found in pkgutil.iter_modules(fusion.__path__) if found.ispkg]
+    return [name for name in names if _has_settings(name)]
+
+
+def _has_settings(name: str) -> bool:
+    package = find_spec(f"fusion.{name}")  # imports nothing: other packages load torch, which may not be installed here
+    folders = package.submodule_search_locations if package else None
+    if "config" not in [found.name for found in pkgutil.iter_modules(folders or [])]:
+        return False
+    config = getattr(import_module(f"fusion.{name}.config"), "Config", None)
+    return isinstance(config, type) and issubclass(config, RunConfig)
+
+
+def config_class_of(variant: str) -> type[RunConfig]:
+    """The settings of a variant's runs.
+
+    Raises:
+        ConfigError: there is no such variant.
+    """
+    if variant not in variants():
+        raise ConfigError(
+            f"this version of fusion has no variant {variant!r}, only {', '.join(variants())}",
+            "use the version that the run was trained with, or leave the run out",
+        )
+    found: type[RunConfig] = import_module(f"fusion.{variant}.config").Config
+    return found
+
+
+def network_of(variant: str) -> Callable[..., Any]:
+    """The variant's `build_network(config, dims)`; it loads torch."""
+    build: Callable[..., Any] = import_module(f"fusion.{variant}.model").build_network
+    return build

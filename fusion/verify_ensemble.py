@@ -1,0 +1,91 @@
+"""Checks of an ensemble: its files, its members, which have to be there still, and its figures."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+
+from fusion import storage
+from fusion.findings import Report, check_files, check_once, first_line, parsed, read
+from fusion.manifests import ENSEMBLE, MANIFEST, MODEL, PULLED, VALIDATION
+from fusion.metrics import compute_smape
+from fusion.records import CheckpointManifest, EnsembleMember, EnsembleRecord, Manifest, RunFacts, validated
+from fusion.scored import ENSEMBLE_VARIANT
+
+TOLERANCE = 1e-6
+
+
+def is_ensemble(folder: str, manifest: bytes | None) -> bool:
+    """Whether the folder is, or was to become, that of an ensemble: its record is written first, its manifest last."""
+    return (manifest is not None and ENSEMBLE.encode() in manifest) or storage.exists(storage.join(folder, ENSEMBLE))
+
+
+def check_ensemble(report: Report, folder: str) -> None:
+    """Checks all of an ensemble's folder, and whether each member is as it was."""
+    if not storage.exists(storage.join(folder, MANIFEST)):
+        report.note(f"{storage.base(folder)}: not committed, so it does not count")
+        return
+    manifest, contents = check_files(report, folder, Manifest, {ENSEMBLE, "run.json", VALIDATION})
+    record = parsed(report, ENSEMBLE, contents.get(ENSEMBLE), EnsembleRecord)
+    facts = parsed(report, "run.json", contents.get("run.json"), RunFacts)
+    if manifest is None or record is None or facts is None:
+        return
+    if storage.base(folder.rpartition("/")[0]) == "runs":  # and not of a copy that lies elsewhere
+        report.expect(f"{ENSEMBLE}: run_id", storage.base(folder), record.run_id)
+    report.expect("run.json: run_id", record.run_id, facts.run_id)
+    report.expect("run.json: variant", ENSEMBLE_VARIANT, facts.variant)
+    report.expect("run.json: config_sha256 of the members", record.model_sha256(), facts.config_sha256)
+    total = sum(member.weight for member in record.members)
+    if not math.isclose(total, 1, rel_tol=TOLERANCE):
+        report.bad(f"{ENSEMBLE}: sum of the weights", 1, total)
+    for member in record.members:
+        _check_member(report, folder, member)
+    if VALIDATION in contents:
+        _check_validation(report, record, contents[VALIDATION])
+
+
+def _check_member(report: Report, folder: str, member: EnsembleMember) -> None:
+    output, inside, _ = folder.rpartition("/runs/")
+    what = f"member {member.run}: model_sha256 of {member.checkpoint}"
+    content = read(storage.join(output, member.run, "checkpoints", member.checkpoint, MANIFEST)) if inside else None
+    if content is None and (not inside or storage.exists(storage.join(folder, PULLED))):
+        report.note(f"member {member.run}: not here, so it was not compared")
+    elif content is None:
+        report.bad(what, "a member that is still there", "no such checkpoint: the ensemble cannot predict without it")
+    else:
+        made = parsed(report, f"member {member.run}: {member.checkpoint}/{MANIFEST}", content, CheckpointManifest)
+        if made is not None:
+            report.expect(what, made.sha256_of(MODEL), member.model_sha256)
+
+
+def _check_validation(report: Report, record: EnsembleRecord, content: bytes) -> None:
+    import pandas as pd
+    from pyarrow import ArrowException
+
+    from fusion.tables import Table
+
+    try:
+        rows = pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"}).set_index("sample_id")
+        smape = compute_smape(rows["price"], rows["predicted"])
+        n_groups = rows["group"].nunique()
+    except (ArrowException, ValueError, TypeError, OSError, KeyError) as error:
+        report.bad(VALIDATION, "Parquet with sample_id, price, predicted and group", first_line(error))
+        return
+    check_once(report, f"{VALIDATION}: ids", list(rows.index))
+    report.expect(f"{VALIDATION}: rows", record.rows, len(rows))
+    report.expect(f"{VALIDATION}: groups", record.groups, n_groups)
+    digest = Table(rows[["price"]], np.arange(len(rows))).digest()
+    report.expect(f"{VALIDATION}: rows_sha256", record.rows_sha256, digest)
+    if not math.isclose(smape, record.smape, rel_tol=TOLERANCE):
+        report.bad(f"{ENSEMBLE}: smape, recomputed", smape, record.smape)
+
+
+def record_in(folder: str) -> EnsembleRecord | None:
+    """What the ensemble says, committed or not; None when there is none, or it is damaged: `check_ensemble` says so."""
+    content = read(storage.join(folder, ENSEMBLE))
+    try:
+        return None if content is None else validated(EnsembleRecord, content)
+    except ValueError:
+        return None

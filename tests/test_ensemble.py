@@ -1,0 +1,245 @@
+"""Several runs as one model: mixed, published, predicted with, verified, and never half there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fusion import pointers, storage
+from fusion.all_embeddings import predict_test as predict_all
+from fusion.all_embeddings import train as train_all
+from fusion.ensemble import __main__ as ensemble
+from fusion.ensemble import predict_test
+from fusion.metrics import compute_smape
+from fusion.qwen_clip import predict_test as predict_two
+from fusion.qwen_clip import train as train_two
+from fusion.records import RunPointer, SubmissionPointer
+from fusion.verify import verify
+from tests.conftest import SMALL, run_command
+from tests.test_verify_everything import is_found, mutations
+
+Capture = pytest.CaptureFixture[str]
+
+FOLDS = ["q0", "q1", "a0", "a1"]
+
+
+@pytest.fixture(scope="module")
+def trained(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folds of each variant, and a run that validated on other rows."""
+    place = tmp_path_factory.mktemp("ensemble")
+    where = ["--data", str(catalog), "--output", str(place), *SMALL, "--epochs", "3"]
+    for fold in ("0", "1"):
+        assert train_two.main([*where, "--folds", "2", "--fold", fold, "--run-id", f"q{fold}"]) == 0
+        assert train_all.main([*where, "--folds", "2", "--fold", fold, "--run-id", f"a{fold}"]) == 0
+    assert train_two.main([*where, "--run-id", "single"]) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def mixed(trained: Path) -> Path:
+    assert ensemble.main([*FOLDS, "--output", str(trained), "--run-id", "mix"]) == 0
+    return trained
+
+
+@pytest.fixture
+def copied(mixed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mixed, tmp_path / "output"))
+
+
+def record(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "runs/mix/ensemble.json").read_text())
+    return found
+
+
+def submission(output: Path, name: str) -> pd.Series:
+    current = pointers.read(SubmissionPointer, str(output), "submissions", name, "current")
+    assert current is not None
+    return pd.read_csv(output / "submissions" / current.submission / "submission.csv", index_col=0)["price"]
+
+
+def wrong(place: Path) -> list[str]:
+    return [str(finding) for finding in verify(str(place)) if finding.verdict == "BAD"]
+
+
+def test_what_it_says_is_what_its_rows_give(mixed: Path, catalog: Path) -> None:
+    said, rows = record(mixed), pd.read_parquet(mixed / "runs/mix/validation.parquet")
+    prices = pd.read_csv(catalog / "train.csv").set_index("sample_id")["price"]
+    assert len(rows) == said["rows"] == len(prices)
+    assert (rows["price"].to_numpy() == prices[rows["sample_id"].astype(int)].to_numpy()).all()
+    assert compute_smape(rows["price"], rows["predicted"]) == pytest.approx(said["smape"])
+    assert sum(member["weight"] for member in said["members"]) == pytest.approx(1)
+    assert {member["run"] for member in said["members"]} <= {f"runs/{run}" for run in FOLDS}
+    best = pointers.read(RunPointer, str(mixed), "runs", "ensemble", "best")
+    assert best is not None and (best.run_id, best.smape) == ("mix", said["smape"])
+    assert wrong(mixed) == []
+
+
+def test_its_price_is_the_weighted_mean_of_the_members_log_prices(copied: Path) -> None:
+    where = ["--output", str(copied), "--date", "2026-01-02"]
+    commands = {"q": predict_two, "a": predict_all}
+    expected: Any = 0.0
+    for member in record(copied)["members"]:
+        run_id = storage.base(member["run"])
+        assert commands[run_id[0]].main([*where, "--run-id", run_id, "--name", run_id]) == 0
+        expected = expected + member["weight"] * np.log(submission(copied, run_id))
+    assert predict_test.main(where) == 0
+    found = submission(copied, "test")
+    np.testing.assert_allclose(np.log(found), expected, atol=2e-5)
+    assert wrong(copied) == []
+
+
+def test_several_ranks_and_a_second_night_give_the_same(copied: Path, tmp_path: Path, capsys: Capture) -> None:
+    where = ["--output", str(copied), "--device", "cpu"]
+    assert predict_test.main([*where, "--date", "2026-01-02", "--name", "one"]) == 0
+    done = run_command("fusion.ensemble.predict_test", *where, "--date", "2026-01-02", "--name", "two", ranks=2)
+    assert done.code == 0, done.err
+    np.testing.assert_allclose(submission(copied, "one"), submission(copied, "two"), rtol=1e-6)
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert predict_test.main([*where, "--date", "2026-01-02", "--name", "one"]) == 0
+    assert "event=published_before" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()} == before
+    assert predict_test.main([*where, "--date", "2026-01-03", "--name", "one"]) == 0
+    assert "event=published" in (said := capsys.readouterr().err) and "unchanged=True" in said
+    assert predict_test.main([*where, "--date", "2026-01-04", "--name", "one", "--run-id", "mix"]) == 0
+    assert "event=published" in capsys.readouterr().err
+    assert wrong(copied) == [] and not [path for path in copied.glob("parts/**/*") if path.is_file()]
+
+
+def test_the_same_command_changes_nothing(copied: Path, capsys: Capture) -> None:
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    assert ensemble.main([*FOLDS, "--output", str(copied), "--run-id", "mix"]) == 0
+    assert "event=finished_before" in (said := capsys.readouterr()).err
+    assert "q0 (2 folds)" in said.out and "python -m fusion.ensemble.predict_test --output" in said.out
+    assert max(map(len, said.out.splitlines()[:-1])) <= 100
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+class Killed(BaseException):
+    """What a SIGKILL is to a command in this process."""
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[str], None]]]:
+    """What is called with the URL of each write, after it was done."""
+    called: list[Callable[[str], None]] = []
+    for name in ("write", "create", "replace"):
+        original = getattr(storage, name)
+
+        def call(url: str, *arguments: Any, original: Callable[..., Any] = original) -> Any:
+            done = original(url, *arguments)
+            for one in called:
+                one(url)
+            return done
+
+        monkeypatch.setattr(storage, name, call)
+    yield called
+    called.clear()
+
+
+def test_a_kill_after_any_write_leaves_nothing_half(
+    trained: Path, mixed: Path, tmp_path: Path, writes: list[Callable[[str], None]]
+) -> None:
+    n_writes, seen = 0, list[str]()
+    while True:
+        output = tmp_path / str(n_writes)
+        shutil.copytree(trained, output, ignore=shutil.ignore_patterns("mix", "ensemble", "submissions"))
+        command = [*FOLDS, "--output", str(output), "--run-id", "mix"]
+        count = iter(range(n_writes))
+
+        def kill(url: str, count: Iterator[int] = count) -> None:
+            seen.append(url.rpartition("/")[2])
+            if next(count, None) is None:
+                raise Killed
+
+        writes.append(kill)
+        try:
+            assert ensemble.main(command) == 0
+        except Killed:
+            writes.clear()
+            assert wrong(output) == []
+            assert ensemble.main(command) == 0
+        else:
+            break
+        for name in ("ensemble.json", "validation.parquet"):
+            path = f"runs/mix/{name}"
+            assert (output / path).read_bytes() == (mixed / path).read_bytes()
+        assert wrong(output) == []
+        assert pointers.read(RunPointer, str(output), "runs", "ensemble", "best") is not None
+        n_writes += 1
+    assert n_writes == 7, seen
+
+
+# A command that was killed leaves the same.
+INVISIBLE = {"pointers/runs/ensemble/best.json: removed"}
+
+
+def test_every_change_is_found(copied: Path) -> None:
+    missed = set()
+    n_tried = 0
+    for name, mutation in mutations(copied):
+        if all("runs/mix" in str(path) or "pointers/runs/ensemble" in str(path) for path in mutation):
+            n_tried += 1
+            if not is_found(mutation, copied):
+                missed.add(name)
+    assert missed == INVISIBLE and n_tried > 100
+
+
+def test_a_member_that_is_gone_or_another(copied: Path, capsys: Capture) -> None:
+    moved = copied / "elsewhere"
+    shutil.move(copied / "runs/q0", moved)
+    assert any("member runs/q0: model_sha256" in line and "cannot predict without it" in line for line in wrong(copied))
+    where = ["--output", str(copied), "--date", "2026-01-02"]
+    assert predict_test.main(where) == 65
+    said = capsys.readouterr().err
+    assert "error: the ensemble mix needs step-" in said and "of runs/q0, which is gone" in said
+    assert "hint: restore that run, or make an ensemble of the runs that are left with python -m fusion.ens" in said
+    shutil.copytree(copied / "runs/q1", copied / "runs/q0")
+    assert predict_test.main(where) == 65
+    assert "of runs/q0, which is another model now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        (["q0", "q1", "single"], "q0 (2 folds) validated on 503 rows and single on 101, of which they share 101"),
+        (["single", "mix"], "mix is an ensemble itself"),
+        (["single", "nothing"], "no run nothing under"),
+        (["single"], "expected at least two runs"),
+    ],
+)
+def test_what_cannot_be_mixed(runs: list[str], said: str, mixed: Path, capsys: Capture) -> None:
+    assert ensemble.main([*runs, "--output", str(mixed)]) in (64, 65)
+    assert said in capsys.readouterr().err
+
+
+def test_names(copied: Path, tmp_path: Path, capsys: Capture) -> None:
+    flags = ["--output", str(copied)]
+    for runs, name, said in (
+        (FOLDS, "single", "single is the name of a run in"),
+        (["q0", "q1"], "mix", "the ensemble mix exists with other members, weights or rows"),
+        (FOLDS, "My Mix", "--run-id is 'My Mix': expected at most 63 small letters"),
+    ):
+        assert ensemble.main([*runs, *flags, "--run-id", name]) == 78
+        assert said in capsys.readouterr().err
+    shutil.copytree(copied / "runs/q0", tmp_path / "q0")
+    assert ensemble.main([str(tmp_path / "q0"), "q1", *flags]) == 64
+    assert "does not lie in" in capsys.readouterr().err
+
+
+def test_the_commands_of_variants_and_of_ensembles_are_told_apart(mixed: Path, capsys: Capture) -> None:
+    assert predict_test.main(["--output", str(mixed), "--run-id", "q0"]) == 78
+    said = capsys.readouterr().err
+    assert "run q0 is of qwen_clip, and this command predicts with ensembles" in said
+    assert "hint: use python -m fusion.qwen_clip.predict_test" in said
+    assert predict_two.main(["--output", str(mixed), "--run-id", "mix"]) == 78
+    assert "python -m fusion.ensemble.predict_test" in capsys.readouterr().err
+    assert predict_test.main(["--output", str(mixed / "runs"), "--date", "2026-01-02"]) == 65
+    assert "`python -m fusion.ensemble RUN RUN --output" in capsys.readouterr().err

@@ -26,6 +26,7 @@ KINDS = {
     "probe": "* */runs/r/.probe-*",
     "lease": "write */runs/r/lease.json",
     "attempt-start": "write */runs/r/attempts/*/start.json",
+    "features": "write */runs/r/features.safetensors",
     "run": "write */runs/r/run.json",
     "split": "write */runs/r/split.parquet",
     "history-by-line": "write */runs/r/metrics/train.jsonl",

@@ -98,6 +98,10 @@ class RunConfig(StoreConfig):
         "rows whose date in COLUMN is on or after DATE validate, earlier ones train; replaces --val-fraction",
         "data",
     )
+    features: tuple[Literal["text"], ...] = setting(
+        (), "further sources computed from the tables; text: words and quantities of the text column", "data"
+    )
+    columns: tuple[str, ...] = setting((), "columns of train.csv and test.csv that are one more source", "data")
     max_missing: float = setting(
         0.05, "largest share of rows a source may lack before the run refuses", "data", ge=0, le=1
     )
@@ -151,6 +155,10 @@ class RunConfig(StoreConfig):
             raise ValueError(f"{given}, and there are no --folds")
         if self.validate_after is not None:
             self._check_validate_after(*self.validate_after)
+        if taken := {"sample_id", "price"}.intersection(self.columns):
+            raise ValueError(f"--columns names {min(taken)}, which says what a row is and not what it is like")
+        if len(set(self.columns)) < len(self.columns) or len(set(self.features)) < len(self.features):
+            raise ValueError("--columns or --features names one thing twice")
         if self.width % self.n_heads:
             raise ValueError(f"--width {self.width} cannot be divided into --n-heads {self.n_heads}")
 

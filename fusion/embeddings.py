@@ -11,7 +11,7 @@ import hashlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -41,10 +41,14 @@ class RowStore:
     Attributes:
         values: role to [N, D_role], float16 or float32; zeros where the role is missing.
         present: role to [N] bool.
+        computed: roles that were computed from the table and not read.
+        origins: [N] int64, hashes of what these were computed from; None: there are none.
     """
 
     values: dict[str, Tensor]
     present: dict[str, Tensor]
+    computed: tuple[str, ...] = ()
+    origins: Tensor | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.present.values())))
@@ -64,7 +68,13 @@ class RowStore:
         n_bytes = sum(values.nbytes for values in self.values.values())
         if device.type != "cuda" or n_bytes > torch.cuda.mem_get_info(device)[0] // 2:
             return self
-        return RowStore(_moved(self.values, device), _moved(self.present, device))
+        return replace(self, values=_moved(self.values, device), present=_moved(self.present, device))
+
+    def read(self) -> RowStore:
+        """The roles that were read and not computed."""
+        roles = [role for role in self.values if role not in self.computed]
+        values, present = ({role: part[role] for role in roles} for part in (self.values, self.present))
+        return RowStore(values, present)
 
     def any_present(self) -> Tensor:
         """[N] bool: the row has at least one embedding."""
@@ -80,9 +90,14 @@ class RowStore:
         return total.hexdigest()
 
     def digest_of(self, rows: Tensor) -> str:
-        """sha256 of these rows, in their order: values as float32, whatever the files had, and what is present."""
+        """sha256 of these rows, in their order: values as float32, whatever the files had, and what is present.
+
+        Of what is computed, what it is computed from: another machine may round otherwise.
+        """
         total = hashlib.sha256()
-        for role in sorted(self.values):
+        if self.origins is not None:
+            total.update(self.origins[rows].numpy().tobytes())
+        for role in sorted(set(self.values).difference(self.computed)):
             total.update(role.encode())
             total.update(self.present[role][rows].numpy().tobytes())
             for chunk in torch.split(rows, DIGEST_ROWS):
@@ -145,7 +160,7 @@ def load(
         UnreachableError: a source was written meanwhile.
         StopRequested: one of the ranks was asked to stop.
     """
-    world.together(_stop_if_asked)
+    world.together(stop_if_asked)
     files = sources or world.on_main(lambda: find_sources(data, split, bindings))
     where = storage.join(data, "embeddings", split)
     kept: dict[str, bytes] = {}
@@ -171,7 +186,8 @@ def load(
     return store
 
 
-def _stop_if_asked() -> None:
+def stop_if_asked() -> None:
+    """Raises StopRequested when this rank was asked to stop before anything was done."""
     if stopping.requested():
         message = "stopped on request while the input was read; nothing was done yet"
         raise StopRequested(message, "run the same command again")
@@ -188,14 +204,14 @@ def _plan(role: str, source: str, files: Sequence[Entry], kept: dict[str, bytes]
 
 
 def _parts_of(entry: Entry) -> list[Part]:
-    _stop_if_asked()
+    stop_if_asked()
     return parts_of(entry)
 
 
 def _first_kind(source: str, n_files: int, parts: Iterable[Part], kept: dict[str, bytes]) -> Kind:
     """The kind of the first vectors there are; the small files it took stay in `kept`, and are not fetched again."""
     for part in parts:
-        _stop_if_asked()
+        stop_if_asked()
         content = content_of(part)
         if content is not None:
             kept[part.url] = content
@@ -222,7 +238,7 @@ def _fill(
         done, left = wait(reading, LOOK, FIRST_EXCEPTION)
         for part in done:
             part.result()
-        _stop_if_asked()
+        stop_if_asked()
         return bool(left)
 
     with ThreadPoolExecutor(N_THREADS) as pool:

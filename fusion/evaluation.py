@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,15 @@ from fusion.contention import turns
 from fusion.distributed import held, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError
+from fusion.features import columns_of
+from fusion.features_rows import with_features
 from fusion.groups import Evaluation, evaluate
 from fusion.parts import Arrays, Compute, compute_parts, discard
 from fusion.prediction import (
     BuildNetwork,
     C,
     check_dims,
+    features_of,
     load_model,
     open_run,
     parts_folder,
@@ -52,9 +54,13 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         run, config, chosen, data = open_run(settings, config_class, place)
         model = load_model(chosen, config, build_network, place)
         origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
-        table = place.on_main_alone(lambda: _validation_rows(run, chosen, config, settings, data))
+        features = place.on_main(lambda: features_of(run, config, chosen))
+        names = [intervals.category_column(config), *(features.names if features else [])]
+        table = place.on_main_alone(lambda: _validation_rows(run, chosen, config, settings, data, names))
+        columns = place.on_main_alone(lambda: columns_of(features, held(table)))
         ids = place.on_main(lambda: held(table).ids)
         store = load(data, "train", config.bindings(), ids, place, partial=True)
+        store = with_features(store, features, columns, "train.csv", place)
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")
         as_trained = place.on_main(lambda: _is_as_trained(settings, chosen, store, held(table), data))
         under_way = storage.join(run, "parts")
@@ -68,7 +74,8 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
             by = held(table).frame[list(settings.by)]
             evaluation = evaluate(rows, by, computed.get("gate"), as_trained=as_trained, coverage=coverage)
             _write(run, chosen, evaluation, rows)
-            _show(evaluation, held(table).frame)
+            shown = _columns_of_report(settings.by, held(table).columns)
+            _show(evaluation, held(table).frame.filter(items=list(dict.fromkeys(shown))))
 
         place.on_main(finish)
         place.on_main(lambda: discard(under_way))  # also what earlier ones left that did not end
@@ -136,13 +143,24 @@ def _is_as_trained(
 
 
 def _validation_rows(
-    run: str, chosen: manifests.Checkpoint, config: RunConfig, settings: EvaluateConfig, data: str
+    run: str,
+    chosen: manifests.Checkpoint,
+    config: RunConfig,
+    settings: EvaluateConfig,
+    data: str,
+    others: Sequence[str],
 ) -> Table:
+    """The run's validation rows with the columns of the report, and others."""
     split = read_split(run, chosen.manifest.split_sha256)
     ids = pd.Index(split.loc[split["side"] == "validation", "sample_id"])
-    drop, by = config.drop_bad_prices, (*settings.by, intervals.category_column(config))
-    columns = partial(_columns_of_report, by)
-    table = read_table(data, "train", priced=True, drop_bad_prices=drop, columns=columns)
+    drop = config.drop_bad_prices
+    table = read_table(
+        data,
+        "train",
+        priced=True,
+        drop_bad_prices=drop,
+        columns=lambda names: [*_columns_of_report(settings.by, names), *others],
+    )
     for column in settings.by:
         table.column(column, "--by")
     places = places_of(ids, table.ids)
@@ -152,7 +170,7 @@ def _validation_rows(
             f"{len(lost)} validation rows of the run are not in {data}/train.csv, the first: {', '.join(lost[:5])}",
             "evaluate with the data that the run was trained on: --data",
         )
-    return Table(table.frame.iloc[places], np.arange(len(ids)))
+    return Table(table.frame.iloc[places], np.arange(len(ids)), table.columns)
 
 
 def _columns_of_report(by: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ INTERVALS: Final = "intervals.json"  # between which prices a true price lies, g
 SUBMISSION: Final = "submission.csv"
 PREDICTIONS: Final = "predictions.parquet"  # of a submission: what else the model says of each row
 FINGERPRINTS: Final = "fingerprints.parquet"  # of a submission's embeddings, which the next night is compared with
+FEATURES: Final = "features.safetensors"  # what sources are computed with; as for the split
 SPLIT: Final = "split.parquet"  # has no manifest of its own; every checkpoint's has its hash
 LINES: Final = "train.jsonl"  # the history of the training, in metrics/: the newest checkpoint's manifest has its hash
 EPOCHS: Final = "epochs.csv"  # the same as a table

@@ -15,6 +15,8 @@ from fusion.config import PredictConfig, ReadRunConfig, RunConfig, digest
 from fusion.distributed import World, held, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, DivergedError, UnreachableError
+from fusion.features import Features, columns_of, has_features, read_features
+from fusion.features_rows import with_features
 from fusion.fingerprints import Look, look, to_parquet
 from fusion.inputs import find_inputs, find_table
 from fusion.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
@@ -75,6 +77,11 @@ def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetw
     return model.to(place.device)
 
 
+def features_of(run: str, config: RunConfig, chosen: manifests.Checkpoint) -> Features | None:
+    """What the run computes from a table, verified; None if it reads all its sources."""
+    return read_features(run, chosen.manifest.features_sha256) if has_features(config) else None
+
+
 def check_dims(found: Mapping[str, int], trained: Mapping[str, int], where: str) -> None:
     """Raises a DataError that names both when the data's dimensions are not the model's."""
     wrong = {role: (found[role], dim) for role, dim in trained.items() if found[role] != dim}
@@ -98,6 +105,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         if place.on_main(lambda: republish(settings, config_class.variant)):
             return
         run, config, chosen, data = open_run(settings, config_class, place)
+        features = place.on_main(lambda: features_of(run, config, chosen))
         inputs = place.on_main(lambda: find_inputs(data, "test", config.bindings()))
         origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, found=inputs))
         under_way = storage.join(settings.output, "parts", settings.name)
@@ -107,19 +115,21 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
             return
         model = load_model(chosen, config, build_network, place)
         limits = place.on_main_alone(lambda: intervals.intervals_of(chosen))
-        columns = ["price", *([limits.by] if limits else [])]
-        table = place.on_main_alone(lambda: read_table(data, "test", priced=False, columns=columns))
+        names = ["price", *([limits.by] if limits else []), *(features.names if features else [])]
+        table = place.on_main_alone(lambda: read_table(data, "test", priced=False, columns=names))
+        columns = place.on_main_alone(lambda: columns_of(features, held(table)))
         ids = place.on_main(lambda: held(table).ids)
         bindings, sources = config.bindings(), inputs.sources
         most = config.max_missing if settings.max_missing is None else settings.max_missing
         store = load(data, "test", bindings, ids, place, max_missing=most, sources=sources)
+        store = with_features(store, features, columns, "test.csv", place)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
         if place.on_main(lambda: find_table(data, "test")) != inputs.table:
             raise UnreachableError(
                 f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
             )
         store, last = store.resident_on(place.device), place.on_main_alone(lambda: submission.last(settings))
-        seen = look(model, store, ids, place)
+        seen = look(model, store.read(), ids, place)
         about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
         place.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
         computed = compute_parts(pricing(model), store, place, parts)

@@ -68,6 +68,7 @@ class CheckpointManifest(Manifest):
     data_sha256: Sha256
     revision: str
     split_sha256: str = ""
+    features_sha256: str = ""  # of `features.safetensors`; empty: no source is computed
     code_sha256: str = ""
     validation_sha256: str = ""  # of the validation rows' prices and vectors, whatever files they came from
     agreement: dict[str, float] = field(default_factory=dict)  # of each pair of roles on the training rows

@@ -13,9 +13,10 @@ from fusion import checkpoint, log, manifests, records, stopping, storage
 from fusion.best_run import point_to_run
 from fusion.config import RunConfig
 from fusion.errors import DataError, StopRequested
+from fusion.features import has_features
 from fusion.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 from fusion.fitting import Fit, TrainingData
-from fusion.manifests import SPLIT
+from fusion.manifests import FEATURES, SPLIT
 from fusion.metrics import compute_smape
 from fusion.prediction import validation_digest
 from fusion.provenance import code_digest
@@ -39,6 +40,8 @@ class Saver:
             lineage = {key: getattr(facts, key) for key in ("config_sha256", "data_sha256", "revision")}
             lineage["run_sha256"] = storage.sha256(content)
             lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, SPLIT)))
+            computed = storage.read_if_exists(storage.join(self.run, FEATURES)) if has_features(config) else None
+            lineage["features_sha256"] = "" if computed is None else storage.sha256(computed)
             lineage["code_sha256"] = code_digest("training")
             lineage["agreement"] = _agreement(fit)
             lineage["validation_sha256"] = validation_digest(fit.data.store, fit.data.validation, fit.data.prices)
@@ -134,8 +137,9 @@ def _agreement(fit: Fit) -> dict[str, float]:
     """How much the roles agree on the training rows; predictions expect the same of their rows."""
     store, train = fit.data.store, fit.data.train
     rows = train[:: -(-len(train) // MAX_AGREEMENT_ROWS)]
-    prints = fingerprints(fit.model, store, rows, fit.place.device)
-    return agreements(pd.DataFrame(prints, columns=list(store.dims)))
+    read = store.read()
+    prints = fingerprints(fit.model, read, rows, fit.place.device)
+    return agreements(pd.DataFrame(prints, columns=list(read.dims)))
 
 
 def baseline(data: TrainingData) -> dict[str, float]:

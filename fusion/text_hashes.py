@@ -17,7 +17,7 @@ def text_hashes(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """
     column = values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
     if not pa.types.is_large_string(column.type):
-        column = _as_texts(column)
+        column = as_texts(column)
     parts = [_hashes(column.slice(start, CHUNK_ROWS)) for start in range(0, len(column), CHUNK_ROWS)]
     return np.concatenate([np.empty(0, np.uint64), *parts])
 
@@ -53,7 +53,8 @@ def _hashes(texts: pa.ChunkedArray) -> np.ndarray:
     return np.where(filled, hashes | np.uint64(1), np.uint64(0))
 
 
-def _as_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def as_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The values as large_string; nulls stay, and a NaN becomes one."""
     if pa.types.is_floating(column.type):  # pandas writes NaN where a number is missing
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     try:

@@ -13,8 +13,20 @@ from fusion import log, manifests, storage
 from fusion.config import RunConfig, digest
 from fusion.distributed import World, held
 from fusion.duplicates import compared_columns, near_duplicate_groups
-from fusion.embeddings import RowStore, load
+from fusion.embeddings import RowStore, load, stop_if_asked
 from fusion.errors import DataError
+from fusion.features import (
+    Columns,
+    Features,
+    fit_features,
+    has_features,
+    read_columns,
+    read_features,
+    row_hashes,
+    training_columns,
+    write_features,
+)
+from fusion.features_rows import with_features
 from fusion.fitting import TrainingData
 from fusion.intervals import category_column, category_of
 from fusion.manifests import SPLIT
@@ -33,7 +45,11 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
     ids, prices = place.on_main(lambda: (held(table).ids, held(table).prices))
     store = load(config.data, "train", config.bindings(), ids, place, max_missing=config.max_missing)
     log.info(event="read", rows=len(ids), seconds=time.monotonic() - started)
-    trains, validates = map(torch.tensor, place.on_main(lambda: _split(config, held(table), store, place)))
+    columns = place.on_main_alone(lambda: training_columns(config, held(table)))
+    sides = place.on_main(lambda: _split(config, held(table), held(columns), store, place))
+    trains, validates = map(torch.tensor, sides)
+    features = place.on_main(lambda: _features(config)) if has_features(config) else None
+    store = with_features(store, features, columns, "train.csv", place)
     targets = torch.from_numpy(np.log1p(prices).astype(np.float32))
     train = torch.nonzero(trains & store.any_present()).squeeze(1)
     validation = torch.nonzero(validates).squeeze(1)
@@ -44,8 +60,8 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
 
 def _read_table(config: RunConfig) -> Table:
     dates = config.validate_after[:1] if config.validate_after else ()
-    drop, kept = config.drop_bad_prices, list(dict.fromkeys([category_column(config), *dates]))
-    hashed = [name for name in compared_columns(config) if name not in kept]
+    kept = list(dict.fromkeys([category_column(config), *dates, *read_columns(config)]))
+    drop, hashed = config.drop_bad_prices, [name for name in compared_columns(config) if name not in kept]
     table = read_table(config.data, "train", priced=True, drop_bad_prices=drop, columns=kept, hashed=hashed)
     if config.interval_by is not None:
         table.column(config.interval_by, "--interval-by")
@@ -65,22 +81,48 @@ def warn_of_extreme_prices(table: Table) -> None:
         )
 
 
-def _split(config: RunConfig, table: Table, store: RowStore, place: World) -> tuple[np.ndarray, np.ndarray]:
+def _split(
+    config: RunConfig, table: Table, columns: Columns, store: RowStore, place: World
+) -> tuple[np.ndarray, np.ndarray]:
     """[N] bool: the row trains; [N] bool: it validates."""
     groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
     quartiles = np.quantile(table.prices, [0.25, 0.5, 0.75]).tolist()
     rows = [table.digest(), storage.sha256(groups.astype(np.int64).tobytes())]
-    describe_run(config, digest([*rows, store.digest()]), store.dims, quartiles, place.size)
+    rows += [storage.sha256(row_hashes(columns).tobytes())] if columns else []
     run = run_url(config)
     url = storage.join(run, SPLIT)
-    if not storage.exists(url):
-        storage.write(url, to_parquet(split_rows(table, groups, config)))
+    split = None if storage.exists(url) else split_rows(table, groups, config)
+    computed = _computed_dims(config, table, columns, split)
+    describe_run(config, digest([*rows, store.digest()]), store.dims | computed, quartiles, place.size)
+    if split is not None:
+        storage.write(url, to_parquet(split))
     made = manifests.committed(run)
     split = read_split(run, made[-1].manifest.split_sha256 if made else "")
     if not pd.Index(split["sample_id"]).equals(table.ids):  # describe_run has found the data to be the same
         raise DataError(f"{url} lists other rows than train.csv, or in another order", "train under another --run-id")
     trains, validates = ((split["side"] == side).to_numpy(bool) for side in ("train", "validation"))
     return trains, validates
+
+
+def _computed_dims(config: RunConfig, table: Table, columns: Columns, split: pd.DataFrame | None) -> dict[str, int]:
+    """Role to dimension of the computed sources, which are fitted and written before a run is described.
+
+    Args:
+        split: None: the run has one, and so was described.
+    """
+    if not has_features(config):
+        return {}
+    if split is None or storage.exists(storage.join(run_url(config), "run.json")):
+        return _features(config).dims
+    trains = (split["side"] == "train").to_numpy(bool)
+    features = fit_features(config, columns, table.prices, trains, stop_if_asked)
+    write_features(run_url(config), features)
+    return features.dims
+
+
+def _features(config: RunConfig) -> Features:
+    made = manifests.committed(run_url(config))
+    return read_features(run_url(config), made[-1].manifest.features_sha256 if made else "")
 
 
 def statistics(data: TrainingData, role: str) -> tuple[Tensor, Tensor]:

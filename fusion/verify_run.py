@@ -1,8 +1,9 @@
 """Checks of a run: what it was started with, its attempts, its checkpoints and the history of its training.
 
 No kill, and no training that goes on meanwhile, leaves anything that is BAD here. The order in which a run is written
-says what may be missing: config.json, lease.json, attempts/<n>/start.json, run.json, split.parquet, then for each
-checkpoint the history, the files and the manifest, and at the end the pointers, log.txt and exit.json.
+says what may be missing: config.json, lease.json, attempts/<n>/start.json, features.safetensors where sources are
+computed, run.json, split.parquet, then for each checkpoint the history, the files and the manifest, and at the end the
+pointers, log.txt and exit.json.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from fusion import storage
-from fusion.errors import ExitCode
+from fusion.errors import DataError, ExitCode
 from fusion.findings import (
     Report,
     check_beginning,
@@ -24,7 +25,7 @@ from fusion.findings import (
     read,
     some,
 )
-from fusion.manifests import LINES, MANIFEST, PULLED, SPLIT
+from fusion.manifests import FEATURES, LINES, MANIFEST, PULLED, SPLIT
 from fusion.records import AttemptEnd, AttemptStart, CheckpointManifest, DataOfRun, LeaseRecord, Pulled, RunFacts
 from fusion.runs import config_digest
 from fusion.verify_checkpoint import check_checkpoint
@@ -38,7 +39,8 @@ class CheckedRun:
     Attributes:
         url: of its folder.
         facts: None: there is no `run.json`, or it is damaged.
-        run_sha256, split_sha256: of the bytes of `run.json` and `split.parquet`; empty: there is none.
+        run_sha256, split_sha256, features_sha256: of the bytes of `run.json`, `split.parquet` and
+            `features.safetensors`; empty: there is none.
         validating: ids of the rows that validate; None: unknown.
         left_out: paths below the folder that `jobs/pull.py` did not fetch; None: this is no pulled copy.
         committed: names of the checkpoints that have a manifest, oldest first.
@@ -50,6 +52,7 @@ class CheckedRun:
     facts: RunFacts | None
     run_sha256: str
     split_sha256: str
+    features_sha256: str
     validating: set[str] | None
     left_out: tuple[str, ...] | None
     committed: list[str]
@@ -72,7 +75,8 @@ def check_run(report: Report, url: str) -> CheckedRun:
     content = read(storage.join(url, SPLIT))
     validating = _check_split(report, content, expected=_is_trained(url))
     split_sha256 = "" if content is None else storage.sha256(content)
-    run = CheckedRun(url, facts, run_sha256, split_sha256, validating, pulled, [], {}, {})
+    features_sha256 = _check_features(report, url, facts)
+    run = CheckedRun(url, facts, run_sha256, split_sha256, features_sha256, validating, pulled, [], {}, {})
     run.ends.update(_check_attempts(report, run))  # before the checkpoints: an end names one that is committed
     _check_checkpoints(report, run)
     _check_ends(report, run)
@@ -139,6 +143,23 @@ def _check_split(report: Report, data: bytes | None, *, expected: bool) -> set[s
     others = f", {sides['dropped']} are dropped" if sides["dropped"] else ""
     report.ok(f"{SPLIT}: {sides['train']} rows train, {sides['validation']} validate{others}")
     return {sample_id for sample_id, side in zip(ids, split["side"], strict=True) if side == "validation"}
+
+
+def _check_features(report: Report, url: str, facts: RunFacts | None) -> str:
+    """sha256 of `features.safetensors`; empty if there is none."""
+    from fusion.features import from_bytes
+
+    content = read(storage.join(url, FEATURES))
+    if content is None:
+        return ""
+    try:
+        dims = from_bytes(content, FEATURES).dims
+    except DataError as error:
+        report.bad(FEATURES, "what sources are computed with", error.message)
+        return storage.sha256(content)
+    if facts is not None:
+        report.expect(f"{FEATURES}: dims of run.json", {role: facts.dims.get(role) for role in dims}, dims)
+    return storage.sha256(content)
 
 
 def _check_attempts(report: Report, run: CheckedRun) -> dict[int, AttemptEnd]:
@@ -224,11 +245,12 @@ def _check_checkpoint_of_run(report: Report, folder: str, run: CheckedRun) -> No
 
 
 def _check_lineage(report: Report, name: str, manifest: CheckpointManifest, run: CheckedRun) -> None:
-    found = {"split_sha256": run.split_sha256, "run_sha256": run.run_sha256}
-    for key, file in (("split_sha256", SPLIT), ("run_sha256", "run.json")):
-        stated = getattr(manifest, key)
-        if stated and found[key]:
-            report.expect(f"{name}: {key} of {file}", found[key], stated)
+    for key, file in (("split_sha256", SPLIT), ("run_sha256", "run.json"), ("features_sha256", FEATURES)):
+        stated, found = getattr(manifest, key), getattr(run, key)
+        if stated and found:
+            report.expect(f"{name}: {key} of {file}", found, stated)
+        elif stated and file == FEATURES:
+            report.bad(f"{name}: {key} of {file}", stated, "no such file")
     for key in ("config_sha256", "data_sha256"):
         if run.facts is not None:
             report.expect(f"{name}: {key} of run.json", getattr(run.facts, key), getattr(manifest, key))

@@ -59,6 +59,8 @@ PRINTED_BY = {
     "fusion/ensemble/report.py": ("predict",),  # in a command that it names
     "fusion/errors.py": (*RUNS, *PARSERS),
     "fusion/evaluation.py": ("evaluate",),
+    "fusion/features.py": ("train",),
+    "fusion/features_columns.py": ("train",),
     "fusion/fitting.py": ("train",),
     "fusion/flags.py": RUNS,
     "fusion/guards.py": ("predict",),

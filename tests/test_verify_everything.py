@@ -68,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
 def build(patch: pytest.MonkeyPatch, data: Path, output: Path) -> None:
     where = ["--output", str(output), "--run-id", "r"]
     training = ["--data", str(data), *where, *SMALL, "--epochs", "5", "--checkpoint-steps", "2"]
-    training += ["--max-missing", "0.5"]
+    training += ["--max-missing", "0.5", "--features", "text", "--columns", "category"]
     with pytest.MonkeyPatch.context() as stop:
         stop_at(stop, 4)
         assert train.main(training) == 75

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,15 @@ from fusion.all_embeddings.config import Config
 from fusion.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOfExperts
 
 IMAGES = ("clip_image", "siglip_image")
-TEXTS = ("siglip_text", "qwen_text")
 N_TOKENS = 2
 GATE_WIDTH = 128
 
 
 class FusionNetwork(nn.Module):
-    """Images look at each other, texts too, then images at texts and the reverse; three experts price the row."""
+    """Images look at each other, texts too, then images at texts and the reverse; three experts price the row.
+
+    What is computed from a table counts as text.
+    """
 
     def __init__(self, config: Config, dims: Mapping[str, int]) -> None:
         super().__init__()
@@ -38,12 +40,12 @@ class FusionNetwork(nn.Module):
 
     def _fused(self, inputs: Inputs, present: Inputs) -> Tensor:
         images = self._tokens(IMAGES, inputs, present)
-        texts = self._tokens(TEXTS, inputs, present)
+        texts = self._tokens([role for role in self.branches if role not in IMAGES], inputs, present)
         images, texts = self.among_images(images, images), self.among_texts(texts, texts)
         looked = self.image_to_text(images, texts), self.text_to_image(texts, images)
         return torch.cat([tokens.mean(1) for tokens in looked], dim=1)
 
-    def _tokens(self, roles: tuple[str, ...], inputs: Inputs, present: Inputs) -> Tensor:
+    def _tokens(self, roles: Iterable[str], inputs: Inputs, present: Inputs) -> Tensor:
         return torch.cat([self.branches[role](inputs[role], present[role]) for role in roles], dim=1)
 
 

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from fusion.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOfExperts
 from fusion.qwen_clip.config import Config
 
+IMAGE = "clip_image"
 N_TOKENS = 4
 GATE_WIDTH = 512
 
 
 class FusionNetwork(nn.Module):
-    """Four tokens a source; image tokens look at text tokens and the reverse; three experts price the row."""
+    """Four tokens a source; image tokens look at text tokens and the reverse; three experts price the row.
+
+    What is computed from a table counts as text.
+    """
 
     def __init__(self, config: Config, dims: Mapping[str, int]) -> None:
         super().__init__()
@@ -33,7 +37,9 @@ class FusionNetwork(nn.Module):
         return self.mixture.explained(self._fused(inputs, present))
 
     def _fused(self, inputs: Inputs, present: Inputs) -> Tensor:
-        image, text = (self.branches[role](inputs[role], present[role]) for role in ("clip_image", "qwen_text"))
+        tokens = {role: branch(inputs[role], present[role]) for role, branch in self.branches.items()}
+        image = tokens.pop(IMAGE)
+        text = torch.cat(list(tokens.values()), dim=1)
         looked = self.image_to_text(image, text), self.text_to_image(text, image)
         return torch.cat([tokens.mean(1) for tokens in looked], dim=1)
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
-from fusion.manifests import ENSEMBLE, MANIFEST, PULLED, SPLIT, STATE, Checkpoint
+from fusion.manifests import ENSEMBLE, FEATURES, MANIFEST, PULLED, SPLIT, STATE, Checkpoint
 from fusion.records import (
     CheckpointManifest,
     FileEntry,
@@ -145,16 +145,17 @@ def _committed(output: str, path: str, kind: type[Manifest], *, required: bool =
 
 
 def _beside(path: str, listing: Listing, metrics: Plan, best: Checkpoint | None) -> Plan:
-    """The files of a run that no manifest of files names; every checkpoint's has the hash of the split."""
+    """The files of a run that no manifest of files names; every checkpoint's has the hashes of some."""
     named = {item.path for item in metrics.items} | set(metrics.last)
     below = sorted(name for name in listing if BESIDE.fullmatch(name) and f"{path}/{name}" not in named)
-    split = best.manifest.split_sha256 if best else ""
-    left_out = {LEASE, PULLED, SPLIT, f"metrics/{MANIFEST}"}
+    digests = {SPLIT: best.manifest.split_sha256, FEATURES: best.manifest.features_sha256} if best else {}
+    left_out = {LEASE, PULLED, SPLIT, FEATURES, f"metrics/{MANIFEST}"}
     items = [Item(listing[name].url, f"{path}/{name}") for name in below if name not in left_out]
-    if SPLIT in listing:
-        found = listing[SPLIT]
-        entry = FileEntry(SPLIT, found.size, split) if split else None  # runs of earlier versions say nothing of it
-        items.append(Item(found.url, f"{path}/{SPLIT}", entry))
+    for name in (SPLIT, FEATURES):
+        if name in listing:
+            found, digest = listing[name], digests.get(name)  # runs of earlier versions say nothing of it
+            entry = FileEntry(name, found.size, digest) if digest else None
+            items.append(Item(found.url, f"{path}/{name}", entry))
     return Plan(items, {})
 
 

@@ -1,0 +1,217 @@
+"""Sources that are computed from the tables: what a text says, the quantities in it, and columns of the user's.
+
+They are fitted once per run, on texts and columns of its training rows and never on prices, and are stored with it as
+`features.safetensors`, which no kill and no other machine changes afterwards: predictions and evaluations read it back.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fusion import features_columns, features_numbers, features_text, log, storage
+from fusion.config import RunConfig
+from fusion.duplicates import TEXT_COLUMN
+from fusion.errors import DataError
+from fusion.features_columns import COLUMNS, Column
+from fusion.features_terms import KINDS
+from fusion.features_text import Space, shortened
+from fusion.manifests import FEATURES
+from fusion.tables import Table
+from fusion.text_hashes import as_texts, mixed, text_hashes
+
+# Of a chunk of rows or of all: column to [n] large_string without nulls.
+Columns = Mapping[str, pa.Array]
+# Role to vectors [n, D] float32, and whether the row [n] has any.
+Vectors = dict[str, tuple[np.ndarray, np.ndarray]]
+
+_REMEDY = "restore it, or train under another --run-id"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a run computes from a table.
+
+    Attributes:
+        text_column: the column of texts; empty: texts are no source.
+        spaces: the kinds of terms that the training texts had.
+        columns: those of the user's.
+    """
+
+    text_column: str
+    spaces: tuple[Space, ...]
+    columns: tuple[Column, ...]
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Role to dimension, in the order of the model."""
+        dims = {f"text_{space.kind}": features_text.DIM for space in self.spaces}
+        if self.text_column:
+            dims["text_numbers"] = features_numbers.DIM
+        return dims | ({"columns": sum(column.dim for column in self.columns)} if self.columns else {})
+
+    @property
+    def names(self) -> list[str]:
+        """The columns of a table that it needs."""
+        return [*([self.text_column] if self.text_column else []), *(column.name for column in self.columns)]
+
+    def vectors(self, rows: Columns, where: str) -> Vectors:
+        """Vectors of these rows, each computed from its row alone.
+
+        Args:
+            where: what the file is called in messages.
+
+        Raises:
+            DataError: a column is of another type than in training.
+        """
+        found: Vectors = {}
+        if self.text_column:
+            texts = shortened(rows[self.text_column])
+            found = {f"text_{space.kind}": space.vectors(texts) for space in self.spaces}
+            has_text = pc.not_equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False)
+            found["text_numbers"] = features_numbers.quantities(texts), has_text
+        if self.columns:
+            values = [column.vectors(rows[column.name], where) for column in self.columns]
+            is_missing = [features_columns.missing(rows[column.name]) for column in self.columns]
+            found["columns"] = np.concatenate(values, axis=1), ~np.all(is_missing, axis=0)
+        return found
+
+
+def read_columns(config: RunConfig) -> list[str]:
+    """Columns that the settings' computed sources need, where the table has them."""
+    return [*([config.text_column or TEXT_COLUMN] if config.features else []), *config.columns]
+
+
+def training_columns(config: RunConfig, table: Table) -> Columns:
+    """The columns that sources are computed from, by name, all rows [N].
+
+    Raises:
+        DataError: there is no such column.
+    """
+    if config.features and config.text_column is None and TEXT_COLUMN not in table.frame.columns:
+        raise DataError(
+            f"{table.name} has no column {TEXT_COLUMN!r} whose texts could be a source; it has {list(table.columns)}",
+            "name the column of texts with --text-column, or leave out --features",
+        )
+    flags = dict.fromkeys(config.columns, "--columns")
+    return {name: _texts(table, name, flags.get(name, "--text-column")) for name in read_columns(config)}
+
+
+def columns_of(features: Features | None, table: Table) -> Columns:
+    """The same of another table; none without features.
+
+    Raises:
+        DataError: it lacks a column that the model was trained with.
+    """
+    if features is None:
+        return {}
+    lacking = [name for name in features.names if name not in table.frame.columns]
+    if lacking:
+        raise DataError(
+            f"{table.name} has no column {lacking[0]!r}, which the model was trained with; it has "
+            f"{list(table.columns)}",
+            "add the column, or train without it",
+        )
+    return {name: _texts(table, name, "") for name in features.names}
+
+
+def _texts(table: Table, name: str, flag: str) -> pa.Array:
+    if table.columns.count(name) > 1:
+        raise DataError(f"{table.name} has {table.columns.count(name)} columns {name!r}", "keep one of them")
+    column = pa.array(table.column(name, flag))
+    column = column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column])
+    return pa.concat_arrays(as_texts(column).fill_null("").chunks or [pa.array([], pa.large_string())])
+
+
+def row_hashes(columns: Columns) -> np.ndarray:
+    """[n] uint64 of all that is computed from each row."""
+    total = np.zeros(len(next(iter(columns.values()))), np.uint64)
+    for name in sorted(columns):
+        total = mixed(total + np.uint64(1)) ^ text_hashes(columns[name])
+    return mixed(total)
+
+
+def fit_features(
+    config: RunConfig, columns: Columns, prices: np.ndarray, trains: np.ndarray, beat: Callable[[], None]
+) -> Features:
+    """Fits the computed sources on the training rows.
+
+    Args:
+        columns: of all N rows.
+        prices: [N], to find out whether a column is the price under another name; nothing else depends on them.
+        trains: [N] bool.
+        beat: called now and then; it may raise.
+
+    Raises:
+        DataError: a column is empty, or is the price.
+    """
+    started, rows = time.monotonic(), np.flatnonzero(trains)
+    of_training = {name: column.take(rows) for name, column in columns.items()}
+    text_column = read_columns(config)[0] if config.features else ""
+    spaces: list[Space | None] = []
+    if text_column:
+        texts = shortened(of_training[text_column])
+        spaces = [features_text.fit(kind, texts, beat) for kind in KINDS]
+    fitted = tuple(features_columns.fit(name, of_training[name], prices[rows]) for name in config.columns)
+    features = Features(text_column, tuple(space for space in spaces if space), fitted)
+    said = ",".join(f"{role}:{dim}" for role, dim in features.dims.items())
+    log.info(event="features", rows=len(rows), dims=said, seconds=time.monotonic() - started)
+    return features
+
+
+def to_bytes(features: Features) -> bytes:
+    """The same bytes for the same features."""
+    tensors: dict[str, np.ndarray] = {}
+    for space in features.spaces:
+        tensors |= {f"{space.kind}.terms": space.terms, f"{space.kind}.idf": space.idf}
+    facts: dict[str, Any] = {"text_column": features.text_column, "kinds": [space.kind for space in features.spaces]}
+    facts["columns"] = [asdict(column) for column in features.columns]
+    return save(tensors, {"features": json.dumps(facts, sort_keys=True)})
+
+
+def from_bytes(content: bytes, url: str) -> Features:
+    """Raises a DataError that names `url` when the content is not what `to_bytes` writes."""
+    try:
+        tensors = load(content)
+        length = int.from_bytes(content[:8], "little")
+        facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["features"])
+        spaces = tuple(Space(kind, tensors[f"{kind}.terms"], tensors[f"{kind}.idf"]) for kind in facts["kinds"])
+        return Features(str(facts["text_column"]), spaces, COLUMNS.validate_python(facts["columns"]))
+    except (SafetensorError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise DataError(f"{url} is damaged: {str(error).splitlines()[0]}", _REMEDY) from error
+
+
+def write_features(run: str, features: Features) -> None:
+    storage.write(storage.join(run, FEATURES), to_bytes(features))
+
+
+def read_features(run: str, sha256: str = "") -> Features:
+    """The computed sources of a run.
+
+    Args:
+        sha256: of the bytes that the run was trained with; unknown if empty.
+
+    Raises:
+        DataError: there are none, or the file is damaged.
+    """
+    url = storage.join(run, FEATURES)
+    content = storage.read_if_exists(url)
+    if content is None:
+        raise DataError(f"{url} does not exist, and the run computes sources with it", _REMEDY)
+    if sha256 not in ("", storage.sha256(content)):
+        raise DataError(f"{url} is not the one that the run was trained with", _REMEDY)
+    return from_bytes(content, url)
+
+
+def has_features(config: RunConfig) -> bool:
+    return bool(config.features or config.columns)

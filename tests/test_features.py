@@ -1,0 +1,357 @@
+"""Sources computed from the tables: what they are, what they are fitted on, and a run that uses them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+
+from fusion import features_columns, features_numbers, features_text, manifests, pointers
+from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.all_embeddings.config import Config
+from fusion.all_embeddings.model import build_network
+from fusion.errors import ConfigError, DataError
+from fusion.features import (
+    Features,
+    columns_of,
+    fit_features,
+    from_bytes,
+    read_features,
+    row_hashes,
+    to_bytes,
+    training_columns,
+)
+from fusion.features_terms import KINDS, chars, fields, row_counts, words
+from fusion.flags import parse
+from fusion.metrics import compute_smape
+from fusion.records import RunPointer
+from fusion.tables import Table, read_table
+from tests.conftest import SMALL, run_command
+
+TEXTS = [
+    "Alder Tea, pack of 6\nBrand: Alder",
+    "Alder Coffee, 2 lb\nBrand: Alder",
+    "",
+    "Farrow Tea 12 oz\nBrand: Farrow",
+]
+WITH_FEATURES = ["--features", "text", "--columns", "category"]
+
+
+def texts(values: list[str]) -> pa.Array:
+    return pa.array(values, pa.large_string())
+
+
+def table(**columns: list[object]) -> Table:
+    frame = pd.DataFrame(columns).set_index(pd.Index([f"{row:03d}" for row in range(len(columns["price"]))]))
+    return Table(frame, np.arange(len(frame)), tuple(columns))
+
+
+def fitted(rows: Table, config: Config, trains: np.ndarray | None = None) -> Features:
+    columns = training_columns(config, rows)
+    trains = np.ones(len(rows), bool) if trains is None else trains
+    return fit_features(config, columns, rows.prices, trains, lambda: None)
+
+
+def n_terms(kind: str, text: str) -> int:
+    return len(set(KINDS[kind](texts([text]))[1].tolist()))
+
+
+def test_words_are_those_of_letters_and_digits_and_their_pairs() -> None:
+    assert n_terms("words", "Bar-III  TEE, 2XL") == 4 + 3
+    assert n_terms("words", "tee tee") == 1 + 1, "the pair is not the word"
+    assert n_terms("words", "") == n_terms("words", " - ") == 0
+    assert set(words(texts(["a b"]))[1]) != set(words(texts(["b a"]))[1])
+    assert set(words(texts(["Été"]))[1]) == set(words(texts(["été"]))[1])
+
+
+def test_pairs_and_pieces_do_not_cross_rows() -> None:
+    for kind in (words, chars):
+        rows, hashes = kind(texts(["red tea", "", "green"]))
+        alone = [kind(texts([text]))[1].tolist() for text in ("red tea", "", "green")]
+        assert [sorted(hashes[rows == row].tolist()) for row in range(3)] == [sorted(one) for one in alone]
+
+
+def test_pieces_are_runs_within_a_word_with_its_ends() -> None:
+    assert n_terms("chars", "tea") == len([" te", "tea", "ea ", " tea", "tea ", " tea "])
+    assert n_terms("chars", "a") == len([" a "])
+
+
+def test_fields_are_short_lines_with_a_label() -> None:
+    one, other = "Item: x\nBrand : Bar III ", "brand: bar iii"
+    assert set(fields(texts([other]))[1]) < set(fields(texts([one]))[1])
+    assert n_terms("fields", f"Description: {'long ' * 20}") == 0
+    assert n_terms("fields", "no label") == n_terms("fields", "empty:") == 0
+
+
+def test_rows_are_counted_once_per_term() -> None:
+    _, counts = row_counts(words(texts(["tea tea", "tea"])))
+    assert sorted(counts.tolist()) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("Soda, 6-pack", "pack", np.log(6)),
+        ("Set of 3 towels", "pack", np.log(3)),
+        ("12 ct", "pack", np.log(12)),
+        ("Value: 24.0\nUnit: Count", "pack", np.log(24)),
+        ("Coffee 2 lb", "mass", np.log(907.2)),
+        ("1.5 kg", "mass", np.log(1500)),
+        ("Jerky 3 oz\nValue: 12.0\nUnit: Ounce", "mass", np.log(12 * 28.35)),
+        ("Value: 16.9\nUnit: Fl Oz", "volume", np.log(16.9 * 29.57)),
+        ("500ml", "volume", np.log(500)),
+        ("10 inch pan", "length", np.log(25.4)),
+        ("Tee, Large", "size", 1.0),
+        ("Medium-weight tee 2XL", "size", 3.0),
+        ("Women's tee XS", "size", -2.0),
+        ("Dress, Size 8", "size_number", 8.0),
+    ],
+)
+def test_quantities_are_read(text: str, name: str, value: float) -> None:
+    place = 2 * features_numbers.NAMES.index(name)
+    found = features_numbers.quantities(texts([text]))[0]
+    assert found[place + 1] == 1
+    assert found[place] == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("text", ["Men's tee", "Model 40339PK", "", "Value: 0\nUnit: Count", "Value: 12.0"])
+def test_what_is_no_quantity_is_none(text: str) -> None:
+    found = features_numbers.quantities(texts([text]))[0]
+    assert not found[1:-1:2].any()
+    assert np.isfinite(found).all()
+
+
+def test_a_projection_keeps_the_cosines() -> None:
+    generator = np.random.default_rng(0)
+    made = [" ".join(f"w{word}" for word in generator.integers(0, 300, 12)) for _ in range(200)]
+    space = features_text.fit("words", texts(made))
+    assert space is not None
+    exact = features_text.tfidf(words(texts(made)), len(made), space.terms, space.idf).toarray()
+    found, present = space.vectors(texts(made))
+    assert present.all()
+    np.testing.assert_allclose(found @ found.T, exact @ exact.T, atol=5 / features_text.DIM**0.5)
+    assert np.abs(found @ found.T - exact @ exact.T).mean() < 1 / features_text.DIM**0.5
+
+
+def test_a_row_depends_on_nothing_but_itself() -> None:
+    rows = table(price=[1.0, 2, 3, 4], catalog_content=TEXTS, shop=["a", "b", "", "a"])
+    config = Config(features=("text",), columns=("shop",))
+    features, columns = fitted(rows, config), training_columns(config, rows)
+    together = features.vectors(columns, "train.csv")
+    for row in range(4):
+        alone = features.vectors({name: values.take([row]) for name, values in columns.items()}, "train.csv")
+        for role, (values, present) in alone.items():
+            assert (values[0] == together[role][0][row]).all() and present[0] == together[role][1][row]
+    assert [bool(present[2]) for _, present in together.values()] == [False] * 5, "an empty text lacks the roles"
+    assert list(together) == list(features.dims)
+    assert {role: values.shape[1] for role, (values, _) in together.items()} == features.dims
+
+
+def test_nothing_of_a_row_that_validates_is_in_the_vocabulary() -> None:
+    rows = table(price=[1.0, 2, 3, 4], catalog_content=["red tea", "red tea", "rare word", "rare word"])
+    features = fitted(rows, Config(features=("text",)), np.array([True, True, False, False]))
+    rare = set(words(texts(["rare word"]))[1]) | set(chars(texts(["rare word"]))[1])
+    assert not rare & {int(term) for space in features.spaces for term in space.terms}
+    vectors = features.vectors(training_columns(Config(features=("text",)), rows), "train.csv")
+    assert vectors["text_words"][1].tolist() == [True, True, False, False]
+
+
+def test_prices_change_no_feature() -> None:
+    rows = table(price=[1.0, 2, 3, 4], catalog_content=TEXTS, weight=["1", "2", "30", ""])
+    other = table(price=[9.0, 3, 7, 1], catalog_content=TEXTS, weight=["1", "2", "30", ""])
+    config = Config(features=("text",), columns=("weight",))
+    assert to_bytes(fitted(rows, config)) == to_bytes(fitted(other, config))
+
+
+def test_features_survive_their_bytes() -> None:
+    rows = table(price=[1.0, 2, 3, 4], catalog_content=TEXTS, shop=["a", "b", "", "a"], weight=["1", "2", "3000", ""])
+    config = Config(features=("text",), columns=("shop", "weight"))
+    features = fitted(rows, config)
+    content = to_bytes(features)
+    again = from_bytes(content, "url")
+    assert to_bytes(again) == content == to_bytes(fitted(rows, config))
+    before, after = (one.vectors(training_columns(config, rows), "x") for one in (features, again))
+    assert all((before[role][0] == after[role][0]).all() for role in before)
+    only_columns = fitted(rows, Config(columns=("weight",)))
+    assert from_bytes(to_bytes(only_columns), "url") == only_columns
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "features.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match=r"features\.safetensors is damaged"):
+        read_features(str(tmp_path))
+    with pytest.raises(DataError, match="is not the one that the run was trained with"):
+        read_features(str(tmp_path), "0" * 64)
+
+
+def test_hashes_tell_rows_apart() -> None:
+    columns = {"one": texts(["a", "b", "a", ""]), "two": texts(["b", "a", "b", ""])}
+    found = row_hashes(columns)
+    assert found[0] == found[2] and len(set(found.tolist())) == 3
+
+
+def test_numbers_are_scaled_and_wide_ones_by_their_logarithm() -> None:
+    narrow = features_columns.fit("n", texts(["1", " 2 ", "3.0", "N/A"]), np.ones(4))
+    assert (narrow.kind, narrow.is_log, narrow.centre) == ("number", False, 2.0)
+    np.testing.assert_allclose(narrow.vectors(texts(["2", "", "1e300"]), "x"), [[0, 0], [0, 1], [8, 0]])
+    wide = features_columns.fit("n", texts(["1", "10", "-100000"]), np.ones(3))
+    assert wide.is_log and np.isfinite(wide.vectors(texts(["1e308", "-1e308"]), "x")).all()
+
+
+def test_categories_have_a_place_each_and_others_share_one() -> None:
+    many = [f"c{number}" for number in range(100) for _ in range(100 - number)]
+    column = features_columns.fit("c", texts([*many, ""]), np.ones(len(many) + 1))
+    assert column.categories[:2] == ("c0", "c1") and len(column.categories) == features_columns.MOST_CATEGORIES
+    found = column.vectors(texts(["c1", "c99", "new", "", " c0 "]), "x")
+    assert found.argmax(1).tolist() == [1, 64, 64, 65, 0] and (found.sum(1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("training", "later", "said"),
+    [
+        (["1", "2"], ["3", "four"], "has 'four', and all its values were numbers in training"),
+        (["a", "b"], ["1", "2"], "has numbers only, and its values were texts such as 'a' in training"),
+    ],
+)
+def test_a_column_of_another_type_is_refused(training: list[str], later: list[str], said: str) -> None:
+    column = features_columns.fit("c", texts(training), np.ones(2))
+    with pytest.raises(DataError, match=rf"column 'c' of test\.csv {said}"):
+        column.vectors(texts(later), "test.csv")
+
+
+def test_the_price_under_another_name_is_refused() -> None:
+    prices = np.random.default_rng(0).uniform(1, 100, 50)
+    with pytest.raises(DataError, match=r"orders the rows as their prices do \(rank correlation -1\.0000\)") as caught:
+        features_columns.fit("discount", texts([str(-price) for price in prices]), prices)
+    assert caught.value.remedy == "leave it out of --columns"
+    with pytest.raises(DataError, match="'empty' is empty in all 2 training rows"):
+        features_columns.fit("empty", texts(["", "nan"]), np.ones(2))
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    for flags, said in (
+        (["--columns", "price"], "--columns names price"),
+        (["--columns", "a", "a"], "names one thing twice"),
+        (["--features", "image"], "--features is 'image'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            parse(Config, flags, prog="train", description="")
+
+
+def test_a_column_that_is_not_there_is_named() -> None:
+    rows = table(price=[1.0, 2], title=["a", "b"])
+    with pytest.raises(DataError, match="has no column 'catalog_content' whose texts could be a source") as caught:
+        training_columns(Config(features=("text",)), rows)
+    assert "--text-column" in caught.value.remedy
+    with pytest.raises(DataError, match="has no column 'tilte'") as caught:
+        training_columns(Config(columns=("tilte",)), rows)
+    assert caught.value.remedy == "did you mean 'title'? correct --columns"
+    features = fitted(rows, Config(columns=("title",)))
+    with pytest.raises(DataError, match="has no column 'title', which the model was trained with"):
+        columns_of(features, replace(rows, frame=rows.frame.drop(columns="title")))
+
+
+def test_both_networks_see_the_computed_roles() -> None:
+    dims = {"clip_image": 3, "siglip_image": 3, "siglip_text": 3, "qwen_text": 3, "text_words": 5, "columns": 2}
+    for model in ("concat", "fusion"):
+        network = build_network(Config(model=model, width=16, n_heads=2, hidden=(8,)), dims).eval()
+        inputs = {role: torch.zeros(2, dim) for role, dim in dims.items()}
+        present = {role: torch.ones(2, dtype=torch.bool) for role in dims}
+        before = network(inputs, present)
+        for role in ("text_words", "columns"):
+            assert (network(inputs | {role: torch.ones(2, dims[role])}, present) != before).all(), (model, role)
+
+
+def best(output: Path) -> tuple[Path, manifests.Checkpoint]:
+    pointer = pointers.read(RunPointer, str(output), "runs", "all_embeddings", "best")
+    assert pointer is not None
+    run = output / "runs" / pointer.run_id
+    return run, manifests.best(str(run))
+
+
+def test_a_run_with_computed_sources(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--output", str(tmp_path)]
+    assert train.main(["--data", str(catalog), *where, *SMALL, "--epochs", "2", *WITH_FEATURES]) == 0
+    run, checkpoint = best(tmp_path)
+    assert checkpoint.manifest.features_sha256
+    roles = list(read_features(str(run), checkpoint.manifest.features_sha256).dims)
+    assert roles == ["text_words", "text_chars", "text_numbers", "columns"], "its texts have no lines with labels"
+    assert evaluate_by_groups.main([*where, "--by", "category"]) == 0
+    assert predict_test.main(where) == 0
+    said = capsys.readouterr().err
+    assert "looked role=clip_image" in said and "looked role=text" not in said
+    assert run_command("fusion.verify", str(tmp_path)).code == 0
+    (run / "features.safetensors").unlink()
+    assert predict_test.main([*where, "--force", "--name", "other"]) == 65
+    assert "features.safetensors does not exist" in capsys.readouterr().err
+
+
+def test_a_night_without_the_column_is_refused(
+    catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, where = tmp_path / "data", ["--output", str(tmp_path / "out")]
+    shutil.copytree(catalog, data)
+    assert train.main(["--data", str(data), *where, *SMALL, "--epochs", "1", *WITH_FEATURES]) == 0
+    test = pd.read_csv(data / "test.csv", dtype="str")
+    test.drop(columns="category").to_csv(data / "test.csv", index=False)
+    assert predict_test.main(where) == 65
+    assert "test.csv has no column 'category', which the model was trained with" in capsys.readouterr().err
+
+
+def test_other_texts_are_other_data(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, where = tmp_path / "data", ["--output", str(tmp_path / "out"), "--run-id", "r"]
+    shutil.copytree(catalog, data)
+    training = ["--data", str(data), *where, *SMALL, "--epochs", "1", *WITH_FEATURES]
+    assert train.main(training) == 0
+    rows = pd.read_csv(data / "train.csv", dtype="str")
+    rows.assign(catalog_content=rows["catalog_content"] + " new").to_csv(data / "train.csv", index=False)
+    assert evaluate_by_groups.main(where) == 65
+    assert "have other prices or embeddings than in training" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out/runs/r/checkpoints")
+    assert train.main(training) == 65
+    assert "the data have changed since run r began" in capsys.readouterr().err
+
+
+def test_any_number_of_ranks_computes_the_same(catalog: Path, tmp_path: Path) -> None:
+    found = []
+    for ranks in (1, 2):
+        output = str(tmp_path / str(ranks))
+        flags = ["--data", str(catalog), "--output", output, *SMALL, "--epochs", "1", "--dropout", "0", *WITH_FEATURES]
+        done = run_command("fusion.all_embeddings.train", *flags, ranks=ranks)
+        assert done.code == 0, done.err
+        run, checkpoint = best(Path(output))
+        digests = checkpoint.manifest.validation_sha256, checkpoint.manifest.features_sha256
+        found.append((digests, checkpoint.smape, (run / "run.json").read_bytes().find(b"text_words")))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
+def test_shuffled_prices_teach_nothing(catalog: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(catalog, data)
+    rows = pd.read_csv(data / "train.csv", dtype="str")
+    shuffled = rows["price"].to_numpy()[np.random.default_rng(1).permutation(len(rows))]
+    rows.assign(price=shuffled).to_csv(data / "train.csv", index=False)
+    flags = ["--data", str(data), "--output", str(tmp_path / "out"), *SMALL, "--epochs", "5", "--loss", "smape"]
+    assert train.main([*flags, *WITH_FEATURES]) == 0
+    _, checkpoint = best(tmp_path / "out")
+    split = pd.read_parquet(next((tmp_path / "out").rglob("split.parquet")))
+    sides = dict(list(split.groupby("side")["price"]))
+    median = compute_smape(sides["validation"], np.full(len(sides["validation"]), sides["train"].median()))
+    assert checkpoint.smape > 0.95 * median
+
+
+def test_the_table_is_read_with_its_texts_once(catalog: Path) -> None:
+    rows = read_table(str(catalog), "train", priced=True, columns=["catalog_content", "category"], hashed=())
+    columns = training_columns(Config(features=("text",), columns=("category",)), rows)
+    assert {name: len(values) for name, values in columns.items()} == {
+        "catalog_content": len(rows),
+        "category": len(rows),
+    }

@@ -46,6 +46,7 @@ from fusion.verify_output import is_output
 
 SMALL = ["--width", "16", "--n-heads", "2", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu", "--epochs", "4", "--checkpoint-steps", "3", "--run-id", "r"]
+COMPUTED = ["--features", "text", "--columns", "category"]
 SETTLE = 15.0  # seconds that the others get to end by themselves, as the launcher gives them some
 PATIENCE = 300.0  # seconds after which an attempt that still runs counts as hung
 IN_VAIN = 5  # runs in a row in which no boundary was met: those still owed do not exist
@@ -164,7 +165,7 @@ def _finish(options: argparse.Namespace, output: str, plan: Plan) -> dict[str, s
     """Runs the commands until each ends with 0; digests of what they published."""
     where = ["--output", output]
     jobs = [
-        (train.main, ["--data", options.data, *where, *SMALL]),
+        (train.main, ["--data", options.data, *where, *SMALL, *COMPUTED]),
         (evaluate_by_groups.main, where),
         (predict_test.main, [*where, "--date", "2026-01-02"]),
     ]

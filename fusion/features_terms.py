@@ -1,22 +1,22 @@
 """The terms of texts, as 64-bit hashes: words and pairs of words, pieces of words, and short lines "Label: value".
 
-A whole chunk of texts is cut up in Arrow's and NumPy's compiled code: a Python function called for each term, as the
-vectorizers of scikit-learn do it, takes fifteen times as long. Hashes of 64 bits stand for the terms: two of a million
-terms share one in 1 of 30 million catalogs, and a vocabulary of hashes is an array like any other.
+A whole chunk of texts is cut up in the compiled code of Arrow, NumPy and SciPy, and each different word once: a Python
+function called for each term, as the vectorizers of scikit-learn do it, takes twenty times as long. Hashes of 64 bits
+stand for the terms: two of a million terms share one in 1 of 30 million catalogs, and a vocabulary of hashes is an
+array like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy import sparse
 
 from fusion.text_hashes import mixed, text_hashes
-
-# Row of each term, ascending, and its hash; a term that occurs several times in a text is there several times.
-Terms = tuple[np.ndarray, np.ndarray]
 
 _BETWEEN_WORDS = r"[^\pL\pN]+"
 _FIELD = r"^\s*(?P<label>[^:]{1,40}?)\s*:\s*(?P<value>\S.{0,59}?)\s*$"  # longer values are sentences, not properties
@@ -25,25 +25,49 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, with its bits well spread (the g
 _SPACE = ord(" ")
 
 
+@dataclass(frozen=True)
+class Terms:
+    """The terms of n texts.
+
+    Attributes:
+        hashes: [T] uint64, ascending, each once.
+        counts: [n, T] how often each text has each term.
+    """
+
+    hashes: np.ndarray
+    counts: sparse.csr_array
+
+    def n_rows(self) -> np.ndarray:
+        """[T] number of texts that have the term."""
+        return np.bincount(self.counts.indices, minlength=len(self.hashes))
+
+    def among(self, vocabulary: np.ndarray) -> sparse.csr_array:
+        """[n, V] counts of the terms of a vocabulary [V] uint64, ascending; those of a row in this order."""
+        place = np.searchsorted(vocabulary, self.hashes).clip(max=max(0, len(vocabulary) - 1))
+        known = np.flatnonzero(np.isin(self.hashes, vocabulary))
+        kept = self.counts[:, known]
+        shape = (kept.shape[0], len(vocabulary))
+        found = sparse.csr_array((kept.data, place[known][kept.indices], kept.indptr), shape=shape)
+        found.sort_indices()
+        return found
+
+
 def words(texts: pa.Array) -> Terms:
     """Words of letters and digits, small, and pairs of neighbouring words."""
-    rows, flat = _flattened(pc.split_pattern_regex(pc.utf8_lower(texts), _BETWEEN_WORDS))
-    hashes = text_hashes(flat)
-    rows, hashes = rows[hashes > 0], hashes[hashes > 0]
+    rows, tokens = _words(texts)
+    hashes = text_hashes(tokens.dictionary)[tokens.indices.to_numpy()]
     is_pair = rows[1:] == rows[:-1]
     pairs = mixed(mixed(hashes[:-1]) * _FACTOR + hashes[1:])[is_pair]
-    return _by_row(np.concatenate([rows, rows[1:][is_pair]]), np.concatenate([hashes, pairs]))
+    return _counted(np.concatenate([rows, rows[1:][is_pair]]), np.concatenate([hashes, pairs]), len(texts))
 
 
 def chars(texts: pa.Array) -> Terms:
     """Runs of 3 to 5 letters within the words, which have a space at either end."""
-    cleaned = pc.replace_substring_regex(pc.utf8_lower(texts), _BETWEEN_WORDS, " ")
-    space = _text(" ")
-    padded = pc.binary_join_element_wise(space, cleaned, space, _text(""))
-    letters = np.frombuffer("".join(padded.to_pylist()).encode("utf-32-le"), np.uint32)
-    row_of = np.repeat(np.arange(len(padded)), pc.utf8_length(padded).to_numpy())
-    found = [_runs(letters, row_of, length) for length in PIECES]
-    return _by_row(np.concatenate([rows for rows, _ in found]), np.concatenate([hashes for _, hashes in found]))
+    rows, tokens = _words(texts)
+    shape = (len(texts), len(tokens.dictionary))
+    of_texts = sparse.csr_array((np.ones(len(rows)), (rows, tokens.indices.to_numpy())), shape=shape)
+    of_words = _pieces(tokens.dictionary)
+    return Terms(of_words.hashes, of_texts @ of_words.counts)
 
 
 def fields(texts: pa.Array) -> Terms:
@@ -51,46 +75,29 @@ def fields(texts: pa.Array) -> Terms:
     rows, lines = _flattened(pc.split_pattern(pc.utf8_lower(texts), "\n"))
     found = pc.extract_regex(lines, _FIELD)
     hashes = text_hashes(pc.binary_join_element_wise(*found.flatten(), _text(":")))
-    return rows[hashes > 0], hashes[hashes > 0]
+    return _counted(rows[hashes > 0], hashes[hashes > 0], len(texts))
 
 
 KINDS: dict[str, Callable[[pa.Array], Terms]] = {"words": words, "chars": chars, "fields": fields}
 
 
-def counted(terms: Terms, vocabulary: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row, position in the vocabulary and count of each known term of each row; by row, then by position.
-
-    Args:
-        vocabulary: [V] hashes, ascending.
-    """
-    rows, hashes = terms
-    if not len(vocabulary):
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
-    place = np.searchsorted(vocabulary, hashes).clip(max=len(vocabulary) - 1)
-    known = vocabulary[place] == hashes
-    keys, counts = np.unique(rows[known] * len(vocabulary) + place[known], return_counts=True)
-    return keys // len(vocabulary), keys % len(vocabulary), counts
+def _words(texts: pa.Array) -> tuple[np.ndarray, pa.DictionaryArray]:
+    """Row of each word, ascending, and the words."""
+    rows, found = _flattened(pc.split_pattern_regex(pc.utf8_lower(texts), _BETWEEN_WORDS))
+    is_word = pc.not_equal(found, "")
+    return rows[is_word.to_numpy(zero_copy_only=False)], pc.dictionary_encode(found.filter(is_word))
 
 
-def row_counts(terms: Terms) -> tuple[np.ndarray, np.ndarray]:
-    """Each different term, ascending, and the number of rows that have it."""
-    order = np.lexsort(terms)
-    rows, hashes = terms[0][order], terms[1][order]
-    is_other = np.ones(len(rows), bool)
-    is_other[1:] = (rows[1:] != rows[:-1]) | (hashes[1:] != hashes[:-1])
-    return np.unique(hashes[is_other], return_counts=True)
+def _pieces(words: pa.Array) -> Terms:
+    space = _text(" ")
+    padded = pc.binary_join_element_wise(space, words, space, _text(""))
+    letters = np.frombuffer("".join(padded.to_pylist()).encode("utf-32-le"), np.uint32)
+    row_of = np.repeat(np.arange(len(padded)), pc.utf8_length(padded).to_numpy())
+    rows, hashes = zip(*(_runs(letters, row_of, length) for length in PIECES), strict=True)
+    return _counted(np.concatenate(rows), np.concatenate(hashes), len(words))
 
 
-def _text(value: str) -> pa.Scalar:
-    return pa.scalar(value, pa.large_string())
-
-
-def _flattened(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Row of each element of a list array, and the elements."""
-    return np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy()), pc.list_flatten(lists)
-
-
-def _runs(letters: np.ndarray, row_of: np.ndarray, length: int) -> Terms:
+def _runs(letters: np.ndarray, row_of: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Row and hash of each run of letters with spaces at its ends only."""
     if len(letters) < length:
         return np.empty(0, np.int64), np.empty(0, np.uint64)
@@ -102,6 +109,16 @@ def _runs(letters: np.ndarray, row_of: np.ndarray, length: int) -> Terms:
     return row_of[: len(windows)][is_within], mixed(mixed(hashes))
 
 
-def _by_row(rows: np.ndarray, hashes: np.ndarray) -> Terms:
-    order = np.argsort(rows, kind="stable")
-    return rows[order], hashes[order]
+def _counted(rows: np.ndarray, hashes: np.ndarray, n_rows: int) -> Terms:
+    different, place = np.unique(hashes, return_inverse=True)
+    counts = sparse.coo_array((np.ones(len(rows)), (rows, place)), shape=(n_rows, len(different)))
+    return Terms(different, sparse.csr_array(counts))
+
+
+def _flattened(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """Row of each element of a list array, and the elements."""
+    return np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy()), pc.list_flatten(lists)
+
+
+def _text(value: str) -> pa.Scalar:
+    return pa.scalar(value, pa.large_string())

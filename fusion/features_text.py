@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import sparse
 
-from fusion.features_terms import KINDS, Terms, counted, row_counts
+from fusion.features_terms import KINDS, Terms
 
 CHUNK_ROWS = 1024  # texts cut up at a time: 150 MB if each has 1,000 letters
 MAX_LETTERS = 4096  # of a text that count: the longest descriptions repeat themselves, and memory stays bounded
@@ -51,7 +51,7 @@ class Space:
 
     def vectors(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         """[n, DIM] float32, and whether each text [n] has a term that is known; each row by itself."""
-        weights = tfidf(KINDS[self.kind](texts), len(texts), self.terms, self.idf)
+        weights = tfidf(KINDS[self.kind](texts), self.terms, self.idf)
         return np.asarray(weights @ self.directions), np.diff(weights.indptr) > 0
 
 
@@ -74,14 +74,14 @@ def fit(kind: str, texts: pa.Array, beat: Callable[[], None] = lambda: None) -> 
     return Space(kind, terms, (np.log((1 + len(sample)) / (1 + n_rows)) + 1).astype(np.float32))
 
 
-def tfidf(terms: Terms, n_rows: int, vocabulary: np.ndarray, idf: np.ndarray) -> sparse.csr_array:
+def tfidf(terms: Terms, vocabulary: np.ndarray, idf: np.ndarray) -> sparse.csr_array:
     """[n, V] float32: (1 + log count) * idf, each row of length 1."""
-    rows, places, counts = counted(terms, vocabulary)
-    weights = (1 + np.log(counts)) * idf[places].astype(np.float64)
-    lengths = np.sqrt(np.bincount(rows, weights**2, minlength=n_rows))
-    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_rows))])
+    counts = terms.among(vocabulary)
+    rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+    weights = (1 + np.log(counts.data)) * idf[counts.indices].astype(np.float64)
+    lengths = np.sqrt(np.bincount(rows, weights**2, minlength=counts.shape[0]))
     values = (weights / lengths[rows]).astype(np.float32)
-    return sparse.csr_array((values, places, starts), shape=(n_rows, len(vocabulary)))
+    return sparse.csr_array((values, counts.indices, counts.indptr), shape=counts.shape)
 
 
 def _drawn(n: int) -> np.ndarray:
@@ -95,7 +95,7 @@ def _vocabulary(kind: str, texts: pa.Array, beat: Callable[[], None]) -> tuple[n
     """Hashes, ascending, of the terms that are kept, and in how many texts each is; of equal ones, the smallest."""
     hashes, n_rows = np.empty(0, np.uint64), np.empty(0, np.int64)
     for terms in _cut_up(kind, texts, beat):
-        hashes, n_rows = _added(hashes, n_rows, *row_counts(terms))
+        hashes, n_rows = _added(hashes, n_rows, terms.hashes, terms.n_rows())
     order = np.lexsort((hashes, -n_rows))
     kept = np.sort(order[n_rows[order] >= MIN_ROWS][:VOCABULARY])
     return hashes[kept], n_rows[kept]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from fusion.features import (
     to_bytes,
     training_columns,
 )
-from fusion.features_terms import KINDS, chars, fields, row_counts, words
+from fusion.features_terms import KINDS, Terms, chars, fields, words
 from fusion.flags import parse
 from fusion.metrics import compute_smape
 from fusion.records import RunPointer
@@ -59,22 +60,27 @@ def fitted(rows: Table, config: Config, trains: np.ndarray | None = None) -> Fea
 
 
 def n_terms(kind: str, text: str) -> int:
-    return len(set(KINDS[kind](texts([text]))[1].tolist()))
+    return len(KINDS[kind](texts([text])).hashes)
+
+
+def found(kind: Callable[[pa.Array], Terms], text: str) -> set[int]:
+    return set(kind(texts([text])).hashes.tolist())
 
 
 def test_words_are_those_of_letters_and_digits_and_their_pairs() -> None:
     assert n_terms("words", "Bar-III  TEE, 2XL") == 4 + 3
     assert n_terms("words", "tee tee") == 1 + 1, "the pair is not the word"
     assert n_terms("words", "") == n_terms("words", " - ") == 0
-    assert set(words(texts(["a b"]))[1]) != set(words(texts(["b a"]))[1])
-    assert set(words(texts(["Été"]))[1]) == set(words(texts(["été"]))[1])
+    assert found(words, "a b") != found(words, "b a")
+    assert found(words, "Été") == found(words, "été")
 
 
 def test_pairs_and_pieces_do_not_cross_rows() -> None:
+    several = ["red tea", "", "green"]
     for kind in (words, chars):
-        rows, hashes = kind(texts(["red tea", "", "green"]))
-        alone = [kind(texts([text]))[1].tolist() for text in ("red tea", "", "green")]
-        assert [sorted(hashes[rows == row].tolist()) for row in range(3)] == [sorted(one) for one in alone]
+        together = kind(texts(several))
+        for row, text in enumerate(several):
+            assert set(together.hashes[together.counts[[row]].indices].tolist()) == found(kind, text)
 
 
 def test_pieces_are_runs_within_a_word_with_its_ends() -> None:
@@ -84,14 +90,15 @@ def test_pieces_are_runs_within_a_word_with_its_ends() -> None:
 
 def test_fields_are_short_lines_with_a_label() -> None:
     one, other = "Item: x\nBrand : Bar III ", "brand: bar iii"
-    assert set(fields(texts([other]))[1]) < set(fields(texts([one]))[1])
+    assert found(fields, other) < found(fields, one)
     assert n_terms("fields", f"Description: {'long ' * 20}") == 0
     assert n_terms("fields", "no label") == n_terms("fields", "empty:") == 0
 
 
 def test_rows_are_counted_once_per_term() -> None:
-    _, counts = row_counts(words(texts(["tea tea", "tea"])))
-    assert sorted(counts.tolist()) == [1, 2]
+    terms = words(texts(["tea tea", "tea"]))
+    assert sorted(terms.n_rows().tolist()) == [1, 2]
+    assert sorted(terms.counts.toarray().max(axis=0).tolist()) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,7 @@ def test_a_projection_keeps_the_cosines() -> None:
     made = [" ".join(f"w{word}" for word in generator.integers(0, 300, 12)) for _ in range(200)]
     space = features_text.fit("words", texts(made))
     assert space is not None
-    exact = features_text.tfidf(words(texts(made)), len(made), space.terms, space.idf).toarray()
+    exact = features_text.tfidf(words(texts(made)), space.terms, space.idf).toarray()
     found, present = space.vectors(texts(made))
     assert present.all()
     np.testing.assert_allclose(found @ found.T, exact @ exact.T, atol=5 / features_text.DIM**0.5)
@@ -156,7 +163,7 @@ def test_a_row_depends_on_nothing_but_itself() -> None:
 def test_nothing_of_a_row_that_validates_is_in_the_vocabulary() -> None:
     rows = table(price=[1.0, 2, 3, 4], catalog_content=["red tea", "red tea", "rare word", "rare word"])
     features = fitted(rows, Config(features=("text",)), np.array([True, True, False, False]))
-    rare = set(words(texts(["rare word"]))[1]) | set(chars(texts(["rare word"]))[1])
+    rare = found(words, "rare word") | found(chars, "rare word")
     assert not rare & {int(term) for space in features.spaces for term in space.terms}
     vectors = features.vectors(training_columns(Config(features=("text",)), rows), "train.csv")
     assert vectors["text_words"][1].tolist() == [True, True, False, False]

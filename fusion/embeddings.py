@@ -70,9 +70,8 @@ class RowStore:
             return self
         return replace(self, values=_moved(self.values, device), present=_moved(self.present, device))
 
-    def read(self) -> RowStore:
-        """The roles that were read and not computed."""
-        roles = [role for role in self.values if role not in self.computed]
+    def of_roles(self, roles: Iterable[str]) -> RowStore:
+        """The same rows with some of the roles, to be looked at."""
         values, present = ({role: part[role] for role in roles} for part in (self.values, self.present))
         return RowStore(values, present)
 

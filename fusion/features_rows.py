@@ -13,6 +13,8 @@ from fusion.features import Columns, Features, row_hashes
 from fusion.features_text import CHUNK_ROWS
 from fusion.sharing import node_tensor
 
+WORDS = "text_words"
+
 
 def with_features(
     store: RowStore, features: Features | None, columns: Columns | None, name: str, place: World
@@ -39,6 +41,15 @@ def with_features(
     for number, start in enumerate(range(0, len(store), CHUNK_ROWS)):
         _fill_chunk(target, features, columns, name, place, number, start)
     return replace(target, values=store.values | target.values, present=store.present | target.present)
+
+
+def compared(store: RowStore) -> RowStore:
+    """The roles by which nights are compared: those that were read, and the words of the texts.
+
+    The texts stand under the right ids, so that embeddings under wrong ones, of all sources alike, disagree with them.
+    The other computed roles say the same, or hold few different vectors.
+    """
+    return store.of_roles([role for role in store.values if role not in store.computed or role == WORDS])
 
 
 def _dtype(role: str) -> torch.dtype:

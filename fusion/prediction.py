@@ -16,7 +16,7 @@ from fusion.distributed import World, held, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError, DivergedError, UnreachableError
 from fusion.features import Features, columns_of, has_features, read_features
-from fusion.features_rows import with_features
+from fusion.features_rows import compared, with_features
 from fusion.fingerprints import Look, look, to_parquet
 from fusion.inputs import find_inputs, find_table
 from fusion.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
@@ -129,7 +129,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
                 f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
             )
         store, last = store.resident_on(place.device), place.on_main_alone(lambda: submission.last(settings))
-        seen = look(model, store.read(), ids, place)
+        seen = look(model, compared(store), ids, place)
         about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
         place.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
         computed = compute_parts(pricing(model), store, place, parts)

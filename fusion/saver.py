@@ -14,6 +14,7 @@ from fusion.best_run import point_to_run
 from fusion.config import RunConfig
 from fusion.errors import DataError, StopRequested
 from fusion.features import has_features
+from fusion.features_rows import compared
 from fusion.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 from fusion.fitting import Fit, TrainingData
 from fusion.manifests import FEATURES, SPLIT
@@ -137,9 +138,9 @@ def _agreement(fit: Fit) -> dict[str, float]:
     """How much the roles agree on the training rows; predictions expect the same of their rows."""
     store, train = fit.data.store, fit.data.train
     rows = train[:: -(-len(train) // MAX_AGREEMENT_ROWS)]
-    read = store.read()
-    prints = fingerprints(fit.model, read, rows, fit.place.device)
-    return agreements(pd.DataFrame(prints, columns=list(read.dims)))
+    store = compared(store)
+    prints = fingerprints(fit.model, store, rows, fit.place.device)
+    return agreements(pd.DataFrame(prints, columns=list(store.dims)))
 
 
 def baseline(data: TrainingData) -> dict[str, float]:

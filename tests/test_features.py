@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -293,7 +294,12 @@ def test_a_run_with_computed_sources(catalog: Path, tmp_path: Path, capsys: pyte
     assert evaluate_by_groups.main([*where, "--by", "category"]) == 0
     assert predict_test.main(where) == 0
     said = capsys.readouterr().err
-    assert "looked role=clip_image" in said and "looked role=text" not in said
+    looked = set(re.findall(r"looked role=(\w+)", said))
+    assert {"clip_image", "text_words"} <= looked and not looked & {"text_chars", "text_numbers", "columns"}
+    assert (
+        "text_words qwen_text" in checkpoint.manifest.agreement
+        or "qwen_text text_words" in checkpoint.manifest.agreement
+    )
     assert run_command("fusion.verify", str(tmp_path)).code == 0
     (run / "features.safetensors").unlink()
     assert predict_test.main([*where, "--force", "--name", "other"]) == 65

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import date, datetime
 from typing import Any, ClassVar, Literal, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 # Settings that say where and how a run is computed, not what it computes.
 HOW = {"output", "run_id", "device", "store_timeout", "grace", "stall_timeout", "fresh"}
@@ -82,7 +84,28 @@ class StoreConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig(StoreConfig):
-    """Settings of a training run that all variants share; the defaults are the published recipe."""
+    """Settings of a training run that all variants share; the defaults are the recipe that scored best.
+
+    Attributes:
+        published: what `--recipe published` sets otherwise; a variant adds its own.
+    """
+
+    published: ClassVar[Mapping[str, Any]] = {
+        "model": "fusion",
+        "width": 512,
+        "dropout": 0.25,
+        "components": 0,
+        "neighbours": 0,
+        "neighbour_dropout": 0.0,
+        "input_dropout": 0.0,
+        "input_noise": 0.0,
+        "loss": "weighted_smape",
+        "epochs": 1000,
+        "lr": 1e-3,
+        "schedule": "plateau",
+        "warmup": 0.0,
+        "patience": 15,
+    }
 
     data: str = setting("data", "bucket or folder with train.csv, test.csv and embeddings/", "where")
 
@@ -107,28 +130,49 @@ class RunConfig(StoreConfig):
     )
     drop_bad_prices: bool = setting(False, "drop rows whose price is missing, NaN, zero or negative", "data")
     val_fraction: float = setting(0.2, "share of the rows that validate", "data", gt=0, lt=1)
-    folds: int | None = setting(None, "number of folds; replaces --val-fraction", "data", ge=2)
-    fold: int = setting(0, "which of the --folds validates, from 0", "data", ge=0)
-
-    model: Literal["concat", "fusion"] = setting(
-        "fusion", "concat: plain baseline; fusion: attention and mixture of experts", "model"
+    folds: int | None = setting(
+        None, "number of folds, each of which some members hold out; replaces --val-fraction", "data", ge=2
     )
-    width: int = setting(512, "features that each source is brought to", "model", ge=1)
+    fold: int | None = setting(None, "the only one of the --folds that validates, from 0; by default all", "data", ge=0)
+
+    recipe: Literal["best", "published"] = setting(
+        "best", "best: defaults that scored best; published: those of the published models, without neighbours", "model"
+    )
+    seeds: int = setting(1, "members of each fold that differ in their first weights", "model", ge=1)
+    neighbours: int = setting(
+        128, "training rows that each row is compared with, the most similar ones; 0: none", "model", ge=0
+    )
+    neighbour_dropout: float = setting(0.3, "share of these hidden from a row in training", "model", ge=0, lt=1)
+    components: int = setting(
+        256, "principal components that each source is brought to; 0: all as it is", "model", ge=0
+    )
+    model: Literal["concat", "fusion"] = setting(
+        "concat", "concat: a plain network; fusion: attention and mixture of experts", "model"
+    )
+    width: int = setting(192, "features that each source is brought to", "model", ge=1)
     n_heads: int = setting(8, "attention heads", "model", ge=1)
     n_experts: int = setting(3, "experts in the mixture", "model", ge=1)
-    dropout: float = setting(0.25, "share of features dropped in training", "model", ge=0, lt=1)
+    dropout: float = setting(0.5, "share of features dropped in training", "model", ge=0, lt=1)
+    input_dropout: float = setting(0.6, "share of inputs dropped in training", "model", ge=0, lt=1)
+    input_noise: float = setting(0.5, "deviation of the noise added to inputs in training", "model", ge=0)
     modality_dropout: float = setting(0.05, "share of sources hidden from a row in training", "model", ge=0, lt=1)
 
-    loss: LossName = setting("weighted_smape", "loss to minimise, see fusion/loss_functions.py", "training")
-    epochs: int = setting(1000, "passes over the training rows, at most", "training", ge=1)
+    loss: LossName = setting("smape", "loss to minimise, see fusion/loss_functions.py", "training")
+    epochs: int = setting(60, "passes over the training rows, at most", "training", ge=1)
     batch_size: int = setting(256, "rows a step, over all ranks together", "training", ge=1)
-    lr: float = setting(1e-3, "learning rate of AdamW", "training", gt=0)
+    lr: float = setting(2e-3, "learning rate of AdamW", "training", gt=0)
+    schedule: Literal["cosine", "plateau"] = setting(
+        "cosine", "cosine: the learning rate falls to 0 over --epochs; plateau: when progress stalls", "training"
+    )
+    warmup: float = setting(0.05, "share of the steps in which the cosine schedule rises", "training", ge=0, lt=1)
     weight_decay: float = setting(1e-4, "weight decay of AdamW", "training", ge=0)
     clip: float = setting(1.0, "gradients are clipped to this L2 norm", "training", gt=0)
     lr_patience: int = setting(3, "epochs without progress before the learning rate falls", "training", ge=0)
     lr_factor: float = setting(0.5, "factor applied to the learning rate when progress stalls", "training", gt=0, lt=1)
     min_lr: float = setting(1e-6, "smallest learning rate", "training", ge=0)
-    patience: int = setting(15, "epochs without a better validation SMAPE before training stops", "training", ge=1)
+    patience: int | None = setting(
+        None, "epochs without a better validation SMAPE before training stops; by default never", "training", ge=1
+    )
     seed: int = setting(41, "seed of the split, the weights, the row order and dropout", "training", ge=0, lt=2**32)
     checkpoint_seconds: float = setting(60.0, "seconds between checkpoints, at most one in flight", "stopping", ge=0)
     checkpoint_steps: int = setting(0, "steps between checkpoints; 0 goes by time alone", "stopping", ge=0)
@@ -146,8 +190,17 @@ class RunConfig(StoreConfig):
     fresh: bool = setting(False, "refuse to go on with a run that exists", "stopping")
     precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the training step", "machine")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_recipe(cls, values: Any) -> Any:
+        """What was given, before what `--recipe` says."""
+        given = values.kwargs if isinstance(values, ArgsKwargs) else values
+        if not isinstance(given, Mapping) or given.get("recipe") != "published":
+            return values
+        return {**cls.published, **given}
+
     def __post_init__(self) -> None:
-        if self.folds is not None and self.fold >= self.folds:
+        if self.folds is not None and (self.fold or 0) >= self.folds:
             raise ValueError(f"--fold is {self.fold}, expected one of 0..{self.folds - 1} for --folds {self.folds}")
         bound = [name for name in asdict(self).get("sources", {}).values() if "{fold}" in name]
         if self.folds is None and (self.fold or bound):
@@ -159,6 +212,10 @@ class RunConfig(StoreConfig):
             raise ValueError(f"--columns names {min(taken)}, which says what a row is and not what it is like")
         if len(set(self.columns)) < len(self.columns) or len(set(self.features)) < len(self.features):
             raise ValueError("--columns or --features names one thing twice")
+        if self.folds is not None and self.fold is None and bound:
+            raise ValueError(f"the source {bound[0]!r} names a fold, so --fold must say which of the --folds validates")
+        if self.neighbours and not self.components:
+            raise ValueError("--neighbours are found by --components, which are 0")
         if self.width % self.n_heads:
             raise ValueError(f"--width {self.width} cannot be divided into --n-heads {self.n_heads}")
 
@@ -182,6 +239,11 @@ class RunConfig(StoreConfig):
         if column in (self.text_column, self.group_column):
             other = "text" if column == self.text_column else "group"
             raise ValueError(f"--validate-after and --{other}-column both name the column {column!r}")
+
+    def held_out(self) -> tuple[int, ...]:
+        """For each member, the part of the split that it does not train on; 0 where there are no folds."""
+        parts = range(self.folds) if self.folds is not None and self.fold is None else (self.fold or 0,)
+        return tuple(part for part in parts for _ in range(self.seeds))
 
     def bindings(self) -> dict[str, str]:
         """Role to name of the source bound to it, in the model's order.

@@ -23,6 +23,7 @@ from fusion import log, stopping, storage
 from fusion.distributed import World
 from fusion.errors import DataError, StopRequested, UnreachableError
 from fusion.inputs import Sources, find_sources
+from fusion.neighbours import Candidates, CandidateTable
 from fusion.sharing import node_tensor
 from fusion.source_file import Kind, Part, content_of, kind_of, open_part, parts_of
 from fusion.source_rows import NO_ROW, Found, Rows, check_ids
@@ -35,6 +36,25 @@ LOOK = 0.5  # seconds between two moments at which the ranks tell one another of
 
 
 @dataclass(frozen=True)
+class Batch:
+    """B rows as a model gets them.
+
+    Attributes:
+        inputs: role to [B, D_role] float32; zeros where the role is missing.
+        present: role to [B] bool.
+        folds: [B] part of the split that each row is in; None: they are not of a split.
+        groups: [B] group of near-duplicates of each row; None: they have none.
+        candidates: the rows of the memory that may be neighbours; None: they are still to be found.
+    """
+
+    inputs: dict[str, Tensor]
+    present: dict[str, Tensor]
+    folds: Tensor | None = None
+    groups: Tensor | None = None
+    candidates: Candidates | None = None
+
+
+@dataclass(frozen=True)
 class RowStore:
     """Embeddings of N rows, resident; batches are gathered by row.
 
@@ -43,12 +63,17 @@ class RowStore:
         present: role to [N] bool.
         computed: roles that were computed from the table and not read.
         origins: [N] int64, hashes of what these were computed from; None: there are none.
+        folds, groups: [N] int64, as of `Batch`.
+        candidates: of all rows, as far as they were found before.
     """
 
     values: dict[str, Tensor]
     present: dict[str, Tensor]
     computed: tuple[str, ...] = ()
     origins: Tensor | None = None
+    folds: Tensor | None = None
+    groups: Tensor | None = None
+    candidates: CandidateTable | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.present.values())))
@@ -57,11 +82,15 @@ class RowStore:
     def dims(self) -> dict[str, int]:
         return {role: values.shape[1] for role, values in self.values.items()}
 
-    def batch(self, rows: Tensor, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Inputs ({role: [B, D_role]} float32) and presence ({role: [B]} bool) of the rows with these positions."""
+    def batch(self, rows: Tensor, device: torch.device) -> Batch:
+        """The rows with these positions [B], on a device."""
         rows = rows.to(next(iter(self.present.values())).device)
         inputs = {role: values.index_select(0, rows).to(device).float() for role, values in self.values.items()}
-        return inputs, {role: present.index_select(0, rows).to(device) for role, present in self.present.items()}
+        present = {role: values.index_select(0, rows).to(device) for role, values in self.present.items()}
+        folds, groups = (
+            None if one is None else one[rows.to(one.device)].to(device) for one in (self.folds, self.groups)
+        )
+        return Batch(inputs, present, folds, groups, self.candidates.of(rows) if self.candidates else None)
 
     def resident_on(self, device: torch.device) -> RowStore:
         """The same rows in the device's memory, or as they are where they would fill more than half of what is free."""

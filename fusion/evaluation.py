@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -22,23 +22,25 @@ from fusion.errors import DataError
 from fusion.features import columns_of
 from fusion.features_rows import with_features
 from fusion.groups import Evaluation, evaluate
-from fusion.parts import Arrays, Compute, compute_parts, discard
+from fusion.parts import Arrays, compute_parts, discard
 from fusion.prediction import (
     BuildNetwork,
     C,
     check_dims,
     features_of,
     load_model,
+    named,
     open_run,
     parts_folder,
+    pricing,
     validation_digest,
 )
-from fusion.price_model import PriceModel
 from fusion.records import SCHEMA, Intervals, MetricsManifest, seal
-from fusion.splits import read_split
+from fusion.splits import part_of, read_split
 from fusion.tables import Table, places_of, read_table
 from fusion.validation import computed_frame
 
+COMPARABLES = ("comparable_ids", "comparable_prices", "comparable_weights")  # the products that a price leans on
 COMPUTED = ("price", "predicted", "present", "smape")  # of each row; the user's columns of these names are not shown
 
 
@@ -62,16 +64,21 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         store = load(data, "train", config.bindings(), ids, place, partial=True)
         store = with_features(store, features, columns, "train.csv", place)
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")
+        folds, groups = place.on_main(lambda: _validating_parts(run, config, chosen))
+        if model.memory is not None:
+            model.memory = model.memory.without(config.held_out())
+        store = replace(store, folds=torch.from_numpy(folds), groups=torch.from_numpy(groups))
         as_trained = place.on_main(lambda: _is_as_trained(settings, chosen, store, held(table), data))
         under_way = storage.join(run, "parts")
         parts = parts_folder(under_way, origin, place)
-        computed = compute_parts(_explaining(model), store.resident_on(place.device), place, parts)
+        computed = named(compute_parts(pricing(model), store.resident_on(place.device), place, parts), model)
 
         def finish() -> None:
             rows = _predictions(held(table), computed["price"], store.present)
             limits = intervals.intervals_of(chosen)
             rows, coverage = _with_bounds(rows, limits, run, chosen, held(table), computed, as_trained)
             by = held(table).frame[list(settings.by)]
+            rows = rows.assign(**{name: list(computed[name]) for name in COMPARABLES if name in computed})
             evaluation = evaluate(rows, by, computed.get("gate"), as_trained=as_trained, coverage=coverage)
             _write(run, chosen, evaluation, rows)
             shown = _columns_of_report(settings.by, held(table).columns)
@@ -79,6 +86,13 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
 
         place.on_main(finish)
         place.on_main(lambda: discard(under_way))  # also what earlier ones left that did not end
+
+
+def _validating_parts(run: str, config: RunConfig, chosen: manifests.Checkpoint) -> tuple[np.ndarray, np.ndarray]:
+    """[n] part of the split that each validation row is in, and [n] its group."""
+    split = read_split(run, chosen.manifest.split_sha256)
+    validates = (split["side"] == "validation").to_numpy(bool)
+    return part_of(split, config.held_out()[0])[validates], split["group"].to_numpy(np.int64)[validates]
 
 
 def _with_bounds(
@@ -105,17 +119,6 @@ def _with_bounds(
     if found is None:
         return rows, pd.DataFrame()
     return rows.assign(**found), intervals.coverage(limits, known.assign(**found))
-
-
-def _explaining(model: PriceModel) -> Compute:
-    """What computes prices and the network's inner choices in one pass."""
-    model.eval()
-
-    def compute(inputs: dict[str, Tensor], present: dict[str, Tensor]) -> Mapping[str, Tensor]:
-        price, choices = model.explained(inputs, present)
-        return {"price": price, **choices}
-
-    return compute
 
 
 def _is_as_trained(

@@ -93,9 +93,9 @@ def _of_rows(
     sums = {role: np.zeros(1 + 2 * int((model.get_buffer(f"scale_{role}") > 0).sum())) for role in store.dims}
     prints = np.zeros((len(rows), len(store.dims)), np.uint64)
     for start in range(0, len(rows), CHUNK):
-        inputs, present = store.batch(rows[start : start + CHUNK], device)
-        for column, (role, values) in enumerate(model.standardised(inputs, present).items()):
-            there = present[role].cpu().numpy()
+        batch = store.batch(rows[start : start + CHUNK], device)
+        for column, (role, values) in enumerate(model.standardised(batch.inputs, batch.present).items()):
+            there = batch.present[role].cpu().numpy()
             bits = (values @ projections[role] > 0).cpu().numpy()
             packed = np.packbits(bits, axis=1).view(np.uint64)[:, 0]
             prints[start : start + CHUNK, column] = np.where(there, packed, 0)

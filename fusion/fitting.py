@@ -34,6 +34,8 @@ from fusion.validation import validation_frame
 
 AGREE_STEPS = 10  # steps between two moments at which the ranks add up their losses and may stop or save
 
+SIMILARITY_LR = 20.0  # times the learning rate: that of the weights of similarities
+
 Beat = Callable[[], None]  # tells the watchdog that this rank gets on
 
 
@@ -47,6 +49,10 @@ class TrainingData:
         prices: [n_validation] dollars, float64.
         ids: [n_validation] sample ids.
         category: [n_validation] text, named after its column; None: there is no such column, or this is not rank 0.
+        all_ids: [N] sample ids.
+        all_prices: [N] dollars, float64.
+        folds: [N] part of the split that each row is in; -1: it is never a neighbour.
+        groups: [N] group of near-duplicates.
     """
 
     store: RowStore
@@ -55,7 +61,11 @@ class TrainingData:
     validation: Tensor
     prices: np.ndarray
     ids: pd.Index
-    category: pd.Series | None = None
+    category: pd.Series | None
+    all_ids: pd.Index
+    all_prices: np.ndarray
+    folds: Tensor
+    groups: Tensor
 
 
 class EarlyStopping:
@@ -97,7 +107,7 @@ class Fit:
         step: optimizer steps taken.
         loss_sum: loss summed over the rows of those batches, all ranks together.
         history: one entry an epoch.
-        best: state dict at the lowest validation SMAPE so far.
+        best: state dict at the lowest validation SMAPE so far; with a cosine schedule, at the last validation.
         validated: what `best` computes of the validation rows, name to [n_validation, …], such as their price; rank 0
             alone has them. None before the first validation.
     """
@@ -105,16 +115,17 @@ class Fit:
     def __init__(self, config: RunConfig, model: PriceModel, data: TrainingData, place: World) -> None:
         self.config, self.model, self.data, self.place = config, model, data, place
         self.store, self.targets = data.store.resident_on(place.device), data.targets.to(place.device)
+        self.held_out = torch.tensor(config.held_out())
         self.replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.loss = get_loss_function(config.loss)
         self.loss.measure_in(float(model.get_buffer("price_unit")))
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+            _parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.min_lr
         )
-        self.stopping = EarlyStopping(config.patience)
+        self.stopping = EarlyStopping(config.patience or config.epochs + 1)
         self.epoch = self.batch = self.step = 0
         self.loss_sum, self.smape = 0.0, float("inf")
         self.history: list[dict[str, Any]] = []
@@ -175,9 +186,10 @@ class Fit:
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
         facts = {"epoch": self.epoch, "step": self.step, "loss": loss, "smape": smape, "lr": self.lr}
         self.history.append(facts | {"seconds": seconds})
-        if smape < self.smape:
+        if smape < self.smape or self.config.schedule == "cosine":  # the last weights: none are chosen by validation
             self.smape, self.best, self.validated = smape, _copy(self.model.state_dict()), validated
-        self.scheduler.step(smape)
+        if self.config.schedule == "plateau":
+            self.scheduler.step(smape)
         self.stopping(smape)
         return facts | {"step": f"{self.step}/{self.config.epochs * self.n_batches}"}
 
@@ -237,26 +249,67 @@ class Fit:
     def _train_batch(self, batch: Tensor) -> Tensor:
         """This rank's part of the loss of a global batch [B]; over all ranks they add up to the mean over rows."""
         part = self.place.share(len(batch))
-        weight = (part.stop - part.start) / len(batch)
-        if not weight:  # fewer rows than ranks: this one computes a row that counts for nothing
-            part = slice(0, 1)
-        rows = batch[part]
-        inputs, present = self.store.batch(rows, self.place.device)
+        counts = self.data.folds[batch].unsqueeze(1) != self.held_out  # [B, M]: the member trains on the row
+        if part.start == part.stop:  # fewer rows than ranks: this one computes a row that counts for nothing
+            part, counts = slice(0, 1), torch.zeros_like(counts)
+        rows, mine = batch[part], counts[part].to(self.place.device)
         seed = mixed(self.config.seed, "step", self.step)
         device, bf16 = self.place.device, self.config.precision == "bf16"
         with random_rows(seed, part, len(batch), device), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            prediction = self.replica(inputs, present)
-        loss: Tensor = self.loss(prediction, self.targets[rows.to(device)]) * weight
-        torch.autograd.backward(loss * self.place.size)  # the mean over ranks is taken, the rows want the sum
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+            found = self.replica(self.store.batch(rows, device))
+        share = float(mine.sum()) / max(1.0, self._n_counted(batch))
+        loss = self._loss(found.price, rows, mine) * share
+        others = 0.0 if found.neighbours is None else self._loss(found.neighbours, rows, mine) * share
+        # The mean over ranks is taken, the rows want the sum; and each member learns as if it were alone.
+        torch.autograd.backward((loss + others) * self.place.size * len(self.held_out))
+        self._step()
+        return loss.detach()
+
+    def _n_counted(self, batch: Tensor) -> float:
+        """Pairs of a row of the global batch [B] and a member that trains on it."""
+        return float((self.data.folds[batch].unsqueeze(1) != self.held_out).sum())
+
+    def _loss(self, prediction: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+        """Mean loss of predictions [B, M] over the pairs that count; 0 with a gradient of 0 if there are none."""
+        if not bool(counts.any()):
+            return (prediction * 0).sum()
+        targets = self.targets[rows.to(self.place.device)].unsqueeze(1).expand_as(prediction)
+        loss: Tensor = self.loss(prediction[counts], targets[counts])
+        return loss
+
+    def _step(self) -> None:
+        for member in self.model.members:
+            nn.utils.clip_grad_norm_(member.parameters(), self.config.clip)
+        if self.config.schedule == "cosine":
+            factor = self._cosine((self.step + 1) / (self.config.epochs * self.n_batches))
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["first_lr"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+
+    def _cosine(self, done: float) -> float:
+        """Factor of the learning rate when this share of all steps is done: linear warm-up, then half a cosine."""
+        warmup = self.config.warmup
+        if done < warmup:
+            return done / warmup
+        return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
 
     def _validate(self, beat: Beat) -> tuple[float, Arrays]:
         compute = with_beats(pricing(self.model), beat)
         computed = predict_rows(compute, self.store, self.data.validation, self.place)
         return self.place.on_main(lambda: compute_smape(self.data.prices, computed["price"])), computed
+
+
+def _parameter_groups(model: PriceModel, config: RunConfig) -> list[dict[str, Any]]:
+    """Weights of similarities, few and far from 0, learn faster and do not decay."""
+    similar = [weight for name, weight in model.named_parameters() if name.endswith(".neighbours.weight")]
+    chosen = {id(weight) for weight in similar}
+    others = [weight for weight in model.parameters() if id(weight) not in chosen]
+    groups: list[dict[str, Any]] = [{"params": others, "lr": config.lr, "first_lr": config.lr}]
+    if similar:
+        lr = config.lr * SIMILARITY_LR
+        groups.append({"params": similar, "lr": lr, "first_lr": lr, "weight_decay": 0.0})
+    return groups
 
 
 def _copy(value: Any) -> Any:

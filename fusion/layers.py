@@ -54,6 +54,15 @@ def uniform(like: Tensor) -> Tensor:
     return torch.rand(shape, generator=draws.generator, device=like.device)[draws.rows]
 
 
+def normal(like: Tensor) -> Tensor:
+    """Normally distributed random numbers of the shape of `like` [B, …]."""
+    draws = _draws.get()
+    if draws is None:
+        return torch.randn(like.shape, device=like.device)
+    shape = (draws.n_rows, *like.shape[1:])
+    return torch.randn(shape, generator=draws.generator, device=like.device)[draws.rows]
+
+
 class RowDropout(nn.Module):
     """Dropout whose mask belongs to the row: the same with any number of ranks (see `random_rows`)."""
 

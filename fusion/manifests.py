@@ -24,6 +24,7 @@ INTERVALS: Final = "intervals.json"  # between which prices a true price lies, g
 SUBMISSION: Final = "submission.csv"
 PREDICTIONS: Final = "predictions.parquet"  # of a submission: what else the model says of each row
 FINGERPRINTS: Final = "fingerprints.parquet"  # of a submission's embeddings, which the next night is compared with
+MEMORY: Final = "memory.safetensors"  # the labelled rows that neighbours are taken from; as for the split
 FEATURES: Final = "features.safetensors"  # what sources are computed with; as for the split
 SPLIT: Final = "split.parquet"  # has no manifest of its own; every checkpoint's has its hash
 LINES: Final = "train.jsonl"  # the history of the training, in metrics/: the newest checkpoint's manifest has its hash
@@ -45,6 +46,11 @@ class Checkpoint:
     @property
     def name(self) -> str:
         return storage.base(self.url)
+
+    @property
+    def run(self) -> str:
+        """The folder of its run."""
+        return self.url.rpartition("/checkpoints/")[0]
 
     @property
     def model_sha256(self) -> str:
@@ -116,8 +122,11 @@ def best(run: str, named: str = "") -> Checkpoint:
 
 
 def best_of(found: Sequence[Checkpoint]) -> Checkpoint:
-    """The one with the lowest validation SMAPE, the newest of equals."""
-    return min(reversed(found), key=lambda checkpoint: checkpoint.smape)
+    """The one of the end of the training; before that, the one with the lowest validation SMAPE, the newest of equals.
+
+    With a schedule to the end, the last weights are kept and not those of the luckiest epoch.
+    """
+    return min(reversed(found), key=lambda checkpoint: (not checkpoint.manifest.finished, checkpoint.smape))
 
 
 def read_ensemble(folder: str) -> EnsembleRecord:

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from fusion import log, stopping, storage
 from fusion.distributed import STALL_TIMEOUT, World
-from fusion.embeddings import RowStore
+from fusion.embeddings import Batch, RowStore
 from fusion.errors import DataError, FusionError, StopRequested
 from fusion.watchdog import watched
 
-# From inputs {role: [B, D_role]} and presence {role: [B]} to {name: [B, …]}.
-Compute = Callable[[dict[str, Tensor], dict[str, Tensor]], Mapping[str, Tensor]]
+Compute = Callable[[Batch], Mapping[str, Tensor]]  # from B rows to {name: [B, …]}
 Arrays = dict[str, np.ndarray]
 
 CHUNK = 1024  # rows a forward pass
@@ -27,16 +26,16 @@ _SHA256_LENGTH = 64
 def compute_rows(compute: Compute, store: RowStore, rows: Tensor, device: torch.device) -> Arrays:
     """What `compute` says of the store's rows [n], name to [n, …], in their order; nothing for no rows."""
     with torch.inference_mode():
-        chunks = [compute(*store.batch(chunk, device)) for chunk in torch.split(rows, CHUNK) if len(chunk)]
+        chunks = [compute(store.batch(chunk, device)) for chunk in torch.split(rows, CHUNK) if len(chunk)]
         return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in (*chunks, {})[0]}
 
 
 def with_beats(compute: Compute, beat: Callable[[], None]) -> Compute:
     """The same, which tells a watchdog of every chunk that this rank gets on."""
 
-    def compute_and_beat(inputs: dict[str, Tensor], present: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    def compute_and_beat(batch: Batch) -> Mapping[str, Tensor]:
         beat()
-        return compute(inputs, present)
+        return compute(batch)
 
     return compute_and_beat
 

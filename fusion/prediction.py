@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fusion import checkpoint, guards, intervals, log, manifests, predictions, runs, storage, submission
+from fusion import checkpoint, guards, intervals, log, manifests, memory, predictions, runs, storage, submission
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig, digest
 from fusion.distributed import World, held, world
 from fusion.embeddings import RowStore, load
@@ -22,7 +22,7 @@ from fusion.inputs import find_inputs, find_table
 from fusion.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.parts import Arrays, Compute, compute_parts, compute_rows, discard
-from fusion.price_model import PriceModel
+from fusion.price_model import Options, PriceModel, network_dims
 from fusion.records import Intervals
 from fusion.tables import Table, read_table
 from fusion.unchanged import republish
@@ -50,7 +50,7 @@ def validation_digest(store: RowStore, rows: Tensor, prices: np.ndarray) -> str:
 def pricing(model: PriceModel) -> Compute:
     """What computes {"price": [B] in dollars, float64} with a model, which it sets to evaluate."""
     model.eval()
-    return lambda inputs, present: {"price": model.price(inputs, present)}
+    return model.explained
 
 
 def parts_folder(parent: str, origin: submission.Origin, place: World) -> str:
@@ -68,13 +68,41 @@ def open_run(settings: ReadRunConfig, config_class: type[C], place: World) -> tu
 def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetwork[C], place: World) -> PriceModel:
     """The model of a checkpoint, verified, on this rank's device."""
     tensors, dims = place.on_main(lambda: checkpoint.read_model(chosen))
-    model = PriceModel(build_network(config, dims), dims, config.modality_dropout)
+    model = make_model(config, build_network, dims)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{chosen.url} was made by another version of this model: {reason}", "train again") from error
+    if config.neighbours:
+        remembered = place.on_main(lambda: memory.read(chosen.run, chosen.manifest.memory_sha256))
+        model.memory = remembered.memory.to(place.device)
+        model.named_rows = pd.Series(remembered.prices, remembered.ids)
     return model.to(place.device)
+
+
+def named(computed: Arrays, model: PriceModel) -> Arrays:
+    """What was computed, with the ids and prices of comparable products in place of their rows in the memory."""
+    if "comparable_rows" not in computed:
+        return computed
+    rows, known = computed["comparable_rows"], model.named_rows
+    named_here = {"comparable_ids": known.index.to_numpy()[rows], "comparable_prices": known.to_numpy()[rows]}
+    return {**{name: values for name, values in computed.items() if name != "comparable_rows"}, **named_here}
+
+
+def make_model(config: C, build_network: BuildNetwork[C], dims: Mapping[str, int]) -> PriceModel:
+    """A model with its first weights, which torch's generator decides."""
+    options = Options(
+        config.held_out(),
+        config.components,
+        config.neighbours,
+        config.neighbour_dropout,
+        config.input_dropout,
+        config.input_noise,
+        config.modality_dropout,
+    )
+    seen = network_dims(dims, options)
+    return PriceModel([build_network(config, seen) for _ in options.held_out], dims, options)
 
 
 def features_of(run: str, config: RunConfig, chosen: manifests.Checkpoint) -> Features | None:
@@ -132,7 +160,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         seen = look(model, compared(store), ids, place)
         about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
         place.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
-        computed = compute_parts(pricing(model), store, place, parts)
+        computed = named(compute_parts(pricing(model), store, place, parts), model)
         try:
             place.on_main(
                 lambda: publish_prices(settings, origin, chosen.smape, held(table), computed, limits, seen, last)

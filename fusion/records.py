@@ -68,6 +68,7 @@ class CheckpointManifest(Manifest):
     data_sha256: Sha256
     revision: str
     split_sha256: str = ""
+    memory_sha256: str = ""  # of `memory.safetensors`; empty: the model leans on no neighbours
     features_sha256: str = ""  # of `features.safetensors`; empty: no source is computed
     code_sha256: str = ""
     validation_sha256: str = ""  # of the validation rows' prices and vectors, whatever files they came from

@@ -17,7 +17,7 @@ from fusion.features import has_features
 from fusion.features_rows import compared
 from fusion.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 from fusion.fitting import Fit, TrainingData
-from fusion.manifests import FEATURES, SPLIT
+from fusion.manifests import FEATURES, MEMORY, SPLIT
 from fusion.metrics import compute_smape
 from fusion.prediction import validation_digest
 from fusion.provenance import code_digest
@@ -43,6 +43,8 @@ class Saver:
             lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, SPLIT)))
             computed = storage.read_if_exists(storage.join(self.run, FEATURES)) if has_features(config) else None
             lineage["features_sha256"] = "" if computed is None else storage.sha256(computed)
+            if config.neighbours:
+                lineage["memory_sha256"] = storage.sha256(storage.read(storage.join(self.run, MEMORY)))
             lineage["code_sha256"] = code_digest("training")
             lineage["agreement"] = _agreement(fit)
             lineage["validation_sha256"] = validation_digest(fit.data.store, fit.data.validation, fit.data.prices)
@@ -150,7 +152,7 @@ def baseline(data: TrainingData) -> dict[str, float]:
 
 
 def _outcome(fit: Fit) -> dict[str, object]:
-    """How good the best epoch is, and how far from the end: if it was the last, more epochs may help."""
-    best = min(fit.history, key=lambda entry: float(entry["smape"]))
+    """How good the epoch is whose weights are kept, and how far from the end: if it was the last, more may help."""
+    kept = [entry for entry in fit.history if entry["smape"] == fit.smape][-1]
     of_the_median = baseline(fit.data)["smape"]
-    return {"smape": fit.smape, "median_price_smape": of_the_median, "best_epoch": f"{best['epoch']}/{fit.epoch}"}
+    return {"smape": fit.smape, "median_price_smape": of_the_median, "best_epoch": f"{kept['epoch']}/{fit.epoch}"}

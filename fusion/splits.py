@@ -40,6 +40,8 @@ def split_rows(table: Table, groups: np.ndarray, config: RunConfig) -> pd.DataFr
     Raises:
         DataError: fewer groups than the split needs, a column of dates that cannot be used, or no row on one side.
     """
+    if config.folds is not None and config.fold is None:
+        return _in_folds(table, groups, config)
     if config.validate_after is not None:
         validates, dropped = _sides_by_date(table, groups, *config.validate_after)
     else:
@@ -58,9 +60,36 @@ def split_rows(table: Table, groups: np.ndarray, config: RunConfig) -> pd.DataFr
     return pd.DataFrame({"sample_id": table.ids, "price": table.prices, "group": groups, "side": pd.array(side, "str")})
 
 
+def _in_folds(table: Table, groups: np.ndarray, config: RunConfig) -> pd.DataFrame:
+    """All rows validate, each by the members that hold out its fold, a column of its own."""
+    folds = _parts(table, groups, config)
+    log.info(event="split", rows=len(folds), folds=" ".join(map(str, np.bincount(folds))), groups=int(groups.max() + 1))
+    side = pd.array(["validation"] * len(folds), "str")
+    return pd.DataFrame({"sample_id": table.ids, "price": table.prices, "group": groups, "side": side, "fold": folds})
+
+
+def part_of(split: pd.DataFrame, held_out: int) -> np.ndarray:
+    """[N] part of the split that each row is in: its fold; of a split by sides `held_out` for rows that validate.
+
+    Rows that neither train nor validate are in part -1.
+    """
+    if "fold" in split:
+        return split["fold"].to_numpy(np.int64)
+    others = np.where(split["side"] == "train", int(held_out == 0), -1)
+    return np.where(split["side"] == "validation", held_out, others)
+
+
 def _sides(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:
-    """[N] bool: the row validates. Whole groups are drawn, so that the share of rows is as asked for."""
+    """[N] bool: the row validates."""
     shares, wanted = _shares(config)
+    validates: np.ndarray = _parts(table, groups, config) == wanted
+    _check_share(validates, shares[wanted], np.bincount(groups))
+    return validates
+
+
+def _parts(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:
+    """[N] part of each row. Whole groups are drawn, so that the share of rows is as asked for."""
+    shares, _ = _shares(config)
     sizes = np.bincount(groups)
     if len(sizes) < len(shares):
         raise DataError(
@@ -68,10 +97,8 @@ def _sides(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:
             "--group-column value stay together",
             "give more rows, or fewer --folds",
         )
-    parts = draw_parts(sizes, _strata(table, groups, shares), shares, config.seed)
-    validates: np.ndarray = (parts == wanted)[groups]
-    _check_share(validates, shares[wanted], sizes)
-    return validates
+    parts: np.ndarray = draw_parts(sizes, _strata(table, groups, shares), shares, config.seed)[groups]
+    return parts
 
 
 def _sides_by_date(table: Table, groups: np.ndarray, column: str, day: str) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +122,7 @@ def _sides_by_date(table: Table, groups: np.ndarray, column: str, day: str) -> t
 def _shares(config: RunConfig) -> tuple[np.ndarray, int]:
     """Share of the rows of each part, and the part that validates."""
     if config.folds is not None:
-        return np.full(config.folds, 1 / config.folds), config.fold
+        return np.full(config.folds, 1 / config.folds), config.fold or 0
     return np.array([config.val_fraction, 1 - config.val_fraction]), 0
 
 
@@ -172,7 +199,7 @@ def _check_share(validates: np.ndarray, wanted: float, sizes: np.ndarray) -> Non
 
 
 def read_split(run: str, sha256: str = "") -> pd.DataFrame:
-    """sample_id (str), side and group of every row of a run, as `to_parquet` wrote them.
+    """sample_id (str), side, group and, with folds that all validate, fold of every row, as `to_parquet` wrote them.
 
     Args:
         sha256: of the bytes that the run was trained with; unknown if empty.
@@ -186,7 +213,8 @@ def read_split(run: str, sha256: str = "") -> pd.DataFrame:
     if sha256 not in ("", storage.sha256(content)):
         raise DataError(f"{url} is not the one that the run was trained with", remedy)
     try:
-        return pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"})[["sample_id", "side", "group"]]
+        split = pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"})
+        return split[["sample_id", "side", "group", *(["fold"] if "fold" in split else [])]]
     except (ValueError, OSError, KeyError) as error:  # pyarrow's errors are among them
         raise DataError(f"{url} is damaged: {str(error).splitlines()[0]}", remedy) from error
 

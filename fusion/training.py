@@ -16,9 +16,9 @@ from fusion.distributed import World, world
 from fusion.ending import recorded_by
 from fusion.fitting import Fit, set_seed
 from fusion.manifests import MODEL
+from fusion.memory_build import remember
 from fusion.pace import Pace, seconds_left, standing
-from fusion.prediction import BuildNetwork, C
-from fusion.price_model import PriceModel
+from fusion.prediction import BuildNetwork, C, make_model
 from fusion.runs import Lease, attempt, end_of, record_end, run_url, start_run
 from fusion.saver import Saver, baseline
 from fusion.training_data import read_data, statistics
@@ -67,8 +67,9 @@ def _next_commands(config: RunConfig) -> str:
 def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease | None) -> None:
     data = read_data(config, place)
     set_seed(config.seed)
-    model = PriceModel(build_network(config, data.store.dims), data.store.dims, config.modality_dropout)
+    model = make_model(config, build_network, data.store.dims)
     model.calibrate({role: statistics(data, role) for role in data.store.dims}, data.targets[data.train])
+    data = remember(config, model, data, place)
     fit = Fit(config, model.to(place.device), data, place)
     _log_start(fit)
     saver = Saver(config, fit, lease)

@@ -31,7 +31,7 @@ from fusion.fitting import TrainingData
 from fusion.intervals import category_column, category_of
 from fusion.manifests import SPLIT
 from fusion.runs import describe_run, run_url
-from fusion.splits import read_split, split_rows, to_parquet
+from fusion.splits import part_of, read_split, split_rows, to_parquet
 from fusion.tables import Table, read_table, warn_of_poor_prices
 
 # Times the median price. Catalogs from screws to machines stay within it; 99999999 and 1e308 do not.
@@ -46,8 +46,8 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
     store = load(config.data, "train", config.bindings(), ids, place, max_missing=config.max_missing)
     log.info(event="read", rows=len(ids), seconds=time.monotonic() - started)
     columns = place.on_main_alone(lambda: training_columns(config, held(table)))
-    sides = place.on_main(lambda: _split(config, held(table), held(columns), store, place))
-    trains, validates = map(torch.tensor, sides)
+    split = place.on_main(lambda: _split(config, held(table), held(columns), store, place))
+    trains, validates, folds, groups = map(torch.tensor, split)
     features = place.on_main(lambda: _features(config)) if has_features(config) else None
     store = with_features(store, features, columns, "train.csv", place)
     targets = torch.from_numpy(np.log1p(prices).astype(np.float32))
@@ -55,7 +55,10 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
     validation = torch.nonzero(validates).squeeze(1)
     rows = validates.numpy()
     category = None if table is None else category_of(table, category_column(config), rows)
-    return TrainingData(store, targets, train, validation, prices[rows], ids[rows], category)
+    folds = torch.where(store.any_present(), folds, -1)
+    return TrainingData(
+        store, targets, train, validation, prices[rows], ids[rows], category, ids, prices, folds, groups
+    )
 
 
 def _read_table(config: RunConfig) -> Table:
@@ -83,8 +86,8 @@ def warn_of_extreme_prices(table: Table) -> None:
 
 def _split(
     config: RunConfig, table: Table, columns: Columns, store: RowStore, place: World
-) -> tuple[np.ndarray, np.ndarray]:
-    """[N] bool: the row trains; [N] bool: it validates."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """[N] bool: the row trains; [N] bool: it validates; [N] part of the split that it is in; [N] its group."""
     groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
     quartiles = np.quantile(table.prices, [0.25, 0.5, 0.75]).tolist()
     rows = [table.digest(), storage.sha256(groups.astype(np.int64).tobytes())]
@@ -100,8 +103,9 @@ def _split(
     split = read_split(run, made[-1].manifest.split_sha256 if made else "")
     if not pd.Index(split["sample_id"]).equals(table.ids):  # describe_run has found the data to be the same
         raise DataError(f"{url} lists other rows than train.csv, or in another order", "train under another --run-id")
-    trains, validates = ((split["side"] == side).to_numpy(bool) for side in ("train", "validation"))
-    return trains, validates
+    validates, folds = (split["side"] == "validation").to_numpy(bool), part_of(split, config.held_out()[0])
+    trains = folds >= 0 if "fold" in split else (split["side"] == "train").to_numpy(bool)
+    return trains, validates, folds, split["group"].to_numpy(np.int64)
 
 
 def _computed_dims(config: RunConfig, table: Table, columns: Columns, split: pd.DataFrame | None) -> dict[str, int]:
@@ -114,7 +118,7 @@ def _computed_dims(config: RunConfig, table: Table, columns: Columns, split: pd.
         return {}
     if split is None or storage.exists(storage.join(run_url(config), "run.json")):
         return _features(config).dims
-    trains = (split["side"] == "train").to_numpy(bool)
+    trains = (split["side"] == "train").to_numpy(bool) | ("fold" in split)
     features = fit_features(config, columns, table.prices, trains, stop_if_asked)
     write_features(run_url(config), features)
     return features.dims

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
@@ -22,7 +23,8 @@ class Sources:
 class Config(RunConfig):
     variant: ClassVar[str] = "all_embeddings"
 
+    published: ClassVar[Mapping[str, Any]] = {**RunConfig.published, "hidden": (1024, 512, 256)}
     sources: Sources = Sources()
     hidden: tuple[PositiveInt, ...] = setting(
-        (1024, 512, 256), "features of the hidden layers of each expert", "model", min_length=1
+        (256,), "features of the hidden layers of each expert", "model", min_length=1
     )

@@ -14,7 +14,7 @@ from fusion import guards, log, manifests, records, runs, storage, submission
 from fusion.best_run import pointed_to, run_of
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.distributed import World, held, world
-from fusion.embeddings import RowStore, load
+from fusion.embeddings import Batch, RowStore, load
 from fusion.ensemble.folder import CODE
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
 from fusion.fingerprints import Look, look
@@ -206,10 +206,10 @@ def _mixing(parts: Sequence[Part], models: Sequence[PriceModel]) -> Compute:
     """What computes {"price": [B] dollars} from inputs and presence by source."""
     computes = [pricing(model) for model in models]
 
-    def compute(inputs: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compute(batch: Batch) -> dict[str, Tensor]:
         total: Any = 0.0
         for part, priced in zip(parts, computes, strict=True):
-            price = priced(_by_role(inputs, part), _by_role(present, part))["price"]
+            price = priced(Batch(_by_role(batch.inputs, part), _by_role(batch.present, part)))["price"]
             total = total + part.member.weight * torch.log(price.double())
         return {"price": torch.exp(total)}
 

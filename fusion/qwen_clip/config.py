@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
@@ -20,7 +21,8 @@ class Sources:
 class Config(RunConfig):
     variant: ClassVar[str] = "qwen_clip"
 
+    published: ClassVar[Mapping[str, Any]] = {**RunConfig.published, "hidden": (512, 256, 128)}
     sources: Sources = Sources()
     hidden: tuple[PositiveInt, ...] = setting(
-        (512, 256, 128), "features of the hidden layers of each expert", "model", min_length=1
+        (256,), "features of the hidden layers of each expert", "model", min_length=1
     )

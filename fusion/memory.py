@@ -1,0 +1,119 @@
+"""The memory of a run: the rows that its neighbours are taken from, written once, before the first step.
+
+`memory.safetensors` holds what of the training data a price leans on: keys in half precision, log prices, ids, and who
+is in which part of the split; and what keys are made with, so that a training that goes on has the very same ones.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import safetensors
+import safetensors.numpy
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fusion import storage
+from fusion.errors import DataError
+from fusion.manifests import MEMORY
+from fusion.neighbours import Memory, bands_of
+
+_COMPONENTS = "components."
+_ROWS = {"keys": np.float16, "folds": np.int64, "groups": np.int64}
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What `memory.safetensors` holds.
+
+    Attributes:
+        ids: [N] sample ids, str.
+        prices: [N] dollars, float64.
+        memory: of these rows, in the same order.
+        components: role to [D_role, P_role] float32, what keys are made with.
+        weights: [S] float32 of the bands, by which candidates are found.
+    """
+
+    ids: pd.Index
+    prices: np.ndarray
+    memory: Memory
+    components: dict[str, np.ndarray]
+    weights: np.ndarray
+
+
+def log_prices_of(prices: np.ndarray) -> Tensor:
+    """[N] float32 of prices [N] in dollars."""
+    return torch.from_numpy(np.log(prices.astype(np.float64, copy=False)).astype(np.float32))
+
+
+def to_bytes(remembered: Remembered) -> bytes:
+    """As safetensors; the same bytes for the same rows."""
+    memory, text = remembered.memory, "\0".join(remembered.ids).encode()
+    arrays = {name: getattr(memory, name).cpu().numpy() for name in _ROWS}
+    arrays |= {"ids": np.frombuffer(text, np.uint8), "prices": remembered.prices, "weights": remembered.weights}
+    arrays |= {f"{_COMPONENTS}{role}": values for role, values in remembered.components.items()}
+    return safetensors.numpy.save(arrays, {"roles": json.dumps(list(remembered.components))})
+
+
+def from_bytes(data: bytes, name: str) -> Remembered:
+    """What `to_bytes` wrote.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        arrays = safetensors.numpy.load(data)
+        roles = json.loads(_metadata(data)["roles"])
+        components = {role: arrays[f"{_COMPONENTS}{role}"] for role in roles}
+        ids = pd.Index(arrays["ids"].tobytes().decode().split("\0"), dtype="str")
+        rows = {key: torch.from_numpy(arrays[key].astype(kind, copy=False)) for key, kind in _ROWS.items()}
+        log_prices = log_prices_of(arrays["prices"])
+        bands = bands_of({role: values.shape[1] for role, values in components.items()})
+        memory = Memory(rows["keys"], log_prices, rows["folds"], rows["groups"], bands)
+        found = Remembered(ids, arrays["prices"], memory, components, arrays["weights"])
+        _check(found)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        remedy = "`python -m fusion.verify URL` says what else is damaged; restore it, or train under another --run-id"
+        raise DataError(f"{name} is damaged: {' '.join(str(error).split())[:200]}", remedy) from error
+    return found
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    length = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return found
+
+
+def _check(found: Remembered) -> None:
+    memory, n_rows = found.memory, len(found.ids)
+    if {len(found.prices), *(len(getattr(memory, name)) for name in _ROWS)} != {n_rows} or memory.keys.shape[1] != len(
+        memory.bands
+    ):
+        raise ValueError(f"its arrays are not of the same {n_rows} rows")
+    if len(found.weights) != int(memory.bands.max()) + 1:
+        raise ValueError(f"it has {len(found.weights)} weights of bands")
+    values: list[Tensor] = [memory.keys, memory.log_prices, torch.from_numpy(found.weights)]
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise ValueError("a key, a price or a weight is not finite")
+
+
+def read(run: str, sha256: str = "") -> Remembered:
+    """The memory of a run.
+
+    Args:
+        sha256: of the bytes that the run was trained with; unknown if empty.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    url = storage.join(run, MEMORY)
+    content = storage.read(url)
+    if sha256 not in ("", storage.sha256(content)):
+        raise DataError(
+            f"{url} is not the one that the run was trained with", "restore it, or train under another --run-id"
+        )
+    return from_bytes(content, url)

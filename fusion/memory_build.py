@@ -1,0 +1,165 @@
+"""How the memory of a run is made before its first step: components, keys, and the candidates of every row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusion import log, manifests, memory, storage
+from fusion.config import RunConfig
+from fusion.distributed import World
+from fusion.embeddings import RowStore, stop_if_asked
+from fusion.fitting import TrainingData, mixed
+from fusion.loss_functions import SMAPELoss
+from fusion.manifests import MEMORY
+from fusion.memory import Remembered, log_prices_of
+from fusion.neighbours import FIRST_WEIGHT, Candidates, CandidateTable, Memory, bands_of
+from fusion.price_model import PriceModel
+from fusion.runs import run_url
+from fusion.sharing import node_tensor
+
+CHUNK = 1024  # rows whose neighbours are looked for at a time
+SAMPLE = 20_000  # rows that components are made of, at most
+WEIGHT_SAMPLE = 4096  # rows that the first weights of the bands are fitted on, at most
+WEIGHT_STEPS = 100
+WEIGHT_BATCH = 1024
+WEIGHT_LR = 0.1
+
+
+def remember(config: RunConfig, model: PriceModel, data: TrainingData, place: World) -> TrainingData:
+    """The data with the candidates of every row; the model gets its components, and the run its `memory.safetensors`.
+
+    A training that goes on uses the components and weights that it began with.
+    """
+    if not config.components:
+        return data
+    started, run = time.monotonic(), run_url(config)
+    kept = place.on_main(lambda: _kept(run))
+    components = kept[0] if kept else place.on_main(lambda: _all_components(model, data))
+    model.set_components(components)
+    if not config.neighbours:
+        return data
+    remembered = Memory(
+        _keys(model, data.store, place), log_prices_of(data.all_prices), data.folds, data.groups, _bands(components)
+    )
+    trained = remembered.without(config.held_out())
+    weights = kept[1] if kept else place.on_main(lambda: first_weights(trained, config, place))
+    model.set_search_weights(weights)
+    if kept is None:
+        everything = Remembered(data.all_ids, data.all_prices, remembered, components, weights)
+        place.on_main(lambda: storage.write(storage.join(run, MEMORY), memory.to_bytes(everything)))
+    table = _table(config, model, trained, place)
+    seconds = time.monotonic() - started
+    log.info(event="neighbours", rows=len(table.rows), candidates=table.rows.shape[1], seconds=seconds)
+    store = replace(data.store, folds=data.folds, groups=data.groups, candidates=table)
+    return replace(data, store=store)
+
+
+def _kept(run: str) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
+    """Components and weights of the run's memory, if it has one."""
+    if not storage.exists(storage.join(run, MEMORY)):
+        return None
+    made = manifests.committed(run)
+    found = memory.read(run, made[-1].manifest.memory_sha256 if made else "")
+    return found.components, found.weights
+
+
+def _bands(components: dict[str, np.ndarray]) -> Tensor:
+    return bands_of({role: values.shape[1] for role, values in components.items()})
+
+
+def _all_components(model: PriceModel, data: TrainingData) -> dict[str, np.ndarray]:
+    return {role: _components(model, data, role) for role in data.store.dims}
+
+
+def _components(model: PriceModel, data: TrainingData, role: str) -> np.ndarray:
+    """[D, P] the directions in which standardised training rows vary most, scaled so that values are about 1."""
+    there = data.train[data.store.present[role][data.train]]
+    rows, n_kept = there[:: max(1, -(-len(there) // SAMPLE))], model.get_buffer(f"components_{role}").shape[1]
+    covariance = torch.zeros(2 * (data.store.dims[role],), dtype=torch.float64)
+    for chunk in torch.split(rows, CHUNK):
+        values = model.standardised_role(role, data.store.values[role][chunk].float())
+        covariance += (values.T @ values).double()
+    spread, directions = torch.linalg.eigh(covariance / max(1, len(rows)))
+    spread, directions = spread.flip(0)[:n_kept], directions.flip(1)[:, :n_kept]
+    scaled: np.ndarray = (directions / spread.clamp_min(0).mean().sqrt().clamp_min(1e-6)).float().numpy()
+    return scaled
+
+
+def _keys(model: PriceModel, store: RowStore, place: World) -> Tensor:
+    """[N, C] float16 keys of all rows, which the ranks of a node compute in turn and share."""
+    n_columns = sum(values.shape[1] for role, values in model.components().items())
+    keys = node_tensor((len(store), n_columns), torch.float16, place)
+    cpu = torch.device("cpu")
+
+    def fill() -> None:
+        for rows in _turns(len(store), place):
+            stop_if_asked()
+            batch = store.batch(rows, cpu)
+            keys[rows] = model.keys(model.inputs(batch.inputs, batch.present))
+
+    with torch.inference_mode():
+        place.together(fill)
+    return keys
+
+
+def _turns(n_rows: int, place: World) -> Iterator[Tensor]:
+    """Chunks of rows of which this rank computes its node's share; the same chunks for any number of ranks."""
+    yield from torch.split(torch.arange(n_rows), CHUNK)[place.local_rank :: place.local_size]
+
+
+def first_weights(remembered: Memory, config: RunConfig, place: World) -> np.ndarray:
+    """[S] weights of the bands that let a sample of rows price each other best, each without its own group.
+
+    They find the candidates; training goes on learning them.
+    """
+    rows = torch.nonzero(remembered.folds >= 0).squeeze(1)
+    rows = rows[:: max(1, -(-len(rows) // WEIGHT_SAMPLE))]
+    sample = remembered.of(rows).to(place.device)
+    first = torch.full((int(remembered.bands.max()) + 1,), FIRST_WEIGHT)
+    found = [
+        sample.search(keys, first.to(place.device), config.neighbours, groups)
+        for keys, groups in zip(torch.split(sample.keys, CHUNK), torch.split(sample.groups, CHUNK), strict=True)
+    ]
+    candidates = Candidates.joined(found)
+    raw = first.expm1().log().to(place.device).requires_grad_()
+    optimizer, loss = torch.optim.Adam([raw], lr=WEIGHT_LR), SMAPELoss()
+    generator = torch.Generator().manual_seed(mixed(config.seed, "weights"))
+    for _ in range(WEIGHT_STEPS):
+        batch = torch.randint(len(rows), (WEIGHT_BATCH,), generator=generator).to(place.device)
+        some = candidates.of(batch)
+        logits = (some.similarities @ F.softplus(raw)).masked_fill(~some.usable, -1e9)
+        price = (logits.softmax(-1) * some.log_prices).sum(-1)
+        value = loss(F.softplus(price), F.softplus(sample.log_prices[batch]))
+        optimizer.zero_grad()
+        torch.autograd.backward(value)
+        optimizer.step()
+    weights: np.ndarray = F.softplus(raw.detach()).cpu().numpy()
+    return weights
+
+
+def _table(config: RunConfig, model: PriceModel, remembered: Memory, place: World) -> CandidateTable:
+    """The candidates of all rows, never of a row's own group; the ranks of a node find them in turn and share them."""
+    n_rows, k = len(remembered), min(config.neighbours, len(remembered))
+    weights = model.get_buffer("search_weights")
+    rows = node_tensor((n_rows, k), torch.int32, place)
+    similarities = node_tensor((n_rows, k, len(weights)), torch.float16, place)
+    local = remembered.to(place.device)
+
+    def fill() -> None:
+        for chunk in _turns(n_rows, place):
+            stop_if_asked()
+            mine = chunk.to(place.device)
+            found = local.search(local.keys[mine], weights.to(place.device), k, local.groups[mine])
+            rows[chunk] = torch.where(found.usable, found.rows, -1).int().cpu()
+            similarities[chunk] = found.similarities.half().cpu()
+
+    with torch.inference_mode():
+        place.together(fill)
+    return CandidateTable(local, rows, similarities).resident_on(place.device)

@@ -1,0 +1,263 @@
+"""Which labelled rows a row is most like, and the price that they give it: a kernel regression with a learned metric.
+
+The price of a row is the mean log price of its neighbours, weighted by a softmax over similarities (Nadaraya, 1964;
+Watson, 1964). A row's key is, for each role, the unit vector of its principal components. Bands of components count
+with learned weights of their own: in embeddings the small components, which plain cosines drown, tell products apart.
+
+B is the number of rows asked for, N of rows remembered, K of candidates, C of key columns, S of bands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusion.layers import uniform
+
+BAND_EDGES = (8, 32, 96, 192)  # components between the bands of a role; the last band ends where its components end
+FIRST_WEIGHT = 6.0  # of every band, before any is learned
+PAIR_WIDTH = 8
+# Similarities lie in [-1, 1] and are multiplied by this before the small network that corrects their weighted sum, and
+# its output by the next one: so both work at the scale that linear layers are made for.
+SIMILARITY_SCALE = 4.0
+CORRECTION_SCALE = 10.0
+N_FACTS = 4  # features of a neighbourhood beside its mean similarity in each band
+PART_COLUMNS = 64  # similarities of which the largest is looked at first
+GATHERED_ROWS = 64  # rows whose candidates' keys are compared at a time: 8 million numbers for 128 candidates
+
+
+def bands_of(dims: Mapping[str, int]) -> Tensor:
+    """[C] int64: the band of each column of a key, of roles with these numbers of components.
+
+    >>> bands_of({"a": 10, "b": 3}).tolist()
+    [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 2]
+    """
+    sizes = []
+    for dim in dims.values():
+        edges = [0, *(edge for edge in BAND_EDGES if edge < dim), dim]
+        sizes += [end - start for start, end in pairwise(edges)]
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The rows of a memory that are most like each of B rows.
+
+    Attributes:
+        rows: [B, K] int64 positions in the memory.
+        similarities: [B, K, S] parts of the cosines that each band contributes.
+        log_prices: [B, K] float32.
+        folds: [B, K] part of the split that each is in.
+        usable: [B, K] bool; false where there are fewer than K.
+    """
+
+    rows: Tensor
+    similarities: Tensor
+    log_prices: Tensor
+    folds: Tensor
+    usable: Tensor
+
+    def of(self, rows: Tensor) -> Candidates:
+        """Those of some of the rows [b]."""
+        return Candidates(**{name: value[rows] for name, value in vars(self).items()})
+
+    @staticmethod
+    def joined(parts: Sequence[Candidates]) -> Candidates:
+        """Those of all rows, from those of some."""
+        return Candidates(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Candidates)))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Labelled rows that neighbours are taken from.
+
+    Attributes:
+        keys: [N, C] float16.
+        log_prices: [N] float32.
+        folds: [N] int64 part of the split that each row is in; negative: the row is never a neighbour.
+        groups: [N] int64 group of near-duplicates.
+        bands: [C] int64, as of `bands_of`.
+    """
+
+    keys: Tensor
+    log_prices: Tensor
+    folds: Tensor
+    groups: Tensor
+    bands: Tensor
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> Memory:
+        return Memory(*(getattr(self, field.name).to(device) for field in fields(Memory)))
+
+    def of(self, rows: Tensor) -> Memory:
+        """Some of the rows [n]."""
+        return Memory(self.keys[rows], self.log_prices[rows], self.folds[rows], self.groups[rows], self.bands)
+
+    def without(self, held_out: Sequence[int]) -> Memory:
+        """The same, in which no row is a neighbour that all members hold out."""
+        parts = set(held_out)
+        if len(parts) > 1:
+            return self
+        return replace(self, folds=torch.where(self.folds == parts.pop(), -1, self.folds))
+
+    def search(self, queries: Tensor, weights: Tensor, k: int, groups: Tensor | None = None) -> Candidates:
+        """The k rows with the largest weighted similarity to each query, exactly but for rounding.
+
+        Args:
+            queries: [B, C] float16 keys.
+            weights: [S] of the bands.
+            groups: [B] groups that are not neighbours of the row; None: all may be.
+        """
+        total = self._totals(queries, weights)
+        total.masked_fill_(self.folds < 0, -torch.inf)
+        if groups is not None:
+            total.masked_fill_(groups.unsqueeze(1) == self.groups, -torch.inf)
+        found, rows = largest(total, min(k, len(self)))
+        return self.candidates(rows, self.similarities(queries, rows), torch.isfinite(found))
+
+    def candidates(self, rows: Tensor, similarities: Tensor, usable: Tensor) -> Candidates:
+        """Candidates from the positions [B, K] of rows."""
+        return Candidates(rows, similarities.float(), self.log_prices[rows], self.folds[rows], usable)
+
+    def similarities(self, queries: Tensor, rows: Tensor) -> Tensor:
+        """[B, K, S] float16 of the queries [B, C] and the rows at these positions [B, K]."""
+        kind = torch.float16 if self.keys.device.type == "cuda" else torch.float32
+        which, parts = F.one_hot(self.bands).to(kind), []
+        for some, positions in zip(torch.split(queries, GATHERED_ROWS), torch.split(rows, GATHERED_ROWS), strict=True):
+            keys = self.keys.index_select(0, positions.reshape(-1)).view(*positions.shape, -1)
+            parts.append(torch.bmm(keys.to(kind), some.to(kind).unsqueeze(2) * which).half())
+        return torch.cat(parts) if parts else which.new_zeros(*rows.shape, which.shape[1]).half()
+
+    def _totals(self, queries: Tensor, weights: Tensor) -> Tensor:
+        """[B, N] weighted similarities, in the arithmetic that this device is fast in."""
+        weighted = queries.float() * weights.float()[self.bands]
+        if self.keys.device.type == "cuda":
+            return weighted.half() @ self.keys.T
+        kind = torch.bfloat16 if _has_bf16_tiles() else torch.float32
+        return weighted.to(kind) @ self._keys_as(kind).T
+
+    def _keys_as(self, kind: torch.dtype) -> Tensor:
+        made: dict[torch.dtype, Tensor] = self.__dict__.setdefault("_converted", {})
+        if kind not in made:
+            made[kind] = self.keys.to(kind)
+        return made[kind]
+
+
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row [B, N] and their positions, in falling order; several times as fast as `topk` alone.
+
+    The k largest values lie in the k parts with the largest maxima.
+    """
+    n_parts = values.shape[1] // PART_COLUMNS
+    if n_parts < 4 * k:
+        return values.topk(k, dim=1)
+    end = n_parts * PART_COLUMNS
+    parts = values[:, :end].view(len(values), n_parts, PART_COLUMNS)
+    best = parts.amax(2).topk(k, dim=1).indices
+    columns = (best.unsqueeze(2) * PART_COLUMNS + torch.arange(PART_COLUMNS, device=values.device)).flatten(1)
+    rest = torch.arange(end, values.shape[1], device=values.device).expand(len(values), -1)
+    columns = torch.cat([columns, rest], dim=1)
+    found, places = values.gather(1, columns).topk(k, dim=1)
+    return found, columns.gather(1, places)
+
+
+@cache
+def _has_bf16_tiles() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices several times as fast as float32 ones; others are slower at it."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and "amx_bf16" in cpu.read_text()
+
+
+@dataclass(frozen=True)
+class CandidateTable:
+    """Candidates of all rows of a store, found once before a training.
+
+    Attributes:
+        rows: [N, K] int32; -1 where there are fewer than K.
+        similarities: [N, K, S] float16.
+    """
+
+    memory: Memory
+    rows: Tensor
+    similarities: Tensor
+
+    def resident_on(self, device: torch.device) -> CandidateTable:
+        """The same in the device's memory, or as it is where it would fill more than half of what is free."""
+        n_bytes = self.rows.nbytes + self.similarities.nbytes
+        if device.type != "cuda" or n_bytes > torch.cuda.mem_get_info(device)[0] // 2:
+            return self
+        return CandidateTable(self.memory, self.rows.to(device), self.similarities.to(device))
+
+    def of(self, rows: Tensor) -> Candidates:
+        """Candidates of the rows [B] of the store, on the device of the memory."""
+        rows = rows.to(self.rows.device)
+        device = self.memory.keys.device
+        positions = self.rows[rows].long().to(device)
+        return self.memory.candidates(positions.clamp(min=0), self.similarities[rows].to(device), positions >= 0)
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """What the neighbours of B rows say.
+
+    Attributes:
+        log_price: [B] weighted mean of their log prices.
+        deviation: [B] weighted standard deviation of them.
+        weights: [B, K] of the candidates; they add up to 1, or to 0 where none is usable.
+        features: [B, N_FACTS + S] without a gradient: what a network may know of the neighbourhood.
+    """
+
+    log_price: Tensor
+    deviation: Tensor
+    weights: Tensor
+    features: Tensor
+
+
+class Neighbours(nn.Module):
+    """Learned attention over candidates; its values are their log prices, and nothing else.
+
+    Shape:
+        candidates of B rows, usable [B, K] bool, median log price [] -> Neighbourhood
+    """
+
+    def __init__(self, n_bands: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.weight = nn.Parameter(torch.full((n_bands,), FIRST_WEIGHT).expm1().log())
+        self.correction = nn.Sequential(nn.Linear(n_bands, PAIR_WIDTH), nn.GELU(), nn.Linear(PAIR_WIDTH, 1))
+
+    def forward(self, candidates: Candidates, usable: Tensor, median: Tensor) -> Neighbourhood:
+        if self.training and self.dropout:
+            usable = usable & (uniform(usable) >= self.dropout)
+        with torch.autocast(usable.device.type, enabled=False):  # bfloat16 has too few digits for a softmax this sharp
+            logits = self._logits(candidates.similarities).masked_fill(~usable, -1e9)
+            weights = torch.where(usable, logits.softmax(-1), 0.0)
+            log_price = (weights * (candidates.log_prices - median)).sum(-1) + median
+            return self._neighbourhood(candidates, logits, weights, log_price, median)
+
+    def _logits(self, similarities: Tensor) -> Tensor:
+        """[B, K] from similarities [B, K, S]."""
+        corrected = self.correction(SIMILARITY_SCALE * similarities).squeeze(-1)
+        logits: Tensor = similarities @ F.softplus(self.weight) + CORRECTION_SCALE * corrected
+        return logits
+
+    def _neighbourhood(
+        self, candidates: Candidates, logits: Tensor, weights: Tensor, log_price: Tensor, median: Tensor
+    ) -> Neighbourhood:
+        known, price = weights.detach(), log_price.detach()
+        variance = (known * (candidates.log_prices - price.unsqueeze(-1)).square()).sum(-1)
+        closeness = logits.detach().logsumexp(-1) / F.softplus(self.weight.detach()).sum()
+        n_effective = 1 / known.square().sum(-1).clamp_min(1e-6)
+        facts = [price - median, variance.sqrt(), SIMILARITY_SCALE * closeness.clamp(-1, 1), n_effective.log()]
+        similar = SIMILARITY_SCALE * torch.einsum("bk,bks->bs", known, candidates.similarities)
+        features = torch.cat([torch.stack(facts, dim=1), similar], dim=1)
+        return Neighbourhood(log_price, variance.sqrt(), weights, features)

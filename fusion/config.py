@@ -287,6 +287,18 @@ class EvaluateConfig(ReadRunConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class AblateConfig(ReadRunConfig):
+    run_id: str | None = setting(None, "name of the run to use", "where", A_RUN_ID, pattern=RUN_ID)
+    other_data: bool = setting(
+        False, "ablate although prices or embeddings are not those of the training, and say so", "evaluation"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.run_id and not self.run_dir:
+            raise ValueError("neither --run-id nor --run-dir names a run")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PredictConfig(ReadRunConfig):
     name: str = setting(
         "test",

@@ -16,7 +16,7 @@ from torch import Tensor
 from fusion import intervals, log, manifests, report, storage, submission
 from fusion.config import EvaluateConfig, RunConfig
 from fusion.contention import turns
-from fusion.distributed import held, world
+from fusion.distributed import World, held, world
 from fusion.embeddings import RowStore, load
 from fusion.errors import DataError
 from fusion.features import columns_of
@@ -35,6 +35,7 @@ from fusion.prediction import (
     pricing,
     validation_digest,
 )
+from fusion.price_model import PriceModel
 from fusion.records import SCHEMA, Intervals, MetricsManifest, seal
 from fusion.splits import part_of, read_split
 from fusion.tables import Table, places_of, read_table
@@ -58,17 +59,14 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
         features = place.on_main(lambda: features_of(run, config, chosen))
         names = [intervals.category_column(config), *(features.names if features else [])]
-        table = place.on_main_alone(lambda: _validation_rows(run, chosen, config, settings, data, names))
+        table = place.on_main_alone(lambda: validation_rows(run, chosen, config, settings.by, data, names))
         columns = place.on_main_alone(lambda: columns_of(features, held(table)))
         ids = place.on_main(lambda: held(table).ids)
         store = load(data, "train", config.bindings(), ids, place, partial=True)
         store = with_features(store, features, columns, "train.csv", place)
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")
-        folds, groups = place.on_main(lambda: _validating_parts(run, config, chosen))
-        if model.memory is not None:
-            model.memory = model.memory.without(config.held_out())
-        store = replace(store, folds=torch.from_numpy(folds), groups=torch.from_numpy(groups))
-        as_trained = place.on_main(lambda: _is_as_trained(settings, chosen, store, held(table), data))
+        store = as_validated(store, model, run, config, chosen, place)
+        as_trained = place.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
         under_way = storage.join(run, "parts")
         parts = parts_folder(under_way, origin, place)
         computed = named(compute_parts(pricing(model), store.resident_on(place.device), place, parts), model)
@@ -86,6 +84,19 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
 
         place.on_main(finish)
         place.on_main(lambda: discard(under_way))  # also what earlier ones left that did not end
+
+
+def as_validated(
+    store: RowStore, model: PriceModel, run: str, config: RunConfig, chosen: manifests.Checkpoint, place: World
+) -> RowStore:
+    """The validation rows such that the model prices each as in training: by the members that held it out.
+
+    The model forgets the rows of its memory that all of its members held out.
+    """
+    folds, groups = place.on_main(lambda: _validating_parts(run, config, chosen))
+    if model.memory is not None:
+        model.memory = model.memory.without(config.held_out())
+    return replace(store, folds=torch.from_numpy(folds), groups=torch.from_numpy(groups))
 
 
 def _validating_parts(run: str, config: RunConfig, chosen: manifests.Checkpoint) -> tuple[np.ndarray, np.ndarray]:
@@ -121,13 +132,16 @@ def _with_bounds(
     return rows.assign(**found), intervals.coverage(limits, known.assign(**found))
 
 
-def _is_as_trained(
-    settings: EvaluateConfig, chosen: manifests.Checkpoint, store: RowStore, table: Table, data: str
+def is_as_trained(
+    other_data: bool, chosen: manifests.Checkpoint, store: RowStore, table: Table, data: str
 ) -> bool | None:
     """Whether the validation rows are what they were in training; None if the run does not say.
 
+    Args:
+        other_data: whether other rows will do.
+
     Raises:
-        DataError: they are not, and --other-data was not given. Rows under other ids may be rows that were trained on.
+        DataError: they are not, and `other_data` was not given. Rows under other ids may be rows that were trained on.
     """
     if not chosen.manifest.validation_sha256:  # of an earlier version
         log.warning(event="data_not_compared", reason="this run does not say what it validated on")
@@ -135,7 +149,7 @@ def _is_as_trained(
     found = validation_digest(store, torch.arange(len(store)), table.prices)
     if found == chosen.manifest.validation_sha256:
         return True
-    if settings.other_data:
+    if other_data:
         log.warning(event="other_data", reason="prices or embeddings are not those of the training")
         return False
     raise DataError(
@@ -145,15 +159,22 @@ def _is_as_trained(
     )
 
 
-def _validation_rows(
+def validation_rows(
     run: str,
     chosen: manifests.Checkpoint,
     config: RunConfig,
-    settings: EvaluateConfig,
+    by: Sequence[str],
     data: str,
-    others: Sequence[str],
+    others: Sequence[str] = (),
 ) -> Table:
-    """The run's validation rows with the columns of the report, and others."""
+    """The rows of `train.csv` that the run validated on, sorted by sample_id, with columns to show.
+
+    Args:
+        by: columns to group them by.
+
+    Raises:
+        DataError: a row, or a column to group by, is not there.
+    """
     split = read_split(run, chosen.manifest.split_sha256)
     ids = pd.Index(split.loc[split["side"] == "validation", "sample_id"])
     drop = config.drop_bad_prices
@@ -162,9 +183,9 @@ def _validation_rows(
         "train",
         priced=True,
         drop_bad_prices=drop,
-        columns=lambda names: [*_columns_of_report(settings.by, names), *others],
+        columns=lambda names: [*_columns_of_report(by, names), *others],
     )
-    for column in settings.by:
+    for column in by:
         table.column(column, "--by")
     places = places_of(ids, table.ids)
     lost = ids[places < 0]

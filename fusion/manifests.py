@@ -29,6 +29,7 @@ FEATURES: Final = "features.safetensors"  # what sources are computed with; as f
 SPLIT: Final = "split.parquet"  # has no manifest of its own; every checkpoint's has its hash
 LINES: Final = "train.jsonl"  # the history of the training, in metrics/: the newest checkpoint's manifest has its hash
 EPOCHS: Final = "epochs.csv"  # the same as a table
+ABLATION: Final = "ablation.json"  # in metrics/, sealed, in no manifest
 ENSEMBLE: Final = "ensemble.json"  # in the folder of an ensemble, in the place of a run's checkpoints
 PULLED: Final = "pulled.json"  # in a folder that jobs/pull.py has made: what it left out
 

@@ -231,6 +231,58 @@ class EnsembleRecord:
 
 
 @dataclass(frozen=True)
+class Effect:
+    """A mean over rows, in % of SMAPE, with its standard error and 95% interval by groups of near-duplicates."""
+
+    mean: float
+    error: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class SourceWorth:
+    """What a source is worth to a run.
+
+    Attributes:
+        alone: SMAPE with this source alone.
+        without: SMAPE with all others.
+        lost: `without` less the SMAPE with all sources.
+        shapley: what it lowers the SMAPE by, on average over the orders in which sources can be joined.
+    """
+
+    role: str
+    source: str
+    alone: Smape
+    without: Smape
+    lost: Effect
+    shapley: Effect
+
+
+@dataclass(frozen=True)
+class AblationRecord:
+    """`metrics/ablation.json`: what a run's sources are worth on its validation rows, by hiding them from the model.
+
+    Attributes:
+        as_trained: as of `Evaluation`.
+        everything, nothing: SMAPE with all sources, and with none.
+        sets: SMAPE with each set of sources that was asked; roles are joined by spaces.
+    """
+
+    run_id: Name
+    checkpoint: Name
+    model_sha256: Sha256
+    data_sha256: Sha256
+    as_trained: bool | None
+    rows: PositiveInt
+    groups: PositiveInt
+    everything: Smape
+    nothing: Smape
+    sources: list[SourceWorth]
+    sets: dict[str, Smape]
+
+
+@dataclass(frozen=True)
 class SubmissionPointer:
     submission: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/\d{4}-\d{2}-\d{2}/[0-9a-f]{12}$")]
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusion import storage
-from fusion.findings import Report, check_files, first_line, read, some
-from fusion.manifests import EPOCHS, LINES, MANIFEST, MODEL
+from fusion.findings import Report, check_files, first_line, parsed, read, some
+from fusion.manifests import ABLATION, EPOCHS, LINES, MANIFEST, MODEL
 from fusion.metrics import compute_smape
-from fusion.records import CheckpointManifest, MetricsManifest, RunFacts
+from fusion.records import AblationRecord, CheckpointManifest, MetricsManifest, RunFacts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,9 +51,30 @@ def check_metrics(
         report.add(*part.findings)
 
 
+def check_ablation(
+    report: Report, run: str, facts: RunFacts | None, checkpoints: Mapping[str, CheckpointManifest]
+) -> None:
+    """Checks what an ablation has written into the run, if there is any: it is of this run, and its figures add up."""
+    content = read(storage.join(run, "metrics", ABLATION))
+    if content is None:
+        return
+    record = parsed(report, f"metrics/{ABLATION}", content, AblationRecord)
+    if record is None:
+        return
+    if facts is not None:
+        report.expect(f"metrics/{ABLATION}: run_id of run.json", facts.run_id, record.run_id)
+        report.expect(f"metrics/{ABLATION}: data_sha256 of run.json", facts.data_sha256, record.data_sha256)
+    made = checkpoints.get(record.checkpoint)
+    if made is not None:
+        report.expect(f"metrics/{ABLATION}: model_sha256", made.sha256_of(MODEL), record.model_sha256)
+    worth, total = record.nothing - record.everything, sum(one.shapley.mean for one in record.sources)
+    if not math.isclose(worth, total, abs_tol=1e-4):  # each is rounded to 1e-6
+        report.bad(f"metrics/{ABLATION}: sum of the Shapley values", worth, total)
+
+
 def _check_unfinished(report: Report, run: str) -> None:
     """Files without a manifest are those of an evaluation that runs or was killed: its parts lie in the run then."""
-    names = {storage.base(url) for url in storage.ls(storage.join(run, "metrics"))} - {LINES, EPOCHS}
+    names = {storage.base(url) for url in storage.ls(storage.join(run, "metrics"))} - {LINES, EPOCHS, ABLATION}
     if names and storage.ls(storage.join(run, "parts")):
         report.note("metrics: an evaluation is not complete; run it again")
     elif names & FILES:

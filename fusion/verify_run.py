@@ -29,7 +29,7 @@ from fusion.manifests import FEATURES, LINES, MANIFEST, PULLED, SPLIT
 from fusion.records import AttemptEnd, AttemptStart, CheckpointManifest, DataOfRun, LeaseRecord, Pulled, RunFacts
 from fusion.runs import config_digest
 from fusion.verify_checkpoint import check_checkpoint
-from fusion.verify_metrics import check_metrics
+from fusion.verify_metrics import check_ablation, check_metrics
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def check_run(report: Report, url: str) -> CheckedRun:
     _check_ends(report, run)
     _check_history(report, run)
     check_metrics(report, url, facts, run.checkpoints, validating)
+    check_ablation(report, url, facts, run.checkpoints)
     return run
 
 

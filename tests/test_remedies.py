@@ -13,7 +13,7 @@ import pytest
 
 from fusion import compare, convert, launch, verify
 from fusion.all_embeddings.config import Config
-from fusion.config import EvaluateConfig, PredictConfig
+from fusion.config import AblateConfig, EvaluateConfig, PredictConfig
 from fusion.ensemble import __main__ as ensemble
 from fusion.errors import ExitCode, Parser, UsageError
 from fusion.flags import _flag, _flags, _variable
@@ -22,7 +22,7 @@ from jobs import submit
 ROOT = Path(__file__).parents[1]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
-SETTINGS = {"train": Config, "evaluate": EvaluateConfig, "predict": PredictConfig}
+SETTINGS = {"train": Config, "evaluate": EvaluateConfig, "predict": PredictConfig, "ablate": AblateConfig}
 # Commands with parsers of their own, and the file that has it.
 PARSERS = {
     "launch": "fusion/launch.py",
@@ -45,7 +45,8 @@ PRINTED_BY = {
     "fusion/conditional.py": RUNS,
     "fusion/config.py:RunConfig": ("train",),
     "fusion/config.py:PredictConfig": ("predict",),
-    "fusion/config.py:ReadRunConfig": ("evaluate", "predict"),
+    "fusion/config.py:ReadRunConfig": ("evaluate", "predict", "ablate"),
+    "fusion/config.py:AblateConfig": ("ablate",),
     "fusion/convert.py": ("convert",),
     "fusion/demo.py": ("demo",),
     "fusion/distributed.py": RUNS,
@@ -59,6 +60,7 @@ PRINTED_BY = {
     "fusion/ensemble/report.py": ("predict",),  # in a command that it names
     "fusion/errors.py": (*RUNS, *PARSERS),
     "fusion/evaluation.py": ("evaluate",),
+    "fusion/evaluation.py:is_as_trained": ("evaluate", "ablate"),
     "fusion/features.py": ("train",),
     "fusion/features_columns.py": ("train",),
     "fusion/fitting.py": ("train",),
@@ -79,6 +81,7 @@ PRINTED_BY = {
     "fusion/runs.py:open_run": ("evaluate", "predict"),
     "fusion/runs.py:data_of": ("evaluate", "predict"),
     "fusion/source_rows.py": ("train", "predict"),
+    "fusion/source_worth.py": ("ablate",),
     "fusion/splits.py": ("train",),
     "fusion/submission.py": ("predict",),
     "fusion/saver.py": ("train",),

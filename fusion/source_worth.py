@@ -1,0 +1,177 @@
+"""What each source is worth to a run: its validation rows priced with every set of sources, the others hidden."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fusion import log, manifests, storage, submission
+from fusion.ablation_report import show
+from fusion.clustered import Estimate, IntArray, clustered_mean
+from fusion.coalitions import Coalitions, coalitions
+from fusion.config import AblateConfig, RunConfig
+from fusion.distributed import World, held, world
+from fusion.embeddings import Batch, load
+from fusion.errors import DataError
+from fusion.evaluation import as_validated, is_as_trained, validation_rows
+from fusion.features import columns_of
+from fusion.features_rows import with_features
+from fusion.manifests import ABLATION
+from fusion.metrics import FloatArray, row_smape
+from fusion.parts import Compute, compute_parts, discard
+from fusion.prediction import check_dims, features_of, load_model, open_run, parts_folder, pricing
+from fusion.price_model import PriceModel
+from fusion.records import AblationRecord, Effect, SourceWorth, seal
+from fusion.run_summary import variant_of
+from fusion.runs import no_run
+from fusion.splits import read_split
+from fusion.tables import Table
+from fusion.variants import config_class_of, network_of
+
+DIGITS = 6  # after the point, of a SMAPE in %
+COMPUTED = "train.csv"  # what a role is read from that no source is bound to
+
+
+@dataclass(frozen=True)
+class Priced:
+    """Validation rows, priced with every set of sources.
+
+    Attributes:
+        errors: [n, C] SMAPE of each row by set.
+        groups: [n] of near-duplicates.
+    """
+
+    roles: list[str]
+    sets: Coalitions
+    errors: FloatArray
+    groups: IntArray
+    as_trained: bool | None
+
+
+def ablate(settings: AblateConfig) -> None:
+    """Prices a run's validation rows with every set of its sources, writes `metrics/ablation.json` and prints it.
+
+    Raises:
+        DataError: as `evaluate_by_groups`.
+        StopRequested: a signal came; the parts that are done are kept.
+    """
+    with world(settings.device) as place:
+        variant = place.on_main(lambda: _variant(settings))
+        config_class, build = config_class_of(variant), network_of(variant)
+        run, config, chosen, data = open_run(settings, config_class, place)
+        model = load_model(chosen, config, build, place)
+        priced = _price(settings, run, config, chosen, model, data, place)
+
+        def finish() -> None:
+            record = _record(run, config, chosen, held(priced))
+            storage.write(storage.join(run, "metrics", ABLATION), seal(asdict(record)))
+            show(record)
+
+        place.on_main(finish)
+        place.on_main(lambda: discard(storage.join(run, "parts")))
+
+
+def _variant(settings: AblateConfig) -> str:
+    run = settings.run_dir or storage.join(settings.output, "runs", settings.run_id or "")
+    variant = variant_of(run.rstrip("/"))
+    if variant:
+        return variant
+    if settings.run_dir:
+        raise DataError(f"{run} has no run.json: it is not the folder of a run", "name the folder of a run: --run-dir")
+    raise no_run(settings.output, settings.run_id or "")
+
+
+def _price(
+    settings: AblateConfig,
+    run: str,
+    config: RunConfig,
+    chosen: manifests.Checkpoint,
+    model: PriceModel,
+    data: str,
+    place: World,
+) -> Priced | None:
+    """The validation rows with their errors, on rank 0."""
+    origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
+    features = place.on_main(lambda: features_of(run, config, chosen))
+    names = features.names if features else []
+    table = place.on_main_alone(lambda: validation_rows(run, chosen, config, (), data, names))
+    columns = place.on_main_alone(lambda: columns_of(features, held(table)))
+    ids = place.on_main(lambda: held(table).ids)
+    store = load(data, "train", config.bindings(), ids, place, partial=True)
+    store = with_features(store, features, columns, "train.csv", place)
+    check_dims(store.dims, model.dims, f"{data}/embeddings/train")
+    store = as_validated(store, model, run, config, chosen, place)
+    as_trained = place.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
+    sets = coalitions(len(store.dims))
+    log.info(event="ablating", rows=len(store), sets=len(sets.sets))
+    parts = parts_folder(storage.join(run, "parts"), origin, place) + "-ablation"
+    computed = compute_parts(_hiding(model, sets), store.resident_on(place.device), place, parts)
+    if not place.is_main:
+        return None
+    prices = held(table).prices
+    errors = np.stack([row_smape(prices, priced) for priced in computed["price"].T], axis=1)
+    return Priced(list(store.present), sets, errors, _groups(run, chosen, held(table)), as_trained)
+
+
+def _hiding(model: PriceModel, sets: Coalitions) -> Compute:
+    """What computes {"price": [B, C]}, by set, in dollars."""
+    compute = pricing(model)
+
+    def compute_all(batch: Batch) -> dict[str, Tensor]:
+        return {"price": torch.stack([compute(_shown(batch, one))["price"] for one in sets.sets], dim=1)}
+
+    return compute_all
+
+
+def _shown(batch: Batch, coalition: int) -> Batch:
+    """The rows as they would be if they had no other sources than these."""
+    present = {role: there & bool(coalition >> place & 1) for place, (role, there) in enumerate(batch.present.items())}
+    inputs = {role: torch.where(present[role].unsqueeze(1), values, 0.0) for role, values in batch.inputs.items()}
+    return replace(batch, inputs=inputs, present=present)
+
+
+def _groups(run: str, chosen: manifests.Checkpoint, table: Table) -> IntArray:
+    split = read_split(run, chosen.manifest.split_sha256).set_index("sample_id")
+    found: pd.Series = split["group"].reindex(table.ids)
+    return found.to_numpy(np.int64)
+
+
+def _record(run: str, config: RunConfig, chosen: manifests.Checkpoint, priced: Priced) -> AblationRecord:
+    means, sets = priced.errors.mean(axis=0), priced.sets
+    names = [" ".join(role for s, role in enumerate(priced.roles) if one >> s & 1) or "none" for one in sets.sets]
+    sources = {role: config.bindings().get(role, COMPUTED) for role in priced.roles}
+    return AblationRecord(
+        storage.base(run),
+        chosen.name,
+        chosen.model_sha256,
+        chosen.manifest.data_sha256,
+        priced.as_trained,
+        len(priced.errors),
+        len(np.unique(priced.groups)),
+        _rounded(means[-1]),
+        _rounded(means[0]),
+        [_worth(priced, s, role, name) for s, (role, name) in enumerate(sources.items())],
+        dict(zip(names, map(_rounded, means), strict=True)),
+    )
+
+
+def _worth(priced: Priced, source: int, role: str, name: str) -> SourceWorth:
+    sets, errors = priced.sets, priced.errors
+    alone, without = errors[:, sets.place(1 << source)], errors[:, sets.place(sets.everything ^ 1 << source)]
+    lost = clustered_mean(without - errors[:, -1], priced.groups)
+    shapley = clustered_mean(-(errors @ sets.shapley[source]), priced.groups)
+    return SourceWorth(role, name, _rounded(alone.mean()), _rounded(without.mean()), _effect(lost), _effect(shapley))
+
+
+def _effect(estimate: Estimate) -> Effect:
+    bounds = (estimate.error, estimate.low, estimate.high)
+    return Effect(_rounded(estimate.mean), *(None if value is None else _rounded(value) for value in bounds))
+
+
+def _rounded(value: float) -> float:
+    """To what is meant, so that every digit in the file counts."""
+    return round(float(value), DIGITS)

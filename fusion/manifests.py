@@ -136,16 +136,34 @@ def read_ensemble(folder: str) -> EnsembleRecord:
     Raises:
         DataError: it is not committed, or damaged.
     """
-    url, manifest = storage.join(folder, ENSEMBLE), records.read(Manifest, storage.join(folder, MANIFEST))
+    content = read_of_ensemble(folder, ENSEMBLE)
+    if content is None:
+        raise _damaged_ensemble(storage.join(folder, ENSEMBLE))
+    return records.parse(EnsembleRecord, content, storage.join(folder, ENSEMBLE))
+
+
+def read_of_ensemble(folder: str, name: str) -> bytes | None:
+    """A file of an ensemble, verified; None if its manifest names none of that name.
+
+    Raises:
+        DataError: the ensemble is not committed, or the file is damaged.
+    """
+    url, manifest = storage.join(folder, name), records.read(Manifest, storage.join(folder, MANIFEST))
     if manifest is None:
         raise DataError(
             f"{folder} has no {MANIFEST}: this ensemble was not completed",
             "run the same `python -m fusion.ensemble` command again, which completes it",
         )
+    if not manifest.sha256_of(name):
+        return None
     content = storage.read(url)
-    if storage.sha256(content) != manifest.sha256_of(ENSEMBLE):
-        raise DataError(f"{url} is damaged: it is not what its manifest says", "make another ensemble of the same runs")
-    return records.parse(EnsembleRecord, content, url)
+    if storage.sha256(content) != manifest.sha256_of(name):
+        raise _damaged_ensemble(url)
+    return content
+
+
+def _damaged_ensemble(url: str) -> DataError:
+    return DataError(f"{url} is damaged: it is not what its manifest says", "make another ensemble of the same runs")
 
 
 def dims_in(model: bytes) -> dict[str, int]:

@@ -16,8 +16,8 @@ from fusion.clustered import IntArray, joined_groups
 from fusion.config import HOW
 from fusion.errors import DataError, UsageError
 from fusion.manifests import ENSEMBLE, MANIFEST, VALIDATION
-from fusion.records import Manifest, MetricsManifest, read_if_whole, read_required
-from fusion.run_summary import damaged, settings_of, variant_of
+from fusion.records import MetricsManifest, read_if_whole
+from fusion.run_summary import settings_of, variant_of
 from fusion.runs import no_run
 from fusion.splits import read_split
 from fusion.validation import has_validation, validation_of
@@ -54,7 +54,8 @@ class Scored:
     """A run, or the fold runs of one recipe together.
 
     Attributes:
-        rows: of every validation row, sorted by sample_id, its index: price and predicted in dollars, group.
+        rows: of every validation row, sorted by sample_id, its index: price and predicted in dollars, group, and
+            category where the run has one.
     """
 
     members: tuple[Member, ...]
@@ -118,7 +119,8 @@ def scored(run: str) -> Scored:
     chosen = manifests.best_of(found)
     rows = validation_of(chosen) if has_validation(chosen) else _evaluated(run, chosen, variant)
     split = read_split(run, chosen.manifest.split_sha256).set_index("sample_id")
-    rows = rows.set_index("sample_id").sort_index()[["price", "predicted"]]
+    rows = rows.set_index("sample_id").sort_index()
+    rows = rows[[name for name in ("price", "predicted", "category") if name in rows]]
     rows["group"] = split["group"].reindex(rows.index).to_numpy()
     made = chosen.manifest
     member = Member(run, variant, chosen.name, chosen.model_sha256, made.data_sha256, made.finished, settings_of(run))
@@ -127,11 +129,8 @@ def scored(run: str) -> Scored:
 
 def _ensemble(folder: str) -> Scored:
     record = manifests.read_ensemble(folder)
-    manifest = read_required(Manifest, storage.join(folder, MANIFEST))
-    content = storage.read(storage.join(folder, VALIDATION))
-    if storage.sha256(content) != manifest.sha256_of(VALIDATION):
-        raise damaged(storage.join(folder, VALIDATION), "it is not what the manifest says")
-    rows = pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"}).set_index("sample_id")
+    content = manifests.read_of_ensemble(folder, VALIDATION)
+    rows = pd.read_parquet(io.BytesIO(content or b"")).astype({"sample_id": "str"}).set_index("sample_id")
     member = Member(folder, ENSEMBLE_VARIANT, ENSEMBLE, record.model_sha256(), "", True, {})
     return Scored((member,), rows)
 
@@ -190,12 +189,14 @@ class Shared:
         prices: [n] dollars.
         predicted: [R, n] dollars, of each run.
         groups: [n] of near-duplicates, by any of the runs.
+        category: [n] text; None where a run has none, or another.
     """
 
     ids: pd.Index
     prices: np.ndarray
     predicted: np.ndarray
     groups: IntArray
+    category: pd.Series | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -211,7 +212,14 @@ def shared(found: Sequence[Scored]) -> Shared:
     is_same = (prices == prices[0]).all(axis=0)
     predicted = np.stack([part["predicted"].to_numpy(np.float64) for part in parts])
     groups = joined_groups([part["group"].to_numpy(np.int64)[is_same] for part in parts])
-    return Shared(ids[is_same], prices[0, is_same], predicted[:, is_same], groups)
+    return Shared(ids[is_same], prices[0, is_same], predicted[:, is_same], groups, _category(found, ids[is_same]))
+
+
+def _category(found: Sequence[Scored], ids: pd.Index) -> pd.Series | None:
+    if any("category" not in one.rows for one in found):
+        return None
+    columns = [one.rows.loc[ids, "category"] for one in found]
+    return columns[0] if all(column.equals(columns[0]) for column in columns) else None
 
 
 def same_rows(one: Scored, other: Scored) -> bool:

@@ -38,7 +38,7 @@ def check_checkpoint(
     if manifest is not None and VALIDATION in contents:
         _check_validation(report, f"{name}/{VALIDATION}", contents[VALIDATION], manifest, validating)
     if INTERVALS in contents:
-        _check_intervals(report, f"{name}/{INTERVALS}", contents[INTERVALS], contents.get(VALIDATION))
+        check_intervals(report, f"{name}/{INTERVALS}", contents[INTERVALS], contents.get(VALIDATION))
     return manifest
 
 
@@ -83,7 +83,7 @@ def _check_validation(
         report.ok(f"{what}: {len(rows)} rows, smape {smape}")
 
 
-def _check_intervals(report: Report, what: str, data: bytes, validation: bytes | None) -> None:
+def check_intervals(report: Report, what: str, data: bytes, validation: bytes | None) -> None:
     """Whether they hold for the rows that they were made of, whatever the way."""
     from fusion.intervals import bounds, is_within
     from fusion.validation import from_parquet

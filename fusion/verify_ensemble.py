@@ -9,10 +9,11 @@ import numpy as np
 
 from fusion import storage
 from fusion.findings import Report, check_files, check_once, first_line, parsed, read
-from fusion.manifests import ENSEMBLE, MANIFEST, MODEL, PULLED, VALIDATION
+from fusion.manifests import ENSEMBLE, INTERVALS, MANIFEST, MODEL, PULLED, VALIDATION
 from fusion.metrics import compute_smape
 from fusion.records import CheckpointManifest, EnsembleMember, EnsembleRecord, Manifest, RunFacts, validated
 from fusion.scored import ENSEMBLE_VARIANT
+from fusion.verify_checkpoint import check_intervals
 
 TOLERANCE = 1e-6
 
@@ -44,6 +45,8 @@ def check_ensemble(report: Report, folder: str) -> None:
         _check_member(report, folder, member)
     if VALIDATION in contents:
         _check_validation(report, record, contents[VALIDATION])
+    if INTERVALS in contents:
+        check_intervals(report, INTERVALS, contents[INTERVALS], contents.get(VALIDATION))
 
 
 def _check_member(report: Report, folder: str, member: EnsembleMember) -> None:

@@ -92,6 +92,10 @@ def test_its_price_is_the_weighted_mean_of_the_members_log_prices(copied: Path) 
     assert predict_test.main(where) == 0
     found = submission(copied, "test")
     np.testing.assert_allclose(np.log(found), expected, atol=2e-5)
+    current = pointers.read(SubmissionPointer, str(copied), "submissions", "test", "current")
+    assert current is not None
+    rows = pd.read_parquet(copied / "submissions" / current.submission / "predictions.parquet")
+    assert ((rows["low_90"] < rows["price"]) & (rows["price"] < rows["high_90"])).all()
     assert wrong(copied) == []
 
 
@@ -168,13 +172,13 @@ def test_a_kill_after_any_write_leaves_nothing_half(
             assert ensemble.main(command) == 0
         else:
             break
-        for name in ("ensemble.json", "validation.parquet"):
+        for name in ("ensemble.json", "validation.parquet", "intervals.json"):
             path = f"runs/mix/{name}"
             assert (output / path).read_bytes() == (mixed / path).read_bytes()
         assert wrong(output) == []
         assert pointers.read(RunPointer, str(output), "runs", "ensemble", "best") is not None
         n_writes += 1
-    assert n_writes == 7, seen
+    assert n_writes == 8, seen
 
 
 # A command that was killed leaves the same.

@@ -1,4 +1,4 @@
-"""The folder of an ensemble: `runs/<id>/` with `ensemble.json`, `run.json` and `validation.parquet`, then a manifest.
+"""The folder of an ensemble: `runs/<id>/` with `ensemble.json`, its validation rows and intervals, then a manifest.
 
 It lies among the runs, for it is compared and served as they are; in the place of a checkpoint it names its members,
 which stay where they are. Only the manifest, written last, makes it exist.
@@ -12,11 +12,11 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 
-from fusion import best_run, log, manifests, records, storage
+from fusion import best_run, intervals, log, manifests, records, storage
 from fusion.config import digest
 from fusion.ensemble.weights import Blend
 from fusion.errors import ConfigError
-from fusion.manifests import ENSEMBLE, MANIFEST, VALIDATION
+from fusion.manifests import ENSEMBLE, INTERVALS, MANIFEST, VALIDATION
 from fusion.provenance import revision
 from fusion.records import SCHEMA, EnsembleMember, EnsembleRecord, Manifest, RunFacts, RunPointer, seal
 from fusion.scored import ENSEMBLE_VARIANT, Member, Scored, Shared
@@ -72,18 +72,29 @@ def publish(output: str, record: EnsembleRecord, found: Sequence[Scored], rows: 
     if storage.exists(storage.join(folder, MANIFEST)):
         _check_same(folder, record)
         return False
-    frame = pd.DataFrame({"sample_id": rows.ids, "price": rows.prices, "predicted": np.exp(blend.log_prices)})
     members = [member for one in found for member in one.members]
+    frame, by = _frame(rows, blend, members)
+    made = intervals.fit(frame, by)
     files = {
         ENSEMBLE: seal(asdict(record)),  # first: it tells the folder from that of a run
         "run.json": seal(_facts(record, members)),
         VALIDATION: to_parquet(frame.assign(group=rows.groups)),
+        **({} if made is None else {INTERVALS: seal(asdict(made))}),
     }
     manifest = seal(asdict(Manifest(SCHEMA, manifests.write_files(folder, files))))
     if storage.create(storage.join(folder, MANIFEST), manifest):
         return True
     _check_same(folder, record)  # somebody else was faster
     return False
+
+
+def _frame(rows: Shared, blend: Blend, members: Sequence[Member]) -> tuple[pd.DataFrame, str]:
+    """The rows that intervals are made of, and the name of the column that their category is; empty without one."""
+    frame = pd.DataFrame({"sample_id": rows.ids, "price": rows.prices, "predicted": np.exp(blend.log_prices)})
+    names = {str(member.settings.get("interval_by") or intervals.CATEGORY) for member in members}
+    if rows.category is None or len(names) > 1:
+        return frame, ""
+    return frame.assign(category=rows.category.to_numpy()), names.pop()
 
 
 def _check_same(folder: str, record: EnsembleRecord) -> None:

@@ -20,12 +20,12 @@ from fusion.errors import ConfigError, DataError, DivergedError, UnreachableErro
 from fusion.fingerprints import Look, look
 from fusion.flags import from_json
 from fusion.inputs import Inputs, find_inputs, find_table, table_sha256
-from fusion.manifests import ENSEMBLE
+from fusion.manifests import ENSEMBLE, INTERVALS
 from fusion.parts import Compute, compute_parts, discard
 from fusion.prediction import check_dims, load_model, parts_folder, pricing, publish_prices
 from fusion.price_model import PriceModel
 from fusion.provenance import code_digest
-from fusion.records import EnsembleMember, EnsembleRecord, RunFacts
+from fusion.records import EnsembleMember, EnsembleRecord, Intervals, RunFacts
 from fusion.scored import ENSEMBLE_VARIANT
 from fusion.tables import read_table
 from fusion.unchanged import republish
@@ -65,7 +65,8 @@ def predict_test(settings: PredictConfig) -> None:
         if place.on_main(lambda: submission.reuse(settings, origin)):
             place.on_main(lambda: discard(under_way))
             return
-        _predict(settings, record, parts, inputs, origin, place)
+        limits = place.on_main_alone(lambda: _intervals(folder))
+        _predict(settings, record, parts, inputs, origin, limits, place)
         place.on_main(lambda: discard(under_way))
 
 
@@ -119,7 +120,7 @@ def _sources(parts: Sequence[Part]) -> dict[str, str]:
 
 
 def _origin(folder: str, record: EnsembleRecord, parts: Sequence[Part], data: str, inputs: Inputs) -> submission.Origin:
-    table = table_sha256(inputs.table)
+    table, limits = table_sha256(inputs.table), manifests.read_of_ensemble(folder, INTERVALS)
     return submission.Origin(
         folder,
         ENSEMBLE,
@@ -131,7 +132,13 @@ def _origin(folder: str, record: EnsembleRecord, parts: Sequence[Part], data: st
         record.data,
         _sources(parts),
         inputs.version(),
+        "" if limits is None else storage.sha256(limits),
     )
+
+
+def _intervals(folder: str) -> Intervals | None:
+    content = manifests.read_of_ensemble(folder, INTERVALS)
+    return None if content is None else records.parse(Intervals, content, storage.join(folder, INTERVALS))
 
 
 def _predict(
@@ -140,12 +147,14 @@ def _predict(
     parts: Sequence[Part],
     inputs: Inputs,
     origin: submission.Origin,
+    limits: Intervals | None,
     place: World,
 ) -> None:
     """Reads, judges, prices and publishes the rows."""
     data = origin.data
     models = [load_model(part.chosen, part.config, network_of(part.member.variant), place) for part in parts]
-    table = place.on_main_alone(lambda: read_table(data, "test", priced=False, columns=["price"]))
+    columns = ["price", *([limits.by] if limits else [])]
+    table = place.on_main_alone(lambda: read_table(data, "test", priced=False, columns=columns))
     ids = place.on_main(lambda: held(table).ids)
     most = min(part.config.max_missing for part in parts) if settings.max_missing is None else settings.max_missing
     store = load(data, "test", _sources(parts), ids, place, max_missing=most, sources=inputs.sources)
@@ -162,7 +171,7 @@ def _predict(
     under_way = storage.join(settings.output, "parts", settings.name)
     computed = compute_parts(_mixing(parts, models), store, place, parts_folder(under_way, origin, place))
     try:
-        place.on_main(lambda: publish_prices(settings, origin, record.smape, held(table), computed, None, seen, last))
+        place.on_main(lambda: publish_prices(settings, origin, record.smape, held(table), computed, limits, seen, last))
     except (DataError, DivergedError):
         place.on_main(lambda: discard(under_way))
         raise

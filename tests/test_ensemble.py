@@ -53,8 +53,8 @@ def copied(mixed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(mixed, tmp_path / "output"))
 
 
-def record(output: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((output / "runs/mix/ensemble.json").read_text())
+def record(output: Path, run_id: str = "mix") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "runs" / run_id / "ensemble.json").read_text())
     return found
 
 
@@ -115,6 +115,23 @@ def test_several_ranks_and_a_second_night_give_the_same(copied: Path, tmp_path: 
     assert predict_test.main([*where, "--date", "2026-01-04", "--name", "one", "--run-id", "mix"]) == 0
     assert "event=published" in capsys.readouterr().err
     assert wrong(copied) == [] and not [path for path in copied.glob("parts/**/*") if path.is_file()]
+
+
+def test_members_that_compute_sources(copied: Path, catalog: Path) -> None:
+    """Each member computes them with what it fitted on its own training rows."""
+    flags = ["--data", str(catalog), "--output", str(copied), *SMALL, "--epochs", "1", "--features", "text"]
+    for fold in ("0", "1"):
+        assert train_two.main([*flags, "--folds", "2", "--fold", fold, "--run-id", f"t{fold}"]) == 0
+    assert ensemble.main(["t0", "t1", "q0", "q1", "--output", str(copied), "--run-id", "texts"]) == 0
+    where = ["--output", str(copied), "--date", "2026-01-02"]
+    assert predict_test.main([*where, "--run-id", "texts", "--name", "texts"]) == 0
+    expected: Any = 0.0
+    for member in record(copied, "texts")["members"]:
+        run_id = storage.base(member["run"])
+        assert predict_two.main([*where, "--run-id", run_id, "--name", run_id]) == 0
+        expected = expected + member["weight"] * np.log(submission(copied, run_id))
+    np.testing.assert_allclose(np.log(submission(copied, "texts")), expected, atol=2e-5)
+    assert wrong(copied) == []
 
 
 def test_the_same_command_changes_nothing(copied: Path, capsys: Capture) -> None:

@@ -17,32 +17,41 @@ from fusion.distributed import World, held, world
 from fusion.embeddings import Batch, RowStore, load
 from fusion.ensemble.folder import CODE
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
+from fusion.features import Features, columns_of
+from fusion.features_rows import compared, with_features
 from fusion.fingerprints import Look, look
 from fusion.flags import from_json
 from fusion.inputs import Inputs, find_inputs, find_table, table_sha256
 from fusion.manifests import ENSEMBLE, INTERVALS
 from fusion.parts import Compute, compute_parts, discard
-from fusion.prediction import check_dims, load_model, parts_folder, pricing, publish_prices
+from fusion.prediction import check_dims, features_of, load_model, parts_folder, pricing, publish_prices
 from fusion.price_model import PriceModel
 from fusion.provenance import code_digest
 from fusion.records import EnsembleMember, EnsembleRecord, Intervals, RunFacts
 from fusion.scored import ENSEMBLE_VARIANT
-from fusion.tables import read_table
+from fusion.tables import Table, read_table
 from fusion.unchanged import republish
 from fusion.variants import config_class_of, network_of
 
 
 @dataclass(frozen=True)
 class Part:
-    """A member: the checkpoint that it is, with the settings that it was trained with."""
+    """A member: the checkpoint that it is, with the settings that it was trained with, and what it computes of rows."""
 
     member: EnsembleMember
     chosen: manifests.Checkpoint
     config: RunConfig
+    features: Features | None
 
     @property
     def bindings(self) -> dict[str, str]:
         return self.config.bindings()
+
+    @property
+    def computed(self) -> dict[str, str]:
+        """Computed role to its name among those of all members: fold runs have fitted it on other rows."""
+        digest = self.chosen.manifest.features_sha256[:12]
+        return {role: f"{role} {digest}" for role in self.features.dims} if self.features else {}
 
 
 def predict_test(settings: PredictConfig) -> None:
@@ -111,7 +120,8 @@ def _open_member(output: str, record: EnsembleRecord, member: EnsembleMember) ->
             "restore that run, or make an ensemble of the runs that are left with python -m fusion.ensemble",
         )
     url = storage.join(run, "config.json")
-    return Part(member, chosen, from_json(config_class_of(member.variant), storage.read(url), url))
+    config = from_json(config_class_of(member.variant), storage.read(url), url)
+    return Part(member, chosen, config, features_of(run, config, chosen))
 
 
 def _sources(parts: Sequence[Part]) -> dict[str, str]:
@@ -153,11 +163,13 @@ def _predict(
     """Reads, judges, prices and publishes the rows."""
     data = origin.data
     models = [load_model(part.chosen, part.config, network_of(part.member.variant), place) for part in parts]
-    columns = ["price", *([limits.by] if limits else [])]
+    computed_of = [name for part in parts if part.features for name in part.features.names]
+    columns = {"price", *([limits.by] if limits else []), *computed_of}
     table = place.on_main_alone(lambda: read_table(data, "test", priced=False, columns=columns))
     ids = place.on_main(lambda: held(table).ids)
     most = min(part.config.max_missing for part in parts) if settings.max_missing is None else settings.max_missing
     store = load(data, "test", _sources(parts), ids, place, max_missing=most, sources=inputs.sources)
+    store = _with_computed(store, parts, table, place)
     for part, model in zip(parts, models, strict=True):
         check_dims(_view(store, part).dims, model.dims, f"{data}/embeddings/test")
     if place.on_main(lambda: find_table(data, "test")) != inputs.table:
@@ -179,11 +191,25 @@ def _predict(
 
 def _view(store: RowStore, part: Part) -> RowStore:
     """The store's rows as the member knows them: by role."""
-    return RowStore(_by_role(store.values, part), _by_role(store.present, part))
+    return RowStore(_by_role(store.values, part), _by_role(store.present, part), tuple(part.computed))
 
 
-def _by_role(by_source: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
-    return {role: by_source[source] for role, source in part.bindings.items()}
+def _by_role(by_name: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
+    return {role: by_name[name] for role, name in {**part.bindings, **part.computed}.items()}
+
+
+def _with_computed(store: RowStore, parts: Sequence[Part], table: Table | None, place: World) -> RowStore:
+    """The store with what each member computes of the table; members that compute the same share it."""
+    values, present = dict(store.values), dict(store.present)
+    for part in parts:
+        if part.features is None or set(part.computed.values()) <= values.keys():
+            continue
+        features = part.features
+        columns = place.on_main_alone(lambda features=features: columns_of(features, held(table)))  # type: ignore[misc]
+        made = with_features(store, features, columns, "test.csv", place)
+        values |= {name: made.values[role] for role, name in part.computed.items()}
+        present |= {name: made.present[role] for role, name in part.computed.items()}
+    return RowStore(values, present)
 
 
 def _look(
@@ -192,22 +218,27 @@ def _look(
     """What embeddings look like, by source, to the first member that reads each, and how pairs agreed in training."""
     seen, agreement, found = Look(pd.DataFrame(), {}, {}), dict[str, float](), list[Look]()
     for part, model in zip(parts, models, strict=True):
-        names = {role: name for role, name in part.bindings.items() if name not in seen.shift}
+        shown = compared(_view(store, part))
+        names = {role: name for role, name in _shown(part, shown).items() if name not in seen.shift}
         if not names:
             continue
-        one = look(model, _view(store, part), ids, place)
+        one = look(model, shown, ids, place)
         found.append(replace(one, prints=one.prints[list(names)].rename(columns=names)))
         seen.shift.update({name: one.shift[role] for role, name in names.items()})
         seen.spread.update({name: one.spread[role] for role, name in names.items()})
-        agreement |= _agreement(part)
+        agreement |= _agreement(part, _shown(part, shown))
     return replace(seen, prints=pd.concat([one.prints for one in found], axis=1)), agreement
 
 
-def _agreement(part: Part) -> dict[str, float]:
+def _shown(part: Part, store: RowStore) -> dict[str, str]:
+    """Role to what it is called where the roles of all members stand together: its source, if it has one."""
+    return {role: part.bindings.get(role, role) for role in store.values}
+
+
+def _agreement(part: Part, names: Mapping[str, str]) -> dict[str, float]:
     """Of pairs of sources, in either order."""
     pairs = {tuple(pair.split(" ")): value for pair, value in part.chosen.manifest.agreement.items()}
-    names = part.bindings
-    both = [(names[one], names[other], value) for (one, other), value in pairs.items()]
+    both = [(names[one], names[other], value) for (one, other), value in pairs.items() if {one, other} <= names.keys()]
     return {f"{first} {second}": value for a, b, value in both for first, second in ((a, b), (b, a))}
 
 

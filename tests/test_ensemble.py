@@ -22,7 +22,7 @@ from fusion.qwen_clip import predict_test as predict_two
 from fusion.qwen_clip import train as train_two
 from fusion.records import RunPointer, SubmissionPointer
 from fusion.verify import verify
-from tests.conftest import SMALL, run_command
+from tests.conftest import SMALL, run_command, upload
 from tests.test_verify_everything import is_found, mutations
 
 Capture = pytest.CaptureFixture[str]
@@ -264,3 +264,21 @@ def test_the_commands_of_variants_and_of_ensembles_are_told_apart(mixed: Path, c
     assert "python -m fusion.ensemble.predict_test" in capsys.readouterr().err
     assert predict_test.main(["--output", str(mixed / "runs"), "--date", "2026-01-02"]) == 65
     assert "`python -m fusion.ensemble RUN RUN --output" in capsys.readouterr().err
+
+
+def test_the_folds_of_one_recipe_alone(copied: Path, capsys: Capture) -> None:
+    assert ensemble.main(["q0", "q1", "--output", str(copied), "--run-id", "folds", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [member["weight"] for member in said["members"]] == [0.5, 0.5] and not said["fitted"]
+    assert said["smape"] == said["equal_smape"] == said["best_member_smape"]
+    assert wrong(copied) == []
+
+
+def test_in_a_bucket(bucket: str, mixed: Path, catalog: Path) -> None:
+    upload(mixed, bucket)
+    storage.remove(f"{bucket}/runs/mix")
+    storage.remove(f"{bucket}/pointers/runs/ensemble")
+    assert ensemble.main([*FOLDS, "--output", bucket, "--run-id", "mix"]) == 0
+    assert storage.read(f"{bucket}/runs/mix/ensemble.json") == (mixed / "runs/mix/ensemble.json").read_bytes()
+    assert predict_test.main(["--output", bucket, "--date", "2026-01-02", "--data", str(catalog)]) == 0
+    assert [str(one) for one in verify(bucket) if one.verdict == "BAD"] == []

@@ -15,6 +15,7 @@ from fusion.config import digest
 from fusion.environment import variable
 
 PACKAGE = Path(__file__).parent
+ENSEMBLE_CODE = "ensemble/prediction"  # root of the code that decides the price of an ensemble
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 

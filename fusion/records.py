@@ -183,6 +183,9 @@ class MetricsManifest(Manifest):
     data_sha256: str = ""
 
 
+ENSEMBLE_VARIANT: Final = "ensemble"  # stands where a run's variant stands
+
+
 @dataclass(frozen=True)
 class EnsembleMember:
     """A run that an ensemble asks for prices.

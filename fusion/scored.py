@@ -16,13 +16,12 @@ from fusion.clustered import IntArray, joined_groups
 from fusion.config import HOW
 from fusion.errors import DataError, UsageError
 from fusion.manifests import ENSEMBLE, MANIFEST, VALIDATION
-from fusion.records import MetricsManifest, read_if_whole
+from fusion.records import ENSEMBLE_VARIANT, MetricsManifest, read_if_whole
 from fusion.run_summary import settings_of, variant_of
 from fusion.runs import no_run
 from fusion.splits import read_split
 from fusion.validation import has_validation, validation_of
 
-ENSEMBLE_VARIANT = "ensemble"
 # Settings in which the fold runs of one recipe differ.
 OF_FOLD = {"fold", *HOW}
 

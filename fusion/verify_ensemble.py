@@ -11,8 +11,15 @@ from fusion import storage
 from fusion.findings import Report, check_files, check_once, first_line, parsed, read
 from fusion.manifests import ENSEMBLE, INTERVALS, MANIFEST, MODEL, PULLED, VALIDATION
 from fusion.metrics import compute_smape
-from fusion.records import CheckpointManifest, EnsembleMember, EnsembleRecord, Manifest, RunFacts, validated
-from fusion.scored import ENSEMBLE_VARIANT
+from fusion.records import (
+    ENSEMBLE_VARIANT,
+    CheckpointManifest,
+    EnsembleMember,
+    EnsembleRecord,
+    Manifest,
+    RunFacts,
+    validated,
+)
 from fusion.verify_checkpoint import check_intervals
 
 TOLERANCE = 1e-6

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 try:
@@ -22,6 +22,8 @@ try:
     from fusion.command import guarded
     from fusion.errors import ExitCode, Parser, UsageError
     from fusion.flags import parse
+    from fusion.provenance import ENSEMBLE_CODE
+    from fusion.records import ENSEMBLE_VARIANT
     from fusion.streams import unfailing
     from fusion.variants import variants
     from jobs.clusters import local
@@ -127,12 +129,14 @@ def _nothing_changed(given: argparse.Namespace, flags: Sequence[str]) -> bool:
 
 def _published(variant: str, flags: Sequence[str]) -> str | None:
     """URL of the day's submission while data, model and code are those of the last, published again for it; or None."""
-    from fusion.unchanged import published  # pandas takes its time to load
+    from fusion.unchanged import published, republish  # pandas takes its time to load
 
     settings = parse(
         config_class(variant, "predict"), flags, prog=f"python -m fusion.{variant}.predict_test", description=""
     )
     storage.set_patience(settings.store_timeout)
+    if variant == ENSEMBLE_VARIANT:
+        return republish(replace(settings, date=settings.day()), variant, ENSEMBLE_CODE)
     return published(settings, config_class(variant, "train"))
 
 
@@ -153,7 +157,8 @@ def _parser() -> Parser:
     job, how = parser.add_argument_group("what"), parser.add_argument_group("how")
     job.add_argument("--task", default="train", metavar="|".join(MODULES), help="what to do (default: train)")
     job.add_argument("--variant", nargs="+", default=["all_embeddings"], metavar="NAME",
-        help=f"{', '.join(variants())}; several: one job per name (default: all_embeddings)")  # fmt: skip
+        help=f"{', '.join(variants())}, and to predict with {ENSEMBLE_VARIANT}; several: one job per name "
+        "(default: all_embeddings)")  # fmt: skip
     job.add_argument("--each-fold", action="store_true", help="a training for each of the --folds of the command")
     job.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes to train on (default: 1)")
     job.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per node, a rank for each; 0: none (default: "

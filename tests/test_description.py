@@ -11,6 +11,7 @@ import pytest
 from setuptools import find_packages
 
 import fusion
+from fusion.config import PredictConfig
 from fusion.errors import UsageError
 from fusion.variants import variants
 from jobs.clusters.description import Job, config_class
@@ -53,6 +54,14 @@ def test_a_package_with_settings_of_a_run_is_a_variant(rooms: Path) -> None:
     package(rooms, "room_of_texts", config=CONFIG)
     assert variants() == ["all_embeddings", "qwen_clip", "room_of_texts"]
     assert config_class("room_of_texts", "train").__module__ == "fusion.room_of_texts.config"
+
+
+def test_an_ensemble_predicts_and_does_nothing_else() -> None:
+    assert Job("ensemble", "predict").module == "fusion.ensemble.predict_test"
+    assert config_class("ensemble", "predict") is PredictConfig
+    for task in ("train", "evaluate"):
+        with pytest.raises(UsageError, match="--variant is 'ensemble', expected one of all_embeddings, qwen_clip"):
+            Job("ensemble", task)
 
 
 def test_every_package_is_shipped() -> None:

@@ -22,6 +22,7 @@ from fusion.qwen_clip import predict_test as predict_two
 from fusion.qwen_clip import train as train_two
 from fusion.records import RunPointer, SubmissionPointer
 from fusion.verify import verify
+from jobs import submit
 from tests.conftest import SMALL, run_command, upload
 from tests.test_verify_everything import is_found, mutations
 
@@ -282,3 +283,13 @@ def test_in_a_bucket(bucket: str, mixed: Path, catalog: Path) -> None:
     assert storage.read(f"{bucket}/runs/mix/ensemble.json") == (mixed / "runs/mix/ensemble.json").read_bytes()
     assert predict_test.main(["--output", bucket, "--date", "2026-01-02", "--data", str(catalog)]) == 0
     assert [str(one) for one in verify(bucket) if one.verdict == "BAD"] == []
+
+
+def test_a_night_is_sent_only_if_something_has_changed(copied: Path, capsys: Capture) -> None:
+    flags = ["--cluster=local", "--task=predict", "--variant=ensemble", "--nproc-per-node=1", "--if-changed"]
+    flags += ["--", "--output", str(copied), "--device", "cpu", "--date"]
+    assert submit.main([*flags, "2026-01-02"]) == 0
+    assert "nothing has changed" not in capsys.readouterr().out
+    assert submit.main([*flags, "2026-01-03"]) == 0
+    assert f"nothing has changed: {copied}/submissions/test/2026-01-03/" in capsys.readouterr().out
+    assert wrong(copied) == []

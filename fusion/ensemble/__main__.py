@@ -28,7 +28,8 @@ from fusion.ensemble.report import show
 from fusion.ensemble.weights import blend
 from fusion.environment import variable
 from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, filled, seconds
-from fusion.scored import ENSEMBLE_VARIANT, Scored, same_rows, scored_runs, shared
+from fusion.records import ENSEMBLE_VARIANT
+from fusion.scored import Scored, same_rows, scored_runs, shared
 
 
 def _check_members(found: Sequence[Scored], output: str) -> None:

@@ -18,12 +18,19 @@ from fusion.ensemble.weights import Blend
 from fusion.errors import ConfigError
 from fusion.manifests import ENSEMBLE, INTERVALS, MANIFEST, VALIDATION
 from fusion.provenance import revision
-from fusion.records import SCHEMA, EnsembleMember, EnsembleRecord, Manifest, RunFacts, RunPointer, seal
-from fusion.scored import ENSEMBLE_VARIANT, Member, Scored, Shared
+from fusion.records import (
+    ENSEMBLE_VARIANT,
+    SCHEMA,
+    EnsembleMember,
+    EnsembleRecord,
+    Manifest,
+    RunFacts,
+    RunPointer,
+    seal,
+)
+from fusion.scored import Member, Scored, Shared
 from fusion.tables import Table
 from fusion.validation import to_parquet
-
-CODE = "ensemble/prediction"  # the module whose code decides a price
 
 
 def record_of(run_id: str, found: Sequence[Scored], rows: Shared, blend: Blend) -> EnsembleRecord:

@@ -15,7 +15,6 @@ from fusion.best_run import pointed_to, run_of
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.distributed import World, held, world
 from fusion.embeddings import Batch, RowStore, load
-from fusion.ensemble.folder import CODE
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
 from fusion.features import Features, columns_of
 from fusion.features_rows import compared, with_features
@@ -26,9 +25,8 @@ from fusion.manifests import ENSEMBLE, INTERVALS
 from fusion.parts import Compute, compute_parts, discard
 from fusion.prediction import check_dims, features_of, load_model, parts_folder, pricing, publish_prices
 from fusion.price_model import PriceModel
-from fusion.provenance import code_digest
-from fusion.records import EnsembleMember, EnsembleRecord, Intervals, RunFacts
-from fusion.scored import ENSEMBLE_VARIANT
+from fusion.provenance import ENSEMBLE_CODE, code_digest
+from fusion.records import ENSEMBLE_VARIANT, EnsembleMember, EnsembleRecord, Intervals, RunFacts
 from fusion.tables import Table, read_table
 from fusion.unchanged import republish
 from fusion.variants import config_class_of, network_of
@@ -63,7 +61,7 @@ def predict_test(settings: PredictConfig) -> None:
     """
     with world(settings.device) as place:
         settings = replace(settings, date=place.on_main(settings.day))
-        if place.on_main(lambda: republish(settings, ENSEMBLE_VARIANT, CODE)):
+        if place.on_main(lambda: republish(settings, ENSEMBLE_VARIANT, ENSEMBLE_CODE)):
             return
         folder, record, parts = place.on_main(lambda: _open(settings))
         log.configure(record.run_id, place.rank, place.size)
@@ -138,7 +136,7 @@ def _origin(folder: str, record: EnsembleRecord, parts: Sequence[Part], data: st
         data,
         table,
         digest([table, inputs.sources_digest()]),
-        code_digest(CODE),
+        code_digest(ENSEMBLE_CODE),
         record.data,
         _sources(parts),
         inputs.version(),

@@ -14,6 +14,7 @@ from typing import Any
 from fusion.config import EvaluateConfig, PredictConfig, RunConfig, digest
 from fusion.errors import UsageError
 from fusion.flags import as_flags
+from fusion.records import ENSEMBLE_VARIANT
 from fusion.variants import variants
 
 MODULES = {"train": "train", "evaluate": "evaluate_by_groups", "predict": "predict_test"}
@@ -37,8 +38,8 @@ class Job:
     nproc_per_node: int | None = None
 
     def __post_init__(self) -> None:
-        _expect_one_of("--variant", self.variant, variants())
         _expect_one_of("--task", self.task, MODULES)
+        _expect_one_of("--variant", self.variant, _predicting() if self.task == "predict" else variants())
         for name, least in (("nodes", 1), ("gpus_per_node", 0), ("nproc_per_node", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -72,9 +73,17 @@ def config_class(variant: str, task: str) -> type[Any]:
     Raises:
         UsageError: there is no such variant.
     """
+    if task == "predict":
+        _expect_one_of("--variant", variant, _predicting())
+        return PredictConfig
     _expect_one_of("--variant", variant, variants())
     trains: type[RunConfig] = import_module(f"fusion.{variant}.config").Config
-    return {"train": trains, "evaluate": EvaluateConfig, "predict": PredictConfig}[task]
+    return {"train": trains, "evaluate": EvaluateConfig}[task]
+
+
+def _predicting() -> list[str]:
+    """What test.csv can be predicted with."""
+    return [*variants(), ENSEMBLE_VARIANT]
 
 
 def frozen(job: Job) -> Job:

@@ -51,7 +51,7 @@ class TrainingData:
         category: [n_validation] text, named after its column; None: there is no such column, or this is not rank 0.
         all_ids: [N] sample ids.
         all_prices: [N] dollars, float64.
-        folds: [N] part of the split that each row is in; -1: it is never a neighbour.
+        folds: [N] part of the split that each row is in; -1: it is in none.
         groups: [N] group of near-duplicates.
     """
 

@@ -45,9 +45,9 @@ def remember(config: RunConfig, model: PriceModel, data: TrainingData, place: Wo
     model.set_components(components)
     if not config.neighbours:
         return data
-    remembered = Memory(
-        _keys(model, data.store, place), log_prices_of(data.all_prices), data.folds, data.groups, _bands(components)
-    )
+    folds = torch.where(data.store.any_present(), data.folds, -1)  # a row without embeddings is nobody's neighbour
+    keys, log_prices = _keys(model, data.store, place), log_prices_of(data.all_prices)
+    remembered = Memory(keys, log_prices, folds, data.groups, _bands(components))
     trained = remembered.without(config.held_out())
     weights = kept[1] if kept else place.on_main(lambda: first_weights(trained, config, place))
     model.set_search_weights(weights)

@@ -55,7 +55,6 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
     validation = torch.nonzero(validates).squeeze(1)
     rows = validates.numpy()
     category = None if table is None else category_of(table, category_column(config), rows)
-    folds = torch.where(store.any_present(), folds, -1)
     return TrainingData(
         store, targets, train, validation, prices[rows], ids[rows], category, ids, prices, folds, groups
     )

@@ -132,14 +132,16 @@ def _check_split(report: Report, data: bytes | None, *, expected: bool) -> set[s
             report.bad(SPLIT, "sample_id and side", "no such file")
         return None
     try:
-        split = pd.read_parquet(io.BytesIO(data), columns=["sample_id", "side"])
-    except (ArrowException, ValueError, OSError) as error:
+        split = pd.read_parquet(io.BytesIO(data))
+        sides, ids = Counter(map(str, split["side"])), list(map(str, split["sample_id"]))
+    except (ArrowException, ValueError, OSError, KeyError) as error:
         report.bad(SPLIT, "Parquet with sample_id and side", first_line(error))
         return None
-    sides, ids = Counter(map(str, split["side"])), list(map(str, split["sample_id"]))
     check_once(report, f"{SPLIT}: ids", ids)
-    if set(sides) - {"dropped"} != {"train", "validation"}:
-        report.bad(f"{SPLIT}: sides", "train and validation", " and ".join(sorted(sides)) or "no rows")
+    expected_sides = {"validation"} if "fold" in split else {"train", "validation"}  # of all folds, all rows validate
+    if set(sides) - {"dropped"} != expected_sides:
+        wanted = " and ".join(sorted(expected_sides))
+        report.bad(f"{SPLIT}: sides", wanted, " and ".join(sorted(sides)) or "no rows")
         return None
     others = f", {sides['dropped']} are dropped" if sides["dropped"] else ""
     report.ok(f"{SPLIT}: {sides['train']} rows train, {sides['validation']} validate{others}")

@@ -161,7 +161,7 @@ def stacked(found: Sequence[Scored]) -> list[Scored]:
 def _recipe(one: Scored) -> str:
     """The same for fold runs of one recipe, and for nothing else."""
     (member,) = one.members
-    if member.settings.get("folds") is None:
+    if member.settings.get("folds") is None or member.settings.get("fold") is None:  # the latter has all folds
         return member.run
     settings = {key: value for key, value in member.settings.items() if key not in OF_FOLD}
     return json.dumps([member.variant, member.data_sha256, settings], sort_keys=True)

@@ -21,6 +21,8 @@ from fusion.verify import verify
 from tests.conftest import DIMS, SMALL, run_command
 from tests.test_verify_everything import is_found, mutations
 
+PUBLISHED = [*SMALL, "--recipe", "published"]
+
 Capture = pytest.CaptureFixture[str]
 
 ROLES = ["clip_image", "siglip_image", "siglip_text", "qwen_text"]
@@ -32,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ablation")
     generate(place / "data", n_products=303, dims=DIMS)
     where = ["--output", str(place / "output"), "--run-id", "r", "--device", "cpu"]
-    assert train.main(["--data", str(place / "data"), *where, *SMALL, "--epochs", "4"]) == 0
+    assert train.main(["--data", str(place / "data"), *where, *PUBLISHED, "--epochs", "4"]) == 0
     assert ablation.main(where) == 0
     return place
 
@@ -64,6 +66,16 @@ def test_all_sets_are_asked_and_add_up(made: Path) -> None:
         assert one["alone"] == found["sets"][one["role"]]
         assert one["lost"]["mean"] == pytest.approx(one["without"] - found["everything"], abs=1e-5)
         assert one["shapley"]["low"] < one["shapley"]["mean"] < one["shapley"]["high"]
+
+
+def test_members_are_asked_about_rows_that_they_held_out(copied: Path) -> None:
+    where = ["--output", str(copied / "output"), "--run-id", "folds", "--device", "cpu"]
+    small = ["--width", "16", "--hidden", "16", "--components", "8", "--neighbours", "8", "--epochs", "2"]
+    assert train.main(["--data", str(copied / "data"), *where, *small, "--folds", "2"]) == 0
+    assert ablation.main(where) == 0
+    found = json.loads((copied / "output/runs/folds/metrics/ablation.json").read_text())
+    assert found["everything"] == pytest.approx(manifests.best(str(copied / "output/runs/folds")).smape, rel=1e-5)
+    assert found["rows"] == len(pd.read_csv(copied / "data/train.csv"))
 
 
 def test_a_hidden_source_is_as_one_that_rows_lack(copied: Path) -> None:

@@ -19,6 +19,8 @@ from fusion.records import seal
 from fusion.scored import scored
 from tests.conftest import SMALL
 
+PUBLISHED = [*SMALL, "--recipe", "published"]
+
 Capture = pytest.CaptureFixture[str]
 
 RUNS = {
@@ -27,7 +29,8 @@ RUNS = {
     "other-seed": ["--epochs", "1", "--seed", "7"],
     "half": ["--epochs", "1", "--val-fraction", "0.5"],
     "half-other-seed": ["--epochs", "1", "--val-fraction", "0.5", "--seed", "7"],
-    "f0": ["--epochs", "1", "--folds", "2"],
+    "f0": ["--epochs", "1", "--folds", "2", "--fold", "0"],
+    "all-folds": ["--epochs", "1", "--folds", "2"],
     "f1": ["--epochs", "1", "--folds", "2", "--fold", "1"],
 }
 
@@ -36,7 +39,7 @@ RUNS = {
 def output(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     place = str(tmp_path_factory.mktemp("compare"))
     for run_id, flags in RUNS.items():
-        assert train.main(["--data", str(catalog), "--output", place, "--run-id", run_id, *SMALL, *flags]) == 0
+        assert train.main(["--data", str(catalog), "--output", place, "--run-id", run_id, *PUBLISHED, *flags]) == 0
     assert predict_test.main(["--output", place, "--run-id", "a", "--name", "prices"]) == 0
     return place
 
@@ -148,6 +151,6 @@ def test_a_run_of_an_earlier_version_needs_an_evaluation(output: str, capsys: Ca
 
 
 def test_two_runs_of_one_fold(output: str, capsys: Capture, catalog: Path) -> None:
-    again = ["--data", str(catalog), "--output", output, "--run-id", "f1-again", *SMALL, *RUNS["f1"]]
+    again = ["--data", str(catalog), "--output", output, "--run-id", "f1-again", *PUBLISHED, *RUNS["f1"]]
     assert train.main(again) == 0
     assert "are of one recipe, and two of them of one fold" in fails(output, capsys, "f0", "f1", "f1-again")

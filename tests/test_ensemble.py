@@ -26,6 +26,8 @@ from jobs import submit
 from tests.conftest import SMALL, run_command, upload
 from tests.test_verify_everything import is_found, mutations
 
+PUBLISHED = [*SMALL, "--recipe", "published"]
+
 Capture = pytest.CaptureFixture[str]
 
 FOLDS = ["q0", "q1", "a0", "a1"]
@@ -35,7 +37,7 @@ FOLDS = ["q0", "q1", "a0", "a1"]
 def trained(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two folds of each variant, and a run that validated on other rows."""
     place = tmp_path_factory.mktemp("ensemble")
-    where = ["--data", str(catalog), "--output", str(place), *SMALL, "--epochs", "3"]
+    where = ["--data", str(catalog), "--output", str(place), *PUBLISHED, "--epochs", "3"]
     for fold in ("0", "1"):
         assert train_two.main([*where, "--folds", "2", "--fold", fold, "--run-id", f"q{fold}"]) == 0
         assert train_all.main([*where, "--folds", "2", "--fold", fold, "--run-id", f"a{fold}"]) == 0
@@ -120,7 +122,7 @@ def test_several_ranks_and_a_second_night_give_the_same(copied: Path, tmp_path: 
 
 def test_members_that_compute_sources(copied: Path, catalog: Path) -> None:
     """Each member computes them with what it fitted on its own training rows."""
-    flags = ["--data", str(catalog), "--output", str(copied), *SMALL, "--epochs", "1", "--features", "text"]
+    flags = ["--data", str(catalog), "--output", str(copied), *PUBLISHED, "--epochs", "1", "--features", "text"]
     for fold in ("0", "1"):
         assert train_two.main([*flags, "--folds", "2", "--fold", fold, "--run-id", f"t{fold}"]) == 0
     assert ensemble.main(["t0", "t1", "q0", "q1", "--output", str(copied), "--run-id", "texts"]) == 0
@@ -132,6 +134,23 @@ def test_members_that_compute_sources(copied: Path, catalog: Path) -> None:
         assert predict_two.main([*where, "--run-id", run_id, "--name", run_id]) == 0
         expected = expected + member["weight"] * np.log(submission(copied, run_id))
     np.testing.assert_allclose(np.log(submission(copied, "texts")), expected, atol=2e-5)
+    assert wrong(copied) == []
+
+
+def test_a_run_of_all_folds_beside_fold_runs(copied: Path, catalog: Path) -> None:
+    """Its members are one model with a memory; it validated on the rows of both fold runs together."""
+    flags = ["--data", str(catalog), "--output", str(copied), "--device", "cpu", "--folds", "2", "--run-id", "best"]
+    small = ["--width", "16", "--hidden", "16", "--components", "8", "--neighbours", "8", "--epochs", "2"]
+    assert train_two.main([*flags, *small]) == 0
+    assert ensemble.main(["best", "q0", "q1", "--output", str(copied), "--run-id", "both"]) == 0
+    where = ["--output", str(copied), "--date", "2026-01-02"]
+    assert predict_test.main([*where, "--run-id", "both", "--name", "both"]) == 0
+    expected: Any = 0.0
+    for member in record(copied, "both")["members"]:
+        run_id = storage.base(member["run"])
+        assert predict_two.main([*where, "--run-id", run_id, "--name", run_id]) == 0
+        expected = expected + member["weight"] * np.log(submission(copied, run_id))
+    np.testing.assert_allclose(np.log(submission(copied, "both")), expected, atol=2e-5)
     assert wrong(copied) == []
 
 

@@ -12,6 +12,8 @@ from fusion.qwen_clip import evaluate_by_groups, predict_test, train
 from fusion.verify import verify
 from tests.conftest import SMALL
 
+PUBLISHED = [*SMALL, "--recipe", "published"]
+
 
 @pytest.fixture(scope="module")
 def dated(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -28,7 +30,9 @@ def dated(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_evaluation_and_prediction(dated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--output", str(tmp_path), "--run-id", "r"]
     assert (
-        train.main(["--data", str(dated), *where, *SMALL, "--epochs", "2", "--validate-after", "created", "2026-01-20"])
+        train.main(
+            ["--data", str(dated), *where, *PUBLISHED, "--epochs", "2", "--validate-after", "created", "2026-01-20"]
+        )
         == 0
     )
     assert "dropped=" in capsys.readouterr().err
@@ -52,7 +56,7 @@ def test_a_row_without_a_date(dated: Path, tmp_path: Path, capsys: pytest.Captur
     table = pd.read_csv(data / "train.csv", dtype="str")
     table.loc[3, "created"] = ""
     table.to_csv(data / "train.csv", index=False)
-    flags = ["--data", str(data), "--output", str(tmp_path), *SMALL, "--epochs", "1"]
+    flags = ["--data", str(data), "--output", str(tmp_path), *PUBLISHED, "--epochs", "1"]
     assert train.main([*flags, "--validate-after", "created", "2026-01-20"]) == 65
     said = capsys.readouterr().err
     assert f"1 of {len(table)} rows have no date in 'created', the first: {table['sample_id'][3]}" in said

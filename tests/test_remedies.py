@@ -52,7 +52,7 @@ PRINTED_BY = {
     "fusion/distributed.py": RUNS,
     "fusion/duplicates.py": ("train",),
     "fusion/embeddings.py": ("train", "predict"),
-    "fusion/ensemble/__main__.py:_other_rows": ("submit",),  # in a command that it names
+    "fusion/ensemble/__main__.py:_other_rows": ("train",),
     "fusion/ensemble/__main__.py:_warn_of_several_data": ("predict",),
     "fusion/ensemble/__main__.py": ("ensemble",),
     "fusion/ensemble/folder.py": ("ensemble",),
@@ -107,7 +107,6 @@ PRINTED_BY = {
 # Of git, docker and kubectl; and of the training whose flags follow the `--` of a submission.
 FOREIGN = {"fusion/provenance.py": {"--error-unmatch"}, "fusion/sharing.py": {"--shm-size"}}
 FOREIGN |= {"jobs/clusters/kubectl.py": {"--output"}}
-FOREIGN |= {"fusion/ensemble/__main__.py:_other_rows": {"--folds"}}
 FOREIGN |= {"jobs/clusters/description.py": {"--folds", "--fold", "--name", "--run-id"}}
 MODULES = sorted(path for part in ("fusion", "jobs") for path in (ROOT / part).glob("**/*.py"))
 

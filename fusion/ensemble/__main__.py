@@ -3,8 +3,8 @@
     python -m fusion.ensemble RUN RUN … --output s3://bucket/output
     python -m fusion.ensemble.predict_test --output s3://bucket/output
 
-RUN is the id of a run under --output. All have to have validated on the same rows; the fold runs of one recipe
-(--folds 5 --fold 0 … 4) count as one that validated on all rows. The weights are fitted on what each run predicted for
+RUN is the id of a run under --output. All have to have validated on the same rows: with --folds, on all there are; the
+fold runs of one recipe (--folds 5 --fold 0 … 4) count as one. The weights are fitted on what each run predicted for
 rows that it did not train on, and kept if they are better than equal ones by twice the standard error. What is printed
 of them is nested: each row is priced by weights that were fitted without its group of near-duplicates. Fold runs
 together are better on new rows than that says, for there each row gets the mean of them all. Needs no GPU.
@@ -50,8 +50,7 @@ def _other_rows(first: Scored, other: Scored) -> DataError:
     return DataError(
         f"{first.name} validated on {len(first.rows)} rows and {other.name} on {len(other.rows)}, of which they share "
         f"{len(shared([first, other]))}",
-        "mix runs of one split; or train all folds of each recipe, as `python jobs/submit.py --each-fold -- --folds 5` "
-        "does, and name all of these runs",
+        "mix runs of one split, or train each with --folds 5, which validates on all rows",
     )
 
 

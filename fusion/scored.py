@@ -54,7 +54,7 @@ class Scored:
 
     Attributes:
         rows: of every validation row, sorted by sample_id, its index: price and predicted in dollars, group, and
-            category where the run has one.
+            where the run has them spread and category.
     """
 
     members: tuple[Member, ...]
@@ -119,7 +119,7 @@ def scored(run: str) -> Scored:
     rows = validation_of(chosen) if has_validation(chosen) else _evaluated(run, chosen, variant)
     split = read_split(run, chosen.manifest.split_sha256).set_index("sample_id")
     rows = rows.set_index("sample_id").sort_index()
-    rows = rows[[name for name in ("price", "predicted", "category") if name in rows]]
+    rows = rows[[name for name in ("price", "predicted", "spread", "category") if name in rows]]
     rows["group"] = split["group"].reindex(rows.index).to_numpy()
     made = chosen.manifest
     member = Member(run, variant, chosen.name, chosen.model_sha256, made.data_sha256, made.finished, settings_of(run))

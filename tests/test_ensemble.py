@@ -15,8 +15,10 @@ import pytest
 from fusion import pointers, storage
 from fusion.all_embeddings import predict_test as predict_all
 from fusion.all_embeddings import train as train_all
+from fusion.clustered import Estimate
 from fusion.ensemble import __main__ as ensemble
 from fusion.ensemble import predict_test
+from fusion.intervals import misplaced
 from fusion.metrics import compute_smape
 from fusion.qwen_clip import predict_test as predict_two
 from fusion.qwen_clip import train as train_two
@@ -245,6 +247,91 @@ def test_a_member_that_is_gone_or_another(copied: Path, capsys: Capture) -> None
     shutil.copytree(copied / "runs/q1", copied / "runs/q0")
     assert predict_test.main(where) == 65
     assert "of runs/q0, which is another model now" in capsys.readouterr().err
+
+
+def weighted_mean(output: Path, where: list[str]) -> Any:
+    """Of the log prices that the members predict on their own."""
+    commands, total = {"q": predict_two, "a": predict_all}, 0.0
+    for member in record(output)["members"]:
+        run_id = storage.base(member["run"])
+        assert commands[run_id[0]].main([*where, "--run-id", run_id, "--name", run_id]) == 0
+        total = total + member["weight"] * np.log(submission(output, run_id))
+    return total
+
+
+def submitted(output: Path, name: str) -> pd.DataFrame:
+    current = pointers.read(SubmissionPointer, str(output), "submissions", name, "current")
+    assert current is not None
+    return pd.read_parquet(output / "submissions" / current.submission / "predictions.parquet")
+
+
+@pytest.fixture(scope="module")
+def computing(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ensemble of two folds with computed sources, each fitted on its own training rows, and of two without."""
+    place = tmp_path_factory.mktemp("computing")
+    where = ["--data", str(catalog), "--output", str(place), *SMALL, "--epochs", "3", "--folds", "2", "--fold"]
+    for fold in ("0", "1"):
+        texts = ["--features", "text", "--columns", "category"]
+        assert train_two.main([*where, fold, "--run-id", f"q{fold}", *texts]) == 0
+        assert train_all.main([*where, fold, "--run-id", f"a{fold}"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Estimate, "is_significant", False)  # equal weights: else those of the worse may be 0
+        assert ensemble.main([*FOLDS, "--output", str(place), "--run-id", "mix"]) == 0
+    return place
+
+
+def test_each_member_computes_its_own_sources(computing: Path, capsys: Capture) -> None:
+    where = ["--output", str(computing), "--date", "2026-01-02"]
+    fitted = {(computing / f"runs/q{fold}/features.safetensors").read_bytes() for fold in (0, 1)}
+    assert len(fitted) == 2, "folds train on other rows"
+    expected = weighted_mean(computing, where)
+    capsys.readouterr()
+    assert predict_test.main(where) == 0
+    assert capsys.readouterr().err.count("event=looked role=text_words") == 1, "of the same texts, once"
+    np.testing.assert_allclose(np.log(submission(computing, "test")), expected, atol=2e-5)
+    done = run_command("fusion.ensemble.predict_test", *where, "--device", "cpu", "--name", "two", ranks=2)
+    assert done.code == 0, done.err
+    np.testing.assert_allclose(submission(computing, "two"), submission(computing, "test"), rtol=1e-6)
+    assert wrong(computing) == []
+
+
+def test_runs_with_a_memory_whose_members_hold_out_all_folds(trained: Path, catalog: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(trained, tmp_path / "output"))
+    where = ["--data", str(catalog), "--output", str(output), "--device", "cpu", "--epochs", "3", "--folds", "2"]
+    small = ["--width", "16", "--hidden", "16", "8", "--components", "16", "--neighbours", "16", "--batch-size", "64"]
+    for run_id in ("whole", "again"):
+        assert train_two.main([*where, *small, "--run-id", run_id, "--features", "text"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Estimate, "is_significant", False)
+        for runs, name in ((["whole", "again"], "two"), (["whole", "a0", "a1"], "three")):
+            assert ensemble.main([*runs, "--output", str(output), "--run-id", name]) == 0
+            rows = pd.read_parquet(output / f"runs/{name}/validation.parquet")
+            assert ("spread" in rows) == (name == "two"), "all members have one, or the mixture has none"
+            limits = json.loads((output / f"runs/{name}/intervals.json").read_text())
+            assert bool(limits["scales"]) == (name == "two")
+            where = ["--output", str(output), "--date", "2026-01-02", "--run-id", name, "--name", name]
+            assert predict_test.main(where) == 0
+            assert not misplaced(submitted(output, name), "price")
+    alone = ["--output", str(output), "--date", "2026-01-02", "--run-id", "whole", "--name", "alone"]
+    assert predict_two.main(alone) == 0
+    np.testing.assert_allclose(submission(output, "alone"), submission(output, "two"), rtol=1e-4)
+
+
+def test_a_member_whose_computed_sources_are_gone(computing: Path, tmp_path: Path, capsys: Capture) -> None:
+    output = Path(shutil.copytree(computing, tmp_path / "output"))
+    (output / "runs/q1/features.safetensors").unlink()
+    assert predict_test.main(["--output", str(output), "--date", "2026-01-03", "--name", "gone"]) == 65
+    assert "runs/q1/features.safetensors does not exist" in capsys.readouterr().err
+
+
+def test_a_table_that_lacks_what_a_member_computes_from(computing: Path, catalog: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(catalog, tmp_path / "data"))
+    pd.read_csv(data / "test.csv").drop(columns="catalog_content").to_csv(data / "test.csv", index=False)
+    done = run_command(
+        *("fusion.ensemble.predict_test", "--output", str(computing), "--data", str(data), "--name", "lacks"),
+        *("--device", "cpu"),
+    )
+    assert done.code == 65 and "test.csv has no column 'catalog_content'" in done.err
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def publish(output: str, record: EnsembleRecord, found: Sequence[Scored], rows: 
         return False
     members = [member for one in found for member in one.members]
     frame, by = _frame(rows, blend, members)
+    frame = frame.assign(**_spread(found, rows, blend))
     made = intervals.fit(frame, by)
     files = {
         ENSEMBLE: seal(asdict(record)),  # first: it tells the folder from that of a run
@@ -102,6 +103,14 @@ def _frame(rows: Shared, blend: Blend, members: Sequence[Member]) -> tuple[pd.Da
     if rows.category is None or len(names) > 1:
         return frame, ""
     return frame.assign(category=rows.category.to_numpy()), names.pop()
+
+
+def _spread(found: Sequence[Scored], rows: Shared, blend: Blend) -> dict[str, np.ndarray]:
+    """{"spread": [n]}, the weighted mean of the members' spreads; nothing where one that counts has none."""
+    used = [(one.rows, weight) for one, weight in zip(found, blend.weights, strict=True) if weight > 0]
+    if not all("spread" in known and known["spread"].notna().all() for known, _ in used):
+        return {}
+    return {"spread": np.sum([weight * known["spread"].loc[rows.ids].to_numpy() for known, weight in used], axis=0)}
 
 
 def _check_same(folder: str, record: EnsembleRecord) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pandas as pd
 import torch
@@ -241,14 +240,22 @@ def _agreement(part: Part, names: Mapping[str, str]) -> dict[str, float]:
 
 
 def _mixing(parts: Sequence[Part], models: Sequence[PriceModel]) -> Compute:
-    """What computes {"price": [B] dollars} from inputs and presence by source."""
+    """What computes {"price": [B] dollars} and, where all members have one, "spread" [B], their weighted means."""
     computes = [pricing(model) for model in models]
 
     def compute(batch: Batch) -> dict[str, Tensor]:
-        total: Any = 0.0
-        for part, priced in zip(parts, computes, strict=True):
-            price = priced(Batch(_by_role(batch.inputs, part), _by_role(batch.present, part)))["price"]
-            total = total + part.member.weight * torch.log(price.double())
-        return {"price": torch.exp(total)}
+        found = [
+            priced(Batch(_by_role(batch.inputs, part), _by_role(batch.present, part)))
+            for part, priced in zip(parts, computes, strict=True)
+        ]
+        mixed = {"price": torch.exp(_mean(parts, [torch.log(one["price"].double()) for one in found]))}
+        if all("spread" in one for one in found):
+            mixed["spread"] = _mean(parts, [one["spread"].double() for one in found])
+        return mixed
 
     return compute
+
+
+def _mean(parts: Sequence[Part], values: Sequence[Tensor]) -> Tensor:
+    """[B] from values [B] of each member, by their weights."""
+    return sum((part.member.weight * one for part, one in zip(parts, values, strict=True)), torch.zeros_like(values[0]))

@@ -1,0 +1,96 @@
+"""The rows that everything is measured on, and their folds: those that `train --folds 5 --fold k` validates on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from fusion.config import RunConfig, digest
+from fusion.distributed import world
+from fusion.duplicates import TEXT_COLUMN, near_duplicate_groups
+from fusion.embeddings import RowStore, load
+from fusion.errors import ConfigError
+from fusion.splits import split_rows
+from fusion.tables import Table, read_table
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """N priced rows with their embeddings.
+
+    Attributes:
+        ids: [N] in the order of `read_table`.
+        prices: [N] dollars.
+        groups: [N] of `near_duplicate_groups`.
+        folds: [N] the fold that the row is validated in.
+        vectors: role to [N, D_role] float32, NaN where the row lacks the source.
+        texts: [N], empty unless they were asked for.
+        digest: of all of this.
+    """
+
+    ids: pd.Index
+    prices: np.ndarray
+    groups: np.ndarray
+    folds: np.ndarray
+    vectors: dict[str, np.ndarray]
+    texts: list[str]
+    digest: str
+
+    @property
+    def logs(self) -> np.ndarray:
+        """[N] natural logarithms of the prices."""
+        return np.log(self.prices)
+
+
+def read_catalog(config: RunConfig, sources: Mapping[str, str], *, with_text: bool) -> Catalog:
+    """Reads rows, embeddings and, if asked for, texts, and draws the folds.
+
+    Args:
+        config: where the data are, how many folds, their seed, and the columns that tell near-duplicates.
+        sources: role to the name of its source.
+
+    Raises:
+        FusionError: as the commands raise it for such data.
+    """
+    per_fold = [name for name in sources.values() if "{fold}" in name]
+    if per_fold:
+        raise ConfigError(
+            f"the source {per_fold[0]!r} differs from fold to fold, and peers read one set of embeddings for all",
+            "leave it out of --sources",
+        )
+    table = read_table(config.data, "train", priced=True, drop_bad_prices=config.drop_bad_prices)
+    with world("cpu") as place:
+        store = load(config.data, "train", sources, table.ids, place, max_missing=config.max_missing)
+    groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
+    texts = _texts(table, config) if with_text else []
+    key = digest([table.digest(), store.digest(), _sha256(groups), config.folds, config.seed])
+    return Catalog(table.ids, table.prices, groups, _folds(table, groups, config), _vectors(store), texts, key)
+
+
+def _folds(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:
+    """[N] fold of each row, asked fold by fold as the training asks."""
+    folds = np.full(len(table), -1)
+    for fold in range(config.folds or 0):
+        split = split_rows(table, groups, RunConfig(folds=config.folds, fold=fold, seed=config.seed))
+        folds[(split["side"] == "validation").to_numpy(bool)] = fold
+    return folds
+
+
+def _vectors(store: RowStore) -> dict[str, np.ndarray]:
+    vectors = {role: values.float().numpy() for role, values in store.values.items()}
+    for role, present in store.present.items():
+        vectors[role][~present.numpy()] = np.nan
+    return vectors
+
+
+def _texts(table: Table, config: RunConfig) -> list[str]:
+    column = table.column(config.text_column or TEXT_COLUMN, "--text-column")
+    return [text if isinstance(text, str) else "" for text in column]
+
+
+def _sha256(values: np.ndarray) -> str:
+    return hashlib.sha256(values.astype(np.int64).tobytes()).hexdigest()

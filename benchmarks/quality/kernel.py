@@ -1,0 +1,116 @@
+"""Kernel regression on labelled neighbours: the mean log price of the training rows, weighted by similarity.
+
+A row's weight is the softmax of a weighted sum of cosines, one per source, over all training rows of other groups
+(Nadaraya, 1964; Watson, 1964). The few weights of the sum are fitted to the SMAPE of the training rows, each predicted
+without its own group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from benchmarks.quality.fold import Fold
+
+STEPS, BATCH, LR = 60, 1024, 0.15
+START = 4.0  # of every weight, before softplus
+COSINE_VALUES = 400_000_000  # kept while the weights are fitted, in float32: 1.6 GB
+CHUNK = 512  # rows compared with all training rows at a time
+TOP = (1, 3, 10)  # neighbours whose mean similarity is a feature
+Part = np.ndarray | csr_array
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Similarity of the rows of a fold to its training rows.
+
+    Attributes:
+        fold: the fold it is of.
+        parts: name to [N, D] of unit length, dense or sparse; zeros where a row lacks it.
+        device: where prices are computed.
+    """
+
+    fold: Fold
+    parts: dict[str, Part]
+    device: torch.device
+
+    def fitted(self) -> Tensor:
+        """[P] weights of the parts, above zero."""
+        fold = self.fold
+        generator = torch.Generator().manual_seed(fold.number)
+        n_queries = max(1, min(len(fold.train), COSINE_VALUES // (len(self.parts) * len(fold.train))))
+        queries = torch.randperm(len(fold.train), generator=generator)[:n_queries].sort().values
+        cosines = torch.cat([self._cosines(fold.train[chunk]) for chunk in queries.split(CHUNK)], dim=1)
+        raw = torch.full((len(self.parts),), START, device=self.device, requires_grad=True)
+        optimizer = torch.optim.Adam([raw], lr=LR)
+        for _ in range(STEPS):
+            batch = torch.randperm(n_queries, generator=generator)[:BATCH]
+            chance = self._softmax(cosines[:, batch.to(self.device)], softplus(raw), fold.groups[queries[batch]])
+            distance = (chance @ self._targets - self._targets[queries[batch].to(self.device)]).abs()
+            optimizer.zero_grad()
+            torch.tanh(distance / 2).mean().backward()
+            optimizer.step()
+        return softplus(raw).detach()
+
+    def predicted(self, weights: Tensor) -> np.ndarray:
+        """[m] log prices of the rows to predict."""
+        fold = self.fold
+        none = np.full(len(fold.held), -1)
+        return np.concatenate([features[:, 0] for features in self._features(fold.held, none, weights)])
+
+    def features(self, weights: Tensor) -> np.ndarray:
+        """[N, 7] what a row's neighbours say of it; a training row is told nothing of its own group.
+
+        Mean, deviation and effective number of its neighbours, mean similarity of the nearest 1, 3 and 10, log price
+        of the nearest.
+        """
+        fold, n_rows = self.fold, next(iter(self.parts.values())).shape[0]
+        found = np.zeros((n_rows, 4 + len(TOP)), np.float32)
+        found[fold.train] = np.concatenate(list(self._features(fold.train, fold.groups, weights)))
+        found[fold.held] = np.concatenate(list(self._features(fold.held, np.full(len(fold.held), -1), weights)))
+        return found
+
+    def _features(self, rows: np.ndarray, groups: np.ndarray, weights: Tensor) -> Iterator[np.ndarray]:
+        for start in range(0, len(rows), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            cosines = self._cosines(rows[chunk])
+            chance = self._softmax(cosines, weights, groups[chunk])
+            mean = chance @ self._targets
+            square = chance @ self._targets.square() - mean.square()
+            effective = chance.square().sum(1).reciprocal().log()
+            near, place = self._logits(cosines, weights, groups[chunk]).topk(min(max(TOP), chance.shape[1]), dim=1)
+            near = (near / weights.sum()).clamp_min(-1)
+            top = [near[:, :count].mean(1) for count in TOP]
+            columns = [mean, square.clamp_min(0).sqrt(), effective, *top, self._targets[place[:, 0]]]
+            yield torch.stack(columns, dim=1).cpu().numpy()
+
+    def _softmax(self, cosines: Tensor, weights: Tensor, groups: np.ndarray) -> Tensor:
+        return self._logits(cosines, weights, groups).softmax(1)
+
+    def _logits(self, cosines: Tensor, weights: Tensor, groups: np.ndarray) -> Tensor:
+        """[Q, n] weighted sums of cosines [P, Q, n]; minus infinity between rows of one group."""
+        mine, others = torch.from_numpy(groups), torch.from_numpy(self.fold.groups)
+        is_own = (mine[:, None] == others).to(self.device)
+        return torch.einsum("p,pqn->qn", weights, cosines).masked_fill(is_own, float("-inf"))
+
+    def _cosines(self, rows: np.ndarray) -> Tensor:
+        """[P, Q, n] between these rows and the training rows."""
+        found = [_products(part, rows, self.fold.train, self.device) for part in self.parts.values()]
+        return torch.stack(found)
+
+    @property
+    def _targets(self) -> Tensor:
+        return torch.from_numpy(self.fold.targets.astype(np.float32)).to(self.device)
+
+
+def _products(part: Part, rows: np.ndarray, others: np.ndarray, device: torch.device) -> Tensor:
+    if isinstance(part, np.ndarray):
+        left, right = (torch.from_numpy(part[which]).to(device) for which in (rows, others))
+        return left @ right.T
+    return torch.from_numpy((part[rows] @ part[others].T).toarray().astype(np.float32)).to(device)

@@ -1,0 +1,79 @@
+"""TabM (Gorishniy et al., 2024, arXiv 2410.24210) and RealMLP (Holzmüller et al., 2024, arXiv 2407.04491)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.quality.fold import log_smape
+from benchmarks.quality.inputs import Inputs
+
+Settings = Mapping[str, Any]
+
+
+def tabm(inputs: Inputs, settings: Settings) -> np.ndarray:
+    """TabM with the L1 loss, for the number of epochs that was best on the tuning rows."""
+    fold, device = inputs.fold, inputs.shared.device
+    mean, deviation = fold.targets.mean(), fold.targets.std()
+    x = torch.from_numpy(inputs.reduced).to(device)
+    y = torch.from_numpy(((fold.targets - mean) / deviation).astype(np.float32)).to(device)
+    known, wanted = (torch.from_numpy(np.flatnonzero(which)) for which in (~fold.tunes, fold.tunes))
+    rows = torch.from_numpy(fold.train)
+    training = _TabM(x.shape[1], settings, device)
+    losses: list[float] = []
+    while len(losses) < settings["epochs"] and len(losses) - int(np.argmin(losses or [0])) <= settings["patience"]:
+        training.epoch(x, y, rows, known)
+        predicted = training.predict(x[rows[wanted]]) * deviation + mean
+        losses.append(log_smape(predicted, fold.targets[fold.tunes]))
+    final = _TabM(x.shape[1], settings, device)
+    for _ in range(int(np.argmin(losses)) + 1):
+        final.epoch(x, y, rows, torch.arange(len(rows)))
+    return np.asarray(final.predict(x[torch.from_numpy(fold.held)]) * deviation + mean)
+
+
+class _TabM:
+    """A model in training; the same settings give the same model."""
+
+    def __init__(self, n_features: int, settings: Settings, device: torch.device) -> None:
+        from tabm import TabM
+
+        torch.manual_seed(0)
+        shape = {name: settings[name] for name in ("k", "n_blocks", "d_block", "dropout")}
+        self.model: nn.Module = TabM.make(n_num_features=n_features, d_out=1, **shape).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"]
+        )
+        self.batch, self.generator = settings["batch"], torch.Generator().manual_seed(0)
+
+    def epoch(self, x: Tensor, y: Tensor, rows: Tensor, known: Tensor) -> None:
+        """One pass over the training rows at the positions `known` of `rows`."""
+        self.model.train()
+        for batch in known[torch.randperm(len(known), generator=self.generator)].split(self.batch):
+            with torch.autocast(x.device.type, torch.bfloat16):
+                predicted = self.model(x[rows[batch]])[..., 0]
+            loss = (predicted.float() - y[batch][:, None]).abs().mean()  # each of the k members has its own loss
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> np.ndarray:
+        """[n] mean of the k members."""
+        self.model.eval()
+        parts = [self.model(chunk)[..., 0].mean(1) for chunk in x.split(1024)]
+        return torch.cat(parts).double().cpu().numpy()
+
+
+def realmlp(inputs: Inputs, settings: Settings) -> np.ndarray:
+    """RealMLP with its tuned defaults and the median for a loss; its best epoch is that of the tuning rows."""
+    from pytabkit import RealMLP_TD_Regressor
+
+    fold, x = inputs.fold, inputs.reduced
+    given = {"device": inputs.shared.device.type, "random_state": 0, "n_cv": 1, "n_refit": 1, "val_metric_name": "mae"}
+    model = RealMLP_TD_Regressor(**given, **settings)
+    model.fit(x[fold.train], fold.targets, val_idxs=np.flatnonzero(fold.tunes))
+    return np.asarray(model.predict(x[fold.held]), np.float64).reshape(len(fold.held), -1)[:, 0]

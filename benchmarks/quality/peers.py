@@ -1,0 +1,230 @@
+"""The peers: what a person would take in place of Fusion, each with its settings and how it is tuned.
+
+Every peer predicts log prices. What is tuned (rounds, epochs, strength, number of neighbours) is tuned on a fifth of
+the fold's training groups; then the peer learns from all training rows. Settings are the libraries' defaults but for
+those below, which come from first tries on such tuning rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality import neural
+from benchmarks.quality.fold import chosen, log_smape
+from benchmarks.quality.inputs import Inputs
+
+Settings = Mapping[str, Any]
+Learn = Callable[[Inputs, Settings], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model that prices can be predicted with.
+
+    Attributes:
+        learn: log prices [m] of a fold's rows to predict, from (inputs, settings).
+        settings: all that is not the library's default.
+        library: the distribution that it comes from; a prediction of another version is another prediction.
+        plain: it is no learner that further columns could be given to, so that it is measured without neighbours.
+        reads: it uses the embeddings and texts.
+    """
+
+    learn: Learn
+    settings: Settings
+    library: str
+    plain: bool = False
+    reads: bool = True
+
+    def version(self) -> str | None:
+        """Of its library; None if that is not installed."""
+        try:
+            return metadata.version(self.library)
+        except metadata.PackageNotFoundError:
+            return None
+
+
+def n_threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
+def median(inputs: Inputs, settings: Settings) -> np.ndarray:
+    return np.full(len(inputs.fold.held), np.median(inputs.fold.targets))
+
+
+def kernel(inputs: Inputs, settings: Settings) -> np.ndarray:
+    return inputs.shared.kernel(inputs.with_text).predicted(inputs.shared.weights(inputs.with_text))
+
+
+def ridge(inputs: Inputs, settings: Settings) -> np.ndarray:
+    from sklearn.linear_model import Ridge
+
+    fold, x = inputs.fold, inputs.wide
+
+    def predict(alpha: float, known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        model = Ridge(alpha).fit(x[fold.train[known]], fold.targets[known])
+        return np.asarray(model.predict(x[fold.train[wanted]]))
+
+    alpha = chosen(fold, settings["alphas"], predict)
+    return np.asarray(Ridge(alpha).fit(x[fold.train], fold.targets).predict(x[fold.held]))
+
+
+def nearest(inputs: Inputs, settings: Settings) -> np.ndarray:
+    """Mean log price of the k rows with the highest sum of cosines over the sources."""
+    from sklearn.neighbors import KNeighborsRegressor
+
+    fold = inputs.fold
+    x = np.hstack([np.asarray(part) for part in inputs.shared.kernel(False).parts.values()])
+
+    def model(k: int, known: np.ndarray) -> KNeighborsRegressor:
+        return KNeighborsRegressor(min(k, len(known))).fit(x[fold.train[known]], fold.targets[known])
+
+    k = chosen(fold, settings["k"], lambda k, known, wanted: model(k, known).predict(x[fold.train[wanted]]))
+    return np.asarray(model(k, np.arange(len(fold.train))).predict(x[fold.held]))
+
+
+def mlp(inputs: Inputs, settings: Settings) -> np.ndarray:
+    """scikit-learn's, on principal components, for the number of epochs that was best on the tuning rows."""
+    from sklearn.neural_network import MLPRegressor
+
+    fold, x = inputs.fold, inputs.reduced
+    given = {name: value for name, value in settings.items() if name != "epochs"}
+    known, wanted = np.flatnonzero(~fold.tunes), np.flatnonzero(fold.tunes)
+    mean, deviation = fold.targets.mean(), fold.targets.std()
+    targets = (fold.targets - mean) / deviation
+
+    model, losses = MLPRegressor(random_state=0, **given), []
+    for _ in range(settings["epochs"]):
+        model.partial_fit(x[fold.train[known]], targets[known])
+        predicted = model.predict(x[fold.train[wanted]]) * deviation + mean
+        losses.append(log_smape(predicted, fold.targets[wanted]))
+    model = MLPRegressor(random_state=0, **given)
+    for _ in range(int(np.argmin(losses)) + 1):
+        model.partial_fit(x[fold.train], targets)
+    return np.asarray(model.predict(x[fold.held]) * deviation + mean)
+
+
+def lightgbm(inputs: Inputs, settings: Settings) -> np.ndarray:
+    import lightgbm as lgb
+
+    fold, x = inputs.fold, tree_inputs(inputs, settings)
+    given = {**booster_settings(settings), "num_threads": n_threads(), "verbosity": -1, "seed": 0}
+    tuning = lgb.Dataset(x[fold.train[~fold.tunes]], fold.targets[~fold.tunes], params=given, free_raw_data=False)
+    judge = tuning.create_valid(x[fold.train[fold.tunes]], fold.targets[fold.tunes])
+    stop = lgb.early_stopping(settings["patience"], verbose=False)
+    rounds = lgb.train(given, tuning, settings["rounds"], valid_sets=[judge], callbacks=[stop]).best_iteration
+    model = lgb.train(given, lgb.Dataset(x[fold.train], fold.targets, params=given), rounds)
+    return np.asarray(model.predict(x[fold.held]))
+
+
+def xgboost(inputs: Inputs, settings: Settings) -> np.ndarray:
+    import xgboost as xgb
+
+    fold, x = inputs.fold, tree_inputs(inputs, settings)
+    device = inputs.shared.device.type
+    given = {**booster_settings(settings), "nthread": n_threads(), "device": device, "seed": 0}
+    tuning = xgb.QuantileDMatrix(x[fold.train[~fold.tunes]], fold.targets[~fold.tunes])
+    judge = xgb.QuantileDMatrix(x[fold.train[fold.tunes]], fold.targets[fold.tunes], ref=tuning)
+    early = {"early_stopping_rounds": settings["patience"], "verbose_eval": False}
+    rounds = xgb.train(given, tuning, settings["rounds"], evals=[(judge, "tuning")], **early).best_iteration + 1
+    model = xgb.train(given, xgb.QuantileDMatrix(x[fold.train], fold.targets), rounds)
+    return np.asarray(model.predict(xgb.DMatrix(x[fold.held])))
+
+
+def catboost(inputs: Inputs, settings: Settings) -> np.ndarray:
+    from catboost import CatBoostRegressor, Pool
+
+    fold, x = inputs.fold, tree_inputs(inputs, settings)
+    given = {**booster_settings(settings), "thread_count": n_threads(), "random_seed": 0, "verbose": False}
+    given |= {"allow_writing_files": False}
+    tuning = Pool(x[fold.train[~fold.tunes]], fold.targets[~fold.tunes])
+    judge = Pool(x[fold.train[fold.tunes]], fold.targets[fold.tunes])
+    model = CatBoostRegressor(iterations=settings["rounds"], **given)
+    model.fit(tuning, eval_set=judge, early_stopping_rounds=settings["patience"])
+    final = CatBoostRegressor(iterations=model.get_best_iteration() + 1, **given)
+    return np.asarray(final.fit(x[fold.train], fold.targets).predict(x[fold.held]))
+
+
+def tree_inputs(inputs: Inputs, settings: Settings) -> np.ndarray:
+    return inputs.raw if settings["inputs"] == "raw" else inputs.reduced
+
+
+def booster_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that the library itself takes."""
+    return {name: value for name, value in settings.items() if name not in ("inputs", "rounds", "patience")}
+
+
+def peer(learn: Learn, library: str, *, plain: bool = False, reads: bool = True, **settings: Any) -> Peer:
+    return Peer(learn, MappingProxyType(settings), library, plain, reads)
+
+
+PEERS: dict[str, Peer] = {
+    "median": peer(median, "numpy", plain=True, reads=False),
+    "nearest": peer(nearest, "scikit-learn", plain=True, k=(1, 2, 3, 5, 8, 13, 21, 34)),
+    "kernel": peer(kernel, "torch", plain=True),
+    "ridge": peer(ridge, "scikit-learn", alphas=(1e2, 1e3, 3e3, 1e4, 3e4, 1e5)),
+    "mlp": peer(
+        mlp,
+        "scikit-learn",
+        hidden_layer_sizes=(512, 256),
+        alpha=1.0,
+        batch_size=128,
+        learning_rate_init=5e-4,
+        epochs=40,
+    ),
+    "lightgbm": peer(
+        lightgbm,
+        "lightgbm",
+        inputs="raw",
+        rounds=3000,
+        patience=100,
+        objective="l1",
+        learning_rate=0.05,
+        num_leaves=31,
+        feature_fraction=0.2,
+        bagging_fraction=0.8,
+        bagging_freq=1,
+    ),
+    "xgboost": peer(
+        xgboost,
+        "xgboost",
+        inputs="raw",
+        rounds=3000,
+        patience=100,
+        objective="reg:absoluteerror",
+        learning_rate=0.05,
+        max_depth=6,
+        colsample_bytree=0.2,
+        subsample=0.8,
+    ),
+    "catboost": peer(
+        catboost,
+        "catboost",
+        inputs="reduced",
+        rounds=3000,
+        patience=100,
+        loss_function="MAE",
+        learning_rate=0.08,
+        depth=6,
+    ),
+    "tabm": peer(
+        neural.tabm,
+        "tabm",
+        k=32,
+        n_blocks=3,
+        d_block=512,
+        dropout=0.1,
+        lr=2e-3,
+        weight_decay=3e-4,
+        batch=256,
+        epochs=60,
+        patience=10,
+    ),
+    "realmlp": peer(neural.realmlp, "pytabkit", n_epochs=256, train_metric_name="multi_pinball(0.5)"),
+}

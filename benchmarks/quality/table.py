@@ -1,0 +1,155 @@
+"""The table: SMAPE out of fold, its error, and the paired difference to a reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.catalog import Catalog
+from benchmarks.quality.predictions import Prediction
+from benchmarks.quality.scores import clustered_error, nested_blend
+from fusion.errors import ConfigError
+from fusion.metrics import row_smape
+
+BLEND = "best convex blend"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A line of the table.
+
+    Attributes:
+        errors: [N] SMAPE of each row, NaN where it is not covered.
+        smape, error: mean and clustered standard error, in percent.
+        difference, difference_error: to the reference, over the rows that both cover; NaN of the reference itself.
+    """
+
+    prediction: Prediction
+    errors: np.ndarray
+    smape: float
+    error: float
+    difference: float = math.nan
+    difference_error: float = math.nan
+
+    @property
+    def rows(self) -> int:
+        return int((~np.isnan(self.errors)).sum())
+
+    @property
+    def label(self) -> str:
+        """What --reference calls it."""
+        return f"{self.prediction.name}, {self.prediction.inputs}"
+
+
+def blends(peers: Sequence[Prediction], ours: Sequence[Prediction], catalog: Catalog) -> list[Prediction]:
+    """The best convex blend of the peers for each kind of input, of all peers, and of these with Fusion's runs."""
+    whole = [one for one in peers if one.covered.all()]
+    kinds = dict.fromkeys(one.inputs for one in whole if one.inputs != "prices")
+    sets = {f"peers on {kind}": [one for one in whole if one.inputs in (kind, "prices")] for kind in kinds}
+    if len(kinds) > 1:
+        sets["all of the peers"] = whole
+    if any(one.covered.all() for one in ours):
+        sets["peers and Fusion"] = [*whole, *(one for one in ours if one.covered.all())]
+    return [_blend(inputs, members, catalog) for inputs, members in sets.items() if len(members) > 1]
+
+
+def _blend(inputs: str, members: Sequence[Prediction], catalog: Catalog) -> Prediction:
+    logs, weights = nested_blend(np.stack([one.logs for one in members]), catalog.logs, catalog.folds)
+    named = {f"{one.name}, {one.inputs}": float(weight) for one, weight in zip(members, weights, strict=True)}
+    kept = {name: round(weight, 3) for name, weight in named.items() if weight >= 0.005}
+    return Prediction(BLEND, inputs, logs, sum(one.minutes for one in members), weights=kept)
+
+
+def scored(predictions: Sequence[Prediction], catalog: Catalog) -> list[Score]:
+    return [_score(one, catalog) for one in predictions]
+
+
+def _score(prediction: Prediction, catalog: Catalog) -> Score:
+    covered, errors = prediction.covered, np.full(len(catalog.prices), np.nan)
+    errors[covered] = row_smape(catalog.prices[covered], np.exp(prediction.logs[covered]))
+    error = clustered_error(errors[covered], catalog.groups[covered])
+    return Score(prediction, errors, float(errors[covered].mean()), error)
+
+
+def compared(scores: Sequence[Score], reference: str | None, catalog: Catalog) -> list[Score]:
+    """The scores, grouped by inputs and each kind from the worst to the best, with differences to the reference."""
+    base = _reference(scores, reference)
+    kinds = list(dict.fromkeys(one.prediction.inputs for one in scores))
+    ordered = sorted(scores, key=lambda one: (kinds.index(one.prediction.inputs), -one.smape))
+    return [one if one is base else _difference(one, base, catalog) for one in ordered]
+
+
+def _reference(scores: Sequence[Score], named: str | None) -> Score:
+    if named is not None:
+        found = [one for one in scores if named in (one.prediction.name, one.label)]
+        if len(found) == 1:
+            return found[0]
+        there = "; ".join(repr(one.label) for one in found or scores)
+        raise ConfigError(
+            f"--reference is {named!r}, and {len(found)} predictions are called that; there are {there}",
+            f"--reference {(found or scores)[0].label!r}",
+        )
+    candidates = [one for one in scores if one.prediction.name != BLEND]
+    return min([one for one in candidates if one.prediction.is_ours] or candidates, key=lambda one: one.smape)
+
+
+def _difference(score: Score, base: Score, catalog: Catalog) -> Score:
+    differences = score.errors - base.errors
+    both = ~np.isnan(differences)
+    if not both.any():
+        return score
+    error = clustered_error(differences[both], catalog.groups[both])
+    return replace(score, difference=float(differences[both].mean()), difference_error=error)
+
+
+def markdown(scores: Sequence[Score], catalog: Catalog) -> str:
+    n_rows, n_groups, n_folds = len(catalog.ids), len(np.unique(catalog.groups)), len(np.unique(catalog.folds))
+    lines = [
+        f"Out-of-fold SMAPE of {n_rows:,} rows in {n_groups:,} groups and {n_folds} folds (standard error by group)",
+        "",
+        "| inputs | model | SMAPE | difference | minutes |",
+        "|---|---|---:|---:|---:|",
+    ]
+    lines += [_line(score, n_rows) for score in scores]
+    lines += ["", *(_weights(score.prediction) for score in scores if score.prediction.weights)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(score: Score, n_rows: int) -> str:
+    one = score.prediction
+    rows = "" if score.rows == n_rows else f" on {score.rows:,} rows"
+    difference = "reference" if math.isnan(score.difference) else _signed(score.difference, score.difference_error)
+    minutes = "" if math.isnan(one.minutes) else f"{one.minutes:.1f}"
+    return f"| {one.inputs} | {one.name} | {score.smape:.2f} ({score.error:.2f}){rows} | {difference} | {minutes} |"
+
+
+def _signed(value: float, error: float) -> str:
+    return f"{value:+.2f} ({error:.2f})"
+
+
+def _weights(blend: Prediction) -> str:
+    named = ", ".join(f"{weight:.2f} {name}" for name, weight in (blend.weights or {}).items())
+    return f"Weights of the blend of {blend.inputs}: {named}.\n"
+
+
+def document(scores: Sequence[Score], catalog: Catalog) -> dict[str, Any]:
+    """What the table says, for programs; null where it says nothing."""
+    return {
+        "rows": len(catalog.ids),
+        "groups": len(np.unique(catalog.groups)),
+        "folds": len(np.unique(catalog.folds)),
+        "data": catalog.digest,
+        "models": [_record(score) for score in scores],
+    }
+
+
+def _record(score: Score) -> dict[str, Any]:
+    one = score.prediction
+    figures = {"smape": score.smape, "error": score.error, "difference": score.difference}
+    figures |= {"difference_error": score.difference_error, "minutes": one.minutes}
+    finite = {name: None if math.isnan(value) else round(value, 4) for name, value in figures.items()}
+    return {"name": one.name, "inputs": one.inputs, "rows": score.rows, "weights": one.weights, **finite}

@@ -1,0 +1,261 @@
+"""That the benchmark of quality cannot flatter: its folds, what peers see of a fold, its blend and its errors."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import predictions
+from benchmarks.quality.catalog import Catalog, read_catalog
+from benchmarks.quality.fold import log_smape, open_fold
+from benchmarks.quality.inputs import VARIANTS, Inputs, Shared
+from benchmarks.quality.peers import PEERS
+from benchmarks.quality.runs import VALIDATION, read_runs
+from benchmarks.quality.scores import clustered_error, convex_weights, nested_blend
+from fusion import storage
+from fusion.config import RunConfig
+from fusion.errors import DataError, ExitCode
+from fusion.qwen_clip import train
+from tests.made_runs import checkpoint, make_run, write
+
+SOURCES = {"clip_image": "images", "qwen_text": "texts"}
+CPU = torch.device("cpu")
+MEASURED = [name for name, peer in PEERS.items() if peer.version()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 products; their vectors tell the price, and every fifth has a near-duplicate."""
+    folder = tmp_path_factory.mktemp("quality")
+    (folder / "embeddings" / "train").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    vectors = {name: rng.standard_normal((200, dim)).astype(np.float32) for name, dim in (("images", 6), ("texts", 5))}
+    twins = np.arange(0, 200, 5)
+    vectors["images"][twins + 1] = vectors["images"][twins]
+    logs = 3 + vectors["images"][:, 0] + 0.5 * vectors["texts"][:, 0] + 0.1 * rng.standard_normal(200)
+    ids = np.array([f"p{number:03}" for number in rng.permutation(200)])
+    texts = [f"Item Name: thing {number}\nBrand: brand {int(log)}" for number, log in enumerate(logs)]
+    frame = pd.DataFrame({"sample_id": ids, "price": np.exp(logs), "catalog_content": texts})
+    frame.to_csv(folder / "train.csv", index=False)
+    for name, values in vectors.items():
+        pd.DataFrame({"sample_id": ids, "embedding": list(values)}).to_parquet(
+            folder / "embeddings" / "train" / f"{name}.parquet"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def catalog(data: Path) -> Catalog:
+    return read_catalog(RunConfig(data=str(data), folds=5), SOURCES, with_text=True)
+
+
+def repriced(catalog: Catalog, rows: np.ndarray) -> Catalog:
+    """With other prices in these rows, within the range of all prices."""
+    prices = catalog.prices.copy()
+    prices[rows] = np.median(prices) ** 2 / prices[rows]
+    return replace(catalog, prices=prices)
+
+
+def test_a_fold_is_what_the_training_of_this_fold_validates_on(data: Path, catalog: Catalog, tmp_path: Path) -> None:
+    given = ["--data", str(data), "--output", str(tmp_path), "--run-id", "two", "--folds", "5", "--fold", "2"]
+    given += ["--sources.clip-image", "images", "--sources.qwen-text", "texts"]
+    small = ["--model", "concat", "--width", "8", "--hidden", "8", "--epochs", "1", "--device", "cpu"]
+    assert train.main([*given, *small]) == ExitCode.DONE
+    split = pd.read_parquet(tmp_path / "runs/two/split.parquet")
+    assert list(split.loc[split["side"] == "validation", "sample_id"]) == list(catalog.ids[catalog.folds == 2])
+
+
+def test_every_row_is_in_one_fold_and_near_duplicates_are_in_the_same(catalog: Catalog) -> None:
+    assert set(catalog.folds) == set(range(5))
+    assert len(np.unique(catalog.groups)) == 160
+    assert pd.Series(catalog.folds).groupby(catalog.groups).nunique().max() == 1
+
+
+def test_settings_are_tuned_on_whole_groups_of_the_training_rows(catalog: Catalog) -> None:
+    fold = open_fold(catalog, 1)
+    assert not set(fold.train) & set(fold.held)
+    assert not set(fold.groups[fold.tunes]) & set(fold.groups[~fold.tunes])
+    assert 0.1 < fold.tunes.mean() < 0.3
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_no_peer_sees_the_prices_that_it_is_measured_on(name: str, catalog: Catalog) -> None:
+    peer = PEERS[name]
+    variant = VARIANTS[2] if peer.plain else VARIANTS[3]
+    honest, changed = (
+        peer.learn(Inputs(Shared(open_fold(one, 3), CPU), variant), quick(name))
+        for one in (catalog, repriced(catalog, np.flatnonzero(catalog.folds == 3)))
+    )
+    np.testing.assert_array_equal(honest, changed)
+
+
+@pytest.mark.parametrize("name", ["kernel", "nearest", "ridge", "mlp"])
+def test_peers_learn_and_know_nothing_of_prices_at_random(name: str, catalog: Catalog) -> None:
+    shuffled = replace(catalog, prices=np.random.default_rng(0).permutation(catalog.prices))
+    real, random = (
+        np.mean(
+            [log_smape(*predicted(name, one, fold)) - log_smape(*predicted("median", one, fold)) for fold in (0, 1)]
+        )
+        for one in (catalog, shuffled)
+    )
+    assert real < -15
+    assert random > -5
+
+
+def predicted(name: str, catalog: Catalog, number: int) -> tuple[np.ndarray, np.ndarray]:
+    fold = open_fold(catalog, number)
+    return PEERS[name].learn(Inputs(Shared(fold, CPU), VARIANTS[0]), quick(name)), catalog.logs[fold.held]
+
+
+def quick(name: str) -> dict[str, object]:
+    few = {"rounds": 10, "epochs": 5, "n_epochs": 2, "k": 4, "d_block": 16, "patience": 3}
+    few |= {"k": (3, 5)} if name == "nearest" else {}
+    few |= {"epochs": 40, "learning_rate_init": 0.01} if name == "mlp" else {}
+    return {key: few.get(key, value) for key, value in PEERS[name].settings.items()}
+
+
+def test_neighbours_tell_a_training_row_nothing_of_its_own_group(catalog: Catalog) -> None:
+    fold = open_fold(catalog, 0)
+    twins = np.flatnonzero(np.bincount(catalog.groups)[catalog.groups] > 1)
+    group = catalog.groups[np.intersect1d(twins, fold.train)[0]]
+    mine = np.flatnonzero(catalog.groups == group)
+    other = open_fold(repriced(catalog, mine), 0)
+    weights = torch.full((2,), 3.0)
+    before, after = (Shared(one, CPU).kernel(False).features(weights) for one in (fold, other))
+    np.testing.assert_array_equal(before[mine], after[mine])
+    assert not np.array_equal(before, after)
+
+
+def test_a_blend_of_a_folds_rows_knows_nothing_of_their_prices() -> None:
+    rng = np.random.default_rng(0)
+    targets, folds = rng.standard_normal(300), np.arange(300) % 3
+    logs = targets + rng.standard_normal((3, 300)) * np.array([[0.3], [0.6], [2.0]])
+    blended, weights = nested_blend(logs, targets, folds)
+    changed, _ = nested_blend(logs, np.where(folds == 1, -targets, targets), folds)
+    np.testing.assert_array_equal(blended[folds == 1], changed[folds == 1])
+    assert weights.sum() == pytest.approx(1)
+    assert weights.min() >= 0
+    assert log_smape(blended, targets) < log_smape(logs[0], targets)
+
+
+def test_a_blend_is_never_worse_than_its_best_member_on_the_rows_it_is_fitted_to() -> None:
+    rng = np.random.default_rng(1)
+    targets = rng.standard_normal(200)
+    logs = np.stack([targets + 5 * rng.standard_normal(200), targets, np.zeros(200)])
+    np.testing.assert_allclose(convex_weights(logs, targets), [0, 1, 0], atol=1e-3)
+
+
+def test_the_clustered_error_is_that_of_resampled_groups() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(300), rng.integers(1, 5, 300))
+    values = rng.standard_normal(300)[groups] + rng.standard_normal(len(groups))
+    sums, sizes = np.bincount(groups, values), np.bincount(groups)
+    drawn = rng.integers(0, 300, (4000, 300))
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    assert clustered_error(values, groups) == pytest.approx(means.std(), rel=0.05)
+    assert clustered_error(values, groups) > 1.3 * values.std() / len(values) ** 0.5
+
+
+def test_the_command_measures_only_what_is_new(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--data", str(data), "--sources", "clip_image=images", "qwen_text=texts", "--cache", str(tmp_path)]
+    assert command.main([*given, "--models", "median", "ridge", "--only-folds", "0", "1"]) == ExitCode.DONE
+    assert "on 80 rows" in capsys.readouterr().out
+    written = []
+    monkeypatch.setattr(predictions.Cache, "write", noted(predictions.Cache.write, written))
+    assert command.main([*given, "--models", "median", "ridge", "kernel", "--neighbours", "--text"]) == ExitCode.DONE
+    assert sorted(name for name in written if name == "median") == ["median"] * 3
+    found = json.loads((tmp_path / "table.json").read_text())
+    smapes = {(one["name"], one["inputs"]): one["smape"] for one in found["models"]}
+    assert found["groups"] == 160
+    assert smapes["ridge", "embeddings + text + neighbours"] < smapes["median", "prices"] - 15
+    assert smapes["best convex blend", "all of the peers"] < smapes["median", "prices"] - 15
+    assert "| reference |" in capsys.readouterr().out
+
+
+def noted(real, written: list[str]):  # type: ignore[no-untyped-def]
+    def write(self, file, *rest) -> None:  # type: ignore[no-untyped-def]
+        written.append(file.parent.name.split("-")[0])
+        real(self, file, *rest)
+
+    return write
+
+
+def test_a_damaged_prediction_is_named_with_what_to_do(data: Path, tmp_path: Path) -> None:
+    catalog = read_catalog(RunConfig(data=str(data), folds=5), SOURCES, with_text=False)
+    cache = predictions.Cache(tmp_path, catalog)
+    file = cache.file("median", PEERS["median"], VARIANTS[0], 0)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"0\.parquet is damaged"):
+        predictions.gathered(cache, "median", PEERS["median"], VARIANTS[0])
+
+
+def fold_run(output: Path, catalog: Catalog, fold: int, *, factor: float = 1.0) -> str:
+    """A run that validated on a fold, and predicted the prices times a factor."""
+    run = make_run(str(output), f"fold-{fold}")
+    mine = catalog.folds == fold
+    frame = pd.DataFrame({"sample_id": catalog.ids[mine], "price": catalog.prices[mine]})
+    buffer = io.BytesIO()
+    frame.assign(predicted=frame["price"] * factor).to_parquet(buffer)
+    storage.write(f"{run}/checkpoints/step-00000000/{VALIDATION}", buffer.getvalue())
+    entry = {"key": VALIDATION, "bytes": len(buffer.getvalue()), "sha256": storage.sha256(buffer.getvalue())}
+    write(f"{run}/checkpoints/step-00000000/MANIFEST.json", {**checkpoint(0, 50.0), "files": [entry]})
+    write(f"{run}/config.json", {"folds": 5, "fold": fold, "width": 16})
+    return run
+
+
+def test_runs_of_all_folds_are_one_prediction_of_all_rows(catalog: Catalog, tmp_path: Path) -> None:
+    found = read_runs([fold_run(tmp_path, catalog, fold, factor=2.0) for fold in range(5)], catalog)
+    assert [one.name for one in found] == ["fold-0 … fold-4"]
+    np.testing.assert_allclose(found[0].logs, catalog.logs + np.log(2))
+
+
+def test_a_run_that_does_not_fit_is_an_error(catalog: Catalog, tmp_path: Path) -> None:
+    run = fold_run(tmp_path, catalog, 0)
+    with pytest.raises(DataError, match="another run of the same settings"):
+        read_runs([run, run], catalog)
+    with pytest.raises(DataError, match="other prices for"):
+        read_runs([run], replace(catalog, prices=catalog.prices * 2))
+    with pytest.raises(DataError, match="not in train"):
+        read_runs([run], replace(catalog, ids=catalog.ids + "x"))
+    write(f"{run}/checkpoints/step-00000000/MANIFEST.json", checkpoint(0, 50.0))
+    with pytest.raises(DataError, match="has neither") as caught:
+        read_runs([run], catalog)
+    assert caught.value.remedy == f"python -m fusion.qwen_clip.evaluate_by_groups --run-dir {run}"
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        (["--models", "oracle"], ExitCode.USAGE, "invalid choice: 'oracle'"),
+        (["--folds", "1"], ExitCode.CONFIG, "--folds is 1"),
+        (["--only-folds", "5"], ExitCode.CONFIG, "--only-folds names 5, expected 0..4"),
+        (["--sources", "clip_image="], ExitCode.USAGE, "expected ROLE=NAME"),
+        (["--sources", "clip_image=image"], ExitCode.DATA, "did you mean images?"),
+        (["--max-missing", "3"], ExitCode.CONFIG, "--max-missing is 3"),
+        (
+            ["--models", "median", "--only-folds", "0", "--reference", "ridge"],
+            ExitCode.CONFIG,
+            "--reference is 'ridge'",
+        ),
+        (["--runs", "nowhere"], ExitCode.DATA, "there is no nowhere/config.json"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(
+    given: list[str], code: int, said: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--data", str(data), "--sources", "clip_image=images", "--cache", str(tmp_path)]
+    assert command.main([*common, *given]) == code
+    error = capsys.readouterr().err
+    assert said in error
+    assert "hint: " in error

@@ -86,6 +86,7 @@ def test_settings_are_tuned_on_whole_groups_of_the_training_rows(catalog: Catalo
     assert 0.1 < fold.tunes.mean() < 0.3
 
 
+@pytest.mark.filterwarnings("ignore")  # of what other libraries import
 @pytest.mark.parametrize("name", MEASURED)
 def test_no_peer_sees_the_prices_that_it_is_measured_on(name: str, catalog: Catalog) -> None:
     peer = PEERS[name]

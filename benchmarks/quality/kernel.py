@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ START = 4.0  # of every weight, before softplus
 COSINE_VALUES = 400_000_000  # kept while the weights are fitted, in float32: 1.6 GB
 CHUNK = 512  # rows compared with all training rows at a time
 TOP = (1, 3, 10)  # neighbours whose mean similarity is a feature
-Part = np.ndarray | csr_array
+Part: TypeAlias = np.ndarray | csr_array
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,15 @@ class Kernel:
 
     def fitted(self) -> Tensor:
         """[P] weights of the parts, above zero."""
-        fold = self.fold
-        generator = torch.Generator().manual_seed(fold.number)
-        n_queries = max(1, min(len(fold.train), COSINE_VALUES // (len(self.parts) * len(fold.train))))
-        queries = torch.randperm(len(fold.train), generator=generator)[:n_queries].sort().values
-        cosines = torch.cat([self._cosines(fold.train[chunk]) for chunk in queries.split(CHUNK)], dim=1)
+        generator = torch.Generator().manual_seed(self.fold.number)
+        queries, cosines = self._among_training_rows
         raw = torch.full((len(self.parts),), START, device=self.device, requires_grad=True)
         optimizer = torch.optim.Adam([raw], lr=LR)
         for _ in range(STEPS):
-            batch = torch.randperm(n_queries, generator=generator)[:BATCH]
-            chance = self._softmax(cosines[:, batch.to(self.device)], softplus(raw), fold.groups[queries[batch]])
-            distance = (chance @ self._targets - self._targets[queries[batch].to(self.device)]).abs()
+            batch = torch.randperm(len(queries), generator=generator)[:BATCH]
+            rows = queries[batch.numpy()]
+            chance = self._softmax(cosines[:, batch.to(self.device)], softplus(raw), self.fold.groups[rows])
+            distance = (chance @ self._targets - self._targets[torch.from_numpy(rows).to(self.device)]).abs()
             optimizer.zero_grad()
             torch.tanh(distance / 2).mean().backward()
             optimizer.step()
@@ -98,6 +98,15 @@ class Kernel:
         mine, others = torch.from_numpy(groups), torch.from_numpy(self.fold.groups)
         is_own = (mine[:, None] == others).to(self.device)
         return torch.einsum("p,pqn->qn", weights, cosines).masked_fill(is_own, float("-inf"))
+
+    @cached_property
+    def _among_training_rows(self) -> tuple[np.ndarray, Tensor]:
+        """Positions [Q] of training rows, as many as memory allows, and their cosines [P, Q, n] to all of them."""
+        n_rows = len(self.fold.train)
+        n_queries = max(1, min(n_rows, COSINE_VALUES // (len(self.parts) * n_rows)))
+        queries = np.sort(np.random.default_rng(self.fold.number).permutation(n_rows)[:n_queries])
+        chunks = np.array_split(self.fold.train[queries], -(-n_queries // CHUNK))
+        return queries, torch.cat([self._cosines(chunk) for chunk in chunks], dim=1)
 
     def _cosines(self, rows: np.ndarray) -> Tensor:
         """[P, Q, n] between these rows and the training rows."""

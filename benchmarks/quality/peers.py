@@ -77,16 +77,21 @@ def ridge(inputs: Inputs, settings: Settings) -> np.ndarray:
 
 def nearest(inputs: Inputs, settings: Settings) -> np.ndarray:
     """Mean log price of the k rows with the highest sum of cosines over the sources."""
-    from sklearn.neighbors import KNeighborsRegressor
+    from sklearn.neighbors import NearestNeighbors
 
-    fold = inputs.fold
+    fold, most = inputs.fold, max(settings["k"])
     x = np.hstack([np.asarray(part) for part in inputs.shared.kernel(False).parts.values()])
 
-    def model(k: int, known: np.ndarray) -> KNeighborsRegressor:
-        return KNeighborsRegressor(min(k, len(known))).fit(x[fold.train[known]], fold.targets[known])
+    def means(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """[W, K] mean log price of the nearest 1, 2, … K among the training rows at these positions."""
+        finder = NearestNeighbors(n_neighbors=min(most, len(known)), algorithm="brute").fit(x[fold.train[known]])
+        near = fold.targets[known][finder.kneighbors(x[wanted], return_distance=False)]
+        return np.asarray(near.cumsum(axis=1) / np.arange(1, near.shape[1] + 1))
 
-    k = chosen(fold, settings["k"], lambda k, known, wanted: model(k, known).predict(x[fold.train[wanted]]))
-    return np.asarray(model(k, np.arange(len(fold.train))).predict(x[fold.held]))
+    tuning = means(np.flatnonzero(~fold.tunes), fold.train[fold.tunes])
+    allowed = [k for k in settings["k"] if k <= tuning.shape[1]]
+    k = min(allowed, key=lambda k: log_smape(tuning[:, k - 1], fold.targets[fold.tunes]))
+    return means(np.arange(len(fold.train)), fold.held)[:, k - 1]
 
 
 def mlp(inputs: Inputs, settings: Settings) -> np.ndarray:

@@ -103,7 +103,7 @@ def _parquet(content: bytes, url: str) -> pd.DataFrame:
         raise DataError(f"{url} is damaged: {str(error).splitlines()[0]}", remedy) from error
     missing = [name for name in COLUMNS if name not in frame]
     if missing:
-        raise DataError(f"{url} has no column {missing[0]}; it has {', '.join(frame)}", remedy)
+        raise DataError(f"{url} has no column {missing[0]}; it has {', '.join(map(str, frame))}", remedy)
     return frame[COLUMNS]
 
 

@@ -90,7 +90,7 @@ def test_settings_are_tuned_on_whole_groups_of_the_training_rows(catalog: Catalo
 @pytest.mark.parametrize("name", MEASURED)
 def test_no_peer_sees_the_prices_that_it_is_measured_on(name: str, catalog: Catalog) -> None:
     peer = PEERS[name]
-    variant = VARIANTS[2] if peer.plain else VARIANTS[3]
+    variant = peer.variants[-1]
     honest, changed = (
         peer.learn(Inputs(Shared(open_fold(one, 3), CPU), variant), quick(name))
         for one in (catalog, repriced(catalog, np.flatnonzero(catalog.folds == 3)))
@@ -113,7 +113,7 @@ def test_peers_learn_and_know_nothing_of_prices_at_random(name: str, catalog: Ca
 
 def predicted(name: str, catalog: Catalog, number: int) -> tuple[np.ndarray, np.ndarray]:
     fold = open_fold(catalog, number)
-    return PEERS[name].learn(Inputs(Shared(fold, CPU), VARIANTS[0]), quick(name)), catalog.logs[fold.held]
+    return PEERS[name].learn(Inputs(Shared(fold, CPU), VARIANTS[1]), quick(name)), catalog.logs[fold.held]
 
 
 def quick(name: str) -> dict[str, object]:

@@ -54,14 +54,11 @@ def _main(options: argparse.Namespace) -> int:
     catalog = read_catalog(_config(options), dict(options.sources), with_text=options.text)
     ours = read_runs(options.runs, catalog)
     cache = Cache(options.cache, catalog)
-    peers = _installed(options.models)
-    variants = _variants(options)
+    asked = _asked(options)
     for number in options.only_folds or range(options.folds):
         shared = Shared(open_fold(catalog, number), torch.device(options.device))
-        for name, peer in peers.items():
-            for variant in _variants_of(peer, variants):
-                compute(cache, name, peer, shared, variant)
-    asked = [(name, peer, variant) for name, peer in peers.items() for variant in _variants_of(peer, variants)]
+        for each in asked:
+            compute(cache, *each, shared)
     found = [one for each in asked if (one := gathered(cache, *each)) is not None]
     _finish(options, catalog, table.scored([*found, *table.blends(found, ours, catalog), *ours], catalog))
     return 0
@@ -82,16 +79,12 @@ def _config(options: argparse.Namespace) -> RunConfig:
     return from_json(RunConfig, json.dumps(given), "the command")
 
 
-def _variants(options: argparse.Namespace) -> list[str]:
-    """The inputs that were asked for."""
-    asked = {"neighbours": options.neighbours, "text": options.text}
-    return [one for one in VARIANTS if all(asked[word] for word in one.split(" + ")[1:])]
-
-
-def _variants_of(peer: Peer, variants: Sequence[str]) -> list[str]:
-    if not peer.reads:
-        return list(variants[:1])
-    return [one for one in variants if not (peer.plain and "neighbours" in one)]
+def _asked(options: argparse.Namespace) -> list[tuple[str, Peer, str]]:
+    """Name, peer and inputs of what is to be measured."""
+    given = {"neighbours": options.neighbours, "text": options.text}
+    variants = [one for one in VARIANTS if all(given[word] for word in one.split(" + ")[1:])]
+    peers = _installed(options.models)
+    return [(name, peer, one) for name, peer in peers.items() for one in variants if one in peer.variants]
 
 
 def _installed(names: Sequence[str] | None) -> dict[str, Peer]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,7 +24,9 @@ TEXT_COMPONENTS = 256
 LABEL = re.compile(r"^\s*([^:\n]{1,30}):\s*(\S.{0,60}?)\s*$", re.MULTILINE)  # "Brand: X", but no sentence
 MIN_DF = 2  # a term of one row connects it with no other
 
-VARIANTS = ("embeddings", "embeddings + neighbours", "embeddings + text", "embeddings + text + neighbours")
+V = TypeVar("V")
+
+VARIANTS = ("prices", "embeddings", "embeddings + neighbours", "embeddings + text", "embeddings + text + neighbours")
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,23 @@ class Shared:
         parts: dict[str, Part] = {role: normalize(values) for role, values in self.standardised.items()}
         return Kernel(self.fold, parts | (dict(self.terms) if with_text else {}), self.device)
 
-    @cached_property
-    def _weights(self) -> dict[bool, torch.Tensor]:
-        return {}
-
     def weights(self, with_text: bool) -> torch.Tensor:
         """[P] of the kernel, fitted once."""
-        if with_text not in self._weights:
-            self._weights[with_text] = self.kernel(with_text).fitted()
-        return self._weights[with_text]
+        return self._once(("weights", with_text), lambda: self.kernel(with_text).fitted())
+
+    def neighbours(self, with_text: bool) -> np.ndarray:
+        """[N, 7] features of `Kernel.features`, made once."""
+        weights = self.weights(with_text)
+        return self._once(("neighbours", with_text), lambda: self.kernel(with_text).features(weights))
+
+    def _once(self, key: tuple[str, bool], make: Callable[[], V]) -> V:
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(V, self._made[key])
+
+    @cached_property
+    def _made(self) -> dict[tuple[str, bool], object]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -121,8 +133,7 @@ class Inputs:
     def _further(self) -> list[np.ndarray]:
         found = [self.shared.topics] if self.with_text else []
         if "neighbours" in self.variant:
-            kernel = self.shared.kernel(self.with_text)
-            found.append(kernel.features(self.shared.weights(self.with_text)))
+            found.append(self.shared.neighbours(self.with_text))
         return found
 
 

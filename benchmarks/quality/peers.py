@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.quality import neural
 from benchmarks.quality.fold import chosen, log_smape
-from benchmarks.quality.inputs import Inputs
+from benchmarks.quality.inputs import VARIANTS, Inputs
 
 Settings = Mapping[str, Any]
 Learn = Callable[[Inputs, Settings], np.ndarray]
@@ -32,15 +32,13 @@ class Peer:
         learn: log prices [m] of a fold's rows to predict, from (inputs, settings).
         settings: all that is not the library's default.
         library: the distribution that it comes from; a prediction of another version is another prediction.
-        plain: it is no learner that further columns could be given to, so that it is measured without neighbours.
-        reads: it uses the embeddings and texts.
+        variants: the inputs that it is measured on; kernel regression, say, is neighbours already.
     """
 
     learn: Learn
     settings: Settings
     library: str
-    plain: bool = False
-    reads: bool = True
+    variants: tuple[str, ...]
 
     def version(self) -> str | None:
         """Of its library; None if that is not installed."""
@@ -165,14 +163,14 @@ def booster_settings(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in ("inputs", "rounds", "patience")}
 
 
-def peer(learn: Learn, library: str, *, plain: bool = False, reads: bool = True, **settings: Any) -> Peer:
-    return Peer(learn, MappingProxyType(settings), library, plain, reads)
+def peer(learn: Learn, library: str, *, variants: tuple[str, ...] = VARIANTS[1:], **settings: Any) -> Peer:
+    return Peer(learn, MappingProxyType(settings), library, variants)
 
 
 PEERS: dict[str, Peer] = {
-    "median": peer(median, "numpy", plain=True, reads=False),
-    "nearest": peer(nearest, "scikit-learn", plain=True, k=(1, 2, 3, 5, 8, 13, 21, 34)),
-    "kernel": peer(kernel, "torch", plain=True),
+    "median": peer(median, "numpy", variants=("prices",)),
+    "nearest": peer(nearest, "scikit-learn", variants=("embeddings",), k=(1, 2, 3, 5, 8, 13, 21, 34)),
+    "kernel": peer(kernel, "torch", variants=("embeddings", "embeddings + text")),
     "ridge": peer(ridge, "scikit-learn", alphas=(1e2, 1e3, 3e3, 1e4, 3e4, 1e5)),
     "mlp": peer(
         mlp,
@@ -186,10 +184,11 @@ PEERS: dict[str, Peer] = {
     "lightgbm": peer(
         lightgbm,
         "lightgbm",
-        inputs="raw",
-        rounds=3000,
-        patience=100,
-        objective="l1",
+        inputs="reduced",
+        rounds=2000,
+        patience=50,
+        objective="l2",
+        metric="l1",
         learning_rate=0.05,
         num_leaves=31,
         feature_fraction=0.2,
@@ -199,10 +198,11 @@ PEERS: dict[str, Peer] = {
     "xgboost": peer(
         xgboost,
         "xgboost",
-        inputs="raw",
-        rounds=3000,
-        patience=100,
-        objective="reg:absoluteerror",
+        inputs="reduced",
+        rounds=2000,
+        patience=50,
+        objective="reg:squarederror",
+        eval_metric="mae",
         learning_rate=0.05,
         max_depth=6,
         colsample_bytree=0.2,
@@ -212,9 +212,10 @@ PEERS: dict[str, Peer] = {
         catboost,
         "catboost",
         inputs="reduced",
-        rounds=3000,
-        patience=100,
-        loss_function="MAE",
+        rounds=2000,
+        patience=50,
+        loss_function="RMSE",
+        eval_metric="MAE",
         learning_rate=0.08,
         depth=6,
     ),

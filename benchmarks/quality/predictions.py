@@ -26,7 +26,8 @@ class Prediction:
         name: of the peer, run or blend.
         inputs: what it is given.
         logs: [N], NaN where the row is not covered.
-        minutes: that it took, learning and tuning; NaN if that is not known.
+        minutes: that it took, learning and tuning, NaN if that is not known. What peers share, such as neighbours,
+            counts for the first of them.
         is_ours: a run of Fusion.
         weights: of a blend: name of each member to its weight.
     """
@@ -82,7 +83,7 @@ class Cache:
         unfinished.rename(file)
 
 
-def compute(cache: Cache, name: str, peer: Peer, shared: Shared, variant: str) -> None:
+def compute(cache: Cache, name: str, peer: Peer, variant: str, shared: Shared) -> None:
     """Predicts a fold's rows, unless they are there already."""
     fold, file = shared.fold, cache.file(name, peer, variant, shared.fold.number)
     if file.exists():
@@ -105,5 +106,5 @@ def gathered(cache: Cache, name: str, peer: Peer, variant: str) -> Prediction | 
         if frame is not None:
             logs[cache.catalog.folds == fold] = frame["log_price"]
             seconds += float(frame["seconds"].iloc[0])
-    found = Prediction(name, variant if peer.reads else "prices", logs, seconds / 60)
+    found = Prediction(name, variant, logs, seconds / 60)
     return found if found.covered.any() else None

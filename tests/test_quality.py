@@ -249,6 +249,7 @@ def test_a_run_that_does_not_fit_is_an_error(catalog: Catalog, tmp_path: Path) -
             ExitCode.CONFIG,
             "--reference is 'ridge'",
         ),
+        (["--models", "median", "--only-folds"], ExitCode.DATA, "holds no predictions of these peers"),
         (["--runs", "nowhere"], ExitCode.DATA, "there is no nowhere/config.json"),
     ],
 )

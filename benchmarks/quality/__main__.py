@@ -34,7 +34,7 @@ from benchmarks.quality.runs import read_runs
 from fusion import log, storage
 from fusion.command import guarded
 from fusion.config import RunConfig
-from fusion.errors import ConfigError, Parser
+from fusion.errors import ConfigError, DataError, Parser
 from fusion.flags import from_json
 
 # Flags that are those of `train`, with its defaults but for --folds.
@@ -55,11 +55,13 @@ def _main(options: argparse.Namespace) -> int:
     ours = read_runs(options.runs, catalog)
     cache = Cache(options.cache, catalog)
     asked = _asked(options)
-    for number in options.only_folds or range(options.folds):
+    for number in range(options.folds) if options.only_folds is None else options.only_folds:
         shared = Shared(open_fold(catalog, number), torch.device(options.device))
         for each in asked:
             compute(cache, *each, shared)
     found = [one for each in asked if (one := gathered(cache, *each)) is not None]
+    if not found and not ours:
+        raise DataError(f"{options.cache} holds no predictions of these peers", "leave out --only-folds")
     _finish(options, catalog, table.scored([*found, *table.blends(found, ours, catalog), *ours], catalog))
     return 0
 
@@ -120,7 +122,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", action="store_true", help="also with the texts of --text-column")
     parser.add_argument("--reference", help="name in the table (default: the best of --runs, else the best peer)")
     parser.add_argument("--folds", type=int, default=5, help="as of the training")
-    parser.add_argument("--only-folds", type=int, nargs="+", metavar="K", help="compute these folds now")
+    parser.add_argument("--only-folds", type=int, nargs="*", metavar="K", help="compute these now, or none at all")
     parser.add_argument("--seed", type=int, default=41, help="of the folds, as of the training")
     parser.add_argument("--text-column", help="as of the training")
     parser.add_argument("--group-column", help="as of the training")

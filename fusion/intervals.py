@@ -4,15 +4,15 @@ Split conformal prediction (Vovk et al., 2005; Lei et al., 2018) on the validati
 score of a row is `|log price - log predicted|`, so an interval is a factor by which the price is divided and
 multiplied. It is scaled by the model's own spread where there is one. The k-th smallest of the n scores of a bin, with
 `k = ceil((n + 1) level)`, covers a new row of that bin with at least that probability, if it is exchangeable with them.
-Bins are tiers of the predicted price crossed with categories (Mondrian conformal prediction); one of fewer than 100
-rows takes the scores of all rows of its category, else of its tier, else of all.
+Bins are tiers of the predicted price crossed with categories (Mondrian conformal prediction). Tiers of fewer than 100
+rows of a category are one bin together; a category of fewer is one of the others.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,7 @@ SMALLEST_SCALE = 0.05  # of the scale of all rows: rows of no spread at all may 
 LARGEST_LOG = 700.0  # exp of more leaves float64
 
 FloatArray = np.ndarray
+Key = tuple[str | None, int | None]  # of a bin: its category and its tier; None: all
 
 
 def fit(rows: pd.DataFrame, by: str = "") -> Intervals | None:
@@ -216,31 +217,38 @@ def _category_codes(intervals: Intervals, rows: pd.DataFrame) -> np.ndarray:
     return rows["category"].map(codes).fillna(others).to_numpy(np.int64)
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """Scores by cell: place of the category, and tier."""
-
-    scores: FloatArray
-    categories: np.ndarray
-    tiers: np.ndarray
-
-
 def _bins(made: Intervals, rows: pd.DataFrame) -> Iterator[IntervalBin]:
-    """All rows, then those of each tier, of each category and of each tier of a category, where they are enough."""
-    cells = _Cells(_errors(rows) / _scales(made, rows), _category_codes(made, rows), _tiers(made, rows))
-    names, n_tiers = [*made.categories, OTHERS], len(made.tier_edges) + 1
-    nothing = np.zeros(len(rows), np.int64)
-    yield from _enough(cells.scores, nothing, [(None, None)], least=0)
-    yield from _enough(cells.scores, cells.tiers, [(None, tier) for tier in range(n_tiers)])
-    if made.categories:
-        yield from _enough(cells.scores, cells.categories, [(name, None) for name in names])
-        codes = cells.categories * n_tiers + cells.tiers
-        yield from _enough(cells.scores, codes, [(name, tier) for name in names for tier in range(n_tiers)])
+    """All rows; those of each tier; and each category's, in parts none of which is of too few.
+
+    A tier of a category is a part if it has enough rows. The other tiers of the category are one part together, which
+    the smallest of the former join until it has enough.
+    """
+    scores, tiers = _errors(rows) / _scales(made, rows), _tiers(made, rows)
+    yield from _enough(scores, np.zeros(len(rows), np.int64), [(None, None)], least=0)
+    n_tiers = len(made.tier_edges) + 1
+    yield from _enough(scores, tiers, [(None, tier) for tier in range(n_tiers)])
+    if not made.categories:
+        return
+    names, categories = [*made.categories, OTHERS], _category_codes(made, rows)
+    cells = categories * n_tiers + tiers
+    alone = _alone(np.bincount(cells, minlength=len(names) * n_tiers).reshape(len(names), n_tiers)).reshape(-1)
+    chosen = alone[cells]
+    keys: list[Key] = [(name, tier) for name in names for tier in range(n_tiers)]
+    yield from _enough(scores[~chosen], categories[~chosen], [(name, None) for name in names])
+    yield from _enough(scores[chosen], cells[chosen], keys)
 
 
-def _enough(
-    scores: FloatArray, codes: np.ndarray, keys: list[tuple[str | None, int | None]], least: int = LEAST_ROWS
-) -> Iterator[IntervalBin]:
+def _alone(counts: np.ndarray) -> np.ndarray:
+    """[categories, tiers] bool: the cell of that many rows is a part of its category by itself."""
+    alone: np.ndarray = counts >= LEAST_ROWS
+    for row, is_alone in zip(counts, alone, strict=True):
+        for tier in np.argsort(row, kind="stable"):
+            if 0 < row[~is_alone].sum() < LEAST_ROWS:
+                is_alone[tier] = False
+    return alone
+
+
+def _enough(scores: FloatArray, codes: np.ndarray, keys: list[Key], least: int = LEAST_ROWS) -> Iterator[IntervalBin]:
     """A bin for each key whose code at least `least` rows have."""
     counts = np.bincount(codes, minlength=len(keys))
     ordered, starts = scores[np.lexsort((scores, codes))], np.cumsum(counts) - counts

@@ -89,7 +89,7 @@ class IntervalBin:
 
     Attributes:
         category: None: all; empty: all that have no bins of their own.
-        tier: of the predicted price, from 0; None: all.
+        tier: of the predicted price, from 0; None: all, or all of the category that have no bins of their own.
         widths: of each level: half the width of an interval in log price, before it is scaled by the spread.
     """
 

@@ -12,12 +12,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import binom
+from scipy.stats import beta, norm
 
 from fusion import manifests, storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.errors import DataError
-from fusion.intervals import LEVELS, bounds, category_of, coverage, crossed, fit, intervals_of, is_within, tier_names
+from fusion.intervals import (
+    LEVELS,
+    _alone,
+    bounds,
+    category_of,
+    coverage,
+    crossed,
+    fit,
+    intervals_of,
+    is_within,
+    tier_names,
+)
 from fusion.records import Intervals, parse, seal
 from fusion.tables import read_table
 from fusion.validation import validation_of
@@ -60,15 +71,15 @@ def test_new_rows_lie_within_as_often_as_it_says_in_every_bin(spread: bool) -> N
 
 
 def test_coverage_is_that_of_the_beta_distribution() -> None:
-    """Of one bin: Beta(k, n + 1 - k), k = ceil((n + 1) 0.9) (Vovk, 2012), so its mean is at least 0.9."""
-    rng, found = np.random.default_rng(0), []
-    for _ in range(300):
-        errors = rng.standard_normal(99 + 200)
-        frame = pd.DataFrame({"predicted": 10.0, "price": 10 * np.exp(errors)})
-        found.append(is_within(frame.assign(**bounds(made_of(frame[:99], ""), frame)), 90)[99:].mean())
-    k = -(-100 * 90 // 100)
-    assert np.mean(found) == pytest.approx(k / 100, abs=0.006)
-    assert binom.ppf(0.5, 99, 0.9) == pytest.approx(k, abs=1)
+    """Of one bin of n rows: Beta(k, n + 1 - k), k = ceil((n + 1) 0.9), so its mean is at least 0.9 (Vovk, 2012)."""
+    rng, found, n = np.random.default_rng(0), [], 97
+    for _ in range(1000):
+        frame = pd.DataFrame({"predicted": 10.0, "price": 10 * np.exp(rng.standard_normal(n))})
+        (one,) = made_of(frame, "").bins
+        found.append(2 * norm.cdf(one.widths[1]) - 1)
+    expected = beta(89, n + 1 - 89)
+    assert np.mean(found) == pytest.approx(expected.mean(), abs=3 * expected.std() / 1000**0.5)
+    assert np.std(found) == pytest.approx(expected.std(), rel=0.1)
 
 
 def test_one_bin_is_the_order_statistic_of_the_definition() -> None:
@@ -121,27 +132,42 @@ def test_few_rows_have_one_bin_and_too_few_have_none() -> None:
     assert [(one.category, one.tier) for one in made_of(rows(99)).bins] == [(None, None)]
 
 
-def test_cross_fitting_keeps_groups_together_and_tells_of_errors_that_groups_share() -> None:
-    """The rows of a group are alike: intervals that saw one of them would promise more than they keep."""
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(60), 5)
-    frame = pd.DataFrame({"predicted": 10.0, "price": 10 * np.exp(np.repeat(rng.standard_normal(60), 5))})
-    found = crossed(frame, groups)
-    assert found is not None
-    highs = pd.Series(found["high_90"]).groupby(groups)
-    assert (highs.nunique() == 1).all()
-    own = [made_of(frame[groups != group], "").bins[0].widths[1] for group in (0, 1)]
-    assert all(np.log(found["high_90"][groups == 0][0] / 10) <= max(own) + 0.5 for _ in own)
-    assert crossed(frame[:20], groups[:20]) is None, "too few remain"
-
-
-def test_crossed_bounds_do_not_know_their_own_price() -> None:
-    frame, groups = rows(2000), np.arange(2000)
+@pytest.mark.parametrize("size", [1, 5])
+def test_crossed_bounds_know_nothing_of_their_own_group(size: int) -> None:
+    frame = rows(2000)
+    groups = np.arange(2000) // size + 7
     before = crossed(frame, groups)
-    frame.loc[7, "price"] *= 100
+    frame.loc[groups == groups[50], "price"] *= 100
     after = crossed(frame, groups)
     assert before is not None and after is not None
-    assert all(before[name][7] == after[name][7] for name in before)
+    own = groups == groups[50]
+    assert all((before[name][own] == after[name][own]).all() for name in before)
+    assert any((before[name][~own] != after[name][~own]).any() for name in before)
+
+
+def test_cross_fitting_needs_rows_enough_without_a_part() -> None:
+    frame = rows(20)
+    assert fit(frame) is not None and crossed(frame, np.arange(20)) is None
+
+
+def test_the_parts_of_each_category_are_of_enough_rows_and_hold_all_of_them() -> None:
+    frame = rows(6000)
+    frame.loc[frame["predicted"] > 55, "category"] = "plain"  # the others are rare in the highest tier
+    made = made_of(frame)
+    assert min(one.rows for one in made.bins) >= 100
+    counts = frame["category"].where(frame["category"].isin(made.categories), "").value_counts()
+    for category in made.categories:
+        assert sum(one.rows for one in made.bins if one.category == category) == counts[category]
+    assert {one.tier for one in made.bins if one.category == "exact"} == {None, 1, 2, 3}
+
+
+def test_a_few_rows_of_a_category_join_its_smallest_tier() -> None:
+    counts = np.array([[500, 40, 30, 120, 0], [500, 200, 99, 1, 0], [50, 30, 0, 0, 0], [300, 0, 0, 0, 0]])
+    alone = _alone(counts)
+    assert alone[0].tolist() == [True, False, False, False, False], "70 rows are too few, 190 are enough"
+    assert alone[1].tolist() == [True, True, False, False, False], "100 are enough"
+    assert not alone[2].any(), "80 rows: none of its own"
+    assert alone[3].tolist() == [True, False, False, False, False]
 
 
 def test_they_survive_being_written() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -192,26 +192,35 @@ def publish_prices(
     warn_of_leak(table, prices, smape)
     priced = pd.Series(prices, table.ids)
     guards.conclude(settings, guards.about_prices(settings, priced, smape, last, origin))
-    rows = {"price": prices, **_bounds(limits, table, computed), **computed}
-    ids, in_order = list(table.ids[table.file_order]), {name: one[table.file_order] for name, one in rows.items()}
     files = {
-        SUBMISSION: submission.submission_csv(ids, in_order["price"]),
-        PREDICTIONS: predictions.to_parquet(ids, in_order),
+        SUBMISSION: submission.submission_csv(list(table.ids[table.file_order]), prices[table.file_order]),
+        PREDICTIONS: _predictions(table, computed, limits),
         FINGERPRINTS: to_parquet(seen.prints.iloc[table.file_order]),
     }
     history = guards.remembered(priced, last, settings.day(), origin.model_sha256)
     submission.publish(settings, origin, submission.Made(files, len(table), smape, history))
 
 
-def _bounds(limits: Intervals | None, table: Table, computed: Arrays) -> Arrays:
-    """The intervals' bounds of the table's rows; nothing if the checkpoint has none."""
+def _predictions(table: Table, computed: Arrays, limits: Intervals | None) -> bytes:
+    """`predictions.parquet`: of each row its price, the bounds of its intervals, and whatever else was computed."""
+    category = None if limits is None else intervals.category_of(table, limits.by)
+    _warn_of_intervals(table, limits, category)
+
+    def rows_of(part: slice) -> dict[str, Any]:
+        rows = table.file_order[part]
+        here = {name: values[rows] for name, values in computed.items()}
+        known = computed_frame(here, None if category is None else category.iloc[rows])
+        bounds = {} if limits is None else intervals.bounds(limits, known)
+        return {"sample_id": table.ids[rows], "price": here["price"], **bounds, **here}
+
+    return predictions.to_parquet(len(table), rows_of)
+
+
+def _warn_of_intervals(table: Table, limits: Intervals | None, category: pd.Series | None) -> None:
     if limits is None:
         log.warning(event="no_intervals", reason="an earlier version trained this run, or it validated on few rows")
-        return {}
-    category = intervals.category_of(table, limits.by)
-    if limits.by and category is None:
+    elif limits.by and category is None:
         log.warning(event="column_missing", column=limits.by, reason=f"{table.name} lacks what intervals were made by")
-    return intervals.bounds(limits, computed_frame(computed, category))
 
 
 def warn_of_leak(table: Table, prices: np.ndarray, validation_smape: float) -> None:

@@ -6,29 +6,39 @@ Columns beside sample_id and price are whatever the model computes per row: numb
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ROWS_PER_GROUP = 65_536  # a reader needs one group at a time in memory: 5 MB for 10 columns
+ROWS_PER_GROUP = 65_536  # what writer and readers need in memory at a time: 5 MB for 10 columns
 
 
-def to_parquet(ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> bytes:
-    """The rows as Parquet: sample_id, then the columns in their order; the same bytes for the same rows.
+def to_parquet(n_rows: int, rows_of: Callable[[slice], Mapping[str, Any]]) -> bytes:
+    """The rows as Parquet; the same bytes for the same rows.
 
     Args:
-        columns: name to [n], or to [n, K], which becomes a list of K in every row.
+        n_rows: at least one.
+        rows_of: of some consecutive rows: sample_id, texts [n], and further columns in their order: name to [n], or to
+            [n, K], which becomes a list of K in every row. They are asked for as they are written.
     """
-    table = pa.table({"sample_id": pa.array(ids, pa.string())} | {name: _array(one) for name, one in columns.items()})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=ROWS_PER_GROUP)
+    buffer, writer = io.BytesIO(), None
+    for start in range(0, n_rows, ROWS_PER_GROUP):
+        rows = rows_of(slice(start, start + ROWS_PER_GROUP))
+        table = pa.table({name: _array(values) for name, values in rows.items()})
+        writer = writer or pq.ParquetWriter(buffer, table.schema)
+        writer.write_table(table)
+    if writer is not None:
+        writer.close()
     return buffer.getvalue()
 
 
-def _array(values: np.ndarray) -> pa.Array:
+def _array(values: Any) -> pa.Array:
+    if not isinstance(values, np.ndarray):
+        return pa.array(values, pa.string())
     if values.ndim == 1:
         return pa.array(values)
     n_rows, length = values.shape

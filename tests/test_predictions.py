@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -128,10 +129,23 @@ def test_digits_that_no_price_shows_do_not_replace_what_is_published(
 
 def test_lists_and_numbers_in_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictions, "ROWS_PER_GROUP", 2)
+    ids = pd.Index(["a", "b", "c"])
     columns = {"price": np.array([1.0, 2.0, 3.0]), "weights": np.arange(6.0).reshape(3, 2), "none": np.empty((3, 0))}
-    data = predictions.to_parquet(["a", "b", "c"], columns)
-    assert data == predictions.to_parquet(["a", "b", "c"], columns)
+
+    def rows_of(part: slice) -> dict[str, Any]:
+        return {"sample_id": ids[part]} | {name: values[part] for name, values in columns.items()}
+
+    data = predictions.to_parquet(3, rows_of)
+    assert data == predictions.to_parquet(3, rows_of)
     assert pq.ParquetFile(io.BytesIO(data)).num_row_groups == 2
     rows = predictions.from_parquet(data)
     assert [list(one) for one in rows["weights"]] == [[0, 1], [2, 3], [4, 5]]
     assert rows["sample_id"].tolist() == ["a", "b", "c"] and [len(one) for one in rows["none"]] == [0, 0, 0]
+
+
+def test_groups_of_rows_change_nothing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pd.read_parquet(published(output, "whole") / "predictions.parquet")
+    monkeypatch.setattr(predictions, "ROWS_PER_GROUP", 7)
+    path = published(output, "groups") / "predictions.parquet"
+    assert pq.ParquetFile(path).num_row_groups > 10
+    pd.testing.assert_frame_equal(pd.read_parquet(path), whole, check_exact=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusion import manifests, pointers, prediction, predictions, submission
 from fusion.all_embeddings import predict_test, train
+from fusion.embeddings import Batch
 from fusion.parts import Compute
 from fusion.price_model import PriceModel
 from fusion.records import SubmissionPointer
@@ -63,8 +64,8 @@ def test_whatever_the_model_computes_per_row_is_published(output: Path, monkeypa
     def with_neighbours(model: PriceModel) -> Compute:
         compute = pricing(model)
 
-        def more(inputs: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str, Tensor]:
-            price = compute(inputs, present)["price"]
+        def more(batch: Batch) -> dict[str, Tensor]:
+            price = compute(batch)["price"]
             return {"price": price, "spread": price / 2, "neighbours": torch.stack([price, price + 1], 1).long()}
 
         return more
@@ -118,7 +119,7 @@ def test_digits_that_no_price_shows_do_not_replace_what_is_published(
 
     def otherwise(model: PriceModel) -> Compute:
         compute = pricing(model)
-        return lambda inputs, present: {"price": compute(inputs, present)["price"] * (1 + 1e-12)}
+        return lambda batch: {"price": compute(batch)["price"] * (1 + 1e-12)}
 
     monkeypatch.setattr(prediction, "pricing", otherwise)
     monkeypatch.setattr(submission, "reuse", lambda *_: None)

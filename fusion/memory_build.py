@@ -57,8 +57,7 @@ def remember(config: RunConfig, model: PriceModel, data: TrainingData, place: Wo
     table = _table(config, model, trained, place)
     seconds = time.monotonic() - started
     log.info(event="neighbours", rows=len(table.rows), candidates=table.rows.shape[1], seconds=seconds)
-    store = replace(data.store, folds=data.folds, groups=data.groups, candidates=table)
-    return replace(data, store=store)
+    return replace(data, store=replace(data.store, candidates=table))
 
 
 def _kept(run: str) -> tuple[dict[str, np.ndarray], np.ndarray] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -54,6 +55,7 @@ def read_data(config: RunConfig, place: World) -> TrainingData:
     train = torch.nonzero(trains & store.any_present()).squeeze(1)
     validation = torch.nonzero(validates).squeeze(1)
     rows = validates.numpy()
+    store = replace(store, folds=folds, groups=groups)
     category = None if table is None else category_of(table, category_column(config), rows)
     return TrainingData(
         store, targets, train, validation, prices[rows], ids[rows], category, ids, prices, folds, groups

@@ -22,7 +22,7 @@ environment.prepare_libraries()  # nothing above loads torch
 
 DIMS = {"clip_image": 12, "siglip_image": 10, "siglip_text": 8, "qwen_text": 14}
 BUCKET = "fusion-tests"
-SMALL = ["--width", "16", "--n-heads", "2", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
+SMALL = ["--width", "16", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu"]
 
 # Test files that take minutes, the longest first: started last, each would keep one process busy and the others idle.

@@ -49,7 +49,7 @@ def store(values: dict[str, torch.Tensor]) -> RowStore:
 
 @pytest.fixture(scope="module")
 def model() -> PriceModel:
-    made = PriceModel(ConcatNetwork(DIMS, 4, (4,), 0.0), DIMS, 0.0)
+    made = PriceModel([ConcatNetwork(DIMS, 4, (4,), 0.0)], DIMS)
     made.calibrate({role: (one.mean(0), one.std(0)) for role, one in rows(1, 2000).items()}, torch.randn(9))
     return made
 

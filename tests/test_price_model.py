@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusion.embeddings import Batch
 from fusion.layers import ConcatNetwork
 from fusion.loss_functions import LOSSES, get_loss_function
 from fusion.metrics import compute_smape
@@ -30,7 +31,7 @@ def catalog(median: float, spread: float = 1.5) -> tuple[Tensor, np.ndarray]:
 def calibrated(vectors: Tensor, prices: np.ndarray) -> tuple[PriceModel, Tensor]:
     """The model as a training starts with it, and its targets."""
     torch.manual_seed(0)
-    model = PriceModel(ConcatNetwork({"a": DIM}, 16, (16,), 0.0), {"a": DIM}, 0.0)
+    model = PriceModel([ConcatNetwork({"a": DIM}, 16, (16,), 0.0)], {"a": DIM})
     targets = torch.from_numpy(np.log1p(prices).astype(np.float32))
     model.calibrate({"a": (vectors.mean(0), vectors.std(0))}, targets)
     return model, targets
@@ -38,17 +39,17 @@ def calibrated(vectors: Tensor, prices: np.ndarray) -> tuple[PriceModel, Tensor]
 
 def smape_after(vectors: Tensor, prices: np.ndarray, loss: str = "weighted_smape", steps: int = 150) -> float:
     model, targets = calibrated(vectors, prices)
-    inputs, present = {"a": vectors}, {"a": torch.ones(ROWS, dtype=torch.bool)}
+    batch = Batch({"a": vectors}, {"a": torch.ones(ROWS, dtype=torch.bool)})
     measure = get_loss_function(loss)
     measure.measure_in(float(model.get_buffer("price_unit")))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(steps):
         optimizer.zero_grad()
-        measure(model(inputs, present), targets).backward()
+        measure(model(batch).price.squeeze(1), targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     with torch.inference_mode():
-        return compute_smape(prices, model.eval().price(inputs, present))
+        return compute_smape(prices, model.eval().price(batch))
 
 
 @pytest.mark.parametrize("median", [1e-30, 1e-8, 1e-4, 0.03, 0.5, 20.0, 3e6, 1e12, 1e30])
@@ -89,7 +90,7 @@ def test_predictions_stay_within_ten_times_the_training_prices(median: float) ->
     model, _ = calibrated(vectors, prices)
     model.get_buffer("target_scale").fill_(1e6)
     with torch.inference_mode():
-        found = model.eval().price({"a": vectors}, {"a": torch.ones(ROWS, dtype=torch.bool)})
+        found = model.eval().price(Batch({"a": vectors}, {"a": torch.ones(ROWS, dtype=torch.bool)}))
     assert found.min() == pytest.approx(prices.min() / 10, rel=1e-3)
     assert found.max() == pytest.approx(prices.max() * 10, rel=1e-3)
 
@@ -97,7 +98,7 @@ def test_predictions_stay_within_ten_times_the_training_prices(median: float) ->
 def test_a_nan_stays_one() -> None:
     model, _ = calibrated(*catalog(20.0))
     model.get_buffer("target_scale").fill_(float("nan"))
-    assert model.eval().price({"a": torch.ones(1, DIM)}, {"a": torch.ones(1, dtype=torch.bool)}).isnan().all()
+    assert model.eval().price(Batch({"a": torch.ones(1, DIM)}, {"a": torch.ones(1, dtype=torch.bool)})).isnan().all()
 
 
 @pytest.mark.parametrize("median", [1e-4, 20.0])

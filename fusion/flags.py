@@ -35,7 +35,7 @@ def to_json(config: RunConfig) -> str:
 
 
 def from_json(config_class: type[C], text: str | bytes, origin: str) -> C:
-    """The config that `to_json` wrote; a key it does not know is an error.
+    """The config that `to_json` wrote, of this version or an earlier one; a key it does not know is an error.
 
     Raises:
         ConfigError: naming the file, the key and what is allowed.
@@ -49,7 +49,15 @@ def from_json(config_class: type[C], text: str | bytes, origin: str) -> C:
             f"{origin} is no JSON with settings: {error}", "use another run, or restore the file"
         ) from error
     _check_keys(origin, flat, flags)
-    return _validate(config_class, values, dict.fromkeys(flags, f"in {origin}"))
+    return _validate(config_class, _of_any_version(values), dict.fromkeys(flags, f"in {origin}"))
+
+
+def _of_any_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Earlier versions knew the published recipe alone, and called what has no folds fold 0."""
+    if "recipe" in values:
+        return values
+    fold = values.get("fold") if values.get("folds") is not None else None
+    return {**values, "recipe": "published", "fold": fold}
 
 
 def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:

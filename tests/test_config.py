@@ -14,20 +14,71 @@ from fusion.config import EvaluateConfig, LossName, PredictConfig
 from fusion.errors import ConfigError, DataError, UsageError
 from fusion.flags import _element, _flag, _flags, as_flags, from_json, parse, to_json
 from fusion.loss_functions import LOSSES
+from fusion.qwen_clip.config import Config as PairConfig
 from jobs import doctor, pull
+
+EARLIER = Path(__file__).with_name("earlier_config.json")
 
 
 def read(*flags: str) -> Config:
     return parse(Config, flags, prog="train", description="")
 
 
-def test_the_defaults_are_the_published_recipe() -> None:
+def test_the_published_recipe() -> None:
+    for config in (Config(recipe="published"), read("--recipe", "published")):
+        assert (config.model, config.width, config.n_heads, config.n_experts) == ("fusion", 512, 8, 3)
+        assert (config.hidden, config.neighbours, config.components) == ((1024, 512, 256), 0, 0)
+        assert (config.dropout, config.batch_size, config.epochs, config.lr) == (0.25, 256, 1000, 1e-3)
+        assert (config.input_dropout, config.input_noise, config.modality_dropout) == (0, 0, 0.05)
+        assert (config.weight_decay, config.clip, config.schedule, config.patience) == (1e-4, 1.0, "plateau", 15)
+        assert (config.lr_patience, config.lr_factor, config.min_lr) == (3, 0.5, 1e-6)
+        assert (config.val_fraction, config.seed, config.loss) == (0.2, 41, "weighted_smape")
+    assert PairConfig(recipe="published").hidden == (512, 256, 128)
+
+
+def test_what_is_given_comes_before_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read("--recipe", "published", "--neighbours", "9", "--components", "4").neighbours == 9
+    (tmp_path / "settings.toml").write_text('recipe = "published"\nwidth = 64\n')
+    monkeypatch.setenv("FUSION_CONFIG", str(tmp_path / "settings.toml"))
+    assert (read().width, read().dropout, read("--width", "32").width) == (64, 0.25, 32)
+
+
+def test_the_default_leans_on_neighbours() -> None:
     config = Config()
-    assert (config.width, config.n_heads, config.n_experts, config.hidden) == (512, 8, 3, (1024, 512, 256))
-    assert (config.dropout, config.batch_size, config.epochs, config.lr) == (0.25, 256, 1000, 1e-3)
-    assert (config.weight_decay, config.clip, config.patience) == (1e-4, 1.0, 15)
-    assert (config.lr_patience, config.lr_factor, config.min_lr) == (3, 0.5, 1e-6)
-    assert (config.val_fraction, config.seed, config.loss) == (0.2, 41, "weighted_smape")
+    assert (config.recipe, config.model, config.neighbours, config.components) == ("best", "concat", 128, 256)
+    assert (config.schedule, config.loss, config.patience, config.held_out()) == ("cosine", "smape", None, (0,))
+
+
+@pytest.mark.parametrize(
+    ("flags", "held_out"),
+    [
+        ("", (0,)),
+        ("--seeds 3", (0, 0, 0)),
+        ("--folds 3", (0, 1, 2)),
+        ("--folds 3 --seeds 2", (0, 0, 1, 1, 2, 2)),
+        ("--folds 3 --fold 1 --seeds 2", (1, 1)),
+        ("--folds 3 --fold 0", (0,)),
+    ],
+)
+def test_what_each_member_holds_out(flags: str, held_out: tuple[int, ...]) -> None:
+    assert read(*flags.split()).held_out() == held_out
+
+
+def test_a_run_of_an_earlier_version_is_of_the_published_recipe() -> None:
+    text = EARLIER.read_text()
+    config = from_json(PairConfig, text, "config.json")
+    assert config == PairConfig(
+        recipe="published", data="s3://bucket/data", output="s3://bucket/output", width=16, hidden=(8,), epochs=3
+    )
+    assert (config.neighbours, config.components, config.schedule, config.held_out()) == (0, 0, "plateau", (0,))
+    assert (config.input_dropout, config.input_noise, config.neighbour_dropout, config.warmup) == (0, 0, 0, 0)
+
+
+def test_an_earlier_run_of_one_fold_keeps_it() -> None:
+    values = json.loads(EARLIER.read_text())
+    for fold in (0, 2):
+        config = from_json(PairConfig, json.dumps(values | {"folds": 5, "fold": fold}), "config.json")
+        assert config.held_out() == (fold,)
 
 
 def test_flag_before_environment_before_file_before_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

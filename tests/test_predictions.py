@@ -119,7 +119,12 @@ def test_digits_that_no_price_shows_do_not_replace_what_is_published(
 
     def otherwise(model: PriceModel) -> Compute:
         compute = pricing(model)
-        return lambda batch: {"price": compute(batch)["price"] * (1 + 1e-12)}
+
+        def moved(batch: Batch) -> dict[str, Tensor]:
+            computed = dict(compute(batch))
+            return {**computed, "price": computed["price"] * (1 + 1e-12)}
+
+        return moved
 
     monkeypatch.setattr(prediction, "pricing", otherwise)
     monkeypatch.setattr(submission, "reuse", lambda *_: None)

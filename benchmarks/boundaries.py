@@ -52,6 +52,7 @@ KINDS = {
     "summary": "write */runs/r/metrics/summary.json",
     "metrics-manifest": "write */runs/r/metrics/MANIFEST.json",
     "evaluation-parts-gone": "remove */runs/r/parts",
+    "ablation": "write */runs/r/metrics/ablation.json",
     "prediction-part": "write */parts/*",
     "submission": "write */submissions/*/submission.csv",
     "predictions": "write */submissions/*/predictions.parquet",

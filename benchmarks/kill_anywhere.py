@@ -1,4 +1,4 @@
-"""Kills training, evaluation and prediction again and again, and compares what they end with to an undisturbed run.
+"""Kills training, evaluation, ablation and prediction again and again, and compares their ends to an undisturbed run.
 
     python benchmarks/kill_anywhere.py --data DATA --output URL [--ranks 2] [--kills 200] [--times 2] [--seed 0]
     python benchmarks/kill_anywhere.py --data DATA --output URL --kills 3 --at model:inside best:before
@@ -37,9 +37,9 @@ import s3fs  # noqa: F401
 import torch._dynamo  # noqa: F401
 from boundaries import ALL, Boundary, arm
 
-import fusion.evaluation
+import fusion.source_worth
 import fusion.training  # noqa: F401
-from fusion import manifests, parts, storage
+from fusion import ablation, manifests, parts, storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.verify import verify
 from fusion.verify_output import is_output
@@ -167,6 +167,7 @@ def _finish(options: argparse.Namespace, output: str, plan: Plan) -> dict[str, s
     jobs = [
         (train.main, ["--data", options.data, *where, *SMALL, *COMPUTED]),
         (evaluate_by_groups.main, where),
+        (ablation.main, [*where, "--run-id", "r"]),
         (predict_test.main, [*where, "--date", "2026-01-02"]),
     ]
     for job, flags in jobs:
@@ -183,6 +184,7 @@ def _published(output: str) -> dict[str, bytes]:
         "model": manifests.read_file(manifests.best(run), manifests.MODEL),
         "epochs": epochs.to_csv().encode(),
         "metrics": storage.read(f"{run}/metrics/{manifests.MANIFEST}"),
+        "ablation": storage.read(f"{run}/metrics/{manifests.ABLATION}"),
         "submission": storage.read(f"{output}/submissions/{current}/submission.csv"),
     }
 

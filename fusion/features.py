@@ -149,7 +149,7 @@ def fit_features(
     Args:
         columns: of all N rows.
         prices: [N], to find out whether a column is the price under another name; nothing else depends on them.
-        trains: [N] bool.
+        trains: [N] bool; all rows where each is held out by some members only: their texts are seen, no price is.
         beat: called now and then; it may raise.
 
     Raises:

@@ -13,7 +13,7 @@ from fusion.features import Columns, Features, row_hashes
 from fusion.features_text import CHUNK_ROWS
 from fusion.sharing import node_tensor
 
-WORDS = "text_words"
+COMPARED = "text_chars"
 
 
 def with_features(
@@ -44,12 +44,12 @@ def with_features(
 
 
 def compared(store: RowStore) -> RowStore:
-    """The roles by which nights are compared: those that were read, and the words of the texts.
+    """The roles by which nights are compared: those that were read, and the pieces of the texts' words.
 
     The texts stand under the right ids, so that embeddings under wrong ones, of all sources alike, disagree with them.
     The other computed roles say the same, or hold few different vectors.
     """
-    return store.of_roles([role for role in store.values if role not in store.computed or role == WORDS])
+    return store.of_roles([role for role in store.values if role not in store.computed or role == COMPARED])
 
 
 def _dtype(role: str) -> torch.dtype:

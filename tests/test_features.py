@@ -18,6 +18,7 @@ from fusion import features_columns, features_numbers, features_text, manifests,
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
+from fusion.demo_catalog import generate
 from fusion.errors import ConfigError, DataError
 from fusion.features import (
     Features,
@@ -34,7 +35,7 @@ from fusion.flags import parse
 from fusion.metrics import compute_smape
 from fusion.records import RunPointer
 from fusion.tables import Table, read_table
-from tests.conftest import SMALL, run_command
+from tests.conftest import DIMS, SMALL, run_command
 
 TEXTS = [
     "Alder Tea, pack of 6\nBrand: Alder",
@@ -295,10 +296,10 @@ def test_a_run_with_computed_sources(catalog: Path, tmp_path: Path, capsys: pyte
     assert predict_test.main(where) == 0
     said = capsys.readouterr().err
     looked = set(re.findall(r"looked role=(\w+)", said))
-    assert {"clip_image", "text_words"} <= looked and not looked & {"text_chars", "text_numbers", "columns"}
+    assert {"clip_image", "text_chars"} <= looked and not looked & {"text_words", "text_numbers", "columns"}
     assert (
-        "text_words qwen_text" in checkpoint.manifest.agreement
-        or "qwen_text text_words" in checkpoint.manifest.agreement
+        "text_chars qwen_text" in checkpoint.manifest.agreement
+        or "qwen_text text_chars" in checkpoint.manifest.agreement
     )
     assert run_command("fusion.verify", str(tmp_path)).code == 0
     (run / "features.safetensors").unlink()
@@ -316,6 +317,24 @@ def test_a_night_without_the_column_is_refused(
     test.drop(columns="category").to_csv(data / "test.csv", index=False)
     assert predict_test.main(where) == 65
     assert "test.csv has no column 'category', which the model was trained with" in capsys.readouterr().err
+
+
+def test_all_sources_under_the_same_wrong_ids_are_refused_on_the_first_night(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, where = tmp_path / "data", ["--output", str(tmp_path / "out")]
+    generate(data, n_products=2400, dims=DIMS, n_test=800)
+    flags = ["--data", str(data), *where, *SMALL, "--epochs", "1", "--features", "text"]
+    assert train.main(flags) == 0
+    assert predict_test.main(where) == 0
+    ids = pd.read_csv(data / "test.csv", dtype="str")["sample_id"].to_numpy()
+    other = dict(zip(ids, np.random.default_rng(9).permutation(ids), strict=True))
+    for path in (data / "embeddings" / "test").glob("*.parquet"):
+        rows = pd.read_parquet(path)
+        rows["sample_id"] = [int(other.get(str(one), str(one))) for one in rows["sample_id"]]
+        rows.to_parquet(path, index=False)
+    assert predict_test.main([*where, "--name", "first"]) == 65
+    assert "text_chars do not belong together as in training" in capsys.readouterr().err
 
 
 def test_other_texts_are_other_data(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,14 +22,12 @@ from fusion.demo_catalog import Truth, generate
 from fusion.metrics import compute_smape
 from fusion.records import RunPointer, SubmissionPointer
 
-TUNED = ["--loss", "smape", "--lr", "3e-4"]  # better than the published recipe, see the variant's README
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fusion.demo", description=__doc__, allow_abbrev=False)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to write (default: demo)")
     parser.add_argument("--products", type=int, default=6000, help="products to generate (default: 6000)")
-    parser.add_argument("--epochs", type=int, default=16, help="passes over the training rows (default: 16)")
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the training rows (default: 30)")
     options = parser.parse_args(argv)
     return guarded(lambda: _demonstrate(options))
 
@@ -40,7 +38,7 @@ def _demonstrate(options: argparse.Namespace) -> int:
     truth = generate(data, n_products=options.products)
     where = ["--output", str(output)]
     jobs: list[tuple[Callable[[Sequence[str]], int], list[str]]] = [
-        (train.main, ["--data", str(data), *where, "--epochs", str(options.epochs), *TUNED]),
+        (train.main, ["--data", str(data), *where, "--epochs", str(options.epochs)]),
         (evaluate_by_groups.main, [*where, "--by", "category"]),
         (predict_test.main, where),
     ]

@@ -269,7 +269,7 @@ def submitted(output: Path, name: str) -> pd.DataFrame:
 def computing(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ensemble of two folds with computed sources, each fitted on its own training rows, and of two without."""
     place = tmp_path_factory.mktemp("computing")
-    where = ["--data", str(catalog), "--output", str(place), *SMALL, "--epochs", "3", "--folds", "2", "--fold"]
+    where = ["--data", str(catalog), "--output", str(place), *PUBLISHED, "--epochs", "3", "--folds", "2", "--fold"]
     for fold in ("0", "1"):
         texts = ["--features", "text", "--columns", "category"]
         assert train_two.main([*where, fold, "--run-id", f"q{fold}", *texts]) == 0

@@ -56,6 +56,7 @@ def to_bytes(remembered: Remembered) -> bytes:
     arrays = {name: getattr(memory, name).cpu().numpy() for name in _ROWS}
     arrays |= {"ids": np.frombuffer(text, np.uint8), "prices": remembered.prices, "weights": remembered.weights}
     arrays |= {f"{_COMPONENTS}{role}": values for role, values in remembered.components.items()}
+    arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}  # others are saved as they lie
     return safetensors.numpy.save(arrays, {"roles": json.dumps(list(remembered.components))})
 
 

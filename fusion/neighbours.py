@@ -133,9 +133,9 @@ class Memory:
         kind = torch.float16 if self.keys.device.type == "cuda" else torch.float32
         which, parts = F.one_hot(self.bands).to(kind), []
         for some, positions in zip(torch.split(queries, GATHERED_ROWS), torch.split(rows, GATHERED_ROWS), strict=True):
-            keys = self.keys.index_select(0, positions.reshape(-1)).view(*positions.shape, -1)
+            keys = self.keys.index_select(0, positions.reshape(-1)).view(*positions.shape, self.keys.shape[1])
             parts.append(torch.bmm(keys.to(kind), some.to(kind).unsqueeze(2) * which).half())
-        return torch.cat(parts) if parts else which.new_zeros(*rows.shape, which.shape[1]).half()
+        return torch.cat(parts)
 
     def _totals(self, queries: Tensor, weights: Tensor) -> Tensor:
         """[B, N] weighted similarities, in the arithmetic that this device is fast in."""

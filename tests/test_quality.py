@@ -1,8 +1,7 @@
-"""That the benchmark of quality cannot flatter: its folds, what peers see of a fold, its blend and its errors."""
+"""That the benchmark of quality cannot flatter: its folds, what peers see of a fold, its blend, and what runs said."""
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +17,11 @@ from benchmarks.quality.catalog import Catalog, read_catalog
 from benchmarks.quality.fold import log_smape, open_fold
 from benchmarks.quality.inputs import VARIANTS, Inputs, Shared
 from benchmarks.quality.peers import PEERS
-from benchmarks.quality.runs import VALIDATION, read_runs
-from benchmarks.quality.scores import clustered_error, convex_weights, nested_blend
-from fusion import storage
+from benchmarks.quality.runs import read_runs
+from benchmarks.quality.scores import convex_weights, nested_blend
 from fusion.config import RunConfig
 from fusion.errors import DataError, ExitCode
 from fusion.qwen_clip import train
-from tests.made_runs import checkpoint, make_run, write
 
 SOURCES = {"clip_image": "images", "qwen_text": "texts"}
 CPU = torch.device("cpu")
@@ -64,13 +61,22 @@ def repriced(catalog: Catalog, rows: np.ndarray) -> Catalog:
     return replace(catalog, prices=prices)
 
 
-def test_a_fold_is_what_the_training_of_this_fold_validates_on(data: Path, catalog: Catalog, tmp_path: Path) -> None:
-    given = ["--data", str(data), "--output", str(tmp_path), "--run-id", "two", "--folds", "5", "--fold", "2"]
+@pytest.fixture(scope="module")
+def output(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The five runs of `--folds 5`, of one epoch."""
+    folder = tmp_path_factory.mktemp("output")
+    given = ["--data", str(data), "--output", str(folder), "--folds", "5", "--device", "cpu", "--epochs", "1"]
     given += ["--sources.clip-image", "images", "--sources.qwen-text", "texts"]
-    small = ["--model", "concat", "--width", "8", "--hidden", "8", "--epochs", "1", "--device", "cpu"]
-    assert train.main([*given, *small]) == ExitCode.DONE
-    split = pd.read_parquet(tmp_path / "runs/two/split.parquet")
-    assert list(split.loc[split["side"] == "validation", "sample_id"]) == list(catalog.ids[catalog.folds == 2])
+    given += ["--model", "concat", "--width", "8", "--hidden", "8"]
+    for fold in map(str, range(5)):
+        assert train.main([*given, "--run-id", f"f{fold}", "--fold", fold]) == ExitCode.DONE
+    return folder
+
+
+def test_a_fold_is_what_the_training_of_this_fold_validates_on(catalog: Catalog, output: Path) -> None:
+    for fold in range(5):
+        split = pd.read_parquet(output / f"runs/f{fold}/split.parquet")
+        assert list(split.loc[split["side"] == "validation", "sample_id"]) == list(catalog.ids[catalog.folds == fold])
 
 
 def test_every_row_is_in_one_fold_and_near_duplicates_are_in_the_same(catalog: Catalog) -> None:
@@ -154,17 +160,6 @@ def test_a_blend_is_never_worse_than_its_best_member_on_the_rows_it_is_fitted_to
     np.testing.assert_allclose(convex_weights(logs, targets), [0, 1, 0], atol=1e-3)
 
 
-def test_the_clustered_error_is_that_of_resampled_groups() -> None:
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(300), rng.integers(1, 5, 300))
-    values = rng.standard_normal(300)[groups] + rng.standard_normal(len(groups))
-    sums, sizes = np.bincount(groups, values), np.bincount(groups)
-    drawn = rng.integers(0, 300, (4000, 300))
-    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    assert clustered_error(values, groups) == pytest.approx(means.std(), rel=0.05)
-    assert clustered_error(values, groups) > 1.3 * values.std() / len(values) ** 0.5
-
-
 def test_the_command_measures_only_what_is_new(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +171,7 @@ def test_the_command_measures_only_what_is_new(
     assert command.main([*given, "--models", "median", "ridge", "kernel", "--neighbours", "--text"]) == ExitCode.DONE
     assert sorted(name for name in written if name == "median") == ["median"] * 3
     found = json.loads((tmp_path / "table.json").read_text())
-    smapes = {(one["name"], one["inputs"]): one["smape"] for one in found["models"]}
+    smapes = {(one["name"], one["inputs"]): one["smape"]["mean"] for one in found["models"]}
     assert found["groups"] == 160
     assert smapes["ridge", "embeddings + text + neighbours"] < smapes["median", "prices"] - 15
     assert smapes["best convex blend", "all of the peers"] < smapes["median", "prices"] - 15
@@ -201,38 +196,35 @@ def test_a_damaged_prediction_is_named_with_what_to_do(data: Path, tmp_path: Pat
         predictions.gathered(cache, "median", PEERS["median"], VARIANTS[0])
 
 
-def fold_run(output: Path, catalog: Catalog, fold: int, *, factor: float = 1.0) -> str:
-    """A run that validated on a fold, and predicted the prices times a factor."""
-    run = make_run(str(output), f"fold-{fold}")
-    mine = catalog.folds == fold
-    frame = pd.DataFrame({"sample_id": catalog.ids[mine], "price": catalog.prices[mine]})
-    buffer = io.BytesIO()
-    frame.assign(predicted=frame["price"] * factor).to_parquet(buffer)
-    storage.write(f"{run}/checkpoints/step-00000000/{VALIDATION}", buffer.getvalue())
-    entry = {"key": VALIDATION, "bytes": len(buffer.getvalue()), "sha256": storage.sha256(buffer.getvalue())}
-    write(f"{run}/checkpoints/step-00000000/MANIFEST.json", {**checkpoint(0, 50.0), "files": [entry]})
-    write(f"{run}/config.json", {"folds": 5, "fold": fold, "width": 16})
-    return run
+def test_runs_of_all_folds_are_one_prediction_of_all_rows(catalog: Catalog, output: Path) -> None:
+    (found,) = read_runs([f"f{fold}" for fold in range(5)], str(output), catalog)
+    assert (found.name, found.is_ours, found.covered.all()) == ("f0 (5 folds)", True, True)
+    (second,) = read_runs([str(output / "runs" / "f1")], str(output), catalog)
+    assert (second.covered == (catalog.folds == 1)).all()
+    np.testing.assert_array_equal(found.logs[second.covered], second.logs[second.covered])
+    smape = json.loads(next((output / "runs/f1/checkpoints").glob("*/MANIFEST.json")).read_text())["smape"]
+    assert log_smape(second.logs[second.covered], catalog.logs[second.covered]) == pytest.approx(smape)
 
 
-def test_runs_of_all_folds_are_one_prediction_of_all_rows(catalog: Catalog, tmp_path: Path) -> None:
-    found = read_runs([fold_run(tmp_path, catalog, fold, factor=2.0) for fold in range(5)], catalog)
-    assert [one.name for one in found] == ["fold-0 … fold-4"]
-    np.testing.assert_allclose(found[0].logs, catalog.logs + np.log(2))
-
-
-def test_a_run_that_does_not_fit_is_an_error(catalog: Catalog, tmp_path: Path) -> None:
-    run = fold_run(tmp_path, catalog, 0)
-    with pytest.raises(DataError, match="another run of the same settings"):
-        read_runs([run, run], catalog)
-    with pytest.raises(DataError, match="other prices for"):
-        read_runs([run], replace(catalog, prices=catalog.prices * 2))
+def test_a_run_that_does_not_fit_is_an_error(catalog: Catalog, output: Path) -> None:
+    with pytest.raises(DataError, match="two of them of one fold"):
+        read_runs(["f0", "f0"], str(output), catalog)
+    with pytest.raises(DataError, match="other prices"):
+        read_runs(["f0"], str(output), replace(catalog, prices=catalog.prices * 2))
     with pytest.raises(DataError, match="not in train"):
-        read_runs([run], replace(catalog, ids=catalog.ids + "x"))
-    write(f"{run}/checkpoints/step-00000000/MANIFEST.json", checkpoint(0, 50.0))
-    with pytest.raises(DataError, match="has neither") as caught:
-        read_runs([run], catalog)
-    assert caught.value.remedy == f"python -m fusion.qwen_clip.evaluate_by_groups --run-dir {run}"
+        read_runs(["f0"], str(output), replace(catalog, ids=catalog.ids + "x"))
+
+
+def test_runs_stand_beside_peers(data: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--data", str(data), "--sources", "clip_image=images", "qwen_text=texts", "--cache", str(tmp_path)]
+    given += ["--models", "median", "ridge", "--output", str(output), "--runs", *(f"f{fold}" for fold in range(5))]
+    assert command.main(given) == ExitCode.DONE
+    models = {one["name"]: one for one in json.loads((tmp_path / "table.json").read_text())["models"]}
+    assert models["f0 (5 folds)"]["difference"] is None
+    assert models["ridge"]["difference"]["mean"] == pytest.approx(
+        models["ridge"]["smape"]["mean"] - models["f0 (5 folds)"]["smape"]["mean"]
+    )
+    assert "| reference |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -250,7 +242,7 @@ def test_a_run_that_does_not_fit_is_an_error(catalog: Catalog, tmp_path: Path) -
             "--reference is 'ridge'",
         ),
         (["--models", "median", "--only-folds"], ExitCode.DATA, "holds no predictions of these peers"),
-        (["--runs", "nowhere"], ExitCode.DATA, "there is no nowhere/config.json"),
+        (["--runs", "nowhere"], ExitCode.DATA, "no run nowhere"),
     ],
 )
 def test_what_cannot_be_measured_is_said(

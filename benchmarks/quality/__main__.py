@@ -9,7 +9,7 @@ its standard error with near-duplicates as one observation, and the paired diffe
 in --cache: the same command goes on where it was stopped, and computes only what is new.
 
     … --models ridge lightgbm --neighbours --text             some peers, on all inputs
-    … --runs output/runs/fold-0 output/runs/fold-1 …          beside them Fusion's runs, trained with --folds 5
+    … --output OUTPUT --runs fold-0 fold-1 …                   beside them Fusion's runs, trained with --folds 5
 
 Writes table.md and table.json into --cache. On 2 cores and 8,000 rows of four sources it takes about 2 hours.
 """
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     catalog = read_catalog(_config(options), dict(options.sources), with_text=options.text)
-    ours = read_runs(options.runs, catalog)
+    ours = read_runs(options.runs, options.output, catalog)
     cache = Cache(options.cache, catalog)
     asked = _asked(options)
     for number in range(options.folds) if options.only_folds is None else options.only_folds:
@@ -117,7 +117,8 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cache", required=True, type=Path, help="folder that predictions and tables are kept in")
     parser.add_argument("--models", nargs="+", choices=list(PEERS), help="peers to measure (default: all installed)")
-    parser.add_argument("--runs", nargs="*", default=[], metavar="RUN", help="folders of runs to compare with")
+    parser.add_argument("--runs", nargs="*", default=[], metavar="RUN", help="runs to compare with: ids or folders")
+    parser.add_argument("--output", default="output", help="where the runs are that are named by their ids")
     parser.add_argument("--neighbours", action="store_true", help="also with what labelled neighbours say")
     parser.add_argument("--text", action="store_true", help="also with the texts of --text-column")
     parser.add_argument("--reference", help="name in the table (default: the best of --runs, else the best peer)")

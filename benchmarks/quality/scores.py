@@ -1,4 +1,4 @@
-"""Errors that are honest about near-duplicates, and the best convex blend."""
+"""The best convex blend of predictions."""
 
 from __future__ import annotations
 
@@ -6,16 +6,6 @@ import numpy as np
 from scipy.optimize import minimize
 
 from benchmarks.quality.fold import log_smape
-
-
-def clustered_error(values: np.ndarray, groups: np.ndarray) -> float:
-    """Standard error of the mean of values [N] whose groups [N] are drawn as a whole (Liang and Zeger, 1986)."""
-    _, group = np.unique(groups, return_inverse=True)
-    sums = np.bincount(group, values - values.mean())
-    n_groups = len(sums)
-    if n_groups < 2:
-        return float("nan")
-    return float(np.sqrt(n_groups / (n_groups - 1) * np.square(sums).sum()) / len(values))
 
 
 def nested_blend(logs: np.ndarray, targets: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.quality.catalog import Catalog
 from benchmarks.quality.predictions import Prediction
-from benchmarks.quality.scores import clustered_error, nested_blend
+from benchmarks.quality.scores import nested_blend
+from fusion.clustered import Estimate, clustered_mean
 from fusion.errors import ConfigError
 from fusion.metrics import row_smape
 
@@ -24,16 +25,15 @@ class Score:
 
     Attributes:
         errors: [N] SMAPE of each row, NaN where it is not covered.
-        smape, error: mean and clustered standard error, in percent.
-        difference, difference_error: to the reference, over the rows that both cover; NaN of the reference itself.
+        smape: their mean, in percent.
+        difference: to the reference, over the rows that both cover; None of the reference itself, or without such rows.
     """
 
     prediction: Prediction
     errors: np.ndarray
-    smape: float
-    error: float
-    difference: float = math.nan
-    difference_error: float = math.nan
+    smape: Estimate
+    difference: Estimate | None = None
+    is_reference: bool = False
 
     @property
     def rows(self) -> int:
@@ -71,16 +71,15 @@ def scored(predictions: Sequence[Prediction], catalog: Catalog) -> list[Score]:
 def _score(prediction: Prediction, catalog: Catalog) -> Score:
     covered, errors = prediction.covered, np.full(len(catalog.prices), np.nan)
     errors[covered] = row_smape(catalog.prices[covered], np.exp(prediction.logs[covered]))
-    error = clustered_error(errors[covered], catalog.groups[covered])
-    return Score(prediction, errors, float(errors[covered].mean()), error)
+    return Score(prediction, errors, clustered_mean(errors[covered], catalog.groups[covered]))
 
 
 def compared(scores: Sequence[Score], reference: str | None, catalog: Catalog) -> list[Score]:
     """The scores, grouped by inputs and each kind from the worst to the best, with differences to the reference."""
     base = _reference(scores, reference)
     kinds = list(dict.fromkeys(one.prediction.inputs for one in scores))
-    ordered = sorted(scores, key=lambda one: (kinds.index(one.prediction.inputs), -one.smape))
-    return [one if one is base else _difference(one, base, catalog) for one in ordered]
+    ordered = sorted(scores, key=lambda one: (kinds.index(one.prediction.inputs), -one.smape.mean))
+    return [replace(one, is_reference=True) if one is base else _difference(one, base, catalog) for one in ordered]
 
 
 def _reference(scores: Sequence[Score], named: str | None) -> Score:
@@ -94,7 +93,7 @@ def _reference(scores: Sequence[Score], named: str | None) -> Score:
             f"--reference {(found or scores)[0].label!r}",
         )
     candidates = [one for one in scores if one.prediction.name != BLEND]
-    return min([one for one in candidates if one.prediction.is_ours] or candidates, key=lambda one: one.smape)
+    return min([one for one in candidates if one.prediction.is_ours] or candidates, key=lambda one: one.smape.mean)
 
 
 def _difference(score: Score, base: Score, catalog: Catalog) -> Score:
@@ -102,8 +101,7 @@ def _difference(score: Score, base: Score, catalog: Catalog) -> Score:
     both = ~np.isnan(differences)
     if not both.any():
         return score
-    error = clustered_error(differences[both], catalog.groups[both])
-    return replace(score, difference=float(differences[both].mean()), difference_error=error)
+    return replace(score, difference=clustered_mean(differences[both], catalog.groups[both]))
 
 
 def markdown(scores: Sequence[Score], catalog: Catalog) -> str:
@@ -122,13 +120,16 @@ def markdown(scores: Sequence[Score], catalog: Catalog) -> str:
 def _line(score: Score, n_rows: int) -> str:
     one = score.prediction
     rows = "" if score.rows == n_rows else f" on {score.rows:,} rows"
-    difference = "reference" if math.isnan(score.difference) else _signed(score.difference, score.difference_error)
+    difference = "reference" if score.is_reference else _shown(score.difference, "+.2f")
     minutes = "" if math.isnan(one.minutes) else f"{one.minutes:.1f}"
-    return f"| {one.inputs} | {one.name} | {score.smape:.2f} ({score.error:.2f}){rows} | {difference} | {minutes} |"
+    return f"| {one.inputs} | {one.name} | {_shown(score.smape, '.2f')}{rows} | {difference} | {minutes} |"
 
 
-def _signed(value: float, error: float) -> str:
-    return f"{value:+.2f} ({error:.2f})"
+def _shown(estimate: Estimate | None, form: str) -> str:
+    if estimate is None:
+        return ""
+    error = "" if estimate.error is None else f" ({estimate.error:.2f})"
+    return f"{estimate.mean:{form}}{error}"
 
 
 def _weights(blend: Prediction) -> str:
@@ -149,7 +150,12 @@ def document(scores: Sequence[Score], catalog: Catalog) -> dict[str, Any]:
 
 def _record(score: Score) -> dict[str, Any]:
     one = score.prediction
-    figures = {"smape": score.smape, "error": score.error, "difference": score.difference}
-    figures |= {"difference_error": score.difference_error, "minutes": one.minutes}
-    finite = {name: None if math.isnan(value) else round(value, 4) for name, value in figures.items()}
-    return {"name": one.name, "inputs": one.inputs, "rows": score.rows, "weights": one.weights, **finite}
+    return {
+        "name": one.name,
+        "inputs": one.inputs,
+        "rows": score.rows,
+        "smape": asdict(score.smape),
+        "difference": None if score.difference is None else asdict(score.difference),
+        "minutes": None if math.isnan(one.minutes) else round(one.minutes, 2),
+        "weights": one.weights,
+    }

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality.blend import nested_blend
 from benchmarks.quality.catalog import Catalog
 from benchmarks.quality.predictions import Prediction
-from benchmarks.quality.scores import nested_blend
 from fusion.clustered import Estimate, clustered_mean
 from fusion.errors import ConfigError
 from fusion.metrics import row_smape

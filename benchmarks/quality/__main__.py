@@ -11,7 +11,7 @@ in --cache: the same command goes on where it was stopped, and computes only wha
     … --models ridge lightgbm --neighbours --text             some peers, on all inputs
     … --output OUTPUT --runs fold-0 fold-1 …                   beside them Fusion's runs, trained with --folds 5
 
-Writes table.md and table.json into --cache. On 2 cores and 8,000 rows of four sources it takes about 2 hours.
+Writes table.md and table.json into --cache. All of it takes hours on 2 cores: --models and --only-folds choose a part.
 """
 
 from __future__ import annotations

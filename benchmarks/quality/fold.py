@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -62,3 +63,8 @@ def chosen(fold: Fold, values: Iterable[V], predict: Callable[[V, np.ndarray, np
     known, wanted = np.flatnonzero(~fold.tunes), np.flatnonzero(fold.tunes)
     losses = {value: log_smape(predict(value, known, wanted), fold.targets[wanted]) for value in values}
     return min(losses, key=lambda value: losses[value])
+
+
+def n_threads() -> int:
+    """Threads that a peer may use."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))

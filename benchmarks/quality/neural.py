@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality.fold import log_smape
+from benchmarks.quality.fold import log_smape, n_threads
 from benchmarks.quality.inputs import Inputs
 
 Settings = Mapping[str, Any]
@@ -73,7 +75,9 @@ def realmlp(inputs: Inputs, settings: Settings) -> np.ndarray:
     from pytabkit import RealMLP_TD_Regressor
 
     fold, x = inputs.fold, inputs.reduced
-    given = {"device": inputs.shared.device.type, "random_state": 0, "n_cv": 1, "n_refit": 1, "val_metric_name": "mae"}
+    given = {"device": inputs.shared.device.type, "n_threads": n_threads(), "random_state": 0}
+    given |= {"n_cv": 1, "n_refit": 1, "val_metric_name": "mae"}
     model = RealMLP_TD_Regressor(**given, **settings)
-    model.fit(x[fold.train], fold.targets, val_idxs=np.flatnonzero(fold.tunes))
+    with contextlib.redirect_stdout(sys.stderr):  # it prints how far it is
+        model.fit(x[fold.train], fold.targets, val_idxs=np.flatnonzero(fold.tunes))
     return np.asarray(model.predict(x[fold.held]), np.float64).reshape(len(fold.held), -1)[:, 0]

@@ -7,7 +7,6 @@ those below, which come from first tries on such tuning rows.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality import neural
-from benchmarks.quality.fold import chosen, log_smape
+from benchmarks.quality.fold import chosen, log_smape, n_threads
 from benchmarks.quality.inputs import VARIANTS, Inputs
 
 Settings = Mapping[str, Any]
@@ -46,10 +45,6 @@ class Peer:
             return metadata.version(self.library)
         except metadata.PackageNotFoundError:
             return None
-
-
-def n_threads() -> int:
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
 def median(inputs: Inputs, settings: Settings) -> np.ndarray:
@@ -185,13 +180,13 @@ PEERS: dict[str, Peer] = {
         lightgbm,
         "lightgbm",
         inputs="reduced",
-        rounds=2000,
+        rounds=3000,
         patience=50,
         objective="l2",
         metric="l1",
-        learning_rate=0.05,
-        num_leaves=31,
-        feature_fraction=0.2,
+        learning_rate=0.03,
+        num_leaves=15,
+        feature_fraction=0.5,
         bagging_fraction=0.8,
         bagging_freq=1,
     ),
@@ -204,8 +199,9 @@ PEERS: dict[str, Peer] = {
         objective="reg:squarederror",
         eval_metric="mae",
         learning_rate=0.05,
-        max_depth=6,
-        colsample_bytree=0.2,
+        max_depth=5,
+        min_child_weight=20,
+        colsample_bytree=0.5,
         subsample=0.8,
     ),
     "catboost": peer(

@@ -63,11 +63,12 @@ def repriced(catalog: Catalog, rows: np.ndarray) -> Catalog:
 
 @pytest.fixture(scope="module")
 def output(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The five runs of `--folds 5`, of one epoch."""
+    """A run of each of 5 folds, and one of all of them, of one epoch."""
     folder = tmp_path_factory.mktemp("output")
     given = ["--data", str(data), "--output", str(folder), "--folds", "5", "--device", "cpu", "--epochs", "1"]
     given += ["--sources.clip-image", "images", "--sources.qwen-text", "texts"]
     given += ["--model", "concat", "--width", "8", "--hidden", "8"]
+    assert train.main([*given, "--run-id", "all"]) == ExitCode.DONE
     for fold in map(str, range(5)):
         assert train.main([*given, "--run-id", f"f{fold}", "--fold", fold]) == ExitCode.DONE
     return folder
@@ -77,6 +78,7 @@ def test_a_fold_is_what_the_training_of_this_fold_validates_on(catalog: Catalog,
     for fold in range(5):
         split = pd.read_parquet(output / f"runs/f{fold}/split.parquet")
         assert list(split.loc[split["side"] == "validation", "sample_id"]) == list(catalog.ids[catalog.folds == fold])
+    assert list(pd.read_parquet(output / "runs/all/split.parquet")["fold"]) == list(catalog.folds)
 
 
 def test_every_row_is_in_one_fold_and_near_duplicates_are_in_the_same(catalog: Catalog) -> None:
@@ -192,6 +194,8 @@ def test_a_damaged_prediction_is_named_with_what_to_do(data: Path, tmp_path: Pat
 def test_runs_of_all_folds_are_one_prediction_of_all_rows(catalog: Catalog, output: Path) -> None:
     (found,) = read_runs([f"f{fold}" for fold in range(5)], str(output), catalog)
     assert (found.name, found.is_ours, found.covered.all()) == ("f0 (5 folds)", True, True)
+    (at_once,) = read_runs(["all"], str(output), catalog)
+    assert at_once.covered.all()
     (second,) = read_runs([str(output / "runs" / "f1")], str(output), catalog)
     assert (second.covered == (catalog.folds == 1)).all()
     np.testing.assert_array_equal(found.logs[second.covered], second.logs[second.covered])

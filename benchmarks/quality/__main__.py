@@ -9,7 +9,7 @@ its standard error with near-duplicates as one observation, and the paired diffe
 in --cache: the same command goes on where it was stopped, and computes only what is new.
 
     … --models ridge lightgbm --neighbours --text             some peers, on all inputs
-    … --output OUTPUT --runs fold-0 fold-1 …                   beside them Fusion's runs, trained with --folds 5
+    … --output OUTPUT --runs my-run                             beside them Fusion's runs, trained with --folds 5
 
 Writes table.md and table.json into --cache. All of it takes hours on 2 cores: --models and --only-folds choose a part.
 """

@@ -68,16 +68,8 @@ def read_catalog(config: RunConfig, sources: Mapping[str, str], *, with_text: bo
     groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
     texts = _texts(table, config) if with_text else []
     key = digest([table.digest(), store.digest(), _sha256(groups), config.folds, config.seed])
-    return Catalog(table.ids, table.prices, groups, _folds(table, groups, config), _vectors(store), texts, key)
-
-
-def _folds(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:
-    """[N] fold of each row, asked fold by fold as the training asks."""
-    folds = np.full(len(table), -1)
-    for fold in range(config.folds or 0):
-        split = split_rows(table, groups, RunConfig(folds=config.folds, fold=fold, seed=config.seed))
-        folds[(split["side"] == "validation").to_numpy(bool)] = fold
-    return folds
+    folds = split_rows(table, groups, config)["fold"].to_numpy(np.int64)
+    return Catalog(table.ids, table.prices, groups, folds, _vectors(store), texts, key)
 
 
 def _vectors(store: RowStore) -> dict[str, np.ndarray]:

@@ -161,10 +161,16 @@ def test_the_command_measures_only_what_is_new(
     given = ["--data", str(data), "--sources", "clip_image=images", "qwen_text=texts", "--cache", str(tmp_path)]
     assert command.main([*given, "--models", "median", "ridge", "--only-folds", "0", "1"]) == ExitCode.DONE
     assert "on 80 rows" in capsys.readouterr().out
+    assert command.main([*given, "--models", "median"]) == ExitCode.DONE
+    assert command.main([*given, "--models", "median", "ridge", "--only-folds"]) == ExitCode.DONE
+    reference = next(line for line in capsys.readouterr().out.splitlines()[::-1] if "| reference |" in line)
+    assert "| median |" in reference, "it covers all rows"
     written = []
     monkeypatch.setattr(predictions.Cache, "write", noted(predictions.Cache.write, written))
     assert command.main([*given, "--models", "median", "ridge", "kernel", "--neighbours", "--text"]) == ExitCode.DONE
-    assert sorted(name for name in written if name == "median") == ["median"] * 3
+    assert "median" not in written
+    assert written.count("kernel") == 2 * 5
+    assert written.count("ridge") == 4 * 5 - 2
     found = json.loads((tmp_path / "table.json").read_text())
     smapes = {(one["name"], one["inputs"]): one["smape"]["mean"] for one in found["models"]}
     assert found["groups"] == 160

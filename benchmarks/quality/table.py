@@ -93,7 +93,9 @@ def _reference(scores: Sequence[Score], named: str | None) -> Score:
             f"--reference {(found or scores)[0].label!r}",
         )
     candidates = [one for one in scores if one.prediction.name != BLEND]
-    return min([one for one in candidates if one.prediction.is_ours] or candidates, key=lambda one: one.smape.mean)
+    candidates = [one for one in candidates if one.prediction.is_ours] or candidates
+    most = max(one.rows for one in candidates)  # some may be computed in part
+    return min([one for one in candidates if one.rows == most], key=lambda one: one.smape.mean)
 
 
 def _difference(score: Score, base: Score, catalog: Catalog) -> Score:

@@ -29,6 +29,7 @@ KINDS = {
     "features": "write */runs/r/features.safetensors",
     "run": "write */runs/r/run.json",
     "split": "write */runs/r/split.parquet",
+    "memory": "write */runs/r/memory.safetensors",
     "history-by-line": "write */runs/r/metrics/train.jsonl",
     "history-as-table": "write */runs/r/metrics/epochs.csv",
     "model": "write */runs/r/checkpoints/*/model.safetensors",

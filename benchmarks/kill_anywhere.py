@@ -44,7 +44,7 @@ from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.verify import verify
 from fusion.verify_output import is_output
 
-SMALL = ["--width", "16", "--n-heads", "2", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
+SMALL = ["--width", "16", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu", "--epochs", "4", "--checkpoint-steps", "3", "--run-id", "r"]
 COMPUTED = ["--features", "text", "--columns", "category"]
 SETTLE = 15.0  # seconds that the others get to end by themselves, as the launcher gives them some

@@ -39,7 +39,7 @@ CHUNK = 100_000  # rows made at a time
 # Lengths of texts: lognormal with the median and spread of the titles of a shop, and one in 10,000 of full length.
 MEDIAN_LENGTH, SPREAD, SHORTEST, LONGEST, SHARE_OF_LONGEST = 60, 0.9, 10, 40_000, 1e-4
 SHARE_OF_COPIES = 0.03  # texts that are those of another row
-FLAGS = ["--width", "8", "--n-heads", "2", "--hidden", "8", "--device", "cpu", "--epochs", "1", "--run-id", "scale"]
+FLAGS = ["--width", "8", "--hidden", "8", "--device", "cpu", "--epochs", "1", "--run-id", "scale"]
 FLAGS += ["--batch-size", "4096", "--checkpoint-seconds", "3600"]
 EMBEDDING_BYTES = len(SOURCES) * (4 * DIM + 2)  # per row: float32, and two marks for each source
 VALIDATING = 0.2  # share of the rows that an evaluation predicts: the default of --val-fraction

@@ -2,8 +2,8 @@
 
 No kill, and no training that goes on meanwhile, leaves anything that is BAD here. The order in which a run is written
 says what may be missing: config.json, lease.json, attempts/<n>/start.json, features.safetensors where sources are
-computed, run.json, split.parquet, then for each checkpoint the history, the files and the manifest, and at the end the
-pointers, log.txt and exit.json.
+computed, run.json, split.parquet, memory.safetensors where the model leans on neighbours, then for each checkpoint the
+history, the files and the manifest, and at the end the pointers, log.txt and exit.json.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from fusion.findings import (
     read,
     some,
 )
-from fusion.manifests import FEATURES, LINES, MANIFEST, PULLED, SPLIT
+from fusion.manifests import FEATURES, LINES, MANIFEST, MEMORY, PULLED, SPLIT
 from fusion.records import AttemptEnd, AttemptStart, CheckpointManifest, DataOfRun, LeaseRecord, Pulled, RunFacts
 from fusion.runs import config_digest
 from fusion.verify_checkpoint import check_checkpoint
+from fusion.verify_memory import check_memory
 from fusion.verify_metrics import check_ablation, check_metrics
 
 
@@ -39,8 +40,8 @@ class CheckedRun:
     Attributes:
         url: of its folder.
         facts: None: there is no `run.json`, or it is damaged.
-        run_sha256, split_sha256, features_sha256: of the bytes of `run.json`, `split.parquet` and
-            `features.safetensors`; empty: there is none.
+        run_sha256, split_sha256, features_sha256, memory_sha256: of the bytes of `run.json`, `split.parquet`,
+            `features.safetensors` and `memory.safetensors`; empty: there is none.
         validating: ids of the rows that validate; None: unknown.
         left_out: paths below the folder that `jobs/pull.py` did not fetch; None: this is no pulled copy.
         committed: names of the checkpoints that have a manifest, oldest first.
@@ -53,6 +54,7 @@ class CheckedRun:
     run_sha256: str
     split_sha256: str
     features_sha256: str
+    memory_sha256: str
     validating: set[str] | None
     left_out: tuple[str, ...] | None
     committed: list[str]
@@ -73,10 +75,14 @@ def check_run(report: Report, url: str) -> CheckedRun:
     pulled = _check_pulled(report, url)
     facts, run_sha256 = _check_settings(report, url)
     content = read(storage.join(url, SPLIT))
+    n_wrong = report.n_wrong
     validating = _check_split(report, content, expected=_is_trained(url))
+    whole_split = content if report.n_wrong == n_wrong else None  # with a damaged one nothing else is compared
     split_sha256 = "" if content is None else storage.sha256(content)
     features_sha256 = _check_features(report, url, facts)
-    run = CheckedRun(url, facts, run_sha256, split_sha256, features_sha256, validating, pulled, [], {}, {})
+    memory_sha256 = _check_memory(report, url, whole_split, facts)
+    digests = (run_sha256, split_sha256, features_sha256, memory_sha256)
+    run = CheckedRun(url, facts, *digests, validating, pulled, [], {}, {})
     run.ends.update(_check_attempts(report, run))  # before the checkpoints: an end names one that is committed
     _check_checkpoints(report, run)
     _check_ends(report, run)
@@ -165,6 +171,15 @@ def _check_features(report: Report, url: str, facts: RunFacts | None) -> str:
     return storage.sha256(content)
 
 
+def _check_memory(report: Report, url: str, split: bytes | None, facts: RunFacts | None) -> str:
+    """sha256 of `memory.safetensors`; empty if there is none."""
+    content = read(storage.join(url, MEMORY))
+    if content is None:
+        return ""
+    check_memory(report, content, split, facts)
+    return storage.sha256(content)
+
+
 def _check_attempts(report: Report, run: CheckedRun) -> dict[int, AttemptEnd]:
     """How the attempts ended, by number; one that was killed, or still runs, has no end."""
     folders = {storage.base(folder): folder for folder in storage.ls(storage.join(run.url, "attempts"))}
@@ -248,11 +263,12 @@ def _check_checkpoint_of_run(report: Report, folder: str, run: CheckedRun) -> No
 
 
 def _check_lineage(report: Report, name: str, manifest: CheckpointManifest, run: CheckedRun) -> None:
-    for key, file in (("split_sha256", SPLIT), ("run_sha256", "run.json"), ("features_sha256", FEATURES)):
+    files = {"split_sha256": SPLIT, "run_sha256": "run.json", "features_sha256": FEATURES, "memory_sha256": MEMORY}
+    for key, file in files.items():
         stated, found = getattr(manifest, key), getattr(run, key)
         if stated and found:
             report.expect(f"{name}: {key} of {file}", found, stated)
-        elif stated and file == FEATURES:
+        elif stated and file in (FEATURES, MEMORY):
             report.bad(f"{name}: {key} of {file}", stated, "no such file")
     for key in ("config_sha256", "data_sha256"):
         if run.facts is not None:
@@ -284,4 +300,17 @@ def _check_history(report: Report, run: CheckedRun) -> None:
         if entry.key == LINES and content is not None and storage.sha256(content[: entry.bytes]) == entry.sha256:
             rows = [json.loads(line) for line in content[: entry.bytes].splitlines()]
             report.expect(f"{newest.name}: epochs of {LINES}", len(rows), newest.epoch)
-            report.expect(f"{newest.name}: lowest smape of {LINES}", min(row["smape"] for row in rows), newest.smape)
+            smapes = [row["smape"] for row in rows]
+            kept = _kept_smape(run.url, smapes)
+            if kept is not None:
+                report.expect(f"{newest.name}: {kept[0]} smape of {LINES}", kept[1], newest.smape)
+
+
+def _kept_smape(url: str, smapes: list[float]) -> tuple[str, float] | None:
+    """Which epoch's weights are kept, and its SMAPE; None: config.json is damaged, which has a check of its own."""
+    try:
+        settings = json.loads(read(storage.join(url, "config.json")) or b"")
+    except ValueError:
+        return None
+    is_last = isinstance(settings, dict) and settings.get("schedule") == "cosine"
+    return ("last", smapes[-1]) if is_last else ("lowest", min(smapes))

@@ -52,8 +52,9 @@ validated on the same rows, so that their SMAPEs can be compared. A run that was
 not say so: it is `running`, and `silent` once nothing of it has been written for 15 minutes. --json
 lists all runs, failed ones included."""
 _PULLED = """Of a run comes everything but its lease and all but its best checkpoint: config.json, run.json,
-split.parquet, features.safetensors, metrics/, attempts/ with the logs, and the weights with their
-manifest. state.pt, from which training goes on, is about three times as large and comes with --state."""
+split.parquet, features.safetensors, memory.safetensors, metrics/, attempts/ with the logs, and the
+weights with their manifest. state.pt, from which training goes on, is about three times as large and
+comes with --state."""
 
 
 def _runs(given: argparse.Namespace) -> None:

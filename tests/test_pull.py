@@ -33,7 +33,7 @@ from tests.s3_server import S3Server
 from tests.services import require
 
 ROOT = Path(__file__).parent.parent
-LARGE = ["--width", "32", "--hidden", "32", "16", "--n-heads", "2", "--batch-size", "64", "--device", "cpu"]
+LARGE = ["--width", "32", "--hidden", "32", "16", "--batch-size", "64", "--device", "cpu"]
 DATE = "2026-01-02"
 OUTPUT = f"s3://{BUCKET}/test-pull/out"
 PREFIX = OUTPUT.removeprefix(f"s3://{BUCKET}/")

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pandas as pd
 import pytest
+import safetensors.numpy
 
 from fusion import manifests, storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
@@ -251,6 +253,46 @@ def test_a_run_without_what_it_began_with(
     assert all("split_sha256" in other for other in others), "of each checkpoint"
 
 
+def other_arrays(path: Path, **changes: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Changes a memory, and states the new digest in all checkpoints, as its own functions would."""
+    with safetensors.safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    arrays = safetensors.numpy.load_file(path)
+    arrays |= {name: np.ascontiguousarray(change(arrays[name])) for name, change in changes.items()}
+    path.write_bytes(safetensors.numpy.save(arrays, metadata))
+    for folder in (path.parent / "checkpoints").iterdir():
+        edit(folder / "MANIFEST.json", memory_sha256=storage.sha256(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("prices", lambda prices: prices[::-1], "prices: expected those of split.parquet, found others"),
+        ("ids", lambda ids: np.roll(ids, 7), "ids: expected those of split.parquet, found others"),
+        ("folds", lambda folds: np.roll(folds, 1), "folds: expected those of split.parquet, found others"),
+        ("groups", lambda groups: groups + 1, "groups: expected those of split.parquet, found others"),
+        ("keys", lambda keys: keys[:, 1:], "columns of its keys: expected 44, found 43"),
+        ("keys", lambda keys: keys[1:], "rows: expected 503, as in split.parquet, found 502, 503"),
+        ("keys", lambda keys: keys * np.nan, "numbers: expected finite, found others in keys"),
+        ("components.qwen_text", lambda one: one[1:], "dims of run.json: expected"),
+    ],
+)
+def test_a_memory_that_does_not_fit_though_its_digests_do(
+    name: str, change: Callable[[np.ndarray], np.ndarray], said: str, output: Path, capsys: Capture
+) -> None:
+    other_arrays(output / "runs/r/memory.safetensors", **{name: change})
+    (line,) = wrong_lines(capsys, output / "runs/r")
+    assert line.startswith("BAD  memory.safetensors: ") and said in line
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
+def test_a_memory_that_is_not_that_of_the_training(harm: Callable[[Path], None], output: Path, capsys: Capture) -> None:
+    harm(output / "runs/r/memory.safetensors")
+    lines = wrong_lines(capsys, output / "runs/r")
+    assert [line for line in lines if "memory.safetensors" not in line] == []
+    assert sum("memory_sha256 of memory.safetensors" in line for line in lines) == 2, "of each checkpoint"
+
+
 def test_what_is_no_error_is_said(output: Path, capsys: Capture) -> None:
     run = output / "runs/r"
     edit(submission(output) / "MANIFEST.json", run=str(run), data=str(output / "nowhere"))
@@ -343,7 +385,7 @@ def test_a_smape_that_the_training_never_had(output: Path, capsys: Capture) -> N
     edit(newest(output) / "MANIFEST.json", smape=1.0)
     recomputed, of_history = wrong_lines(capsys, output / "runs/r")
     assert "validation.parquet: smape of the manifest, recomputed: expected " in recomputed
-    assert of_history == f"BAD  {newest(output).name}: lowest smape of train.jsonl: expected {smape}, found 1.0"
+    assert of_history == f"BAD  {newest(output).name}: last smape of train.jsonl: expected {smape}, found 1.0"
     (line,) = wrong_lines(capsys, output / "pointers/runs/all_embeddings/best.json")[:1]
     assert f"smape of {newest(output).name} in r: expected 1.0, found {smape}" in line
 

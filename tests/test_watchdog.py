@@ -74,7 +74,7 @@ import tempfile
 folder = tempfile.mkdtemp()
 roles = ("clip_image", "siglip_image", "siglip_text", "qwen_text")
 generate(Path(folder), n_products=300, dims=dict.fromkeys(roles, 8))
-small = "--width 16 --n-heads 2 --hidden 8 --device cpu --stall-timeout 3 --max-missing 0.2 --epochs 1".split()
+small = "--width 16 --hidden 8 --device cpu --stall-timeout 3 --max-missing 0.2 --epochs 1".split()
 sys.exit(train.main(["--data", folder, "--output", folder + "/out", *small]))
 """
     command = [sys.executable, "-c", script.replace("{place}", place)]

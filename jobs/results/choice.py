@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
-from fusion.manifests import ENSEMBLE, FEATURES, MANIFEST, PULLED, SPLIT, STATE, Checkpoint
+from fusion.manifests import ENSEMBLE, FEATURES, MANIFEST, MEMORY, PULLED, SPLIT, STATE, Checkpoint
 from fusion.records import (
     CheckpointManifest,
     FileEntry,
@@ -148,15 +148,20 @@ def _beside(path: str, listing: Listing, metrics: Plan, best: Checkpoint | None)
     """The files of a run that no manifest of files names; every checkpoint's has the hashes of some."""
     named = {item.path for item in metrics.items} | set(metrics.last)
     below = sorted(name for name in listing if BESIDE.fullmatch(name) and f"{path}/{name}" not in named)
-    digests = {SPLIT: best.manifest.split_sha256, FEATURES: best.manifest.features_sha256} if best else {}
-    left_out = {LEASE, PULLED, SPLIT, FEATURES, f"metrics/{MANIFEST}"}
+    digests = _digests_beside(best) if best else {}
+    left_out = {LEASE, PULLED, SPLIT, FEATURES, MEMORY, f"metrics/{MANIFEST}"}
     items = [Item(listing[name].url, f"{path}/{name}") for name in below if name not in left_out]
-    for name in (SPLIT, FEATURES):
+    for name in (SPLIT, FEATURES, MEMORY):
         if name in listing:
             found, digest = listing[name], digests.get(name)  # runs of earlier versions say nothing of it
             entry = FileEntry(name, found.size, digest) if digest else None
             items.append(Item(found.url, f"{path}/{name}", entry))
     return Plan(items, {})
+
+
+def _digests_beside(best: Checkpoint) -> dict[str, str]:
+    made = best.manifest
+    return {SPLIT: made.split_sha256, FEATURES: made.features_sha256, MEMORY: made.memory_sha256}
 
 
 def _joined(first: Plan, second: Plan) -> Plan:

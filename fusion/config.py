@@ -153,8 +153,8 @@ class RunConfig(StoreConfig):
     n_heads: int = setting(8, "attention heads", "model", ge=1)
     n_experts: int = setting(3, "experts in the mixture", "model", ge=1)
     dropout: float = setting(0.5, "share of features dropped in training", "model", ge=0, lt=1)
-    input_dropout: float = setting(0.6, "share of inputs dropped in training", "model", ge=0, lt=1)
-    input_noise: float = setting(0.5, "deviation of the noise added to inputs in training", "model", ge=0)
+    input_dropout: float = setting(0.3, "share of inputs dropped in training", "model", ge=0, lt=1)
+    input_noise: float = setting(0.3, "deviation of the noise added to inputs in training", "model", ge=0)
     modality_dropout: float = setting(0.05, "share of sources hidden from a row in training", "model", ge=0, lt=1)
 
     loss: LossName = setting("smape", "loss to minimise, see fusion/loss_functions.py", "training")

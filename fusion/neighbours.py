@@ -211,14 +211,12 @@ class Neighbourhood:
 
     Attributes:
         log_price: [B] weighted mean of their log prices.
-        start: [B] what a network's correction is added to: as far from the median as neighbours deserve trust.
         deviation: [B] weighted standard deviation of them.
         weights: [B, K] of the candidates; they add up to 1, or to 0 where none is usable.
         features: [B, N_FACTS + S] without a gradient: what a network may know of the neighbourhood.
     """
 
     log_price: Tensor
-    start: Tensor
     deviation: Tensor
     weights: Tensor
     features: Tensor
@@ -235,7 +233,6 @@ class Neighbours(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.weight = nn.Parameter(torch.full((n_bands,), FIRST_WEIGHT).expm1().log())
-        self.trust = nn.Parameter(torch.ones(()))
         self.correction = nn.Sequential(nn.Linear(n_bands, PAIR_WIDTH), nn.GELU(), nn.Linear(PAIR_WIDTH, 1))
 
     def forward(self, candidates: Candidates, usable: Tensor, median: Tensor) -> Neighbourhood:
@@ -263,5 +260,4 @@ class Neighbours(nn.Module):
         facts = [price - median, variance.sqrt(), SIMILARITY_SCALE * closeness.clamp(-1, 1), n_effective.log()]
         similar = SIMILARITY_SCALE * torch.einsum("bk,bks->bs", known, candidates.similarities)
         features = torch.cat([torch.stack(facts, dim=1), similar], dim=1)
-        start = median + self.trust * (price - median)
-        return Neighbourhood(log_price, start, variance.sqrt(), weights, features)
+        return Neighbourhood(log_price, variance.sqrt(), weights, features)

@@ -231,7 +231,7 @@ class PriceModel(nn.Module):
         scaled = output.float() * self.get_buffer("target_scale")
         known = torch.stack([there for role, there in present.items() if role != NEIGHBOURHOOD]).any(0)
         if around is not None:
-            start = torch.where(known, around.start, self._log_median())
+            start = torch.where(known, around.log_price.detach(), self._log_median())
             return self._log1p(torch.where(known, start + scaled, start))
         output = scaled + self.get_buffer("target_median")
         return self._in_dollars(torch.where(known, output, self.get_buffer("target_median")))

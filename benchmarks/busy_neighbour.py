@@ -25,19 +25,21 @@ from fusion.all_embeddings.model import build_network
 from fusion.distributed import world
 from fusion.embeddings import RowStore
 from fusion.fitting import Fit, TrainingData
-from fusion.price_model import PriceModel
+from fusion.prediction import make_model
 
 DIMS = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
 ROWS, VALIDATION = 1280, 64
 torch.manual_seed(0)
 values = {role: torch.randn(ROWS + VALIDATION, dim) for role, dim in DIMS.items()}
 present = {role: torch.ones(ROWS + VALIDATION, dtype=torch.bool) for role in DIMS}
-config = Config()
+config = Config(recipe="published")
 rows, targets = torch.arange(ROWS + VALIDATION), torch.rand(ROWS + VALIDATION) * 5
 with world("cpu") as place:
     prices, ids = np.full(VALIDATION, 9.0), pd.RangeIndex(VALIDATION).astype("str")
-    data = TrainingData(RowStore(values, present), targets, rows[:ROWS], rows[ROWS:], prices, ids)
-    fit = Fit(config, PriceModel(build_network(config, DIMS), DIMS, 0.05), data, place)
+    folds, all_prices, all_ids = (rows < ROWS).long(), np.expm1(targets.numpy()), rows.numpy().astype(str)
+    store = RowStore(values, present, folds=folds, groups=rows)
+    data = TrainingData(store, targets, rows[:ROWS], rows[ROWS:], prices, ids, None, all_ids, all_prices, folds, rows)
+    fit = Fit(config, make_model(config, build_network, DIMS), data, place)
     seconds = []
     fit.model.train()
     for batch in fit._batches() * (int(sys.argv[1]) // 5 + 1):

@@ -69,3 +69,9 @@ def test_every_id_once_and_in_order(outputs: dict[int, Path], data: Path, ranks:
     assert submitted(outputs[ranks])["sample_id"].tolist() == wanted
     split = pd.read_parquet(outputs[ranks] / "runs/r/split.parquet")
     assert validation(outputs[ranks]).index.tolist() == split.query("side == 'validation'")["sample_id"].tolist()
+
+
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_the_memory_is_the_same(outputs: dict[int, Path], ranks: int) -> None:
+    memories = [(outputs[n] / "runs/r/memory.safetensors").read_bytes() for n in (1, ranks)]
+    assert memories[0] == memories[1]

@@ -131,7 +131,7 @@ def first_weights(remembered: Memory, config: RunConfig, place: World) -> np.nda
     optimizer, loss = torch.optim.Adam([raw], lr=WEIGHT_LR), SMAPELoss()
     generator = torch.Generator().manual_seed(mixed(config.seed, "weights"))
     for _ in range(WEIGHT_STEPS):
-        batch = torch.randint(len(rows), (WEIGHT_BATCH,), generator=generator).to(place.device)
+        batch = torch.randint(len(rows), (min(WEIGHT_BATCH, len(rows)),), generator=generator).to(place.device)
         some = candidates.of(batch)
         logits = (some.similarities @ F.softplus(raw)).masked_fill(~some.usable, -1e9)
         price = (logits.softmax(-1) * some.log_prices).sum(-1)

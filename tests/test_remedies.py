@@ -71,6 +71,7 @@ PRINTED_BY = {
     "fusion/launch.py": ("launch",),
     "fusion/manifests.py": ("evaluate", "predict"),
     "fusion/meeting.py": ("launch",),
+    "fusion/memory.py": ("train",),
     "fusion/prediction.py": ("predict",),
     "fusion/runs.py": ("train",),
     "fusion/runs.py:_no_finished_run": ("evaluate", "predict"),

@@ -21,8 +21,13 @@ from pydantic_core import ArgsKwargs
 # Settings that say where and how a run is computed, not what it computes.
 HOW = {"output", "run_id", "device", "store_timeout", "grace", "stall_timeout", "fresh"}
 HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep", "promote"}
-# Settings that --model concat does not use.
-OF_ATTENTION = ("n_heads", "n_experts")
+# Setting, its value, and the settings that do nothing with that value.
+UNUSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("model", "concat", ("n_heads", "n_experts")),
+    ("schedule", "cosine", ("lr_patience", "lr_factor", "min_lr")),
+    ("schedule", "plateau", ("warmup",)),
+    ("neighbours", 0, ("neighbour_dropout",)),
+)
 
 C = TypeVar("C")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -220,13 +225,21 @@ class RunConfig(StoreConfig):
             raise ValueError(f"--width {self.width} cannot be divided into --n-heads {self.n_heads}")
 
     def without_effect(self) -> str:
-        unused = [name for name in OF_ATTENTION if getattr(self, name) != getattr(type(self), name)]
-        if self.model == "concat" and unused:
-            name = unused[0].replace("_", "-")
-            return f"--{name} is given, and --model concat has none"
+        for setting_name, value, unused in UNUSED:
+            given = [name for name in unused if self._is_given(name)]
+            if getattr(self, setting_name) == value and given:
+                flag = given[0].replace("_", "-")
+                return f"--{flag} is given, and --{setting_name} {value} has none"
         if self.val_fraction != type(self).val_fraction and (self.folds is not None or self.validate_after is not None):
             return f"--val-fraction is given, and --{'folds' if self.folds else 'validate-after'} replaces it"
         return ""
+
+    def _is_given(self, name: str) -> bool:
+        """Whether the setting is neither its default nor what the recipe says."""
+        usual = [getattr(type(self), name)]
+        if self.recipe == "published":
+            usual.append(self.published.get(name))
+        return getattr(self, name) not in usual
 
     def _check_validate_after(self, column: str, day: str) -> None:
         try:

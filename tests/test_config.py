@@ -143,6 +143,19 @@ def test_a_config_is_frozen_and_validated() -> None:
     [
         (["--model", "concat", "--n-heads", "4"], "--n-heads is given, and --model concat has none"),
         (["--model", "concat", "--n-experts", "5"], "--n-experts is given, and --model concat has none"),
+        (["--lr-patience", "5"], "--lr-patience is given, and --schedule cosine has none"),
+        (["--lr-factor", "0.1"], "--lr-factor is given, and --schedule cosine has none"),
+        (["--min-lr", "0.1"], "--min-lr is given, and --schedule cosine has none"),
+        (["--schedule", "plateau", "--warmup", "0.1"], "--warmup is given, and --schedule plateau has none"),
+        (["--recipe", "published", "--warmup", "0.1"], "--warmup is given, and --schedule plateau has none"),
+        (
+            ["--neighbours", "0", "--neighbour-dropout", "0.1"],
+            "--neighbour-dropout is given, and --neighbours 0 has none",
+        ),
+        (
+            ["--recipe", "published", "--neighbour-dropout", "0.1"],
+            "--neighbour-dropout is given, and --neighbours 0 has none",
+        ),
         (["--folds", "5", "--val-fraction", "0.1"], "--val-fraction is given, and --folds replaces it"),
         (
             ["--validate-after", "created", "2026-01-31", "--val-fraction", "0.1"],
@@ -164,6 +177,25 @@ def test_a_default_that_cannot_take_effect_is_none(tmp_path: Path) -> None:
     assert read("--config", str(tmp_path / "config.json")) == config, "which holds every default"
     old = to_json(Config(model="concat", n_experts=5))
     assert from_json(Config, old, "config.json").n_experts == 5, "of a run that exists"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--recipe", "published"],
+        ["--recipe", "published", "--lr-patience", "5", "--min-lr", "0.1"],
+        ["--recipe", "published", "--schedule", "cosine", "--warmup", "0.1"],
+        ["--schedule", "plateau", "--lr-factor", "0.1"],
+        ["--neighbours", "0"],
+        ["--recipe", "published", "--n-heads", "4", "--neighbours", "9", "--components", "9"],
+        ["--recipe", "published", "--model", "concat"],
+    ],
+)
+def test_what_a_recipe_says_is_not_what_was_given(flags: list[str], tmp_path: Path) -> None:
+    config = read(*flags)
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert read("--config", str(tmp_path / "config.json")) == config
 
 
 def test_two_runs_are_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,10 +148,11 @@ def test_settings_are_frozen_as_flags(tmp_path: Path, monkeypatch: pytest.Monkey
     file.write_text("hidden = [8, 4]\nepochs = 7\ndrop_bad_prices = true\nseed = 3\n[sources]\nclip_image = 'mine'\n")
     monkeypatch.setenv("FUSION_SEED", "5")
     monkeypatch.setenv("FUSION_DATA", "s3://bucket/my data")
-    job = frozen(Job("all_embeddings", "train", ("--config", str(file), "--epochs", "9", "--min-lr", "0.0")))
+    job = frozen(Job("all_embeddings", "train", ("--config", str(file), "--epochs", "9", "--weight-decay", "0.0")))
     file.unlink()
     monkeypatch.delenv("FUSION_SEED")
-    flags = "--data s3://bucket/my data|--drop-bad-prices|--epochs 9|--min-lr 0.0|--seed 5|--sources.clip-image mine"
+    flags = "--data s3://bucket/my data|--drop-bad-prices|--epochs 9|--seed 5|--sources.clip-image mine"
+    flags += "|--weight-decay 0.0"
     assert set(flags.split("|")) | {"--hidden 8 4"} == set(re.split(r" (?=--)", " ".join(job.flags)))
     assert frozen(job) == job
 

@@ -233,7 +233,8 @@ class Neighbours(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.weight = nn.Parameter(torch.full((n_bands,), FIRST_WEIGHT).expm1().log())
-        self.correction = nn.Sequential(nn.Linear(n_bands, PAIR_WIDTH), nn.GELU(), nn.Linear(PAIR_WIDTH, 1))
+        last = nn.Linear(PAIR_WIDTH, 1, bias=False)  # a softmax cannot tell one, which rounding alone would move
+        self.correction = nn.Sequential(nn.Linear(n_bands, PAIR_WIDTH), nn.GELU(), last)
 
     def forward(self, candidates: Candidates, usable: Tensor, median: Tensor) -> Neighbourhood:
         if self.training and self.dropout:

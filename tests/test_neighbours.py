@@ -167,6 +167,15 @@ def test_what_a_network_knows_of_a_neighbourhood_teaches_the_attention_nothing()
     assert found.features.isfinite().all() and found.features.shape == (4, 4 + 5)
 
 
+def test_each_weight_of_the_attention_moves_the_price() -> None:
+    """AdamW turns the rounding of a gradient that is 0 into steps of full length, other ones on more ranks."""
+    known, model = candidates(torch.linspace(0, 5, 8).double()), attention().double()
+    known = replace(known, similarities=known.similarities.double())
+    model(known, known.usable, torch.tensor(2.0)).log_price.sum().backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().min() > 1e-9, name
+
+
 @pytest.mark.parametrize("dollars", [1e-6, 1.0, 1e6, 1e30])
 def test_equal_prices_are_that_price(dollars: float) -> None:
     price = float(np.log(dollars))

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from fusion import manifests
-from fusion.all_embeddings import evaluate_by_groups, train
+from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.demo_catalog import generate
+from fusion.fitting import SIMILARITY_LR, Fit
+from fusion.predictions import from_parquet
 from fusion.validation import validation_of
-from tests.conftest import SMALL
+from tests.conftest import DIMS, SMALL
 
 RECIPES = {
     "single": [],
@@ -37,3 +41,80 @@ def test_an_evaluation_gives_the_validation_of_the_training(recipe: str, catalog
     pd.testing.assert_series_equal(found, trained.loc[found.index], rtol=1e-5)
     if "--folds" in RECIPES[recipe] and "--fold" not in RECIPES[recipe]:
         assert len(found) == len(pd.read_parquet(tmp_path / "runs/r/split.parquet"))
+
+
+def used(data: Path, output: Path, *more: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What a run of few epochs says of the rows that validate, and of those of test.csv."""
+    where = ["--output", str(output), "--run-id", "r"]
+    assert train.main(["--data", str(data), *where, *SMALL, "--epochs", "2", *more]) == 0
+    for command in (evaluate_by_groups, predict_test):
+        assert command.main([*where, "--device", "cpu"]) == 0
+    (found,) = output.glob("submissions/**/predictions.parquet")
+    return pd.read_parquet(output / "runs/r/metrics/predictions.parquet"), from_parquet(found.read_bytes())
+
+
+def comparables(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, prices and weights [N, n] of the products that each price leans on."""
+    names = ("comparable_ids", "comparable_prices", "comparable_weights")
+    ids, prices, weights = (np.stack(rows[name].to_list()) for name in names)
+    return ids, prices, weights
+
+
+@pytest.fixture(scope="module")
+def said(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return used(catalog, tmp_path_factory.mktemp("said"), "--folds", "3")
+
+
+def test_comparables_are_products_at_their_prices(said: tuple[pd.DataFrame, pd.DataFrame], catalog: Path) -> None:
+    known = pd.read_csv(catalog / "train.csv", dtype={"sample_id": str}).set_index("sample_id")["price"]
+    for rows in said:
+        ids, prices, weights = comparables(rows)
+        assert set(ids.ravel()) <= set(known.index)
+        np.testing.assert_array_equal(prices, known.loc[ids.ravel()].to_numpy().reshape(ids.shape))
+        assert all(len(set(row)) == len(row) for row in ids)
+        assert (np.diff(weights, axis=1) <= 0).all() and (weights >= 0).all()
+        assert (weights.sum(1) <= 1 + 1e-6).all() and (weights[:, 0] > 0).all()
+
+
+def test_no_product_is_compared_with_itself_where_it_validates(
+    said: tuple[pd.DataFrame, pd.DataFrame], catalog: Path
+) -> None:
+    texts = pd.read_csv(catalog / "train.csv", dtype={"sample_id": str}).set_index("sample_id")["catalog_content"]
+    rows = said[0]
+    ids, _, _ = comparables(rows)
+    assert not (ids == rows["sample_id"].to_numpy()[:, None]).any()
+    own = texts.loc[rows["sample_id"]].to_numpy()[:, None]
+    assert not (texts.loc[ids.ravel()].to_numpy().reshape(ids.shape) == own).any(), "nor with its near-duplicates"
+
+
+def test_more_neighbours_are_asked_for_than_there_are_rows(tmp_path: Path) -> None:
+    generate(tmp_path / "data", n_products=48, dims=DIMS)
+    more = ["--max-missing", "0.5", "--neighbours", "1000", "--folds", "2"]
+    evaluated, predicted = used(tmp_path / "data", tmp_path / "output", *more)
+    for prices in (evaluated["predicted"], predicted["price"]):
+        assert np.isfinite(prices).all() and (prices > 0).all()
+    (*_, made) = manifests.committed(str(tmp_path / "output/runs/r"))
+    trained = validation_of(made).set_index("sample_id")["predicted"]
+    found = evaluated.set_index("sample_id")["predicted"]
+    pd.testing.assert_series_equal(found, trained.loc[found.index], rtol=1e-5)
+
+
+def test_the_learning_rate_rises_and_falls_to_0(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, step = [], Fit._step
+
+    def recorded(fit: Fit) -> None:
+        step(fit)
+        rates.append([group["lr"] for group in fit.optimizer.param_groups])
+
+    monkeypatch.setattr(Fit, "_step", recorded)
+    where = ["--data", str(catalog), "--output", str(tmp_path), "--run-id", "r"]
+    assert train.main([*where, *SMALL, "--lr", "0.01", "--epochs", "4", "--warmup", "0.25"]) == 0
+    of_networks, of_similarities = np.array(rates).T
+    n_steps, n_rising = len(rates), len(rates) // 4
+    assert n_steps % 4 == 0
+    np.testing.assert_allclose(of_networks[:n_rising], 0.01 * np.arange(1, n_rising + 1) / n_rising)
+    middle = n_rising + (n_steps - n_rising) // 3 - 1
+    expected = 0.005 + 0.005 * np.cos(np.pi * (middle + 1 - n_rising) / (n_steps - n_rising))
+    assert of_networks[middle] == pytest.approx(expected)
+    assert (np.diff(of_networks[n_rising - 1 :]) < 0).all() and of_networks[-1] == pytest.approx(0, abs=1e-12)
+    np.testing.assert_allclose(of_similarities, SIMILARITY_LR * of_networks)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusion.embeddings import Batch
 from fusion.layers import ConcatNetwork
@@ -120,3 +120,17 @@ def test_a_model_of_an_earlier_version_has_its_bounds() -> None:
     state: Mapping[str, Any] = {name: value for name, value in model.state_dict().items() if name not in added}
     model.load_state_dict(state)
     assert [float(model.get_buffer(name)) for name in added] == [1.0, 0.01, 1e7]
+
+
+def test_a_model_of_an_earlier_version_has_one_network() -> None:
+    vectors, prices = catalog(20.0)
+    batch = Batch({"a": vectors}, {"a": torch.ones(ROWS, dtype=torch.bool)})
+    model, _ = calibrated(vectors, prices)
+    for weight in model.parameters():
+        nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+    state = {name.replace("members.0.network.", "network."): value for name, value in model.state_dict().items()}
+    assert any(name.startswith("network.") for name in state)
+    again, _ = calibrated(vectors, prices)
+    assert not torch.equal(again.eval().price(batch), model.eval().price(batch))
+    again.load_state_dict(state)
+    assert torch.equal(again.eval().price(batch), model.eval().price(batch))

@@ -172,7 +172,7 @@ class PriceModel(nn.Module):
         """ "price" [B] in dollars, and why: the networks' inner choices, such as "gate" [B, E], and of neighbours
 
         "spread" [B], the deviation of their log prices, "comparable_rows" [B, n] in the memory, the weightiest first,
-        and "comparable_weights" [B, n].
+        and "comparable_weights" [B, n], zeros for rows without any embedding.
         """
         seen, candidates = self.inputs(batch.inputs, batch.present), self._candidates(batch)
         total = Mean(len(next(iter(batch.present.values()))))
@@ -187,6 +187,8 @@ class PriceModel(nn.Module):
         found["price"] = self._within(torch.exp(found.pop("log_price")))
         if candidates is not None:
             weights, places = found.pop("weights").topk(min(N_COMPARABLES, candidates.rows.shape[1]), dim=1)
+            known = torch.stack(list(batch.present.values())).any(0)  # the others get the median, whatever is found
+            weights = weights * known.unsqueeze(1)
             found |= {"comparable_rows": candidates.rows.gather(1, places), "comparable_weights": weights}
         return found
 

@@ -73,7 +73,14 @@ def test_comparables_are_products_at_their_prices(said: tuple[pd.DataFrame, pd.D
         np.testing.assert_array_equal(prices, known.loc[ids.ravel()].to_numpy().reshape(ids.shape))
         assert all(len(set(row)) == len(row) for row in ids)
         assert (np.diff(weights, axis=1) <= 0).all() and (weights >= 0).all()
-        assert (weights.sum(1) <= 1 + 1e-6).all() and (weights[:, 0] > 0).all()
+        assert (weights.sum(1) <= 1 + 1e-6).all()
+
+
+def test_a_row_without_any_embedding_leans_on_nothing(said: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    evaluated, predicted = said
+    leans = [comparables(rows)[2].any(axis=1) for rows in said]
+    assert (leans[0] == (evaluated["present"] != "none")).all() and not leans[0].all()
+    assert len(predicted) - leans[1].sum() == 1, "the row of test.csv that is in no source"
 
 
 def test_no_product_is_compared_with_itself_where_it_validates(

@@ -24,7 +24,19 @@ VARIANTS = ["qwen_clip", "all_embeddings"]
 
 def chain(variant: str, data: str, output: str, *flags: str, env: Mapping[str, str] | None = None) -> list[Done]:
     jobs = [
-        [f"fusion.{variant}.train", "--data", data, "--output", output, *SMALL, "--epochs", "3", *flags],
+        [
+            f"fusion.{variant}.train",
+            "--data",
+            data,
+            "--output",
+            output,
+            *SMALL,
+            "--model",
+            "fusion",
+            "--epochs",
+            "3",
+            *flags,
+        ],
         [f"fusion.{variant}.evaluate_by_groups", "--output", output, "--by", "category"],
         [f"fusion.{variant}.predict_test", "--output", output, "--date", "2026-01-02"],
     ]
@@ -65,7 +77,9 @@ def test_train_evaluate_predict(variant: str, catalog: Path, tmp_path: Path) -> 
         "attempts/1/start.json",
         "attempts/1/exit.json",
         "attempts/1/log.txt",
+        "memory.safetensors",
         *(f"{folder}/{name}" for name in ("model.safetensors", "state.pt", "MANIFEST.json")),
+        *(f"{folder}/{name}" for name in ("validation.parquet", "intervals.json")),
         *(f"metrics/{name}" for name in ("train.jsonl", "epochs.csv", "groups.csv", "groups.parquet")),
         *(f"metrics/{name}" for name in ("summary.json", "predictions.parquet", "MANIFEST.json")),
     }

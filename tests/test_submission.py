@@ -109,7 +109,7 @@ def test_what_has_changed_is_predicted_again(
     assert night("2026-03-01") == 0
     assert len(publications(place)) == 2, "one embedding fewer: other prices, on the same day"
     for module in (submission, unchanged):
-        monkeypatch.setattr(module, "code_digest", lambda: "0" * 64)
+        monkeypatch.setattr(module, "code_digest", lambda *_: "0" * 64)
     capsys.readouterr()
     assert night("2026-03-02") == 0
     assert "event=model" in capsys.readouterr().err, "other code: computed again"

@@ -22,7 +22,19 @@ from tests.documents import edit
 def run(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run whose last epoch is not its best, with all of its checkpoints."""
     output = tmp_path_factory.mktemp("validation")
-    flags = ["--data", str(catalog), "--output", str(output), "--run-id", "r", *SMALL, "--lr", "0.1"]
+    flags = [
+        "--data",
+        str(catalog),
+        "--output",
+        str(output),
+        "--run-id",
+        "r",
+        *SMALL,
+        "--lr",
+        "0.1",
+        "--recipe",
+        "published",
+    ]
     assert train.main([*flags, "--epochs", "6", "--checkpoint-steps", "3", "--keep", "99"]) == 0
     assert evaluate_by_groups.main(["--output", str(output), "--run-id", "r", "--device", "cpu"]) == 0
     return output / "runs/r"

@@ -112,4 +112,4 @@ def test_a_part_that_is_never_written_is_ended(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(watchdog.Watchdog, "_end", lambda self: ended.set())
     store = RowStore({"a": torch.ones(3, 2)}, {"a": torch.ones(3, dtype=torch.bool)})
     with world("cpu") as place:
-        parts.compute_parts(lambda inputs, _: {"price": inputs["a"][:, 0]}, store, place, str(tmp_path))
+        parts.compute_parts(lambda batch: {"price": batch.inputs["a"][:, 0]}, store, place, str(tmp_path))

@@ -163,7 +163,7 @@ class RunConfig(StoreConfig):
     modality_dropout: float = setting(0.05, "share of sources hidden from a row in training", "model", ge=0, lt=1)
 
     loss: LossName = setting("smape", "loss to minimise, see fusion/loss_functions.py", "training")
-    epochs: int = setting(60, "passes over the training rows, at most", "training", ge=1)
+    epochs: int = setting(20, "passes over the training rows, at most", "training", ge=1)
     batch_size: int = setting(256, "rows a step, over all ranks together", "training", ge=1)
     lr: float = setting(2e-3, "learning rate of AdamW", "training", gt=0)
     schedule: Literal["cosine", "plateau"] = setting(

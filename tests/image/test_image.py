@@ -27,7 +27,7 @@ pytestmark = pytest.mark.image
 
 KEYS = {"AWS_ACCESS_KEY_ID": WRITER_KEY, "AWS_SECRET_ACCESS_KEY": WRITER_SECRET}
 TRAIN, EVALUATE, PREDICT = "train-all-embeddings", "evaluate-all-embeddings", "predict-nightly"
-SMALL = {"FUSION_WIDTH": "16", "FUSION_N_HEADS": "2", "FUSION_HIDDEN": "16,8", "FUSION_BATCH_SIZE": "64"}
+SMALL = {"FUSION_WIDTH": "16", "FUSION_HIDDEN": "16,8", "FUSION_BATCH_SIZE": "64"}
 LONG = {"FUSION_EPOCHS": "60", "FUSION_PATIENCE": "60", "FUSION_CHECKPOINT_STEPS": "5"}
 
 Facts = dict[str, Any]

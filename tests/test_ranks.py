@@ -25,12 +25,30 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=["best", "published"])
+def recipe(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def outputs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def outputs(data: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The same run, with dropout, trained, evaluated and predicted on each number of ranks."""
     places = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in RANKS}
     for ranks, output in places.items():
-        train = ["train", "--data", str(data), *SMALL, "--lr", "0.001", "--epochs", "2", "--run-id", "r"]
+        train = [
+            "train",
+            "--data",
+            str(data),
+            *SMALL,
+            "--lr",
+            "0.001",
+            "--epochs",
+            "2",
+            "--run-id",
+            "r",
+            "--recipe",
+            recipe,
+        ]
         for name, *flags in (train, ["evaluate_by_groups"], ["predict_test"]):
             module = f"fusion.all_embeddings.{name}"
             if ranks == 1:
@@ -58,10 +76,10 @@ def submitted(output: Path) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
-def test_the_loss_curve_is_the_same(outputs: dict[int, Path], ranks: int) -> None:
+def test_the_loss_curve_is_the_same(outputs: dict[int, Path], recipe: str, ranks: int) -> None:
     np.testing.assert_allclose(curve(outputs[ranks]), curve(outputs[1]), rtol=1e-5)
-    # The published recipe keeps to 1e-6. Weights of similarities are about 6, which float32 rounds at 5e-7.
-    pd.testing.assert_series_equal(validation(outputs[ranks]), validation(outputs[1]), rtol=3e-6)
+    rtol = {"published": 1e-6, "best": 3e-6}[recipe]  # with neighbours up to 1.5e-6 were seen
+    pd.testing.assert_series_equal(validation(outputs[ranks]), validation(outputs[1]), rtol=rtol)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -73,6 +91,9 @@ def test_every_id_once_and_in_order(outputs: dict[int, Path], data: Path, ranks:
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
-def test_the_memory_is_the_same(outputs: dict[int, Path], ranks: int) -> None:
+def test_the_memory_is_the_same(outputs: dict[int, Path], recipe: str, ranks: int) -> None:
+    if recipe == "published":
+        assert not (outputs[ranks] / "runs/r/memory.safetensors").exists()
+        return
     memories = [(outputs[n] / "runs/r/memory.safetensors").read_bytes() for n in (1, ranks)]
     assert memories[0] == memories[1]

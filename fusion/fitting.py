@@ -250,6 +250,7 @@ class Fit:
         """This rank's part of the loss of a global batch [B]; over all ranks they add up to the mean over rows."""
         part = self.place.share(len(batch))
         counts = self.data.folds[batch].unsqueeze(1) != self.held_out  # [B, M]: the member trains on the row
+        n_counted = max(1.0, float(counts.sum()))
         if part.start == part.stop:  # fewer rows than ranks: this one computes a row that counts for nothing
             part, counts = slice(0, 1), torch.zeros_like(counts)
         rows, mine = batch[part], counts[part].to(self.place.device)
@@ -257,17 +258,13 @@ class Fit:
         device, bf16 = self.place.device, self.config.precision == "bf16"
         with random_rows(seed, part, len(batch), device), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             found = self.replica(self.store.batch(rows, device))
-        share = float(mine.sum()) / max(1.0, self._n_counted(batch))
+        share = float(mine.sum()) / n_counted
         loss = self._loss(found.price, rows, mine) * share
         others = 0.0 if found.neighbours is None else self._loss(found.neighbours, rows, mine) * share
         # The mean over ranks is taken, the rows want the sum; and each member learns as if it were alone.
         torch.autograd.backward((loss + others) * self.place.size * len(self.held_out))
         self._step()
         return loss.detach()
-
-    def _n_counted(self, batch: Tensor) -> float:
-        """Pairs of a row of the global batch [B] and a member that trains on it."""
-        return float((self.data.folds[batch].unsqueeze(1) != self.held_out).sum())
 
     def _loss(self, prediction: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
         """Mean loss of predictions [B, M] over the pairs that count; 0 with a gradient of 0 if there are none."""

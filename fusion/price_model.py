@@ -104,7 +104,7 @@ class PriceModel(nn.Module):
     def __init__(self, networks: Sequence[nn.Module], dims: Mapping[str, int], options: Options = Options()) -> None:
         super().__init__()
         self.dims, self.options = dict(dims), options
-        projected = {role: min(dim, options.components) or dim for role, dim in dims.items()}
+        projected = _projected(dims, options)
         for role, dim in dims.items():
             self.register_buffer(f"mean_{role}", torch.zeros(dim))
             self.register_buffer(f"scale_{role}", torch.ones(dim))
@@ -352,9 +352,14 @@ def _neighbours(bands: Tensor, options: Options) -> Neighbours | None:
     return Neighbours(int(bands.max()) + 1, options.neighbour_dropout) if options.neighbours else None
 
 
+def _projected(dims: Mapping[str, int], options: Options) -> dict[str, int]:
+    """Role to the number of its principal components, or of its values as they are."""
+    return {role: min(dim, options.components) or dim for role, dim in dims.items()}
+
+
 def network_dims(dims: Mapping[str, int], options: Options) -> dict[str, int]:
     """Role to dimension of what a network gets, from those of the embeddings."""
-    projected = {role: min(dim, options.components) or dim for role, dim in dims.items()}
+    projected = _projected(dims, options)
     if not options.neighbours:
         return projected
     return {**projected, NEIGHBOURHOOD: N_FACTS + int(bands_of(projected).max()) + 1}

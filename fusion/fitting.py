@@ -298,8 +298,8 @@ class Fit:
 
 
 def _parameter_groups(model: PriceModel, config: RunConfig) -> list[dict[str, Any]]:
-    """Weights of similarities, few and far from 0, learn faster and do not decay."""
-    similar = [weight for name, weight in model.named_parameters() if name.endswith(".neighbours.weight")]
+    """What bands of similarities count, few numbers of which a price hangs, learns faster and does not decay."""
+    similar = [weight for name, weight in model.named_parameters() if name.endswith(".neighbours.change")]
     chosen = {id(weight) for weight in similar}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
     groups: list[dict[str, Any]] = [{"params": others, "lr": config.lr, "first_lr": config.lr}]

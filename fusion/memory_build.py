@@ -26,6 +26,7 @@ from fusion.sharing import node_tensor
 
 CHUNK = 1024  # rows whose neighbours are looked for at a time
 SAMPLE = 20_000  # rows that components are made of, at most
+ROUNDING = 1e-9  # of float64 sums over that many rows, relative to the largest
 WEIGHT_SAMPLE = 4096  # rows that the first weights of the bands are fitted on, at most
 WEIGHT_STEPS = 100
 WEIGHT_BATCH = 1024
@@ -83,12 +84,23 @@ def _components(model: PriceModel, data: TrainingData, role: str) -> np.ndarray:
     rows, n_kept = there[:: max(1, -(-len(there) // SAMPLE))], model.get_buffer(f"components_{role}").shape[1]
     covariance = torch.zeros(2 * (data.store.dims[role],), dtype=torch.float64)
     for chunk in torch.split(rows, CHUNK):
-        values = model.standardised_role(role, data.store.values[role][chunk].float())
-        covariance += (values.T @ values).double()
-    spread, directions = torch.linalg.eigh(covariance / max(1, len(rows)))
-    spread, directions = spread.flip(0)[:n_kept], directions.flip(1)[:, :n_kept]
+        values = model.standardised_role(role, data.store.values[role][chunk].float()).double()
+        covariance += values.T @ values
+    spread, directions = _largest_directions(covariance / max(1, len(rows)), n_kept)
     scaled: np.ndarray = (directions / spread.clamp_min(0).mean().sqrt().clamp_min(1e-6)).float().numpy()
     return scaled
+
+
+def _largest_directions(covariance: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """[n] variances, falling, and [D, n] their directions, the same whatever the CPU and the number of threads.
+
+    Of a direction and its opposite the one is taken whose largest number is positive; what is mere rounding is 0.
+    """
+    spread, directions = torch.linalg.eigh(covariance)
+    spread, directions = spread.flip(0)[:n], directions.flip(1)[:, :n]
+    directions = directions * torch.take_along_dim(directions, directions.abs().argmax(0, keepdim=True), 0).sign()
+    is_noise = (directions.abs() < ROUNDING) | (spread < ROUNDING * spread[0])
+    return spread, directions.masked_fill(is_noise, 0.0)
 
 
 def _keys(model: PriceModel, store: RowStore, place: World) -> Tensor:
@@ -116,7 +128,8 @@ def _turns(n_rows: int, place: World) -> Iterator[Tensor]:
 def first_weights(remembered: Memory, config: RunConfig, place: World) -> np.ndarray:
     """[S] weights of the bands that let a sample of rows price each other best, each without its own group.
 
-    They find the candidates; training goes on learning them.
+    They find the candidates; training goes on learning them. Sums are in float64, so that the number of threads does
+    not change which candidates are found.
     """
     rows = torch.nonzero(remembered.folds >= 0).squeeze(1)
     rows = rows[:: max(1, -(-len(rows) // WEIGHT_SAMPLE))]
@@ -127,19 +140,19 @@ def first_weights(remembered: Memory, config: RunConfig, place: World) -> np.nda
         for keys, groups in zip(torch.split(sample.keys, CHUNK), torch.split(sample.groups, CHUNK), strict=True)
     ]
     candidates = Candidates.joined(found)
-    raw = first.expm1().log().to(place.device).requires_grad_()
+    raw = first.double().expm1().log().to(place.device).requires_grad_()
     optimizer, loss = torch.optim.Adam([raw], lr=WEIGHT_LR), SMAPELoss()
     generator = torch.Generator().manual_seed(mixed(config.seed, "weights"))
     for _ in range(WEIGHT_STEPS):
         batch = torch.randint(len(rows), (min(WEIGHT_BATCH, len(rows)),), generator=generator).to(place.device)
         some = candidates.of(batch)
-        logits = (some.similarities @ F.softplus(raw)).masked_fill(~some.usable, -1e9)
+        logits = (some.similarities.double() @ F.softplus(raw)).masked_fill(~some.usable, -1e9)
         price = (logits.softmax(-1) * some.log_prices).sum(-1)
         value = loss(F.softplus(price), F.softplus(sample.log_prices[batch]))
         optimizer.zero_grad()
         torch.autograd.backward(value)
         optimizer.step()
-    weights: np.ndarray = F.softplus(raw.detach()).cpu().numpy()
+    weights: np.ndarray = F.softplus(raw.detach()).float().cpu().numpy()
     return weights
 
 

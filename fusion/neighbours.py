@@ -9,6 +9,7 @@ B is the number of rows asked for, N of rows remembered, K of candidates, C of k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -210,9 +211,9 @@ class Neighbourhood:
     """What the neighbours of B rows say.
 
     Attributes:
-        log_price: [B] weighted mean of their log prices.
+        log_price: [B] float64 weighted mean of their log prices.
         deviation: [B] weighted standard deviation of them.
-        weights: [B, K] of the candidates; they add up to 1, or to 0 where none is usable.
+        weights: [B, K] float64 of the candidates; they add up to 1, or to 0 where none is usable.
         features: [B, N_FACTS + S] without a gradient: what a network may know of the neighbourhood.
     """
 
@@ -232,7 +233,7 @@ class Neighbours(nn.Module):
     def __init__(self, n_bands: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
-        self.weight = nn.Parameter(torch.full((n_bands,), FIRST_WEIGHT).expm1().log())
+        self.change = nn.Parameter(torch.zeros(n_bands))
         last = nn.Linear(PAIR_WIDTH, 1, bias=False)  # a softmax cannot tell one, which rounding alone would move
         self.correction = nn.Sequential(nn.Linear(n_bands, PAIR_WIDTH), nn.GELU(), last)
 
@@ -245,10 +246,14 @@ class Neighbours(nn.Module):
             log_price = (weights * (candidates.log_prices - median)).sum(-1) + median
             return self._neighbourhood(candidates, logits, weights, log_price, median)
 
+    def _band_weights(self) -> Tensor:
+        """[S] float64: the learned changes are small numbers, which float32 tells apart finely; their sum is not."""
+        return F.softplus(math.log(math.expm1(FIRST_WEIGHT)) + self.change.double())
+
     def _logits(self, similarities: Tensor) -> Tensor:
         """[B, K] from similarities [B, K, S]."""
         corrected = self.correction(SIMILARITY_SCALE * similarities).squeeze(-1)
-        logits: Tensor = similarities @ F.softplus(self.weight) + CORRECTION_SCALE * corrected
+        logits: Tensor = similarities.double() @ self._band_weights() + CORRECTION_SCALE * corrected
         return logits
 
     def _neighbourhood(
@@ -256,9 +261,9 @@ class Neighbours(nn.Module):
     ) -> Neighbourhood:
         known, price = weights.detach(), log_price.detach()
         variance = (known * (candidates.log_prices - price.unsqueeze(-1)).square()).sum(-1)
-        closeness = logits.detach().logsumexp(-1) / F.softplus(self.weight.detach()).sum()
+        closeness = logits.detach().logsumexp(-1) / self._band_weights().detach().sum()
         n_effective = 1 / known.square().sum(-1).clamp_min(1e-6)
         facts = [price - median, variance.sqrt(), SIMILARITY_SCALE * closeness.clamp(-1, 1), n_effective.log()]
-        similar = SIMILARITY_SCALE * torch.einsum("bk,bks->bs", known, candidates.similarities)
-        features = torch.cat([torch.stack(facts, dim=1), similar], dim=1)
-        return Neighbourhood(log_price, variance.sqrt(), weights, features)
+        mean = torch.einsum("bk,bks->bs", known.to(candidates.similarities), candidates.similarities)
+        features = torch.cat([torch.stack(facts, dim=1).to(mean), SIMILARITY_SCALE * mean], dim=1)
+        return Neighbourhood(log_price, variance.sqrt().float(), weights, features)

@@ -160,9 +160,9 @@ class PriceModel(nn.Module):
         answers = [
             self._answer(member, seen, batch.present, _allowed(candidates, member, batch)) for member in self._all()
         ]
-        price = torch.stack([answer.target for answer in answers], dim=1)
-        known = [answer.around for answer in answers if answer.around is not None]
-        return Targets(price, torch.stack([self._log1p(one.log_price) for one in known], dim=1) if known else None)
+        price = torch.stack([answer.target for answer in answers], dim=1).float()
+        known = [self._log1p(answer.around.log_price) for answer in answers if answer.around is not None]
+        return Targets(price, torch.stack(known, dim=1).float() if known else None)
 
     def price(self, batch: Batch) -> Tensor:
         """[B] dollars, float64, within a factor of `MARGIN` of the training prices."""
@@ -226,7 +226,7 @@ class PriceModel(nn.Module):
         answer = self._answer(member, seen, present, candidates)
         found = {"log_price": torch.log(self._to_price(answer.target)), **answer.choices}
         if answer.around is not None:
-            found |= {"spread": answer.around.deviation, "weights": answer.around.weights}
+            found |= {"spread": answer.around.deviation, "weights": answer.around.weights.float()}
         return found
 
     def _target(self, output: Tensor, present: Inputs, around: Neighbourhood | None) -> Tensor:
@@ -245,7 +245,7 @@ class PriceModel(nn.Module):
 
     def _log1p(self, log_price: Tensor) -> Tensor:
         """log1p(price) of log prices."""
-        return F.softplus(log_price.float())
+        return F.softplus(log_price)
 
     def _to_price(self, target: Tensor) -> Tensor:
         """Finite and within the bounds, from any log1p(price); a NaN stays one."""
@@ -303,7 +303,13 @@ class PriceModel(nn.Module):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a member says of B rows: log1p(price) [B], its neighbourhood, if any, and its network's inner choices."""
+    """What a member says of B rows.
+
+    Attributes:
+        target: [B] log1p(price), float64 with neighbours.
+        around: None without neighbours.
+        choices: the network's inner ones.
+    """
 
     target: Tensor
     around: Neighbourhood | None

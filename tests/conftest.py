@@ -19,6 +19,7 @@ from fusion.demo_catalog import generate
 from tests.s3_server import KEY, SECRET, S3Server
 
 environment.prepare_libraries()  # nothing above loads torch
+os.environ["OMP_NUM_THREADS"] = "1"  # in every process alike: another number of threads rounds otherwise
 
 DIMS = {"clip_image": 12, "siglip_image": 10, "siglip_text": 8, "qwen_text": 14}
 BUCKET = "fusion-tests"

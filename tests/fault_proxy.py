@@ -112,6 +112,7 @@ class FaultProxy(socketserver.ThreadingTCPServer):
     """Listens from construction until `stop`; `plan` decides what happens to each request.
 
     Attributes:
+        hold: called with each request before it is handed on, and may keep it waiting; the others go on meanwhile.
         met: how often each fault was met; None counts the requests that passed.
         seen: every request, as "GET /bucket/key", in their order.
     """
@@ -125,6 +126,7 @@ class FaultProxy(socketserver.ThreadingTCPServer):
         host, port = upstream.removeprefix("http://").split(":")
         self.upstream = host, int(port)
         self.plan: Plan | None = None
+        self.hold: Callable[[Request], None] | None = None
         self.met: Counter[Fault | None] = Counter()
         self.seen: list[str] = []
         self.stopping = threading.Event()
@@ -163,6 +165,8 @@ class _Exchange(socketserver.StreamRequestHandler):
         if not head:
             return
         request, fault = self.server.decide(head + b"\r\n")
+        if self.server.hold:
+            self.server.hold(request)
         if fault is Fault.RESET_BEFORE:
             _reset(self.connection)
             return

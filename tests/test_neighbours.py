@@ -148,7 +148,7 @@ def test_the_price_is_the_mean_that_the_softmax_weighs() -> None:
     usable[1, 3:], usable[2] = False, False
     found = model(known, usable, torch.tensor(2.0))
     with torch.no_grad():
-        logits = (known.similarities * F.softplus(model.weight)).sum(2)
+        logits = (known.similarities * model._band_weights().float()).sum(2)
         logits += 10 * model.correction(4 * known.similarities).squeeze(2)
     for row in (0, 1, 3):
         weights = np.exp(logits[row][usable[row]].double().numpy())

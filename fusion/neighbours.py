@@ -31,7 +31,9 @@ SIMILARITY_SCALE = 4.0
 CORRECTION_SCALE = 10.0
 N_FACTS = 4  # features of a neighbourhood beside its mean similarity in each band
 PART_COLUMNS = 64  # similarities of which the largest is looked at first
-GATHERED_ROWS = 64  # rows whose candidates' keys are compared at a time: 8 million numbers for 128 candidates
+# Rows whose candidates' keys are compared at a time: on a CPU a million numbers, which stay in its cache and in memory
+# that is there already (64 rows take five times as long), on a GPU so many that it is busy.
+GATHERED_ROWS = {"cpu": 8, "cuda": 256}
 
 
 def bands_of(dims: Mapping[str, int]) -> Tensor:
@@ -131,9 +133,10 @@ class Memory:
 
     def similarities(self, queries: Tensor, rows: Tensor) -> Tensor:
         """[B, K, S] float16 of the queries [B, C] and the rows at these positions [B, K]."""
-        kind = torch.float16 if self.keys.device.type == "cuda" else torch.float32
+        device = self.keys.device.type
+        kind, n_rows = torch.float16 if device == "cuda" else torch.float32, GATHERED_ROWS[device]
         which, parts = F.one_hot(self.bands).to(kind), []
-        for some, positions in zip(torch.split(queries, GATHERED_ROWS), torch.split(rows, GATHERED_ROWS), strict=True):
+        for some, positions in zip(torch.split(queries, n_rows), torch.split(rows, n_rows), strict=True):
             keys = self.keys.index_select(0, positions.reshape(-1)).view(*positions.shape, self.keys.shape[1])
             parts.append(torch.bmm(keys.to(kind), some.to(kind).unsqueeze(2) * which).half())
         return torch.cat(parts)

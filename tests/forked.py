@@ -1,44 +1,75 @@
-"""Ranks for unit tests: one process imports torch and then forks a rank for each, which costs one import for all.
+"""Ranks for tests: one process imports torch and then forks a rank for each, which costs one import for all.
 
     python -m tests.forked RANKS STALL_TIMEOUT MODULE FUNCTION
+    python -m tests.forked RANKS '[["fusion.all_embeddings.train", "--data", …], …]'
 
-Every rank calls `FUNCTION(place)` inside `world("cpu")`. The exit code is that of the first that ends with another
-than 0; the others are killed soon after, as a launcher does.
+Every rank calls `FUNCTION(place)` inside `world("cpu")`, or runs the commands, one after the other. The exit code is
+that of the first that ends with another than 0; the others are killed soon after, as a launcher does.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
+from typing import cast
 
 from fusion.distributed import World, world
 from tests.s3_server import _free_ports as free_ports
+
+LOADED_BY_COMMANDS = ("fusion.training", "fusion.evaluation", "fusion.submission")
 
 
 def run_ranks(
     n: int, function: Callable[[World], object], stall_timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """Runs a function of a test module as `n` ranks."""
-    arguments = [str(n), str(stall_timeout), function.__module__, function.__name__]
-    command = [sys.executable, "-m", "tests.forked", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)
+    return _python("tests.forked", str(n), str(stall_timeout), function.__module__, function.__name__)
 
 
-def _run(rank: int, n: int, port: int, stall_timeout: float, function: Callable[[World], object]) -> None:
+def run_commands(
+    n: int, commands: Sequence[Sequence[str]], env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs commands such as `("fusion.all_embeddings.train", "--data", …)` one after the other, each as `n` ranks."""
+    return _python("tests.forked", str(n), json.dumps(commands), env=env)
+
+
+def _python(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=240, env=environment)
+
+
+def _function(module: str, name: str, stall_timeout: float) -> Callable[[], int]:
+    function = getattr(import_module(module), name)
+
+    def action() -> int:
+        with world("cpu", stall_timeout) as place:
+            function(place)
+        return 0
+
+    return action
+
+
+def _commands(text: str) -> list[Callable[[], int]]:
+    for module in LOADED_BY_COMMANDS:
+        import_module(module)
+    commands = [(import_module(module).main, flags) for module, *flags in json.loads(text)]
+    return [lambda main=main, flags=flags: cast(int, main(flags)) for main, flags in commands]  # type: ignore[misc]
+
+
+def _run(rank: int, n: int, port: int, action: Callable[[], int]) -> None:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"})
     code = 1
     try:
-        with world("cpu", stall_timeout) as place:
-            function(place)
-        code = 0
+        code = action()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -46,13 +77,12 @@ def _run(rank: int, n: int, port: int, stall_timeout: float, function: Callable[
         os._exit(code)
 
 
-def main(n: int, stall_timeout: float, module: str, name: str) -> int:
-    function, port = getattr(import_module(module), name), free_ports(1)[0]
-    ranks = []
+def _forked(n: int, action: Callable[[], int]) -> int:
+    port, ranks = free_ports(1)[0], []
     for rank in range(n):
         pid = os.fork()
         if pid == 0:
-            _run(rank, n, port, stall_timeout, function)
+            _run(rank, n, port, action)
         ranks.append(pid)
     return _wait(ranks)
 
@@ -70,5 +100,14 @@ def _wait(ranks: list[int]) -> int:
     return code
 
 
+def main(n: int, *arguments: str) -> int:
+    if len(arguments) == 1:
+        actions = _commands(arguments[0])
+    else:
+        stall_timeout, module, name = arguments
+        actions = [_function(module, name, float(stall_timeout))]
+    return next((code for action in actions if (code := _forked(n, action))), 0)
+
+
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), *sys.argv[3:]))
+    sys.exit(main(int(sys.argv[1]), *sys.argv[2:]))

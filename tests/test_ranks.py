@@ -11,7 +11,8 @@ import pytest
 from fusion import pointers, storage
 from fusion.demo_catalog import generate
 from fusion.records import SubmissionPointer
-from tests.conftest import DIMS, SMALL, run_command
+from tests.conftest import DIMS, SMALL
+from tests.forked import run_commands
 
 PLACES = {"1 rank": (1, 1), "2 ranks": (2, 1), "3 ranks": (3, 1), "2 threads": (1, 2)}  # ranks, threads of each
 OTHERS = list(PLACES)[1:]
@@ -37,10 +38,10 @@ def outputs(data: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -
     commands = ["train", "--data", str(data), *flags], ["evaluate_by_groups"], ["predict_test"]
     outputs = {place: tmp_path_factory.mktemp(place.replace(" ", "-")) for place in PLACES}
     for place, (ranks, threads) in PLACES.items():
-        for name, *others in commands:
-            command = [f"fusion.all_embeddings.{name}", "--output", str(outputs[place]), *others]
-            done = run_command(*command, ranks=ranks if ranks > 1 else 0, env={"OMP_NUM_THREADS": str(threads)})
-            assert done.code == 0, done.err
+        where = ["--output", str(outputs[place])]
+        lines = [[f"fusion.all_embeddings.{name}", *where, *others] for name, *others in commands]
+        done = run_commands(ranks, lines, env={"OMP_NUM_THREADS": str(threads)})
+        assert done.returncode == 0, done.stderr
     return outputs
 
 

@@ -1,4 +1,7 @@
-"""What an evaluation looks like on a terminal."""
+"""What an evaluation looks like on a terminal.
+
+Values of the user's columns are shown, never obeyed: markup is off, and control characters are written out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from fusion.errors import visible
 from fusion.metrics import readable
 
 TEXT_WIDTH = 40
@@ -75,11 +80,11 @@ def _groups(groups: pd.DataFrame, width: int, note: str) -> Table:
     for by, part in groups.groupby("by", sort=False):
         if by != "overall":
             table.add_section()
-            table.add_row(f"by {by}", style="bold")
+            _add(table, f"by {by}", style="bold")
         for row in part.to_dict("records"):
             row["interval"] = f"{_number(row['smape_low'])} - {_number(row['smape_high'])}"
             row["share"] = f"{row['share']:.1%}"
-            table.add_row(str(row["group"]), *(_number(row[name]) for name in shown))
+            _add(table, str(row["group"]), *(_number(row[name]) for name in shown))
     return table
 
 
@@ -93,10 +98,10 @@ def _coverage(coverage: pd.DataFrame) -> Table:
     for by, part in coverage.groupby("by", sort=False):
         if by != "overall":
             table.add_section()
-            table.add_row(f"by {by}", style="bold")
+            _add(table, f"by {by}", style="bold")
         for row in part.to_dict("records"):
             percents = [f"{row[name]:.1%}" for name in (*covered, "error")]
-            table.add_row(str(row["group"]), str(row["count"]), *percents, readable(row["factor_90"]))
+            _add(table, str(row["group"]), str(row["count"]), *percents, readable(row["factor_90"]))
     return table
 
 
@@ -112,9 +117,9 @@ def _plain(title: str, frame: pd.DataFrame, width: int) -> Table:
     for column in cells:
         number = pd.api.types.is_numeric_dtype(frame[column])
         largest = share if column in texts else None
-        table.add_column(str(column), justify="right" if number else "left", no_wrap=True, max_width=largest)
+        table.add_column(_text(str(column)), justify="right" if number else "left", no_wrap=True, max_width=largest)
     for row in zip(*cells.values(), strict=True):
-        table.add_row(*row)
+        _add(table, *row)
     return table
 
 
@@ -122,10 +127,18 @@ def _table(title: str) -> Table:
     return Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
 
 
+def _add(table: Table, *cells: str, style: str | None = None) -> None:
+    table.add_row(*map(_text, cells), style=style)
+
+
+def _text(text: str) -> Text:
+    return Text(visible(text))
+
+
 def _number(cell: object) -> str:
     """A float with two decimals, with none where it is large; everything else as text on one line."""
     if not isinstance(cell, float):
-        return " ".join(str(cell).split())
+        return visible(" ".join(str(cell).split()))
     if math.isnan(cell):
         return "-"
     return readable(cell)

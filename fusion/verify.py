@@ -24,7 +24,7 @@ import fsspec
 from fusion import storage
 from fusion.command import guarded
 from fusion.environment import variable
-from fusion.errors import DataError, ExitCode, Parser, filled, seconds
+from fusion.errors import DataError, ExitCode, Parser, filled, seconds, visible
 from fusion.findings import Finding, Report, read
 from fusion.manifests import MANIFEST
 from fusion.verify_checkpoint import check_checkpoint
@@ -99,7 +99,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _job(arguments: argparse.Namespace) -> ExitCode:
     storage.set_patience(arguments.store_timeout)
-    found = verify(arguments.url, arguments.data, say=lambda finding: print(finding, flush=True))
+    found = verify(arguments.url, arguments.data, say=lambda finding: print(visible(str(finding)), flush=True))
     n_wrong = sum(finding.verdict == "BAD" for finding in found)
     print(f"{n_wrong} thing{'s are' if n_wrong > 1 else ' is'} wrong" if n_wrong else "OK")
     return ExitCode.DATA if n_wrong else ExitCode.DONE

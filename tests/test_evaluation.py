@@ -156,6 +156,21 @@ def test_numbers_and_ids_are_whole_on_any_terminal(width: int) -> None:
     assert ("Item Name" in said) == (width >= 80)
 
 
+def test_values_of_columns_are_shown_and_never_obeyed() -> None:
+    """Also where markup would not be closed, which ended an evaluation with 70 after it was committed."""
+    hostile = "[/b] \x1b[2J [red]"
+    rows = pd.DataFrame({"sample_id": [hostile], "price": [1.0], "predicted": [1.0], "smape": [0.0], hostile: hostile})
+    figures = {"by": "category", "group": hostile, "count": 1.0, "share": 1.0, "smape": 0.0, "smape_low": 0.0}
+    groups = pd.DataFrame([figures | {"smape_high": 0.0, "mae": 0.0, "mean_true": 1.0}])
+    coverage = pd.DataFrame([{"by": "category", "group": hostile, "count": 1, "error": 0.1, "factor_90": 1.0}])
+    console = Console(width=80)
+    with console.capture() as captured:
+        for table in (report._plain("", rows, 150), report._groups(groups, 80, ""), report._coverage(coverage)):
+            console.print(table)
+    said = captured.get()
+    assert said.count(r"[/b] \x1b[2J [red]") == 5 and "\x1b" not in said
+
+
 def test_a_removal_that_removes_nothing_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "MANIFEST.json").write_text("another's")
     monkeypatch.setattr(storage, "remove", lambda _: None)

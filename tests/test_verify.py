@@ -117,6 +117,7 @@ def test_a_damaged_file_is_named(what: str, harm: Callable[[Path], None], output
         ("{a},{p}\n", "{a},{p},1\n", "found 1 others: {a},{p},1"),
         ("{a},{p}\n", "", "rows: expected"),
         ("{a},{p}\n", "tensor({a}),{p}\n", "1 missing ({a}), 1 others (tensor({a}))"),
+        ("{a},{p}\n", "\x1b[2J{a},{p}\n", r"1 others (\x1b[2J{a})"),
         ("sample_id,price\n", "id,price\n", "header: expected sample_id,price, found id,price"),
         ("sample_id,price\n", "sample_id,price\n\n", "found 1 others"),
     ],

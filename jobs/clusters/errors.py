@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 
+from fusion.errors import visible
+
 ERROR = re.compile(r"^error: .*(?:\n(?:hint|to do): .*)?", re.MULTILINE)
 
 
 def last_error(log: str) -> str:
-    """The last error in a log, with what to do about it; empty when there is none.
+    """The last error in a log, with what to do about it, for a terminal; empty when there is none.
 
-    >>> last_error("error: a\\nhint: b\\nsrun: error: c\\n")
-    'error: a\\nhint: b'
+    >>> print(last_error("error: a\\x1b\\nhint: b\\nsrun: error: c\\n"))
+    error: a\\x1b
+    hint: b
     """
     found: list[str] = ERROR.findall(log)
-    return found[-1] if found else ""
+    return "\n".join(map(visible, found[-1].splitlines())) if found else ""

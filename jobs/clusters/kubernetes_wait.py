@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from fusion.errors import ExitCode, FusionError
+from fusion.errors import ExitCode, FusionError, visible
 from jobs.clusters.errors import last_error
 from jobs.clusters.kubectl import Kubectl, Object
 from jobs.clusters.patience import patiently
@@ -73,7 +73,7 @@ def _conclude(name: str, condition: Object, kubectl: Kubectl) -> int:
     reason = condition.get("reason", "")
     code = ENDED_BY_KUBERNETES.get(reason) or int(ended.get("exitCode", 1))
     why = ": ".join(filter(None, (reason, condition.get("message"))))
-    print(f"job/{name} failed with exit code {code}: {why}", flush=True)
+    print(visible(f"job/{name} failed with exit code {code}: {why}"), flush=True)
     if said := last_error(ended.get("message", "")) or ended.get("reason"):
         print(said, flush=True)
     return code

@@ -17,7 +17,7 @@ from tests.manifests import K8S, OVERLAYS, Object, Workload, _jobs, kubectl, one
 JOBS = sorted(path.name for path in (K8S / "base").iterdir() if path.name != "config")
 BASES = [f"../../base/{name}" for name in JOBS]
 # What the header of an overlay and the README say its `resources` may be; of the others, what they are.
-BELOW = {"spot": [*BASES, "../kueue"], "kueue": [*BASES, "../spot", "../jobset"]}
+BELOW = {"spot": [*BASES, "../kueue", "../jobset"], "kueue": [*BASES, "../spot", "../jobset"]}
 GPU = "nvidia.com/gpu"
 QUEUE = {"kueue.x-k8s.io/queue-name": "fusion"}
 
@@ -58,7 +58,7 @@ def test_spot_is_for_every_job(resource: str) -> None:
     assert {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"} <= tolerated
     assert (GPU in tolerated) == (GPU in spot.container["resources"]["limits"])  # GPU nodes are not for other jobs
     settings = {"FUSION_GRACE": "15", "FUSION_CHECKPOINT_SECONDS": "20"}  # of trainings, and no CronJob trains
-    assert spot.env == {**plain.env, **(settings if spot.owner["kind"] == "Job" else {})}
+    assert spot.env == {**plain.env, **(settings if spot.owner["kind"] != "CronJob" else {})}
     assert spot.container["args"] == plain.container["args"]
 
 

@@ -31,6 +31,10 @@ while kill -0 $(cat listener) 2> /dev/null; do :; done
 """
 
 
+# Writes down each command that bash is about to run, and gives the signal before the one of a number.
+COUNT = "set -T; n=0; trap 'n=$((n + 1)); echo \"$BASH_COMMAND\" >> moments; [ $n -ne {moment} ] || . ./signal' DEBUG"
+
+
 @dataclass(frozen=True)
 class Ended:
     code: int
@@ -112,6 +116,33 @@ def test_a_stop_request_while_the_launcher_starts_requeues_the_job(script: Scrip
     third = f"[ $(wc -l < tries) -lt 3 ] && exit 69; {SIGNAL_STEPS}kill -USR2 $$"
     ended = script.run(third)
     assert (ended.code, ended.tries, ended.requeued) == (75, 3, "requeue 7\n"), ended.log
+
+
+def moments(folder: Path) -> list[int]:
+    """When each command of the script is run for the first and the last time, where its launcher ends with 69."""
+    Script(folder).run("exit 69", setup=(COUNT.format(moment=0),))
+    commands = dict.fromkeys((folder / "moments").read_text().splitlines())
+    lines = (folder / "moments").read_text().splitlines()
+    last = {command: len(lines) - lines[::-1].index(command) for command in commands}
+    return sorted({*last.values(), *(lines.index(command) + 1 for command in commands)})
+
+
+def test_a_stop_request_counts_in_every_moment(tmp_path: Path) -> None:
+    """Until all tries are over, the job is requeued; from then on it ends as they did."""
+    (tmp_path / "all").mkdir()
+    numbers = moments(tmp_path / "all")
+    ended = {}
+    for number in numbers:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "signal").write_text(SIGNAL_STEPS)
+        ended[number] = Script(folder).run("exit 69", setup=(COUNT.format(moment=number),))
+    for number, one in ended.items():
+        expected = {(75, "requeue 7\n")} if one.tries < 3 else {(75, "requeue 7\n"), (69, "")}
+        assert (one.code, one.requeued) in expected, (number, one)
+    assert {one.tries for one in ended.values()} == {0, 1, 2, 3}
+    codes = [one.code for one in ended.values()]
+    assert len(codes) > 30 and codes == sorted(codes, reverse=True), codes
 
 
 @pytest.mark.parametrize("code", [0, 65])

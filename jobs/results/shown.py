@@ -1,7 +1,4 @@
-"""Tables of runs, submissions and comparisons on standard output.
-
-Text from a bucket is shown, never obeyed: markup is off, and control characters are written out.
-"""
+"""Tables of runs, submissions and comparisons on standard output."""
 
 from __future__ import annotations
 
@@ -9,18 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from fusion.errors import ExitCode, visible
+from jobs import tables
 from jobs.results.bucket import Run, Submission
 from jobs.results.compare import Comparison
 
 MINUTE = len("2026-01-02T03:04")
-WIDEST = 10_000  # columns: no limit
-MIN_WIDTH = 80  # columns for the titles, which are no part of a table's own width
 NUMBERS = ("SMAPE", "rows", "tries")  # columns that are aligned on the right
 
 
@@ -37,14 +30,14 @@ def runs(found: Sequence[Run], output: str, *, failed: bool = False, width: int 
         return
     splits = _letters(run.split for run in shown)
     table = _runs_table(shown, splits, output, ("run", "variant", "SMAPE", "split", "started (UTC)", "state", "tries"))
-    if width is not None and _width(table) > width:
+    if width is not None and tables.width(table) > width:
         table = _runs_table(shown, splits, output, ("run", "SMAPE", "split", "started (UTC)", "state", "tries"))
-    _print(table)
+    tables.show(table)
     _explain(shown, len(splits), len(found) - len(shown))
 
 
 def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, columns: Sequence[str]) -> Table:
-    table = _table(f"Runs in {output}", *columns)
+    table = tables.table(f"Runs in {output}", *columns, numbers=NUMBERS)
     for run in shown:
         cells = {
             "run": run.run_id,
@@ -55,7 +48,7 @@ def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, co
             "state": _standing(run),
             "tries": str(run.attempts),
         }
-        _add(table, *(cells[column] for column in columns))
+        tables.add(table, *(cells[column] for column in columns))
     return table
 
 
@@ -90,61 +83,33 @@ def submissions(found: Sequence[Submission], output: str) -> None:
     if not found:
         print(f"no submissions in {visible(output)}")
         return
-    table = _table(f"Submissions in {output}", "name", "date", "digest", "rows", "run", "")
+    table = tables.table(f"Submissions in {output}", "name", "date", "digest", "rows", "run", "", numbers=NUMBERS)
     for one in found:
         rows = "-" if one.rows is None else str(one.rows)
-        _add(table, one.name, one.date, one.digest, rows, one.run, "current" if one.current else "")
-    _print(table)
+        tables.add(table, one.name, one.date, one.digest, rows, one.run, "current" if one.current else "")
+    tables.show(table)
     _print_errors((f"{one.name}/{one.date}/{one.digest}", one.error) for one in found)
 
 
 def comparison(found: Comparison, output: str) -> None:
-    settings = _table("What differs", "", *found.runs)
+    settings = tables.table("What differs", "", *found.runs)
     if len(set(found.variants)) > 1:
-        _add(settings, "variant", *found.variants)
-    _add(settings, "validation SMAPE", *map(_cell, found.smape), style="bold")
+        tables.add(settings, "variant", *found.variants)
+    tables.add(settings, "validation SMAPE", *map(_cell, found.smape), style="bold")
     for key, values in found.settings.items():
-        _add(settings, key, *map(_cell, values))
-    _print(settings)
+        tables.add(settings, key, *map(_cell, values))
+    tables.show(settings)
     if found.groups:
-        groups = _table(f"{found.metric} by group", "by", "group", *found.runs)
+        groups = tables.table(f"{found.metric} by group", "by", "group", *found.runs)
         for (by, group), values in found.groups.items():
-            _add(groups, by, group, *map(_cell, values))
-        _print(groups)
+            tables.add(groups, by, group, *map(_cell, values))
+        tables.show(groups)
     for run in found.not_evaluated:
         variant = found.variants[found.runs.index(run)] or "VARIANT"
         command = f"python -m fusion.{variant}.evaluate_by_groups --output {output} --run-id {run}"
         print(visible(f"note: {run} has no metrics by group; `{command}` makes them"))
     if not found.same_rows:
         print("note: these runs did not validate on the same rows; their figures differ for that reason as well")
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(
-        title=_text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0)
-    )
-    for heading in headings:
-        # Never wrapped: half of an id cannot be copied.
-        table.add_column(_text(heading), justify="right" if heading in NUMBERS else "left", no_wrap=True)
-    return table
-
-
-def _add(table: Table, *cells: str, style: str | None = None) -> None:
-    table.add_row(*map(_text, cells), style=style)
-
-
-def _text(text: str) -> Text:
-    return Text(visible(text))
-
-
-def _width(table: Table) -> int:
-    """Columns that it takes to show all of it."""
-    console = Console(width=WIDEST)
-    return console.measure(table).maximum
-
-
-def _print(table: Table) -> None:
-    Console(width=max(_width(table), MIN_WIDTH), highlight=False).print(table)
 
 
 def _cell(value: Any) -> str:

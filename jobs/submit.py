@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +37,15 @@ except ImportError as wrong_python:
     sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
 ROOT = Path(__file__).parents[1]  # the checkout, wherever the packages are installed
-SETTINGS = ROOT / "slurm" / "cluster.toml"
+SETTINGS = {"slurm": ROOT / "slurm" / "cluster.toml", "k8s": ROOT / "k8s" / "cluster.toml"}
+# Flags that change nothing elsewhere, where they would be passed over in silence.
+ONLY_FOR = {
+    "settings": ("slurm", "k8s"), "queue": ("slurm", "k8s"), "priority": ("slurm", "k8s"),
+    "cpus_per_gpu": ("slurm", "k8s"), "memory_per_gpu": ("slurm", "k8s"), "max_requeues": ("slurm",),
+    "image": ("k8s",), "namespace": ("k8s",), "context": ("k8s",), "jobset": ("k8s",),
+}  # fmt: skip
+DEFAULTS = {"max_requeues": 100, "jobset": False}
+NEEDS = ("nodes", "gpus_per_node", "nproc_per_node", "cpus_per_gpu", "memory_per_gpu", "queue", "priority", "jobset")
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _submit(argv: list[str]) -> int:
     given, flags = _parse(argv)
+    _check_cluster(given)
     target = {"slurm": _slurm, "k8s": _kubernetes, "local": _local}[given.cluster](given, flags)
     if given.if_changed and given.task != "predict":
         raise UsageError(f"--if-changed is for predictions, and --task is {given.task}", "leave out --if-changed")
@@ -81,11 +91,12 @@ def _local(given: argparse.Namespace, flags: Sequence[str]) -> Target:
 def _slurm(given: argparse.Namespace, flags: Sequence[str]) -> Target:
     from jobs.clusters import slurm, slurm_settings, slurm_wait
 
-    cluster = slurm_settings.read(given.settings, given.task)
+    cluster = slurm_settings.read(given.settings or SETTINGS["slurm"], given.task)
     for name, value in cluster.environment.items():
         if value and not os.environ.get(name):  # what is empty is unset
             os.environ[name] = value  # the job will have it, and FUSION_… becomes a flag
     jobs = _jobs(given, flags)
+    cluster = cluster.asked(jobs[0])
 
     def run() -> int:
         cluster.check_credentials()
@@ -98,21 +109,32 @@ def _slurm(given: argparse.Namespace, flags: Sequence[str]) -> Target:
 
 
 def _kubernetes(given: argparse.Namespace, flags: Sequence[str]) -> Target:
-    from jobs.clusters import kubernetes, kubernetes_wait
+    from jobs.clusters import kubernetes, kubernetes_settings, kubernetes_wait
     from jobs.clusters.kubectl import Kubectl
 
-    jobs = _jobs(given, flags)
+    cluster = kubernetes_settings.read(given.settings or SETTINGS["k8s"])
+    jobs = [cluster.completed(job) for job in _jobs(given, flags)]
+    is_in_files = cluster.image == kubernetes.image_of(ROOT / "k8s")
+    image = given.image or (None if is_in_files else cluster.image)
 
     def run() -> int:
-        kubectl = Kubectl.now(given.namespace)
-        names = kubernetes.submit(jobs, given.image, kubectl, ROOT / "k8s")
+        kubectl = Kubectl.now(given.namespace or cluster.namespace, given.context or cluster.context)
+        names = kubernetes.submit(jobs, image, kubectl, ROOT / "k8s")
         return kubernetes_wait.wait(names, kubectl) if given.wait else ExitCode.DONE
 
-    return Target(lambda: kubernetes.render(jobs, given.image, ROOT / "k8s"), run)
+    return Target(lambda: kubernetes.render(jobs, image, ROOT / "k8s"), run)
+
+
+def _check_cluster(given: argparse.Namespace) -> None:
+    for name, clusters in ONLY_FOR.items():
+        flag = f"--{name.replace('_', '-')}"
+        if getattr(given, name) != DEFAULTS.get(name) and given.cluster not in clusters:
+            message = f"{flag} is for --cluster {' or '.join(clusters)}, and --cluster is {given.cluster}"
+            raise UsageError(message, f"leave out {flag}")
 
 
 def _jobs(given: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
-    needs = {"nodes": given.nodes, "gpus_per_node": given.gpus_per_node, "nproc_per_node": given.nproc_per_node}
+    needs = {name: getattr(given, name) for name in NEEDS}
     jobs = [frozen(Job(variant, given.task, tuple(flags), **needs)) for variant in given.variant]
     if given.each_fold:
         jobs = [fold for job in jobs for fold in each_fold(job)]
@@ -166,17 +188,29 @@ def _parser() -> Parser:
     job.add_argument(
         "--nproc-per-node", type=int, metavar="N", help="ranks per node (default: one per GPU, or a single one)"
     )
+    job.add_argument("--cpus-per-gpu", type=int, metavar="N", help="cores for each of the GPUs (default: as the "
+        "cluster's settings have it)")  # fmt: skip
+    job.add_argument("--memory-per-gpu", type=_gibibytes, metavar="GIB", help="GiB of memory for each of the GPUs "
+        "(default: as the cluster's settings have it)")  # fmt: skip
     how.add_argument("--cluster", required=True, choices=["slurm", "k8s", "local"], help="where to run it")
     how.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
     how.add_argument("--wait", action="store_true", help="wait for the end, and end with the job's exit code")
     how.add_argument("--if-changed", action="store_true", help="predict only when data, "
         "model or code have changed; else publish the last rows under the new date, from here")  # fmt: skip
-    how.add_argument("--settings", type=Path, default=SETTINGS, metavar="FILE", help="of a Slurm cluster (default: "
-        "slurm/cluster.toml)")  # fmt: skip
-    how.add_argument("--max-requeues", type=_count, default=100, metavar="N", help="requeues of a Slurm job that was "
-        "stopped or preempted (default: 100)")  # fmt: skip
-    how.add_argument("--image", metavar="NAME", help="image for Kubernetes (default: as in k8s/)")
-    how.add_argument("--namespace", metavar="NAME", help="of Kubernetes (default: that of the context)")
+    how.add_argument("--settings", type=Path, metavar="FILE", help="of the cluster (default: slurm/cluster.toml, "
+        "k8s/cluster.toml)")  # fmt: skip
+    how.add_argument("--queue", metavar="NAME", help="Slurm's partition, or the LocalQueue of Kueue on Kubernetes")
+    how.add_argument("--priority", metavar="NAME", help="Slurm's QOS, or the PriorityClass of Kubernetes")
+    how.add_argument("--max-requeues", type=_count, default=DEFAULTS["max_requeues"], metavar="N",
+        help="requeues of a Slurm job that was stopped or preempted (default: 100)")  # fmt: skip
+    how.add_argument("--image", metavar="NAME", help="image for Kubernetes (default: as in k8s/cluster.toml)")
+    how.add_argument("--context", metavar="NAME", help="of the kubeconfig (default: as in k8s/cluster.toml, or the "
+        "current one)")  # fmt: skip
+    how.add_argument("--namespace", metavar="NAME", help="of Kubernetes (default: as in k8s/cluster.toml, or that "
+        "of the context)")  # fmt: skip
+    how.add_argument(
+        "--jobset", action="store_true", help="on Kubernetes, send a training on several nodes as a JobSet"
+    )
     return parser
 
 
@@ -184,6 +218,13 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected 0 or more, found {text}")
     return int(text)
+
+
+def _gibibytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+)(G|Gi|GB|GiB)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected a whole number of GiB, found {text}")
+    return int(found[1])
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ PARSERS = {
     "doctor": "jobs/doctor.py",
     "pull": "jobs/pull.py",
     "submit": "jobs/submit.py",
+    "manifests": "jobs/manifests.py",
 }
 RUNS = ("train", "evaluate", "predict")
 
@@ -95,10 +96,12 @@ PRINTED_BY = {
     "fusion/watchdog.py": ("train",),
     "jobs/checks/store.py": ("doctor",),
     "jobs/clusters/description.py": ("submit",),
+    "jobs/clusters/kubectl.py": ("submit",),
     "jobs/clusters/local.py": ("submit",),
-    "jobs/clusters/slurm_settings.py": ("submit",),
+    "jobs/clusters/settings_file.py": ("submit", "manifests"),
     "jobs/clusters/slurm_wait.py": ("submit",),
     "jobs/doctor.py": ("doctor",),
+    "jobs/manifests.py": ("manifests",),
     "jobs/pull.py": ("pull",),
     "jobs/results/choice.py": ("pull",),
     "jobs/results/compare.py": ("pull",),

@@ -243,3 +243,34 @@ def test_what_a_job_of_several_nodes_needs_is_removed_with_it(answers: Answers) 
     assert [found["kind"] for found in handed_over] == ["Service", "NetworkPolicy"]
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": NAME, "uid": "7"}
     assert all(found["metadata"]["ownerReferences"] == [owner] for found in handed_over)
+
+
+def jobset(kind: str = "", suspend: bool = False) -> Object:
+    conditions = [{"type": kind, "status": "True", "reason": "FailJobSet", "message": "as told"}] if kind else []
+    metadata = {"name": "fusion-x-jobset", "uid": "8"}
+    status = {"conditions": conditions}
+    return {
+        "kind": "JobSet",
+        "apiVersion": "j/v1",
+        "metadata": metadata,
+        "spec": {"suspend": suspend},
+        "status": status,
+    }
+
+
+@pytest.mark.parametrize(("kind", "code"), [("Completed", 0), ("Failed", 70)])
+def test_a_jobset_is_followed_to_its_end(kind: str, code: int, answers: Answers) -> None:
+    answers.give(jobset(), jobset(suspend=True), jobset(kind), pods(70))
+    assert kubernetes_wait.wait(["jobset/fusion-x-jobset"], Kubectl()) == code
+    asked = answers.asked()
+    assert asked[0].startswith("get jobset fusion-x-jobset ")
+    assert len(asked) == 3 or "--selector=jobset.sigs.k8s.io/jobset-name=fusion-x-jobset" in asked[3]
+
+
+def test_a_jobset_is_sent_and_owns_what_it_needs(answers: Answers, capsys: pytest.CaptureFixture[str]) -> None:
+    answers.give(None, "job.batch/x created", jobset(), "job.batch/x configured")
+    (name,) = kubernetes.submit([Job("qwen_clip", "train", nodes=2, jobset=True)], None, Kubectl())
+    assert name == "jobset/fusion-train-qwen-clip-jobset"
+    assert "--selector=jobset.sigs.k8s.io/jobset-name=fusion-train-qwen-clip-jobset\n" in capsys.readouterr().out
+    (policy,) = json.loads((answers.folder / "sent").read_text())["items"]
+    assert policy["metadata"]["ownerReferences"][0]["kind"] == "JobSet"

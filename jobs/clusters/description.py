@@ -19,6 +19,10 @@ from fusion.variants import variants
 
 MODULES = {"train": "train", "evaluate": "evaluate_by_groups", "predict": "predict_test"}
 
+PER_GPU = ("cpus_per_gpu", "memory_per_gpu")
+LEAST = {"nodes": 1, "gpus_per_node": 0, "nproc_per_node": 1, "cpus_per_gpu": 1, "memory_per_gpu": 1}
+LATER = (*PER_GPU, "queue", "priority", "jobset")  # jobs that leave them out are called what they were before
+
 
 @dataclass(frozen=True)
 class Job:
@@ -28,6 +32,10 @@ class Job:
         flags: settings of the command, see `frozen`.
         gpus_per_node: None leaves it to the cluster: one for training, none for the rest.
         nproc_per_node: ranks per node; None leaves it to the launcher: one per GPU, or a single one.
+        cpus_per_gpu, memory_per_gpu: cores, and GiB of memory, for each of its GPUs; None: as the cluster has it.
+        queue: LocalQueue of Kueue, or partition of Slurm.
+        priority: PriorityClass of Kubernetes, or QOS of Slurm.
+        jobset: whether Kubernetes gets a JobSet in place of a Job.
     """
 
     variant: str
@@ -36,17 +44,24 @@ class Job:
     nodes: int = 1
     gpus_per_node: int | None = None
     nproc_per_node: int | None = None
+    cpus_per_gpu: int | None = None
+    memory_per_gpu: int | None = None
+    queue: str | None = None
+    priority: str | None = None
+    jobset: bool = False
 
     def __post_init__(self) -> None:
         _expect_one_of("--task", self.task, MODULES)
         _expect_one_of("--variant", self.variant, _predicting() if self.task == "predict" else variants())
-        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("nproc_per_node", 1)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} is {value}, expected at least {least}", f"give {flag} {least} or more")
         if self.nodes > 1 and self.task != "train":
             raise UsageError(f"--nodes is {self.nodes}, and {self.task} runs on one node", "leave out --nodes")
+        if self.jobset and self.nodes == 1:
+            raise UsageError("--jobset is for several nodes, and --nodes is 1", "give both: --jobset --nodes 2")
 
     @property
     def name(self) -> str:
@@ -64,7 +79,15 @@ class Job:
 
     def digest(self, *further: str) -> str:
         """Eight letters that differ between jobs with different settings."""
-        return digest([asdict(self), *further])[:8]
+        given = {name: value for name, value in asdict(self).items() if value or name not in LATER}
+        return digest([given, *further])[:8]
+
+    def check_amounts(self, n_gpus: int) -> None:
+        """Raises UsageError where something is asked for per GPU, and the job asks for no GPU."""
+        for name in PER_GPU:
+            if getattr(self, name) and not n_gpus:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is {getattr(self, name)}, and the job asks for no GPU", f"leave out {flag}")
 
 
 def config_class(variant: str, task: str) -> type[Any]:

@@ -45,16 +45,19 @@ class Kubectl:
     namespace: str | None = None
 
     @classmethod
-    def now(cls, namespace: str | None) -> Kubectl:
-        """With the context that is current, and its namespace unless one is given.
+    def now(cls, namespace: str | None, context: str | None = None) -> Kubectl:
+        """With the context that is current, and its namespace, unless others are given.
 
         Raises:
             UnreachableError: there is no kubectl here.
-            ConfigError: the kubeconfig cannot be read.
+            ConfigError: the kubeconfig cannot be read, or lacks the context.
         """
         config = json.loads(_run("config", "view", "--output=json"))
-        name = config.get("current-context") or None
+        name = context or config.get("current-context") or None
         contexts = {one["name"]: one["context"] for one in config.get("contexts") or []}
+        if context and context not in contexts:
+            there = ", ".join(contexts) or "none"
+            raise ConfigError(f"the kubeconfig has no context {context}, there are: {there}", "give one with --context")
         return cls(name, namespace or contexts.get(name, {}).get("namespace"))
 
     @property

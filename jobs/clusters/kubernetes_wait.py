@@ -18,10 +18,15 @@ STOPPED = 128 + signal.SIGTERM
 # Jobs that Kubernetes ended: their pods got SIGTERM and are gone, and with them their exit codes.
 ENDED_BY_KUBERNETES = {"DeadlineExceeded": STOPPED}
 QUEUE = "kueue.x-k8s.io/queue-name"
+OVER = ("Complete", "Completed", "Failed")  # types of conditions that a Job or JobSet ends with
+PODS = {"job": "batch.kubernetes.io/job-name", "jobset": "jobset.sigs.k8s.io/jobset-name"}  # their label
 
 
 def wait(names: Sequence[str], kubectl: Kubectl) -> int:
     """Exit code of the first of these Jobs that failed, and 0 when there is none; tells why it did.
+
+    Args:
+        names: of Jobs, and `jobset/NAME` of JobSets.
 
     Raises:
         FusionError: the cluster did not answer for too long, or not to this user any more.
@@ -31,58 +36,81 @@ def wait(names: Sequence[str], kubectl: Kubectl) -> int:
 
 
 def ending(job: Object) -> Object | None:
-    """The condition of a Job that has ended; None while it has not."""
+    """The condition of a Job or JobSet that has ended; None while it has not."""
     conditions = job.get("status", {}).get("conditions", [])
-    return next((one for one in conditions if one["type"] in ("Complete", "Failed") and one["status"] == "True"), None)
+    return next((one for one in conditions if one["type"] in OVER and one["status"] == "True"), None)
 
 
 def standing(job: Object, kubectl: Kubectl) -> str:
     """How a Job that has not ended is: running, or suspended and what to do about it."""
-    name, labels = job["metadata"]["name"], job["metadata"].get("labels", {})
+    kind, name, labels = kind_of(job), job["metadata"]["name"], job["metadata"].get("labels", {})
     if not job["spec"].get("suspend"):
-        return f"job/{name} is running already"
+        return f"{kind}/{name} is running already"
     if QUEUE in labels:
-        return f"job/{name} waits in Kueue's queue {labels[QUEUE]}"
-    remedy = f'{kubectl.command} patch job {name} --patch \'{{"spec": {{"suspend": false}}}}\''
-    return f"job/{name} is suspended\nhint: to let it go on: {remedy}"
+        return f"{kind}/{name} waits in Kueue's queue {labels[QUEUE]}"
+    merge = "" if kind == "job" else "--type=merge "  # kubectl knows the lists of its own kinds alone
+    remedy = f'{kubectl.command} patch {kind} {name} {merge}--patch \'{{"spec": {{"suspend": false}}}}\''
+    return f"{kind}/{name} is suspended\nhint: to let it go on: {remedy}"
+
+
+def kind_of(job: Object) -> str:
+    """As kubectl spells it."""
+    return str(job.get("kind", "Job")).lower()
+
+
+def log_command(kind: str, name: str, kubectl: Kubectl) -> str:
+    """What shows the log of a Job or JobSet."""
+    which = f"job/{name}" if kind == "job" else f"--selector={PODS[kind]}={name}"
+    return f"{kubectl.command} logs --follow {which}"
+
+
+def split(name: str) -> tuple[str, str]:
+    """Kind and name of `jobset/NAME` and `job/NAME`; a name alone is that of a Job."""
+    kind, _, alone = name.rpartition("/")
+    return kind or "job", alone
 
 
 def _wait(name: str, kubectl: Kubectl) -> int:
     was_suspended = False
-    while job := _ask(kubectl, "job", name):
+    kind, name = split(name)
+    while job := _ask(kubectl, kind, name):
         if condition := ending(job):
-            return _conclude(name, condition, kubectl)
+            return _conclude(kind, name, condition, kubectl)
         is_suspended = bool(job["spec"].get("suspend"))
         if is_suspended and not was_suspended:
             print(standing(job, kubectl), flush=True)
         was_suspended = is_suspended
         time.sleep(POLL)
-    print(f"job/{name} was deleted", flush=True)
+    print(f"{kind}/{name} was deleted", flush=True)
     return STOPPED
 
 
-def _conclude(name: str, condition: Object, kubectl: Kubectl) -> int:
-    if condition["type"] == "Complete":
-        print(f"job/{name} is complete", flush=True)
+def _conclude(kind: str, name: str, condition: Object, kubectl: Kubectl) -> int:
+    if condition["type"] != "Failed":
+        print(f"{kind}/{name} is complete", flush=True)
         return ExitCode.DONE
     try:
-        ended = _last_failure(name, kubectl)
+        pods = _ask(kubectl, "pods", f"--selector={PODS[kind]}={name}") or {"items": []}
+        ended = last_failure(pods["items"])
     except FusionError as error:  # that the job has failed is known, and worth more than why
         print(f"how its pods ended is not known: {error.message}", flush=True)
         ended = {}
-    reason = condition.get("reason", "")
-    code = ENDED_BY_KUBERNETES.get(reason) or int(ended.get("exitCode", 1))
-    why = ": ".join(filter(None, (reason, condition.get("message"))))
-    print(visible(f"job/{name} failed with exit code {code}: {why}"), flush=True)
+    code = exit_code(condition, ended)
+    why = ": ".join(filter(None, (condition.get("reason"), condition.get("message"))))
+    print(visible(f"{kind}/{name} failed with exit code {code}: {why}"), flush=True)
     if said := last_error(ended.get("message", "")) or ended.get("reason"):
         print(said, flush=True)
     return code
 
 
-def _last_failure(name: str, kubectl: Kubectl) -> Object:
-    """The terminated state of the container that failed last: exitCode, message, reason."""
-    pods = _ask(kubectl, "pods", f"--selector=batch.kubernetes.io/job-name={name}") or {"items": []}
-    statuses = [status for pod in pods["items"] for status in pod["status"].get("containerStatuses", [])]
+def exit_code(condition: Object, ended: Object) -> int:
+    """Of a Job that failed, from its condition and the last failure of its pods."""
+    return ENDED_BY_KUBERNETES.get(condition.get("reason", "")) or int(ended.get("exitCode", 1))
+
+
+def last_failure(pods: Sequence[Object]) -> Object:
+    """The terminated state of the container that failed last: exitCode, message, reason; empty when there is none."""
+    statuses = [status for pod in pods for status in pod["status"].get("containerStatuses", [])]
     ended = [status["state"]["terminated"] for status in statuses if "terminated" in status["state"]]
     return max((one for one in ended if one["exitCode"]), key=lambda one: one["finishedAt"], default={})
 

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fusion.config import STRICT
 from fusion.errors import ConfigError
-from jobs.clusters.description import MODULES
-
-# Words that names of variables with keys are made of, and beginnings of words; what ends with a word of A_PLACE says
-# where a key is and not what it is. Heuristics: a key under a harmless name is not found out.
-SECRET = re.compile(
-    r"(^|_)(KEYS?|API_?KEY|TOKENS?|PAT|PASS|PWD|SAS|CREDENTIALS?|CONNECTION_STRING)(_|$)|SECRET|PASSW|PASSPHRASE",
-    re.IGNORECASE,
-)
-A_PLACE = re.compile(r"_(FILE|PATH|DIR|FOLDER|URI|URL|PROFILE)$|^GOOGLE_APPLICATION_CREDENTIALS$", re.IGNORECASE)
-PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+from jobs.clusters.description import MODULES, Job
+from jobs.clusters.settings_file import read_settings, refuse_secrets
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -51,12 +42,23 @@ class Cluster:
     container_mounts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        secret = next((name for name, value in self.environment.items() if _is_secret(name, value)), None)
-        if secret:
-            raise ValueError(f"environment holds {secret}, and would be written into the script of the job")
+        refuse_secrets(self.environment, "the script of the job")
         if self.time_minutes * 60 < 2 * self.signal_seconds:
             stop = f"the job is asked to stop signal_seconds = {self.signal_seconds} before its end"
             raise ValueError(f"time_minutes = {self.time_minutes} leaves no time to work: {stop}")
+
+    def asked(self, job: Job) -> Cluster:
+        """These settings, with what the job asks for in their place.
+
+        Raises:
+            UsageError: something is asked for per GPU, and there is none.
+        """
+        n_gpus = self.n_gpus(job.task, job.gpus_per_node)
+        job.check_amounts(n_gpus)
+        changed: dict[str, Any] = {"partition": job.queue, "qos": job.priority}
+        changed |= {"cpus_per_node": job.cpus_per_gpu * n_gpus} if job.cpus_per_gpu else {}
+        changed |= {"mem_gb": job.memory_per_gpu * n_gpus} if job.memory_per_gpu else {}
+        return replace(self, **{name: value for name, value in changed.items() if value})
 
     def parameters(self, task: str, gpus_per_node: int | None) -> dict[str, Any]:
         """What submitit renders as `#SBATCH`."""
@@ -106,30 +108,16 @@ class Cluster:
         return Path(str(self.credentials)).expanduser().absolute()  # the shell looks up a bare name in PATH
 
 
-def _is_secret(name: str, value: str) -> bool:
-    return bool(SECRET.search(name) and not A_PLACE.search(name)) or bool(PASSWORD_IN_URL.search(value))
-
-
 def read(path: Path, task: str) -> Cluster:
     """The settings for a task: those at the top of the file, and over them those under `[train]` and the like.
 
     Raises:
         ConfigError: no such file, no TOML, an unknown key or a value that is not allowed.
     """
-    try:
-        values = tomllib.loads(path.read_text())
+
+    def merged(values: dict[str, Any]) -> dict[str, Any]:
         tables = {name: values.pop(name, {}) for name in MODULES}
-        return TypeAdapter(Cluster).validate_python(values | tables.get(task, {}))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}", "name the cluster's settings with --settings"
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no TOML: {error}", "correct the file") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(
-            f"{path}: {key + ': ' if key else ''}{message}", "slurm/cluster.toml explains all keys"
-        ) from error
+        own: dict[str, Any] = tables.get(task, {})
+        return values | own
+
+    return read_settings(Cluster, path, "slurm/cluster.toml", merged)

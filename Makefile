@@ -3,6 +3,8 @@
 #             Slurm, and adds two names to /etc/hosts while it runs
 # make image  builds the container image with docker, podman or buildah; IMAGE_FLAGS="…" is handed to its build
 # make test-image  builds the image, runs the jobs of k8s/ in it under podman; as root on Debian it installs podman
+# make test-cluster  runs the jobs of k8s/ on the Kubernetes of KUBECONFIG, else on one that it starts, as root on Debian,
+#             from the folder that FUSION_KUBERNETES names; without either it says so and does nothing
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +23,7 @@ export GOMP_SPINCOUNT ?= 1000
 export KMP_BLOCKTIME ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-image lint lint-manifests image clean
+.PHONY: help demo test test-image test-cluster lint lint-manifests image clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -37,6 +39,9 @@ test: lint
 
 test-image: $(VENV)/.test
 	$(BIN)/pytest -m image tests/image
+
+test-cluster: $(VENV)/.test
+	$(BIN)/python -m tests.cluster
 
 # The commit's date is the image's: the same commit gives the same labels, and a build that finds every layer made.
 image:

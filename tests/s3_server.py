@@ -16,7 +16,7 @@ from pathlib import Path
 KEY, SECRET = "testkey", "testsecret"
 WRITER_KEY, WRITER_SECRET = "rwkey", "rwsecret"
 READER_KEY, READER_SECRET = "rokey", "rosecret"
-_IDENTITIES = {
+IDENTITIES = {
     "identities": [
         {
             "name": "admin",
@@ -45,7 +45,7 @@ class S3Server:
         services, ports = ("master", "volume", "filer", "s3"), _free_ports(8)
         self.ports = dict(zip(services, ports[:4], strict=True))
         self.grpc = dict(zip(services, ports[4:], strict=True))
-        (folder / "s3.json").write_text(json.dumps(_IDENTITIES))
+        (folder / "s3.json").write_text(json.dumps(IDENTITIES))
         self.start()
 
     @property

@@ -39,9 +39,14 @@ def podman(*arguments: str, errors: bool = False) -> str:
 def available() -> bool:
     """Whether podman and buildah are here, after an attempt to install them where that is possible."""
     if not _installed() and os.geteuid() == 0 and shutil.which("apt-get"):
-        _apt("update")
-        _apt("install", "--yes", "--no-install-recommends", *PACKAGES)
+        install(*PACKAGES)
     return _installed()
+
+
+def install(*packages: str) -> None:
+    """Installs packages of Debian, as root."""
+    _apt("update")
+    _apt("install", "--yes", "--no-install-recommends", *packages)
 
 
 def _installed() -> bool:

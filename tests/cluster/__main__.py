@@ -1,0 +1,39 @@
+"""Runs the tests of this folder on a real Kubernetes: `make test-cluster`, or `python -m tests.cluster [FLAGS]`.
+
+On the cluster of KUBECONFIG, else on one that is started from the folder that FUSION_KUBERNETES names and removed
+again; without either they are left out. `tests/cluster/README.md` explains both.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from tests.cluster.place import MissingError, prepared
+
+N_PROCESSES = 6  # tests mostly wait for pods
+
+
+def main(argv: Sequence[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster is removed on the way out
+    begun = time.monotonic()
+    try:
+        with prepared() as place:
+            print(f"the cluster is ready after {time.monotonic() - begun:.0f} s", flush=True)
+            flags = ["-m", "cluster", f"--numprocesses={N_PROCESSES}", "--dist=loadfile", "--durations=0", *argv]
+            command = [sys.executable, "-m", "pytest", *flags, "tests/cluster"]
+            code = subprocess.run(command, check=False, env={**os.environ, **place.variables()}).returncode
+    except MissingError as missing:
+        demanded = os.environ.get("FUSION_REQUIRE_SERVICES") == "1"
+        print(f"{'error' if demanded else 'left out'}: {missing}", file=sys.stderr)
+        return int(demanded)
+    print(f"the tests on a cluster took {time.monotonic() - begun:.0f} s in all", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,52 @@
+"""A namespace for each test, on the cluster that `python -m tests.cluster` has prepared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+
+from tests.cluster.namespace import Namespace
+from tests.cluster.place import Place
+from tests.s3_server import KEY, SECRET
+
+
+@pytest.fixture(scope="session")
+def place() -> Iterator[Place]:
+    """The cluster; the environment of this process finds its S3 server."""
+    found = Place.of_tests()
+    if not found:
+        pytest.skip("`make test-cluster` starts the cluster that this needs")
+    where = {"AWS_ENDPOINT_URL_S3": found.endpoint, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {**where, "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}.items():
+            patch.setenv(key, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield found
+
+
+@pytest.fixture(scope="session")
+def node(place: Place) -> Place:
+    """A cluster whose node a test may stop, and which has JobSet and Kueue."""
+    if not place.folder:
+        pytest.skip("not on the cluster of KUBECONFIG: this needs one that was started for the tests")
+    return place
+
+
+@pytest.fixture
+def namespace(
+    place: Place, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Namespace]:
+    yield from made(place, request.node.name, tmp_path_factory)
+
+
+def made(place: Place, name: str, folders: pytest.TempPathFactory) -> Iterator[Namespace]:
+    """A namespace that is called after its test."""
+    plain = re.sub("[^a-z0-9]+", "-", name.lower()).removeprefix("test-")[:50].strip("-")
+    namespace = Namespace(place, f"fusion-{plain}", folders.mktemp("k8s"))
+    try:
+        yield namespace
+    finally:
+        namespace.remove()

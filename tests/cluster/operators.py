@@ -1,0 +1,71 @@
+"""The controllers of JobSet and of Kueue with their webhooks, as processes beside the API server."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+from pathlib import Path
+
+from tests.cluster import access
+from tests.cluster.kubernetes import Kubernetes
+from tests.cluster.services import free_ports, until
+
+FIXED = Path("/etc/kueue/metrics/certs")  # where Kueue looks for a certificate, whatever its settings say
+SETTINGS = {
+    "jobset": "apiVersion: config.jobset.x-k8s.io/v1alpha1\nkind: Configuration\n",
+    "kueue": "apiVersion: config.kueue.x-k8s.io/v1beta2\nkind: Configuration\n"
+    "integrations: {frameworks: [batch/job, jobset.x-k8s.io/jobset]}\n",
+}
+SHARED = """\
+internalCertManagement: {{enable: false}}
+leaderElection: {{leaderElect: false}}
+metrics: {{bindAddress: "127.0.0.1:{metrics}"}}
+health: {{healthProbeBindAddress: "127.0.0.1:{health}"}}
+webhook: {{host: 127.0.0.1, port: {port}, certDir: {certificates}}}
+"""
+FLAGS = {"jobset": (), "kueue": ("--feature-gates=VisibilityOnDemand=false",)}
+SERVICE = re.compile(r"( +)service:\n +name: \S+\n +namespace: \S+\n +path: (\S+)")
+
+
+def start(kubernetes: Kubernetes) -> None:
+    """Starts both: Jobs and JobSets are Kueue's where a label names a queue."""
+    certificates = kubernetes.folder / "webhooks"
+    for folder in (certificates, FIXED):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(kubernetes.folder / "pki" / "api.crt", folder / "tls.crt")
+        shutil.copy(kubernetes.folder / "pki" / "api.key", folder / "tls.key")
+    for name in SETTINGS:
+        _start(kubernetes, name, certificates)
+
+
+def remove_traces() -> None:
+    shutil.rmtree(FIXED.parents[1], ignore_errors=True)
+
+
+def _start(kubernetes: Kubernetes, name: str, certificates: Path) -> None:
+    definitions = f"--filename={kubernetes.binaries / name / 'crd.yaml'}"
+    kubernetes.kubectl("apply", "--server-side", definitions)
+    established = "wait", "--for=condition=Established", "--timeout=30s", definitions
+    until(lambda: kubernetes.answers(*established), f"the definitions of {name}")
+    port, metrics, health = free_ports(3)
+    settings = kubernetes.folder / f"{name}.yaml"
+    more = SHARED.format(port=port, metrics=metrics, health=health, certificates=certificates)
+    settings.write_text(SETTINGS[name] + more)
+    files = "--config", settings, "--kubeconfig", kubernetes.kubeconfig
+    kubernetes.service(name).run(kubernetes.unpacked(name), *files, *FLAGS[name])
+    until(lambda: _listens(port), f"the webhooks of {name}")
+    registered = (kubernetes.binaries / name / "webhooks.yaml").read_text()
+    ca = access.encoded(kubernetes.folder / "pki" / "ca.crt")
+    kubernetes.kubectl("apply", "--filename=-", text=_here(registered, name, port, ca))
+
+
+def _here(registered: str, name: str, port: int, ca: str) -> str:
+    """Webhooks that listen on loopback, where the API server is too, under names that do not meet."""
+    url = rf"\1url: https://127.0.0.1:{port}\2\n\1caBundle: {ca}"
+    return SERVICE.sub(url, registered).replace("-webhook-configuration", f"-{name}")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as one:
+        return not one.connect_ex(("127.0.0.1", port))

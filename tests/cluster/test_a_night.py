@@ -1,0 +1,72 @@
+"""From the first smoke test to the nightly prices: the commands of k8s/README.md, on a real cluster, to their ends."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from fusion import storage
+from fusion.demo_catalog import generate
+from fusion.verify import main as verify
+from tests.cluster.namespace import Namespace
+from tests.conftest import DIMS, upload
+
+pytestmark = pytest.mark.cluster
+
+CRON = "fusion-predict-nightly"
+
+
+def test_the_smoke_job(namespace: Namespace) -> None:
+    namespace.apply("overlays/cpu-smoke")
+    assert namespace.ended("fusion-cpu-smoke", 240) == "Complete"
+    assert "event=finished" in namespace.log("job/fusion-cpu-smoke")
+    assert storage.exists(f"{namespace.output}/smoke/pointers/runs/all_embeddings/best.json")
+
+
+def test_a_training_its_metrics_and_the_nights_after_it(namespace: Namespace) -> None:
+    namespace.configure(FUSION_DATA=f"{namespace.output}/data", FUSION_EPOCHS="10")
+    _upload(namespace, n_products=603)
+    namespace.apply("base/train-all-embeddings", {"FUSION_RUN_ID": "r"})
+    assert namespace.ended("fusion-train-all-embeddings") == "Complete"
+    namespace.apply("base/evaluate-all-embeddings")
+    namespace.apply("base/predict-nightly", changes=[{"op": "replace", "path": "/spec/schedule", "value": "* * * * *"}])
+    namespace("create", "job", f"--from=cronjob/{CRON}", "predict-now")
+    assert namespace.ended("predict-now") == "Complete"
+    assert namespace.ended("fusion-evaluate-all-embeddings") == "Complete"
+    assert storage.exists(f"{namespace.output}/runs/r/metrics/summary.json")
+
+    first = _current(namespace)
+    night = _next_night(namespace, set())
+    assert "event=published_before" in namespace.log(f"job/{night}")
+    assert _current(namespace) == first
+
+    _upload(namespace, n_products=610)
+    _next_night(namespace, {night})
+    assert _current(namespace) != first
+    assert verify([f"{namespace.output}/pointers/submissions/prices/current.json"]) == 0
+
+
+def _upload(namespace: Namespace, n_products: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        generate(Path(folder), n_products=n_products, dims=DIMS)
+        upload(Path(folder), f"{namespace.output}/data")
+
+
+def _current(namespace: Namespace) -> str:
+    return str(json.loads(storage.read(f"{namespace.output}/pointers/submissions/prices/current.json")))
+
+
+def _next_night(namespace: Namespace, earlier: set[str]) -> str:
+    """Name of the next Job that the schedule makes, once it is complete."""
+
+    def fired() -> str:
+        jobs = namespace.get("jobs")["items"]
+        made = {one["metadata"]["name"] for one in jobs if one["metadata"].get("ownerReferences")} - {"predict-now"}
+        return next(iter(made - earlier), "")
+
+    night = str(namespace.until(fired, "a Job of the schedule", 90))
+    assert namespace.ended(night) == "Complete"
+    return night

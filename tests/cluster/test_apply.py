@@ -1,0 +1,54 @@
+"""Every file and overlay of k8s/ as it is, applied by the server: what it refuses, and of what it warns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import made
+from tests.cluster.namespace import Namespace
+from tests.cluster.place import Place
+from tests.manifests import FILES, K8S, OVERLAYS
+
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("apply")]
+
+APPLIED = [pytest.param("--filename", path, id=path.stem) for path in FILES]
+APPLIED += [pytest.param("--kustomize", path, id=str(path.relative_to(K8S))) for path in OVERLAYS]
+
+
+@pytest.fixture(scope="module")
+def empty(node: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespace]:
+    """A namespace where Jobs can be made, and none of their pods: the image is in no registry."""
+    for namespace in made(node, "apply", tmp_path_factory):
+        namespace("create", "quota", "none", "--hard=pods=0")
+        namespace("delete", "--filename", str(K8S / "config.yaml"))
+        yield namespace
+
+
+@pytest.mark.parametrize(("flag", "path"), APPLIED)
+def test_apply_again_changes_nothing_and_delete_leaves_nothing(empty: Namespace, flag: str, path: Path) -> None:
+    """No warning either, such as one of Pod Security; `Namespace` takes them for failures."""
+    made = empty("apply", "--server-side", flag, str(path), "--output=name").split()
+    before = empty.get(*made, "--show-managed-fields=true")
+    assert empty("apply", "--server-side", flag, str(path), "--output=name").split() == made
+    assert _generations(empty.get(*made)) == _generations(before)
+    empty("delete", flag, str(path))
+    assert not empty.get(*made)
+
+
+def _generations(found: dict[str, object]) -> list[object]:
+    items = found.get("items", [found])
+    assert isinstance(items, list)
+    return [(one["metadata"]["uid"], one["metadata"].get("generation")) for one in items]
+
+
+def test_replace_starts_a_job_again(empty: Namespace) -> None:
+    path = str(K8S / "train-all-embeddings.yaml")
+    uids = []
+    for _ in range(2):
+        empty("replace", "--force", "--filename", path)
+        uids.append(empty.get("job", "fusion-train-all-embeddings")["metadata"]["uid"])
+    assert len(set(uids)) == 2
+    empty("delete", "--filename", path)

@@ -1,0 +1,47 @@
+"""A training on two nodes by its headless Service: whatever ends one of them ends both, and both go on."""
+
+from __future__ import annotations
+
+import pytest
+
+from fusion.verify import main as verify
+from tests.cluster.namespace import LONG, Namespace
+from tests.cluster.test_disruptions import KILL
+from tests.manifests import Object
+
+pytestmark = pytest.mark.cluster
+
+JOB = "fusion-train-all-embeddings-multinode"
+
+
+def training(namespace: Namespace) -> list[Object]:
+    """The two pods of a training that has committed a checkpoint, node 0 first."""
+    namespace.apply("base/train-all-embeddings-multinode", {**LONG, "FUSION_RUN_ID": "r"})
+    namespace.first_checkpoint("r", JOB)
+    return sorted(namespace.pods(JOB), key=_index)
+
+
+def _index(pod: Object) -> str:
+    return str(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"])
+
+
+def completes(namespace: Namespace, first: int) -> None:
+    """It was interrupted once, with this code, and ended on both nodes."""
+    assert namespace.ended(JOB, 200) == "Complete"
+    assert namespace.get("job", JOB)["status"]["succeeded"] == 2
+    assert [attempt.get("code") for attempt in namespace.attempts("r")] == [first, 0]
+    assert verify([f"{namespace.output}/runs/r"]) == 0
+
+
+def test_gang_rank_killed(namespace: Namespace) -> None:
+    _, second = training(namespace)
+    namespace("exec", second["metadata"]["name"], "--container=fusion", "--", "python", "-c", KILL)
+    completes(namespace, 137)
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_gang_pod_deleted(namespace: Namespace, node: int) -> None:
+    pods = training(namespace)
+    namespace("delete", "pod", pods[node]["metadata"]["name"])
+    completes(namespace, 75)
+    assert not namespace.get("job", JOB)["status"].get("failed")

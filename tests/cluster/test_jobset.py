@@ -1,0 +1,32 @@
+"""overlays/jobset with the JobSet controller and its webhooks: the gang to its end, with a pod killed on the way."""
+
+from __future__ import annotations
+
+import pytest
+
+from fusion.verify import main as verify
+from tests.cluster.namespace import LONG, Namespace
+from tests.cluster.place import Place
+
+pytestmark = pytest.mark.cluster
+
+NAME = "fusion-train-all-embeddings-jobset"
+JOB = f"{NAME}-nodes-0"
+
+
+def test_jobset_starts_all_pods_again_where_one_was_killed(namespace: Namespace, node: Place) -> None:
+    namespace.apply("overlays/jobset", {**LONG, "FUSION_RUN_ID": "r"})
+    namespace.first_checkpoint("r", JOB)
+    before = {pod["metadata"]["uid"] for pod in namespace.pods(JOB)}
+    container = namespace.pods(JOB)[1]["status"]["containerStatuses"][0]["containerID"]
+    node.kubernetes().kill(container.removeprefix("containerd://"))
+
+    def completed() -> bool:
+        conditions = namespace.get("jobset", NAME)["status"].get("conditions", [])
+        return {"Completed": "True"}.items() <= {one["type"]: one["status"] for one in conditions}.items()
+
+    namespace.until(completed, "the end of the JobSet", 200)
+    assert namespace.get("jobset", NAME)["status"]["restarts"] == 1
+    assert not before & {pod["metadata"]["uid"] for pod in namespace.pods(JOB)}
+    assert [attempt.get("code") for attempt in namespace.attempts("r")][1:] == [0]
+    assert verify([f"{namespace.output}/runs/r"]) == 0

@@ -1,0 +1,87 @@
+"""overlays/kueue with Kueue's controller and its webhooks: a queue that is full, its order, and preemption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster.namespace import LONG, Namespace
+from tests.cluster.place import Place
+from tests.manifests import Object
+
+pytestmark = pytest.mark.cluster
+
+API = "kueue.x-k8s.io/v1beta2"
+RESOURCES = ("cpu", "memory", "ephemeral-storage", "nvidia.com/gpu")
+PRIORITY = "kueue.x-k8s.io/priority-class"
+SHORT = {"FUSION_EPOCHS": "3"}
+
+
+@pytest.fixture
+def queue(namespace: Namespace, node: Place) -> Iterator[Namespace]:
+    """A namespace whose LocalQueue `fusion` has room for one job: for its one GPU."""
+    name = namespace.name
+    quotas = [{"name": one, "nominalQuota": 1 if "gpu" in one else "100Gi"} for one in RESOURCES]
+    flavors = [{"name": name, "resources": quotas}]
+    spec = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}},
+        "resourceGroups": [{"coveredResources": list(RESOURCES), "flavors": flavors}],
+        "preemption": {"withinClusterQueue": "LowerPriority"},
+    }
+    made = [
+        _object("ResourceFlavor", name),
+        _object("ClusterQueue", name, spec=spec),
+        _object("LocalQueue", "fusion", namespace=name, spec={"clusterQueue": name}),
+        _object("WorkloadPriorityClass", name, value=1000),
+    ]
+    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": made})
+    namespace("apply", "--filename=-", text=text)
+    yield namespace
+    namespace.run("delete", "job", "--all")
+    namespace.run("delete", "--filename=-", "--wait=false", text=text)
+
+
+def _object(kind: str, name: str, namespace: str = "", **rest: object) -> Object:
+    metadata = {"name": name} | ({"namespace": namespace} if namespace else {})
+    return {"apiVersion": API, "kind": kind, "metadata": metadata, **rest}
+
+
+def start(queue: Namespace, name: str, environment: dict[str, str], priority: str = "") -> None:
+    changes = [{"op": "replace", "path": "/metadata/name", "value": name}]
+    changes += [{"op": "add", "path": f"/metadata/labels/{PRIORITY.replace('/', '~1')}", "value": priority}] * bool(
+        priority
+    )
+    queue.apply("overlays/kueue", {**environment, "FUSION_RUN_ID": name}, changes)
+
+
+def is_admitted(queue: Namespace, name: str) -> bool:
+    return not queue.get("job", name)["spec"]["suspend"]
+
+
+def test_kueue_admits_one_after_the_other_in_their_order(queue: Namespace) -> None:
+    for name in ("first", "second", "third"):
+        start(queue, name, SHORT)
+        queue.until(lambda name=name: queue.get("workloads")["items"], f"Kueue to see {name}")
+    begun = {}
+    for name in ("first", "second", "third"):
+        assert queue.ended(name) == "Complete"
+        begun[name] = queue.get("job", name)["status"]["startTime"]
+        ended = queue.get("job", name)["status"]["completionTime"]
+        assert all(
+            ended <= queue.get("job", later)["status"].get("startTime", ended)
+            for later in ("second", "third")
+            if later not in begun
+        )
+    assert sorted(begun, key=lambda name: begun[name]) == list(begun)
+
+
+def test_kueue_preempts_a_training_which_commits_and_goes_on(queue: Namespace) -> None:
+    start(queue, "cheap", LONG)
+    queue.first_checkpoint("cheap", "cheap")
+    start(queue, "urgent", SHORT, priority=queue.name)
+    assert queue.ended("urgent") == "Complete"
+    assert queue.ended("cheap") == "Complete"
+    assert [attempt.get("code") for attempt in queue.attempts("cheap")] == [75, 0]
+    assert not queue.get("job", "cheap")["status"].get("failed")

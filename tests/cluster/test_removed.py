@@ -1,0 +1,40 @@
+""" "remove everything but the bucket" of k8s/README.md leaves nothing of Fusion in the namespace."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from tests.cluster.namespace import Namespace
+from tests.cluster.place import Place
+from tests.manifests import FILES, K8S
+
+pytestmark = pytest.mark.cluster
+
+ROW = re.compile(r"^\| remove everything but the bucket \|.*$", re.MULTILINE)
+OF_EVERY_NAMESPACE = {"configmap/kube-root-ca.crt", "serviceaccount/default"}
+
+
+def test_nothing_is_left(namespace: Namespace, node: Place) -> None:
+    namespace("create", "quota", "none", "--hard=pods=0")
+    for path in FILES:
+        namespace("apply", "--server-side", "--force-conflicts", "--filename", str(path))
+    namespace("apply", "--server-side", "--force-conflicts", "--kustomize", str(K8S / "overlays" / "jobset"))
+    namespace("create", "job", "--from=cronjob/fusion-predict-nightly", "predict-now")
+    namespace("delete", "quota", "none")
+    for command in _commands():
+        namespace.run(*shlex.split(command)[1:])
+    namespace.until(lambda: not _left(namespace), f"an empty namespace, and not {_left(namespace)}", 60)
+
+
+def _commands() -> list[str]:
+    (row,) = ROW.findall((K8S / "README.md").read_text())
+    return [command for part in re.findall(r"`(kubectl [^`]*)`", row) for command in part.split("; ")]
+
+
+def _left(namespace: Namespace) -> set[str]:
+    kinds = namespace("api-resources", "--namespaced", "--verbs=list,delete", "--output=name").split()
+    kinds = [kind for kind in kinds if not kind.startswith("events")]
+    return set(namespace("get", ",".join(kinds), "--output=name", "--ignore-not-found").split()) - OF_EVERY_NAMESPACE

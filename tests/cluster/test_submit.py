@@ -1,0 +1,143 @@
+"""jobs/submit.py --cluster k8s on a real cluster: `--wait` in every way that a job ends, and what is left of a job.
+
+Its files are those of a checkout whose owner has put in the image and what a small machine has.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import small
+from tests.cluster.namespace import Namespace
+from tests.conftest import Done
+from tests.manifests import K8S, KUBECTL
+
+pytestmark = pytest.mark.cluster
+
+ROOT = K8S.parent
+SHORT = ["--gpus-per-node=0", "--", "--epochs=3", "--run-id=r"]
+LONG = ["--gpus-per-node=0", "--", "--epochs=500", "--patience=500", "--run-id=r"]
+AMOUNTS = re.compile(r"\b(cpu: 4|memory: (?:8|16)Gi)\b")
+
+
+@pytest.fixture
+def checkout(namespace: Namespace, tmp_path: Path) -> Checkout:
+    return Checkout(namespace, tmp_path)
+
+
+class Checkout:
+    """A copy of k8s/ and jobs/, and a kubeconfig whose context has the namespace of the test."""
+
+    def __init__(self, namespace: Namespace, folder: Path) -> None:
+        self.namespace, self.folder = namespace, folder
+        self.kubeconfig = Path(shutil.copy(namespace.place.kubeconfig, folder / "kubeconfig"))
+        self.kubectl("config", "set-context", "--current", f"--namespace={namespace.name}")
+        shutil.copytree(ROOT / "jobs", folder / "jobs")
+        shutil.copytree(K8S, folder / "k8s")
+        for path in (folder / "k8s").glob("*.yaml"):
+            text = path.read_text().replace(f"{small.NAME}:{small.TAG}", namespace.place.image)
+            path.write_text(AMOUNTS.sub(lambda found: f"{found[0].partition(':')[0]}: {_small(found[0])}", text))
+
+    def kubectl(self, *arguments: str) -> None:
+        subprocess.run([KUBECTL, f"--kubeconfig={self.kubeconfig}", *arguments], check=True, capture_output=True)
+
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(self.folder / "jobs" / "submit.py"), "--cluster=k8s", *flags]
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("FUSION_", "AWS_"))}
+        path = f"{Path(KUBECTL).parent}:{os.environ['PATH']}"
+        environment = {**clean, "PATH": path, "PYTHONPATH": str(ROOT), "KUBECONFIG": str(self.kubeconfig)}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT)
+
+    def submit(self, *flags: str) -> Done:
+        return ended(self.start(*flags))
+
+
+def ended(process: subprocess.Popen[str]) -> Done:
+    with process:
+        out, _ = process.communicate(timeout=200)
+    return Done(process.returncode, out, "")
+
+
+def _small(amount: str) -> str:
+    return small.REQUESTS["cpu"] if amount.startswith("cpu") else "1Gi"
+
+
+def job_of(said: str) -> str:
+    """Name of the Job that was made, by what submit.py prints."""
+    found = re.search(r"job\.batch/(\S+) created", said)
+    assert found, said
+    return found[1]
+
+
+def test_submitted_and_waited_for(checkout: Checkout) -> None:
+    done = checkout.submit("--wait", "--variant=qwen_clip", *SHORT)
+    assert done.code == 0, done.out
+    assert done.out.endswith("is complete\n")
+    predict = ["--wait", "--task=predict", "--variant=qwen_clip", "--", "--name=day"]
+    for event in ("event=published ", "event=published_before"):
+        done = checkout.submit(*predict)
+        assert done.code == 0, done.out
+        names = re.findall(r"job\.batch/(\S+) (?:created|replaced)", done.out)
+        assert event in checkout.namespace.log(f"job/{names[-1]}")
+
+
+def test_submitted_with_data_that_is_not_there(checkout: Checkout) -> None:
+    done = checkout.submit("--wait", "--variant=qwen_clip", *SHORT, "--data=s3://no-such-bucket/data")
+    assert done.code == 65, done.out
+    assert "PodFailurePolicy" in done.out
+    assert [line.partition(":")[0] for line in done.out.splitlines()[-2:]] == ["error", "hint"]
+
+
+def test_submitted_and_deleted_while_the_context_is_switched(checkout: Checkout) -> None:
+    with checkout.start("--wait", "--variant=qwen_clip", *LONG) as process:
+        name = job_of(_first_lines(process, 1))
+        checkout.namespace.first_checkpoint("r", name)
+        checkout.kubectl("config", "set-context", "elsewhere", "--namespace=default", "--cluster=tests", "--user=admin")
+        checkout.kubectl("config", "use-context", "elsewhere")
+        checkout.namespace(
+            "wait", "--for=condition=Ready", f"pod/{checkout.namespace.pods(name)[0]['metadata']['name']}"
+        )
+        assert process.poll() is None
+        checkout.namespace("delete", "job", name)
+        out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out.splitlines()[-1]) == (143, f"job/{name} was deleted")
+
+
+def _first_lines(process: subprocess.Popen[str], n: int) -> str:
+    assert process.stdout
+    return "".join(process.stdout.readline() for _ in range(n))
+
+
+def test_submitted_over_quota(checkout: Checkout) -> None:
+    checkout.namespace("create", "quota", "none", "--hard=count/jobs.batch=0")
+    done = checkout.submit("--wait", "--variant=qwen_clip", *SHORT)
+    assert done.code == 78, done.out
+    assert "exceeded quota" in done.out and "kubectl describe resourcequota" in done.out
+
+
+def test_submitted_for_several_nodes_and_removed_with_all_that_belongs_to_it(checkout: Checkout) -> None:
+    namespace = checkout.namespace
+    done = checkout.submit("--nodes=2", "--variant=qwen_clip", *SHORT)
+    name = job_of(done.out)
+    assert namespace.ended(name) == "Complete"
+    assert namespace.get("service", name) and namespace.get("networkpolicy", name)
+    namespace("delete", "job", name)
+    namespace.until(lambda: not namespace.get("service", name), "the Service gone with its Job")
+    namespace.until(lambda: not namespace.get("networkpolicy", name), "the NetworkPolicy gone with its Job")
+    assert not namespace.get("pods")["items"]
+
+
+@pytest.mark.parametrize("flags", [["--task=predict", "--if-changed"]])
+def test_submitted_only_if_changed(checkout: Checkout, flags: Sequence[str]) -> None:
+    done = checkout.submit(*flags)
+    assert done.code == 64
+    assert "hint: " in done.out and not checkout.namespace.get("jobs")["items"]

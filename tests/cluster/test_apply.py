@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.conftest import made
 from tests.cluster.namespace import Namespace
 from tests.cluster.place import Place
-from tests.manifests import FILES, K8S, OVERLAYS
+from tests.manifests import FILES, K8S, OVERLAYS, Object
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("apply")]
 
@@ -31,17 +31,21 @@ def empty(node: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nam
 def test_apply_again_changes_nothing_and_delete_leaves_nothing(empty: Namespace, flag: str, path: Path) -> None:
     """No warning either, such as one of Pod Security; `Namespace` takes them for failures."""
     made = empty("apply", "--server-side", flag, str(path), "--output=name").split()
-    before = empty.get(*made, "--show-managed-fields=true")
+    before = _settled(empty.get(*made))
     assert empty("apply", "--server-side", flag, str(path), "--output=name").split() == made
-    assert _generations(empty.get(*made)) == _generations(before)
+    assert _settled(empty.get(*made)) == before
     empty("delete", flag, str(path))
     assert not empty.get(*made)
 
 
-def _generations(found: dict[str, object]) -> list[object]:
+def _settled(found: Object) -> list[Object]:
+    """Objects without what controllers and each write of them change."""
     items = found.get("items", [found])
-    assert isinstance(items, list)
-    return [(one["metadata"]["uid"], one["metadata"].get("generation")) for one in items]
+    return [{key: one[key] for key in one if key != "status"} | {"metadata": _named(one["metadata"])} for one in items]
+
+
+def _named(metadata: Object) -> Object:
+    return {key: metadata.get(key) for key in ("name", "uid", "labels", "annotations")}
 
 
 def test_replace_starts_a_job_again(empty: Namespace) -> None:

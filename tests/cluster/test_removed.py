@@ -36,5 +36,5 @@ def _commands() -> list[str]:
 
 def _left(namespace: Namespace) -> set[str]:
     kinds = namespace("api-resources", "--namespaced", "--verbs=list,delete", "--output=name").split()
-    kinds = [kind for kind in kinds if not kind.startswith("events")]
-    return set(namespace("get", ",".join(kinds), "--output=name", "--ignore-not-found").split()) - OF_EVERY_NAMESPACE
+    wanted = ",".join(kind for kind in kinds if kind != "endpoints" and not kind.startswith("events"))
+    return set(namespace("get", wanted, "--output=name", "--ignore-not-found").split()) - OF_EVERY_NAMESPACE

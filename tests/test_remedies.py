@@ -35,6 +35,7 @@ PARSERS = {
     "pull": "jobs/pull.py",
     "submit": "jobs/submit.py",
     "manifests": "jobs/manifests.py",
+    "control": "jobs/control.py",
 }
 RUNS = ("train", "evaluate", "predict")
 
@@ -96,10 +97,13 @@ PRINTED_BY = {
     "fusion/watchdog.py": ("train",),
     "jobs/checks/store.py": ("doctor",),
     "jobs/clusters/description.py": ("submit",),
-    "jobs/clusters/kubectl.py": ("submit",),
+    "jobs/clusters/kubectl.py": ("submit", "control"),
     "jobs/clusters/local.py": ("submit",),
-    "jobs/clusters/settings_file.py": ("submit", "manifests"),
+    "jobs/clusters/kubernetes_sent.py": ("control",),
+    "jobs/clusters/sent.py": ("control",),
+    "jobs/clusters/settings_file.py": ("submit", "manifests", "control"),
     "jobs/clusters/slurm_wait.py": ("submit",),
+    "jobs/control.py": ("control",),
     "jobs/doctor.py": ("doctor",),
     "jobs/manifests.py": ("manifests",),
     "jobs/pull.py": ("pull",),
@@ -111,6 +115,9 @@ PRINTED_BY = {
 # Of git, docker and kubectl; and of the training whose flags follow the `--` of a submission.
 FOREIGN = {"fusion/provenance.py": {"--error-unmatch"}, "fusion/sharing.py": {"--shm-size"}}
 FOREIGN |= {"jobs/clusters/kubectl.py": {"--output"}}
+KUBECTL = ("--api-group", "--cascade", "--container", "--field-selector", "--output", "--selector", "--since-time")
+FOREIGN |= {"jobs/clusters/kubernetes_sent.py": {*KUBECTL, "--tail", "--timestamps", "--wait"}}
+FOREIGN |= {"jobs/clusters/slurm_sent.py": {"--jobs", "--starttime"}}
 FOREIGN |= {"jobs/clusters/description.py": {"--folds", "--fold", "--name", "--run-id"}}
 MODULES = sorted(path for part in ("fusion", "jobs") for path in (ROOT / part).glob("**/*.py"))
 

@@ -163,6 +163,13 @@ def test_a_job_is_sent_although_the_store_of_the_cluster_changes_its_leader(answ
     assert kubernetes.submit([Job("qwen_clip", "train")], None, Kubectl()) == [NAME]
 
 
+def test_a_job_whose_pods_are_still_ending_is_sent_once_they_have(answers: Answers) -> None:
+    going = job()
+    going["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    answers.give(going, going, None, "job.batch/x created")
+    assert kubernetes.submit([Job("qwen_clip", "train")], None, Kubectl()) == [NAME]
+
+
 @pytest.mark.parametrize("said", [REFUSED, LOGGED_OUT])
 def test_what_does_not_pass_by_itself_is_said_at_once(said: str, answers: Answers) -> None:
     answers.give(said)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from fusion.errors import ConfigError, CredentialsError, FusionError, UnreachableError
 
@@ -24,6 +26,8 @@ NO_ANSWER = (
 )  # fmt: skip
 
 REQUEST_TIMEOUT = "--request-timeout=30s"  # kubectl's own is for ever, also where a connection is dead
+
+MISSING = ("there is no kubectl here", "install kubectl, and give it access to the cluster")
 
 Object = dict[str, Any]
 
@@ -73,8 +77,24 @@ class Kubectl:
             CredentialsError: the cluster does not let this user.
             ConfigError: it refuses what it got.
         """
+        return _run(*self._where(), *arguments, text=text)
+
+    def _where(self) -> list[str]:
         where = {"context": self.context, "namespace": self.namespace}
-        return _run(*(f"--{name}={value}" for name, value in where.items() if value), *arguments, text=text)
+        return [f"--{name}={value}" for name, value in where.items() if value]
+
+    def lines(self, *arguments: str) -> Iterator[str]:
+        """Lines of kubectl's output as they come; raises as `__call__` does, at their end."""
+        command = ["kubectl", *self._where(), *arguments]
+        with tempfile.TemporaryFile("w+", errors="replace") as said, _started(command, said) as process:
+            try:
+                assert process.stdout
+                yield from (line.rstrip("\n") for line in process.stdout)
+            finally:
+                process.terminate()  # where nobody wants the rest; one that has ended does not notice
+            if process.wait() > 0:
+                said.seek(0)
+                raise refusal(said.read().strip())
 
     def get(self, *arguments: str) -> Object | None:
         """What is stored under a name, or a list; None when there is nothing."""
@@ -86,12 +106,17 @@ def _run(*arguments: str, text: str | None = None) -> str:
     try:
         done = subprocess.run(["kubectl", *arguments], check=False, capture_output=True, text=True, input=text)
     except FileNotFoundError as error:
-        raise UnreachableError(
-            "there is no kubectl here", "install kubectl, and give it access to the cluster"
-        ) from error
+        raise UnreachableError(*MISSING) from error
     if done.returncode:
         raise refusal(done.stderr.strip())
     return done.stdout
+
+
+def _started(command: Sequence[str], errors: IO[str]) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace")
+    except FileNotFoundError as error:
+        raise UnreachableError(*MISSING) from error
 
 
 def refusal(said: str) -> FusionError:

@@ -180,6 +180,8 @@ def _submit(found: list[Object], kubectl: Kubectl) -> str:
     kind, name = found[-1]["kind"].lower(), cast(str, found[-1]["metadata"]["name"])
     resource = name if kind == "job" else f"{kind}/{name}"
     existing = kubectl.get(kind, name)
+    if existing and existing["metadata"].get("deletionTimestamp"):
+        raise BusyError(f"{kind}/{name} is being deleted, and its pods have not ended yet", "send it again in a minute")
     if existing and not ending(existing):
         print(standing(existing, kubectl), flush=True)
         return resource

@@ -136,7 +136,12 @@ def submit(jobs: Sequence[Job], cluster: Cluster, max_requeues: int) -> list[str
 
 def logs(cluster: Cluster, job_id: str) -> Path:
     """Log of the first node of a job; other nodes have their number in place of the 0."""
-    return SlurmJob[None](cluster.folder, job_id).paths.stdout
+    return log_in(cluster.folder, job_id)
+
+
+def log_in(folder: str, job_id: str) -> Path:
+    """The same for jobs whose scripts and logs are in that folder."""
+    return SlurmJob[None](folder, job_id).paths.stdout
 
 
 def _refusal(said: str) -> Exception:

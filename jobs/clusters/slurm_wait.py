@@ -10,7 +10,7 @@ from pathlib import Path
 from fusion.errors import ConfigError, FusionError, UnreachableError
 from jobs.clusters.errors import last_error
 from jobs.clusters.patience import patiently
-from jobs.clusters.slurm import logs
+from jobs.clusters.slurm import log_in
 from jobs.clusters.slurm_settings import Cluster
 
 ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "PREEMPTED": 143, "OUT_OF_MEMORY": 137}
@@ -45,6 +45,11 @@ def wait(ids: Sequence[str], cluster: Cluster) -> int:
     Raises:
         UnreachableError: Slurm did not answer for too long.
     """
+    return wait_in(ids, cluster.folder)
+
+
+def wait_in(ids: Sequence[str], folder: str) -> int:
+    """The same for jobs whose logs are in that folder."""
     shown: dict[str, str] = {}
     while True:
         states = _states(ids)
@@ -55,7 +60,7 @@ def wait(ids: Sequence[str], cluster: Cluster) -> int:
         if all(_is_over(job_id, shown.get(job_id, "")) for job_id in ids):
             break
         time.sleep(POLL)
-    codes = [_conclude(job_id, cluster) for job_id in ids]
+    codes = [_conclude(job_id, folder) for job_id in ids]
     return next((code for code in codes if code), 0)
 
 
@@ -79,11 +84,11 @@ def _is_queued(job_id: str) -> bool:
     return job_id in queued.split()
 
 
-def _conclude(job_id: str, cluster: Cluster) -> int:
+def _conclude(job_id: str, folder: str) -> int:
     state, code = _ending(job_id)
-    log = logs(cluster, job_id)
+    log = log_in(folder, job_id)
     print(f"{job_id} {state} with exit code {code}, log: {log}", flush=True)
-    if code and (error := _told(log)):
+    if code and (error := told(log)):
         print(error, flush=True)
     return code
 
@@ -136,6 +141,7 @@ def exit_status(state: str, exit_code: str, derived: str) -> int:
     return by_slurm or (128 + signal if signal else int(derived.split(":")[0]) or 1)
 
 
-def _told(log: Path) -> str:
+def told(log: Path) -> str:
+    """The error that a job has told, in the log of any of its nodes; empty when there is none."""
     nodes = sorted(log.parent.glob(log.name.replace("_0_log", "_*_log")))
     return next(filter(None, (last_error(node.read_text(errors="replace")) for node in nodes)), "")

@@ -1,7 +1,7 @@
 """Runs the tests of this folder on a real Kubernetes: `make test-cluster`, or `python -m tests.cluster [FLAGS]`.
 
 On the cluster of KUBECONFIG, else on one that is started from the folder that FUSION_KUBERNETES names and removed
-again; without either they are left out. `tests/cluster/README.md` explains both.
+again; without either they are left out. `k8s/README.md` explains both.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A Kubernetes of one node, made of processes of this machine: API server, controllers, scheduler, kubelet, containerd.
 
-Its binaries lie in the folder that FUSION_KUBERNETES names; `tests/cluster/README.md` says how to build them. Needs
+Its binaries lie in the folder that FUSION_KUBERNETES names; `k8s/README.md` says how to build them. Needs
 root. All of it is on loopback and on a bridge of its own, and everything it writes is below one folder.
 """
 

@@ -17,8 +17,9 @@ from tests.manifests import KUBECTL, Object
 from tests.s3_server import WRITER_KEY, WRITER_SECRET
 
 SETTINGS = {"FUSION_WIDTH": "16", "FUSION_HIDDEN": "16,8", "FUSION_BATCH_SIZE": "64", "FUSION_LR": "0.01"}
+PATIENCE = 300  # seconds; on an idle machine of 2 cores nothing takes 60
 LABEL = "pod-security.kubernetes.io"
-LONG = {"FUSION_EPOCHS": "150", "FUSION_PATIENCE": "150", "FUSION_CHECKPOINT_STEPS": "20"}  # to be interrupted
+LONG = {"FUSION_EPOCHS": "80", "FUSION_PATIENCE": "80", "FUSION_CHECKPOINT_STEPS": "20"}  # to be interrupted
 
 
 class Namespace:
@@ -64,16 +65,20 @@ class Namespace:
         said = self("get", *what, "--output=json", "--ignore-not-found")
         return json.loads(said) if said.strip() else None
 
+    def items(self, *what: str) -> list[Object]:
+        """A list of objects; empty where there are none."""
+        return (self.get(*what) or {"items": []})["items"]
+
     def pods(self, job: str) -> list[Object]:
         """Pods of a Job that are still there, the oldest first."""
-        found = self.get("pods", f"--selector=batch.kubernetes.io/job-name={job}")["items"]
+        found = self.items("pods", f"--selector=batch.kubernetes.io/job-name={job}")
         return sorted(found, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
 
     def log(self, of: str) -> str:
         """What the command of a Job or a pod has said."""
         return self("logs", of, "--container=fusion", "--tail=-1")
 
-    def until(self, holds: Callable[[], Any], what: str, seconds: float = 150) -> Any:
+    def until(self, holds: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
         """What a condition gives once it is true; an AssertionError with what is going on here when it never is."""
         deadline = time.monotonic() + seconds
         while not (found := holds()):
@@ -81,7 +86,7 @@ class Namespace:
             time.sleep(0.5)
         return found
 
-    def ended(self, job: str, seconds: float = 150) -> str:
+    def ended(self, job: str, seconds: float = PATIENCE) -> str:
         """Complete, or the reason of a failure, once a Job has ended."""
 
         def ending() -> str:
@@ -117,7 +122,7 @@ class Namespace:
         """Events, pods and the ends of their logs, for a test that has failed."""
         told = [self.run("get", "jobs,pods", "--output=wide").stdout]
         told += [self.run("get", "events", "--sort-by=.lastTimestamp").stdout[-3000:]]
-        for pod in self.get("pods")["items"]:
+        for pod in self.items("pods"):
             name = pod["metadata"]["name"]
             told += [f"--- {name}", self.run("logs", name, "--tail=15").stdout]
         return "\n".join(told)

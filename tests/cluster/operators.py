@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
 from pathlib import Path
 
+import yaml
+
 from tests.cluster import access
 from tests.cluster.kubernetes import Kubernetes
 from tests.cluster.services import free_ports, until
+from tests.manifests import Object
 
 FIXED = Path("/etc/kueue/metrics/certs")  # where Kueue looks for a certificate, whatever its settings say
 SETTINGS = {
@@ -25,7 +29,8 @@ health: {{healthProbeBindAddress: "127.0.0.1:{health}"}}
 webhook: {{host: 127.0.0.1, port: {port}, certDir: {certificates}}}
 """
 FLAGS = {"jobset": (), "kueue": ("--feature-gates=VisibilityOnDemand=false",)}
-SERVICE = re.compile(r"( +)service:\n +name: \S+\n +namespace: \S+\n +path: (\S+)")
+# Paths of the webhooks that have something to answer: Kueue registers those of every kind of job that there is.
+SERVED = {"jobset": re.compile(""), "kueue": re.compile("kueue-x-k8s-io|batch-v1-job$|jobset$")}
 
 
 def start(kubernetes: Kubernetes) -> None:
@@ -55,15 +60,20 @@ def _start(kubernetes: Kubernetes, name: str, certificates: Path) -> None:
     files = "--config", settings, "--kubeconfig", kubernetes.kubeconfig
     kubernetes.service(name).run(kubernetes.unpacked(name), *files, *FLAGS[name])
     until(lambda: _listens(port), f"the webhooks of {name}")
-    registered = (kubernetes.binaries / name / "webhooks.yaml").read_text()
+    registered = yaml.safe_load_all((kubernetes.binaries / name / "webhooks.yaml").read_text())
     ca = access.encoded(kubernetes.folder / "pki" / "ca.crt")
-    kubernetes.kubectl("apply", "--filename=-", text=_here(registered, name, port, ca))
+    items = [_here(one, name, port, ca) for one in registered if one]
+    kubernetes.kubectl("apply", "--filename=-", text=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
 
 
-def _here(registered: str, name: str, port: int, ca: str) -> str:
-    """Webhooks that listen on loopback, where the API server is too, under names that do not meet."""
-    url = rf"\1url: https://127.0.0.1:{port}\2\n\1caBundle: {ca}"
-    return SERVICE.sub(url, registered).replace("-webhook-configuration", f"-{name}")
+def _here(registered: Object, name: str, port: int, ca: str) -> Object:
+    """Webhooks that listen on loopback, where the API server is too, under a name of their own."""
+    hooks = []
+    for hook in registered["webhooks"]:
+        path = hook["clientConfig"]["service"]["path"]
+        if SERVED[name].search(path):
+            hooks.append(hook | {"clientConfig": {"url": f"https://127.0.0.1:{port}{path}", "caBundle": ca}})
+    return registered | {"metadata": {"name": f"{registered['metadata']['name']}-{name}"}, "webhooks": hooks}
 
 
 def _listens(port: int) -> bool:

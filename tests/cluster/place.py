@@ -47,7 +47,7 @@ class Place:
 
     def kubernetes(self) -> Kubernetes:
         """That which was started here."""
-        return Kubernetes(Path(self.folder), Path(os.environ["FUSION_KUBERNETES"]))
+        return Kubernetes(Path(self.folder), Path(os.environ.get("FUSION_KUBERNETES", "")))
 
     def variables(self) -> dict[str, str]:
         return {VARIABLE: json.dumps(asdict(self)), "KUBECONFIG": self.kubeconfig}

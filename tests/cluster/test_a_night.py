@@ -21,7 +21,7 @@ CRON = "fusion-predict-nightly"
 
 def test_the_smoke_job(namespace: Namespace) -> None:
     namespace.apply("overlays/cpu-smoke")
-    assert namespace.ended("fusion-cpu-smoke", 240) == "Complete"
+    assert namespace.ended("fusion-cpu-smoke") == "Complete"
     assert "event=finished" in namespace.log("job/fusion-cpu-smoke")
     assert storage.exists(f"{namespace.output}/smoke/pointers/runs/all_embeddings/best.json")
 
@@ -63,10 +63,10 @@ def _next_night(namespace: Namespace, earlier: set[str]) -> str:
     """Name of the next Job that the schedule makes, once it is complete."""
 
     def fired() -> str:
-        jobs = namespace.get("jobs")["items"]
+        jobs = namespace.items("jobs")
         made = {one["metadata"]["name"] for one in jobs if one["metadata"].get("ownerReferences")} - {"predict-now"}
         return next(iter(made - earlier), "")
 
-    night = str(namespace.until(fired, "a Job of the schedule", 90))
+    night = str(namespace.until(fired, "a Job of the schedule"))
     assert namespace.ended(night) == "Complete"
     return night

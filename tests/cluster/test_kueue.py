@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -61,20 +62,14 @@ def is_admitted(queue: Namespace, name: str) -> bool:
 
 
 def test_kueue_admits_one_after_the_other_in_their_order(queue: Namespace) -> None:
-    for name in ("first", "second", "third"):
+    names = ["first", "second", "third"]
+    for number, name in enumerate(names):
         start(queue, name, SHORT)
-        queue.until(lambda name=name: queue.get("workloads")["items"], f"Kueue to see {name}")
-    begun = {}
-    for name in ("first", "second", "third"):
-        assert queue.ended(name) == "Complete"
-        begun[name] = queue.get("job", name)["status"]["startTime"]
-        ended = queue.get("job", name)["status"]["completionTime"]
-        assert all(
-            ended <= queue.get("job", later)["status"].get("startTime", ended)
-            for later in ("second", "third")
-            if later not in begun
-        )
-    assert sorted(begun, key=lambda name: begun[name]) == list(begun)
+        queue.until(lambda number=number: len(queue.items("workloads")) > number, f"Kueue to see {name}")
+    assert [is_admitted(queue, name) for name in names] == [True, False, False]
+    assert [queue.ended(name) for name in names] == ["Complete"] * 3
+    times = [queue.get("job", name)["status"] for name in names]
+    assert all(one["completionTime"] <= next["startTime"] for one, next in pairwise(times))
 
 
 def test_kueue_preempts_a_training_which_commits_and_goes_on(queue: Namespace) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.cluster
 ROOT = K8S.parent
 SHORT = ["--gpus-per-node=0", "--", "--epochs=3", "--run-id=r"]
 LONG = ["--gpus-per-node=0", "--", "--epochs=500", "--patience=500", "--run-id=r"]
+PATIENCE = 12  # seconds: longer than between two looks of `--wait`
 AMOUNTS = re.compile(r"\b(cpu: 4|memory: (?:8|16)Gi)\b")
 
 
@@ -61,9 +63,12 @@ class Checkout:
         return ended(self.start(*flags))
 
 
-def ended(process: subprocess.Popen[str]) -> Done:
-    with process:
-        out, _ = process.communicate(timeout=200)
+def ended(process: subprocess.Popen[str], seconds: float = 400) -> Done:
+    """How it ends; it is killed where it does not."""
+    try:
+        out, _ = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
     return Done(process.returncode, out, "")
 
 
@@ -98,23 +103,17 @@ def test_submitted_with_data_that_is_not_there(checkout: Checkout) -> None:
 
 
 def test_submitted_and_deleted_while_the_context_is_switched(checkout: Checkout) -> None:
-    with checkout.start("--wait", "--variant=qwen_clip", *LONG) as process:
-        name = job_of(_first_lines(process, 1))
-        checkout.namespace.first_checkpoint("r", name)
+    namespace, process = checkout.namespace, checkout.start("--wait", "--variant=qwen_clip", *LONG)
+    try:
+        (job,) = namespace.until(lambda: namespace.items("jobs"), "the Job")
         checkout.kubectl("config", "set-context", "elsewhere", "--namespace=default", "--cluster=tests", "--user=admin")
         checkout.kubectl("config", "use-context", "elsewhere")
-        checkout.namespace(
-            "wait", "--for=condition=Ready", f"pod/{checkout.namespace.pods(name)[0]['metadata']['name']}"
-        )
+        time.sleep(PATIENCE)
         assert process.poll() is None
-        checkout.namespace("delete", "job", name)
-        out, _ = process.communicate(timeout=60)
-    assert (process.returncode, out.splitlines()[-1]) == (143, f"job/{name} was deleted")
-
-
-def _first_lines(process: subprocess.Popen[str], n: int) -> str:
-    assert process.stdout
-    return "".join(process.stdout.readline() for _ in range(n))
+        namespace("delete", "job", job["metadata"]["name"])
+    finally:
+        done = ended(process, 60)
+    assert (done.code, done.out.splitlines()[-1]) == (143, f"job/{job['metadata']['name']} was deleted")
 
 
 def test_submitted_over_quota(checkout: Checkout) -> None:
@@ -133,11 +132,11 @@ def test_submitted_for_several_nodes_and_removed_with_all_that_belongs_to_it(che
     namespace("delete", "job", name)
     namespace.until(lambda: not namespace.get("service", name), "the Service gone with its Job")
     namespace.until(lambda: not namespace.get("networkpolicy", name), "the NetworkPolicy gone with its Job")
-    assert not namespace.get("pods")["items"]
+    assert not namespace.items("pods")
 
 
 @pytest.mark.parametrize("flags", [["--task=predict", "--if-changed"]])
 def test_submitted_only_if_changed(checkout: Checkout, flags: Sequence[str]) -> None:
     done = checkout.submit(*flags)
     assert done.code == 64
-    assert "hint: " in done.out and not checkout.namespace.get("jobs")["items"]
+    assert "hint: " in done.out and not checkout.namespace.items("jobs")

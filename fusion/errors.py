@@ -8,9 +8,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
+
+# What torch says in a rank that waits for one which is gone.
+LOST_PEER = re.compile("connection (closed|reset)|broken pipe|remote process|ncclRemoteError", re.IGNORECASE)
 
 
 class ExitCode(IntEnum):

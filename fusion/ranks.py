@@ -9,7 +9,6 @@ import ctypes
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import time
@@ -22,14 +21,13 @@ from types import FrameType
 from typing import Protocol
 
 from fusion import stopping
-from fusion.errors import ExitCode
+from fusion.errors import LOST_PEER, ExitCode
 
 POLL = 0.05  # seconds between two looks at the ranks
 SETTLE = 4.0  # seconds that the others get to end by themselves when a rank has failed
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 CAUSE, GONE, MAYBE_ECHO, ECHO = range(4)  # what a failure is in view of the other ranks' failures; gone: a whole node
-LOST_PEER = re.compile("connection (closed|reset)|broken pipe|remote process|ncclRemoteError", re.IGNORECASE)
 
 
 @dataclass(frozen=True, order=True)

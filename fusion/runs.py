@@ -18,7 +18,7 @@ from fusion import __version__, log, manifests, records, storage
 from fusion.best_run import pointed_to, run_of
 from fusion.config import HOW, ReadRunConfig, RunConfig, digest
 from fusion.contention import turns
-from fusion.errors import ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
+from fusion.errors import LOST_PEER, ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
 from fusion.flags import from_json, to_json
 from fusion.provenance import code_digest, revision
 from fusion.records import AttemptEnd, LeaseRecord, RunFacts
@@ -154,10 +154,19 @@ def attempt(run: str) -> Iterator[Lease]:
         end |= {"code": 128 + signal.SIGINT, "error": "interrupted"}
         raise
     except BaseException as error:
-        end |= {"error": f"{type(error).__name__}: {error}"}
+        end |= _unexpected_end(error)
         raise
     finally:
         record_end(lease, end)
+
+
+def _unexpected_end(error: BaseException) -> dict[str, Any]:
+    """A bug; or, where another rank was lost, what the launcher ends with then."""
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, RuntimeError) and LOST_PEER.search(said):
+        hint = "see how the other ranks ended; the same command goes on from the last checkpoint"
+        return {"code": 128 + signal.SIGKILL, "error": f"another rank was lost: {said}", "hint": hint}
+    return {"error": said}
 
 
 def end_of(error: FusionError) -> dict[str, Any]:

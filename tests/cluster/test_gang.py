@@ -36,7 +36,7 @@ def completes(namespace: Namespace, first: int) -> None:
 def test_gang_rank_killed(namespace: Namespace) -> None:
     _, second = training(namespace)
     namespace("exec", second["metadata"]["name"], "--container=fusion", "--", "python", "-c", KILL)
-    completes(namespace, 70)
+    completes(namespace, 137)
 
 
 @pytest.mark.parametrize("node", [0, 1])

@@ -1,0 +1,29 @@
+"""How an attempt at a run says that it ended: `pytest tests/test_attempts.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusion.runs import attempt
+
+GLOO = "[pair.cc:553] Connection closed by peer [10.0.0.7]:52400. This is typically caused by a remote worker crashing."
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError(GLOO), 137),
+        (RuntimeError("ncclRemoteError: A call failed possibly due to a network error"), 137),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 70),
+        (ConnectionResetError("Connection reset by peer"), 70),
+    ],
+)
+def test_another_ranks_end_is_no_bug_of_this_one(error: Exception, code: int, tmp_path: Path) -> None:
+    with pytest.raises(type(error)), attempt(str(tmp_path)):
+        raise error
+    end = json.loads((tmp_path / "attempts" / "1" / "exit.json").read_text())
+    assert (end["code"], end["error"].endswith(f"{type(error).__name__}: {error}")) == (code, True)
+    assert end["error"].startswith("another rank was lost: ") == (code == 137)

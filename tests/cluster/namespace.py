@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class Namespace:
 
     def __init__(self, place: Place, name: str, folder: Path) -> None:
         self.place, self.name, self.folder = place, name, folder
-        self.output = f"s3://{BUCKET}/{name}"
+        self.output = f"s3://{BUCKET}/{name}/{uuid.uuid4().hex[:8]}"  # empty, also where the test ran before
         self("create", "namespace", name)
         self("label", "namespace", name, f"{LABEL}/enforce=restricted", f"{LABEL}/warn=restricted")
         keys = {"AWS_ACCESS_KEY_ID": WRITER_KEY, "AWS_SECRET_ACCESS_KEY": WRITER_SECRET}
@@ -60,18 +61,16 @@ class Namespace:
         target = small.overlay(self.folder, source, self.place.image, environment, changes)
         self("apply", "--server-side", "--kustomize", str(target))
 
-    def get(self, *what: str) -> Any:
-        """An object or a list, as JSON; None where there is none."""
-        said = self("get", *what, "--output=json", "--ignore-not-found")
-        return json.loads(said) if said.strip() else None
+    def get(self, kind: str, name: str) -> Any:
+        """An object; None where there is none."""
+        return self.place.api.one(self.name, kind, name)
 
-    def items(self, *what: str) -> list[Object]:
-        """A list of objects; empty where there are none."""
-        return (self.get(*what) or {"items": []})["items"]
+    def items(self, kind: str, selector: str = "") -> list[Object]:
+        return self.place.api.items(self.name, kind, selector)
 
     def pods(self, job: str) -> list[Object]:
         """Pods of a Job that are still there, the oldest first."""
-        found = self.items("pods", f"--selector=batch.kubernetes.io/job-name={job}")
+        found = self.items("pods", f"batch.kubernetes.io/job-name={job}")
         return sorted(found, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
 
     def log(self, of: str) -> str:
@@ -83,14 +82,14 @@ class Namespace:
         deadline = time.monotonic() + seconds
         while not (found := holds()):
             assert time.monotonic() < deadline, f"{what}: not in {seconds:.0f} s\n{self.situation()}"
-            time.sleep(0.5)
+            time.sleep(0.3)
         return found
 
     def ended(self, job: str, seconds: float = PATIENCE) -> str:
         """Complete, or the reason of a failure, once a Job has ended."""
 
         def ending() -> str:
-            conditions = self.get("job", job)["status"].get("conditions", [])
+            conditions = self.get("jobs", job)["status"].get("conditions", [])
             found = {one["type"]: one["reason"] for one in conditions if one["status"] == "True"}
             return "Complete" if "Complete" in found else str(found.get("Failed", ""))
 

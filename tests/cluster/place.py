@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.cluster import operators, store
+from tests.cluster.api import Api
 from tests.cluster.kubernetes import Kubernetes
 from tests.cluster.one_layer import one_layer
 from tests.cluster.services import Service, free_ports, succeeds, until
@@ -31,12 +32,14 @@ class Place:
     Attributes:
         image: name of the project's image there.
         endpoint: of the S3 server, as this machine sees it; pods see `store.ENDPOINT`.
+        proxy: socket of a `kubectl proxy`.
         folder: of the Kubernetes that was started here; empty for a cluster that was given.
     """
 
     kubeconfig: str
     image: str
     endpoint: str
+    proxy: str
     folder: str = ""
 
     @classmethod
@@ -44,6 +47,10 @@ class Place:
         """The one that `python -m tests.cluster` has prepared; None without."""
         found = os.environ.get(VARIABLE)
         return cls(**json.loads(found)) if found else None
+
+    @property
+    def api(self) -> Api:
+        return Api(self.proxy)
 
     def kubernetes(self) -> Kubernetes:
         """That which was started here."""
@@ -89,7 +96,8 @@ def started(binaries: Path) -> Iterator[Place]:
         _wait_for_store(str(kubernetes.kubeconfig))
         endpoint = f"http://{_address(kubernetes)}:{store.PORT}"
         store.fill(endpoint)
-        yield Place(str(kubernetes.kubeconfig), image, endpoint, str(folder))
+        with _proxy(folder, str(kubernetes.kubeconfig)) as proxy:
+            yield Place(str(kubernetes.kubeconfig), image, endpoint, proxy, str(folder))
     finally:
         kubernetes.stop()
         operators.remove_traces()
@@ -108,9 +116,11 @@ def _on(kubeconfig: str) -> Iterator[Place]:
     subprocess.run([*kubectl, "apply", "--filename=-"], check=True, input=store.manifest(of_store), text=True)
     try:
         _wait_for_store(kubeconfig)
-        with tempfile.TemporaryDirectory() as folder, _forwarded(Path(folder), kubectl) as endpoint:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            endpoint = stack.enter_context(_forwarded(folder, kubectl))
             store.fill(endpoint)
-            yield Place(kubeconfig, image, endpoint)
+            yield Place(kubeconfig, image, endpoint, stack.enter_context(_proxy(folder, kubeconfig)))
     finally:
         subprocess.run([*kubectl, "delete", "namespace", store.NAMESPACE], check=False)
 
@@ -123,6 +133,17 @@ def _forwarded(folder: Path, kubectl: list[str]) -> Iterator[str]:
     try:
         until(lambda: succeeds("curl", "--silent", f"http://127.0.0.1:{port}/healthz"), "the S3 server")
         yield f"http://127.0.0.1:{port}"
+    finally:
+        service.stop()
+
+
+@contextmanager
+def _proxy(folder: Path, kubeconfig: str) -> Iterator[str]:
+    service, path = Service(folder, "proxy"), folder / "proxy.sock"
+    service.run(KUBECTL, f"--kubeconfig={kubeconfig}", "proxy", f"--unix-socket={path}")
+    try:
+        until(path.exists, "kubectl proxy")
+        yield str(path)
     finally:
         service.stop()
 

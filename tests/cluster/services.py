@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+_started: list[subprocess.Popen[bytes]] = []  # kept: Python warns of a process that runs on when its object goes
+
 
 @dataclass(frozen=True)
 class Service:
@@ -33,6 +35,7 @@ class Service:
                 command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         self._pid.write_text(str(process.pid))
+        _started.append(process)
 
     def stop(self, patience: float = 10) -> None:
         """Asks it to end, and kills it where it does not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,15 +32,16 @@ def empty(node: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nam
 def test_apply_again_changes_nothing_and_delete_leaves_nothing(empty: Namespace, flag: str, path: Path) -> None:
     """No warning either, such as one of Pod Security; `Namespace` takes them for failures."""
     made = empty("apply", "--server-side", flag, str(path), "--output=name").split()
-    before = _settled(empty.get(*made))
+    before = _settled(empty, made)
     assert empty("apply", "--server-side", flag, str(path), "--output=name").split() == made
-    assert _settled(empty.get(*made)) == before
+    assert _settled(empty, made) == before
     empty("delete", flag, str(path))
-    assert not empty.get(*made)
+    assert not empty("get", *made, "--ignore-not-found")
 
 
-def _settled(found: Object) -> list[Object]:
+def _settled(empty: Namespace, names: list[str]) -> list[Object]:
     """Objects without what controllers and each write of them change."""
+    found = json.loads(empty("get", *names, "--output=json"))
     items = found.get("items", [found])
     return [{key: one[key] for key in one if key != "status"} | {"metadata": _named(one["metadata"])} for one in items]
 
@@ -53,6 +55,6 @@ def test_replace_starts_a_job_again(empty: Namespace) -> None:
     uids = []
     for _ in range(2):
         empty("replace", "--force", "--filename", path)
-        uids.append(empty.get("job", "fusion-train-all-embeddings")["metadata"]["uid"])
+        uids.append(empty.get("jobs", "fusion-train-all-embeddings")["metadata"]["uid"])
     assert len(set(uids)) == 2
     empty("delete", "--filename", path)

@@ -38,7 +38,7 @@ def training(namespace: Namespace) -> Object:
 def completes(namespace: Namespace, *codes: int | None, failed: int = 0) -> None:
     """Its attempts have ended with these codes (None: killed before it could tell), and it with the weights of all."""
     assert namespace.ended(JOB) == "Complete"
-    assert namespace.get("job", JOB)["status"].get("failed", 0) == failed
+    assert namespace.get("jobs", JOB)["status"].get("failed", 0) == failed
     assert [attempt.get("code") for attempt in namespace.attempts("r")] == [*codes, 0]
     last = max(namespace.checkpoints("r"))
     found = hashlib.sha256(storage.read(f"{last}/model.safetensors")).hexdigest()

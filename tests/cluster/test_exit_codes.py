@@ -80,7 +80,7 @@ def test_what_would_fail_again_fails_the_job_at_once(jobs: Namespace, code: int)
 def test_what_may_pass_is_tried_again_and_counted(jobs: Namespace, code: int) -> None:
     jobs.until(lambda: len(ends(jobs, f"exit-{code}")) > 1, f"a second try of exit-{code}")
     assert {end["exitCode"] for end in ends(jobs, f"exit-{code}")} == {code}
-    assert jobs.get("job", f"exit-{code}")["status"]["failed"] >= 1
+    assert jobs.get("jobs", f"exit-{code}")["status"]["failed"] >= 1
 
 
 @pytest.mark.parametrize("code", MADE)
@@ -105,4 +105,4 @@ def test_after_four_tries_a_job_has_failed(jobs: Namespace) -> None:
 
 def test_a_stop_on_request_is_gone_on_from_and_not_counted(jobs: Namespace) -> None:
     jobs.until(lambda: len(ends(jobs, "exit-75")) > 2, "a third try")  # 10 s and then 20 s after the one before
-    assert not jobs.get("job", "exit-75")["status"].get("failed")
+    assert not jobs.get("jobs", "exit-75")["status"].get("failed")

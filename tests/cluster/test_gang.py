@@ -28,7 +28,7 @@ def _index(pod: Object) -> str:
 def completes(namespace: Namespace, first: int) -> None:
     """Its first attempt ended with this code, and its second on both nodes."""
     assert namespace.ended(JOB) == "Complete"
-    assert namespace.get("job", JOB)["status"]["succeeded"] == 2
+    assert namespace.get("jobs", JOB)["status"]["succeeded"] == 2
     assert [attempt.get("code") for attempt in namespace.attempts("r")] == [first, 0]
     assert verify([f"{namespace.output}/runs/r"]) == 0
 
@@ -44,4 +44,4 @@ def test_gang_pod_deleted(namespace: Namespace, node: int) -> None:
     pods = training(namespace)
     namespace("delete", "pod", pods[node]["metadata"]["name"])
     completes(namespace, 75)
-    assert not namespace.get("job", JOB)["status"].get("failed")
+    assert not namespace.get("jobs", JOB)["status"].get("failed")

@@ -22,11 +22,11 @@ def test_jobset_starts_all_pods_again_where_one_was_killed(namespace: Namespace,
     node.kubernetes().kill(container.removeprefix("containerd://"))
 
     def completed() -> bool:
-        conditions = namespace.get("jobset", NAME)["status"].get("conditions", [])
+        conditions = namespace.get("jobsets", NAME)["status"].get("conditions", [])
         return {"Completed": "True"}.items() <= {one["type"]: one["status"] for one in conditions}.items()
 
     namespace.until(completed, "the end of the JobSet")
-    assert namespace.get("jobset", NAME)["status"]["restarts"] == 1
+    assert namespace.get("jobsets", NAME)["status"]["restarts"] == 1
     assert not before & {pod["metadata"]["uid"] for pod in namespace.pods(JOB)}
     assert [attempt.get("code") for attempt in namespace.attempts("r")][1:] == [0]
     assert verify([f"{namespace.output}/runs/r"]) == 0

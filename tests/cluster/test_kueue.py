@@ -58,7 +58,7 @@ def start(queue: Namespace, name: str, environment: dict[str, str], priority: st
 
 
 def is_admitted(queue: Namespace, name: str) -> bool:
-    return not queue.get("job", name)["spec"]["suspend"]
+    return not queue.get("jobs", name)["spec"]["suspend"]
 
 
 def test_kueue_admits_one_after_the_other_in_their_order(queue: Namespace) -> None:
@@ -68,7 +68,7 @@ def test_kueue_admits_one_after_the_other_in_their_order(queue: Namespace) -> No
         queue.until(lambda number=number: len(queue.items("workloads")) > number, f"Kueue to see {name}")
     assert [is_admitted(queue, name) for name in names] == [True, False, False]
     assert [queue.ended(name) for name in names] == ["Complete"] * 3
-    times = [queue.get("job", name)["status"] for name in names]
+    times = [queue.get("jobs", name)["status"] for name in names]
     assert all(one["completionTime"] <= next["startTime"] for one, next in pairwise(times))
 
 
@@ -79,4 +79,4 @@ def test_kueue_preempts_a_training_which_commits_and_goes_on(queue: Namespace) -
     assert queue.ended("urgent") == "Complete"
     assert queue.ended("cheap") == "Complete"
     assert [attempt.get("code") for attempt in queue.attempts("cheap")] == [75, 0]
-    assert not queue.get("job", "cheap")["status"].get("failed")
+    assert not queue.get("jobs", "cheap")["status"].get("failed")

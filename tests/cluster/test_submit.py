@@ -128,10 +128,10 @@ def test_submitted_for_several_nodes_and_removed_with_all_that_belongs_to_it(che
     done = checkout.submit("--nodes=2", "--variant=qwen_clip", *SHORT)
     name = job_of(done.out)
     assert namespace.ended(name) == "Complete"
-    assert namespace.get("service", name) and namespace.get("networkpolicy", name)
+    assert namespace.get("services", name) and namespace.get("networkpolicies", name)
     namespace("delete", "job", name)
-    namespace.until(lambda: not namespace.get("service", name), "the Service gone with its Job")
-    namespace.until(lambda: not namespace.get("networkpolicy", name), "the NetworkPolicy gone with its Job")
+    namespace.until(lambda: not namespace.get("services", name), "the Service gone with its Job")
+    namespace.until(lambda: not namespace.get("networkpolicies", name), "the NetworkPolicy gone with its Job")
     assert not namespace.items("pods")
 
 

@@ -1,6 +1,6 @@
 """jobs/submit.py --cluster k8s on a real cluster: `--wait` in every way that a job ends, and what is left of a job.
 
-Its files are those of a checkout whose owner has put in the image and what a small machine has.
+Its files are those of a checkout whose owner has put in what a small machine has.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = K8S.parent
 SHORT = ["--gpus-per-node=0", "--", "--epochs=3", "--run-id=r"]
 LONG = ["--gpus-per-node=0", "--", "--epochs=500", "--patience=500", "--run-id=r"]
 PATIENCE = 12  # seconds: longer than between two looks of `--wait`
-AMOUNTS = re.compile(r"\b(cpu: 4|memory: (?:8|16)Gi)\b")
+AMOUNTS = re.compile(r"\b(cpu|memory): (?:4|8Gi|16Gi)\b")
 
 
 @pytest.fixture
@@ -45,14 +45,14 @@ class Checkout:
         shutil.copytree(ROOT / "jobs", folder / "jobs")
         shutil.copytree(K8S, folder / "k8s")
         for path in (folder / "k8s").glob("*.yaml"):
-            text = path.read_text().replace(f"{small.NAME}:{small.TAG}", namespace.place.image)
-            path.write_text(AMOUNTS.sub(lambda found: f"{found[0].partition(':')[0]}: {_small(found[0])}", text))
+            path.write_text(AMOUNTS.sub(_smaller, path.read_text()))
 
     def kubectl(self, *arguments: str) -> None:
         subprocess.run([KUBECTL, f"--kubeconfig={self.kubeconfig}", *arguments], check=True, capture_output=True)
 
     def start(self, *flags: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(self.folder / "jobs" / "submit.py"), "--cluster=k8s", *flags]
+        command = [sys.executable, str(self.folder / "jobs" / "submit.py"), "--cluster=k8s"]
+        command += [f"--image={self.namespace.place.image}", *flags]
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("FUSION_", "AWS_"))}
         path = f"{Path(KUBECTL).parent}:{os.environ['PATH']}"
         environment = {**clean, "PATH": path, "PYTHONPATH": str(ROOT), "KUBECONFIG": str(self.kubeconfig)}
@@ -72,8 +72,9 @@ def ended(process: subprocess.Popen[str], seconds: float = 400) -> Done:
     return Done(process.returncode, out, "")
 
 
-def _small(amount: str) -> str:
-    return small.REQUESTS["cpu"] if amount.startswith("cpu") else "1Gi"
+def _smaller(found: re.Match[str]) -> str:
+    name = found[1]
+    return f"{name}: {small.REQUESTS['cpu'] if name == 'cpu' else '1Gi'}"
 
 
 def job_of(said: str) -> str:
@@ -114,6 +115,20 @@ def test_submitted_and_deleted_while_the_context_is_switched(checkout: Checkout)
     finally:
         done = ended(process, 60)
     assert (done.code, done.out.splitlines()[-1]) == (143, f"job/{job['metadata']['name']} was deleted")
+
+
+def test_submitted_twice_for_two_variants(checkout: Checkout) -> None:
+    namespace = checkout.namespace
+    namespace("create", "quota", "none", "--hard=pods=0")
+    flags = ["--variant", "qwen_clip", "all_embeddings", "--", "--lr", "1e-5"]
+    done = checkout.submit(*flags)
+    names = re.findall(r"job\.batch/(\S+) created", done.out)
+    args = [namespace.get("jobs", name)["spec"]["template"]["spec"]["containers"][0]["args"] for name in names]
+    assert [words[3:] for words in args] == [
+        ["fusion.qwen_clip.train", "--lr", "1e-05"],
+        ["fusion.all_embeddings.train", "--lr", "1e-05"],
+    ]
+    assert checkout.submit(*flags).out == "".join(f"job/{name} is running already\n" for name in names)
 
 
 def test_submitted_over_quota(checkout: Checkout) -> None:

@@ -14,6 +14,7 @@ from fusion import __version__
 from fusion.errors import ExitCode
 from tests.manifests import FILES, K8S, Object, Workload, objects, one, rendered, selects, sources, workloads
 
+README = (K8S / "README.md").read_text()
 VERSIONS = ("1.29", "1.31", "1.33")
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # DNS-1123 label
 QUANTITY = re.compile(r"(\d+)(m|Ki|Mi|Gi|Ti)?")
@@ -209,3 +210,8 @@ def test_no_object_reads_a_kubernetes_token() -> None:
     assert accounts
     assert all(account["automountServiceAccountToken"] is False for account in accounts)
     assert not any(found["kind"] in ("Secret", "Role", "RoleBinding") for _, found in objects())
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"kubectl \w[^`\n]* -[fk] (k8s/[\w./-]*\w)", README))))
+def test_commands_of_the_readme_name_what_is_there(path: str) -> None:
+    assert (K8S.parent / path).exists()

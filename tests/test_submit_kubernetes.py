@@ -1,17 +1,8 @@
-"""jobs/submit.py --cluster k8s: what becomes of the files of k8s/, and a real kubectl that sends it.
-
-`pytest tests/test_submit_kubernetes.py`. The API server stores objects and runs nothing: the test says how a pod ended.
-"""
+"""jobs/submit.py --cluster k8s: what becomes of the files of k8s/. `pytest tests/test_submit_kubernetes.py`."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
@@ -19,12 +10,9 @@ import yaml
 from jobs.clusters import kubernetes
 from jobs.clusters.description import Job
 from jobs.clusters.kubernetes import objects
-from tests.conftest import Done
-from tests.kubernetes_api import KubernetesApi
-from tests.manifests import K8S, KUBECTL, Object
+from tests.manifests import K8S, Object
 from tests.test_submit import here
 
-ROOT = Path(__file__).parents[1]
 GPU = "nvidia.com/gpu"
 
 
@@ -117,101 +105,3 @@ def test_gpus_come_and_go_with_their_toleration() -> None:
     assert [pod["containers"][0]["resources"]["limits"].get(GPU) for pod in pods] == [None, 2]
     device = {"name": "FUSION_DEVICE", "value": "cuda"}
     assert [pod["containers"][0].get("env") for pod in pods] == [None, [device]]
-
-
-class Cluster:
-    """An API server, and the kubectl that `jobs/submit.py` finds first on its path."""
-
-    def __init__(self, folder: Path) -> None:
-        self.api = KubernetesApi(folder)
-        self.program = folder / "kubectl"
-        flags = f"--kubeconfig={self.api.kubeconfig} --cache-dir={folder}/cache"
-        unchecked = 'case "$*" in *--filename*) set -- "$@" --validate=false ;; esac'  # the server has no schemas
-        self.program.write_text(f'#!/bin/sh\n{unchecked}\nexec {KUBECTL} {flags} "$@"\n')
-        self.program.chmod(0o755)
-
-    def kubectl(self, *arguments: str) -> str:
-        return subprocess.run([self.program, *arguments], check=True, capture_output=True, text=True).stdout
-
-    def start(self, *flags: str) -> subprocess.Popen[str]:
-        path = f"{self.program.parent}:{os.environ['PATH']}"
-        command = [sys.executable, "jobs/submit.py", "--cluster=k8s", *flags]
-        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT)
-
-    def submit(self, *flags: str) -> Done:
-        with self.start(*flags) as process:
-            out, _ = process.communicate(timeout=60)
-        return Done(process.returncode, out, "")
-
-    def end(self, name: str, condition: str, **terminated: object) -> None:
-        """Says that the job has ended, and how its pod has."""
-        if terminated:
-            state = {"terminated": {"finishedAt": "2026-01-01T00:00:00Z", **terminated}}
-            status = {"containerStatuses": [{"name": "fusion", "state": state}]}
-            self.api.pods = [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "status": status}]
-        ended = {"status": {"conditions": [{"type": condition, "status": "True", "message": "as the test says"}]}}
-        self.kubectl("patch", "job", name, "--type=merge", "--patch", json.dumps(ended))
-
-
-def sent(process: subprocess.Popen[str]) -> None:
-    """Returns once the command has sent its job, or found it running."""
-    assert process.stdout
-    assert process.stdout.readline().startswith("job/fusion-train-qwen-clip is running")
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path)
-    yield cluster
-    cluster.api.stop()
-
-
-def test_a_job_is_sent_followed_and_sent_again_when_it_has_ended(cluster: Cluster) -> None:
-    name = "fusion-train-qwen-clip"
-    assert f"job.batch/{name} created" in cluster.submit("--variant=qwen_clip").out
-    assert cluster.submit("--variant=qwen_clip").out == f"job/{name} is running already\n"
-    with cluster.start("--variant=qwen_clip", "--wait") as process:
-        sent(process)
-        told = "a line\nerror: train.csv is empty\nhint: fill it\n"
-        cluster.end(name, "Failed", exitCode=65, message=told)
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 65
-    assert out.endswith("failed with exit code 65: as the test says\nerror: train.csv is empty\nhint: fill it\n")
-    assert f"job.batch/{name} replaced" in cluster.submit("--variant=qwen_clip").out
-    with cluster.start("--variant=qwen_clip", "--wait") as process:
-        sent(process)
-        cluster.end(name, "Complete")
-        assert process.wait(60) == 0
-    cluster.submit("--variant=qwen_clip")
-    with cluster.start("--variant=qwen_clip", "--wait") as process:
-        sent(process)
-        cluster.kubectl("delete", "job", name)
-        out, _ = process.communicate(timeout=60)
-    assert (process.returncode, out) == (143, f"job/{name} was deleted\n")
-
-
-def test_a_wait_outlasts_a_cluster_that_is_away_for_a_moment(cluster: Cluster) -> None:
-    once = cluster.program.with_name("once")
-    refused = (
-        f'echo "The connection to the server was refused - did you specify the right host or port?" >&2; rm {once}'
-    )
-    script = cluster.program.read_text()
-    cluster.program.write_text(script.replace("\n", f"\nif [ -e {once} ]; then {refused}; exit 1; fi\n", 1))
-    cluster.submit("--variant=qwen_clip")
-    with cluster.start("--variant=qwen_clip", "--wait") as process:
-        sent(process)
-        once.touch()
-        assert process.stdout and "asking again" in process.stdout.readline()
-        cluster.end("fusion-train-qwen-clip", "Complete")
-        assert process.wait(60) == 0
-
-
-def test_several_variants_are_several_jobs(cluster: Cluster) -> None:
-    done = cluster.submit("--variant", "qwen_clip", "all_embeddings", "--", "--epochs", "5")
-    assert done.code == 0, done.out
-    names = re.findall(r"job.batch/(\S+) created", done.out)
-    jobs = [json.loads(cluster.kubectl("get", "job", name, "--output=json")) for name in names]
-    args = [job["spec"]["template"]["spec"]["containers"][0]["args"][3:] for job in jobs]
-    assert args == [[f"fusion.{name}.train", "--epochs", "5"] for name in ("qwen_clip", "all_embeddings")]

@@ -48,10 +48,12 @@ def test_a_sacct_that_comes_back_is_believed(tmp_path: Path, capsys: pytest.Capt
     assert out.startswith("sacct does not answer: nothing; asking again for up to 300 s\n7 COMPLETED\n")
 
 
-def test_a_preempted_job_is_not_over_while_squeue_does_not_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", ["PREEMPTED", "NODE_FAIL", "FAILED"])
+def test_a_job_that_is_queued_again_is_not_over(state: str, tmp_path: Path) -> None:
+    """Also while squeue does not answer; the records keep how the last try ended until the next one begins."""
     gone = f"{tmp_path}/gone"
     program(tmp_path, "squeue", f"[ -e {gone} ] || {{ touch {gone}; exit 1; }}\necho 7; echo 8")
-    program(tmp_path, "sacct", f"[ -e {gone} ] && state=COMPLETED || state=PREEMPTED\n{ROW.format(state='$state')}")
+    program(tmp_path, "sacct", f"[ -e {gone} ] && state=COMPLETED || state={state}\n{ROW.format(state='$state')}")
     assert slurm_wait.wait(["7"], Cluster(folder=str(tmp_path))) == ExitCode.DONE
 
 

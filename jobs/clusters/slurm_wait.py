@@ -14,7 +14,8 @@ from jobs.clusters.slurm import log_in
 from jobs.clusters.slurm_settings import Cluster
 
 ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "PREEMPTED": 143, "OUT_OF_MEMORY": 137}
-OVER = {*ENDED_BY_SLURM, "COMPLETED", "FAILED", "NODE_FAIL", "BOOT_FAIL", "REVOKED"} - {"PREEMPTED"}
+REQUEUED = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "FAILED"}  # for good, unless the job is back in the queue
+OVER = {*ENDED_BY_SLURM, *REQUEUED, "COMPLETED", "REVOKED"}
 NO_RECORDS = "accounting storage is disabled"
 POLL = 5  # seconds between two looks at the states
 SETTLE = 2  # seconds: a job that requeues itself looks finished for a moment, so a final state is looked at twice
@@ -71,9 +72,7 @@ def _states(ids: Sequence[str]) -> dict[str, str]:
 
 
 def _is_over(job_id: str, state: str) -> bool:
-    if state == "PREEMPTED":  # for good, unless Slurm has put it back into its queue
-        return not _is_queued(job_id)
-    if state not in OVER:
+    if state not in OVER or (state in REQUEUED and _is_queued(job_id)):
         return False
     time.sleep(SETTLE)
     return _states([job_id]).get(job_id) == state

@@ -234,11 +234,13 @@ def test_a_job_is_cancelled_once(kube: Kube, capsys: pytest.CaptureFixture[str])
 
 # Of Slurm: seconds since 1970 as times, and what submitit calls sbatch with.
 ROWS = """\
-7|fusion-train-qwen-clip|RUNNING|0:0|0:0|86400|86460|Unknown|2|n[1-2]|sbatch {folder}/submission_file_ab.sh
-8|fusion-evaluate-qwen-clip|FAILED|65:0|65:0|86400|86460|86520|0|n1|sbatch {folder}/submission_file_ab.sh
-9_[0,2-3%1]|fusion-train|PENDING|0:0|0:0|86300|Unknown|Unknown|0|None assigned|sbatch {folder}/submission_file_ab.sh
-10|fusion-predict-qwen-clip|CANCELLED by 0|0:0|0:0|86200|86460|86520|0|n1|sbatch {folder}/submission_file_ab.sh
-11|other|RUNNING|0:0|0:0|86400|86460|Unknown|0|n1|sbatch mine.sh
+7|fusion-train-qwen-clip|FAILED|75:0|75:0|86400|86460|86461|n[1-2]|sbatch {folder}/.submission_file_ab.sh
+7|fusion-train-qwen-clip|NODE_FAIL|0:0|0:0|86400|86460|86461|n[1-2]|sbatch {folder}/.submission_file_ab.sh
+7|fusion-train-qwen-clip|RUNNING|0:0|0:0|86400|86460|Unknown|n[1-2]|sbatch {folder}/.submission_file_ab.sh
+8|fusion-evaluate-qwen-clip|FAILED|65:0|65:0|86400|86460|86520|n1|sbatch {folder}/.submission_file_ab.sh
+9_[0,2-3%1]|fusion-train|PENDING|0:0|0:0|86300|Unknown|Unknown|None assigned|sbatch {folder}/.submission_file_ab.sh
+10|fusion-predict-qwen-clip|CANCELLED by 0|0:0|0:0|86200|86460|86520|n1|sbatch {folder}/.submission_file_ab.sh
+11|other|RUNNING|0:0|0:0|86400|86460|Unknown|n1|sbatch mine.sh
 """
 
 
@@ -247,11 +249,13 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(sent, "LOOK", 0.01)
     monkeypatch.setattr(sent, "ASK", 0.01)
-    rows = ROWS.format(folder=tmp_path)
-    (tmp_path / "rows").write_text(rows)
+    (tmp_path / "rows").write_text(ROWS.format(folder=tmp_path))
     by_id = f'case "$*" in *--jobs=*) grep "^$(echo "$*" | sed \'s/.*--jobs=//\')|" {tmp_path}/rows || true ;;'
     program(tmp_path, "sacct", f"{by_id} *) cat {tmp_path}/rows ;; esac")
-    program(tmp_path, "squeue", "echo '9_[0,2-3%1]|Resources'")
+    queued = "fusion-train|PENDING|0:0|0:0|86300|N/A||(null)|Resources"
+    rows = f"for id in 9_2 9_3; do echo \"$id|{queued}\"; done; echo '12|fusion-x{queued[6:]}'"
+    unknown = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    program(tmp_path, "squeue", f'case "$*" in *--jobs=*) {unknown} ;; *) {rows} ;; esac')
     program(tmp_path, "scancel", f'echo "$*" >> {tmp_path}/cancelled')
     return tmp_path
 
@@ -262,10 +266,11 @@ def test_jobs_of_slurm_are_listed(slurm: Path, capsys: pytest.CaptureFixture[str
     assert {key: (one["state"], one["code"], one["why"]) for key, one in found.items()} == {
         "7": ("running", None, "on n[1-2], requeued 2 times"),
         "8": ("failed", 65, "FAILED"),
-        "9_0": ("waiting", None, "PENDING, Resources"),
+        "9_0": ("waiting", None, "PENDING"),
         "9_2": ("waiting", None, "PENDING, Resources"),
         "9_3": ("waiting", None, "PENDING, Resources"),
         "10": ("cancelled", 143, "CANCELLED"),
+        "12": ("waiting", None, "PENDING, Resources"),  # not yet in the records
     }
     assert (found["7"]["sent"], found["7"]["started"]) == ("1970-01-02T00:00:00Z", "1970-01-02T00:01:00Z")
     assert found["9_2"]["log"] == f"{slurm}/9_2_0_log.out"
@@ -273,8 +278,8 @@ def test_jobs_of_slurm_are_listed(slurm: Path, capsys: pytest.CaptureFixture[str
 
 def test_without_accounting_slurms_queue_is_what_is_known(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program(slurm, "sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
-    row = "7|fusion-train-qwen-clip|RUNNING|0:0|0:0|86400|86460||0|n1|"
-    program(slurm, "squeue", f'case "$*" in *--array*) echo "{row}" ;; *) echo "7|None" ;; esac')
+    row = "7|fusion-train-qwen-clip|RUNNING|0:0|0:0|86400|86460||n1|None"
+    program(slurm, "squeue", f"echo '{row}'")
     (slurm / "cluster.toml").write_text(f'folder = "{slurm}/logs"\n')
     assert control.main(["status", "7", f"--settings={slurm}/cluster.toml", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)

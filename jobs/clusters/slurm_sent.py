@@ -30,12 +30,14 @@ STATES = {
     "PENDING": WAITING, "REQUEUED": WAITING, "CONFIGURING": WAITING, "SUSPENDED": WAITING, "PREEMPTED": WAITING,
     "RUNNING": RUNNING, "COMPLETING": RUNNING, "COMPLETED": FINISHED, "CANCELLED": CANCELLED,
 }  # fmt: skip
-SACCT = "JobID,JobName,State,ExitCode,DerivedExitCode,Submit,Start,End,Restarts,NodeList,SubmitLine"
-SQUEUE = "%i|%j|%T|0:0|0:0|%V|%S||0|%N|"  # as many columns; it knows only jobs that have not ended
+SACCT = "JobID,JobName,State,ExitCode,DerivedExitCode,Submit,Start,End,NodeList,SubmitLine"
+SQUEUE = "%i|%j|%T|0:0|0:0|%V|%S||%N|%r"  # the same of jobs that have not ended, and at last why they wait
+N_COLUMNS = 10
 # How submitit calls sbatch: by a script in the folder of the logs.
-FOLDER = re.compile(r"\bsbatch (/.*)/submission_file_\w+\.sh")
+FOLDER = re.compile(r"\bsbatch (/.*)/\.?submission_file_\w+\.sh")
 ARRAY = re.compile(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]")  # tasks that wait are one row
 NOWHERE = ("", "None assigned", "(null)")
+NO_SUCH_JOB = "Invalid job id"
 
 
 class SlurmJobs:
@@ -76,58 +78,73 @@ class SlurmJobs:
         return slurm_settings.read(self._settings, "train").folder
 
     def _jobs(self, of_sacct: list[str], of_squeue: list[str]) -> list[Sent]:
-        reasons = _reasons(of_squeue)
-        try:
-            rows = _run(["sacct", "--allocations", "--noheader", "--parsable2", f"--format={SACCT}", *of_sacct])
-        except ConfigError:  # no accounting: what has ended is not known
-            rows = _run(["squeue", "--noheader", "--array", f"--format={SQUEUE}", *of_squeue])
-        found = [self._job(row.split("|", 10), reasons) for row in rows.splitlines()]
-        return [one for job in found for one in _tasks(job, self)]
+        """What the records say, and of jobs that have not ended the queue: records come seconds late."""
+        tries: dict[str, list[list[str]]] = {}
+        recorded = _recorded(of_sacct)
+        for row in recorded or []:
+            for job_id in _ids(row[0]):
+                tries.setdefault(job_id, []).append([job_id, *row[1:]])
+        queued = _queued(of_squeue, must_answer=recorded is None)
+        return [self._job(tries.get(job_id, []), queued.get(job_id)) for job_id in {**tries, **queued}]
 
-    def _job(self, row: Sequence[str], reasons: dict[str, str]) -> Sent:
-        job_id, name, told, code, derived, sent, started, ended, restarts, nodes, submitted = row
+    def _job(self, tries: Sequence[list[str]], queued: list[str] | None) -> Sent:
+        job_id, name, told, code, derived, _, started, ended, nodes, reason = queued or tries[-1]
+        first, submitted = (tries or [queued or []])[0][5], tries[0][9] if tries else ""
         word = told.split()[0]
         state = STATES.get(word, FAILED)
         why = [word] if state not in (RUNNING, FINISHED) else []
-        why += [reasons[job_id]] if state == WAITING and job_id in reasons else []
+        why += [reason] if queued and state == WAITING else []
         why += [f"on {nodes}"] if state == RUNNING and nodes not in NOWHERE else []
-        why += [f"requeued {restarts} times"] if restarts not in ("", "0") else []
-        is_over = state not in (WAITING, RUNNING)
-        status = slurm_wait.exit_status(told, code, derived) if is_over else None
-        log = self._path_of(job_id, submitted)
+        why += [f"requeued {len(tries) - 1} times"] if len(tries) > 1 else []
+        status = None if state in (WAITING, RUNNING) else slurm_wait.exit_status(told, code, derived)
         # Of a job that waits Slurm says when it may start.
-        times = _time(sent), "" if state == WAITING else _time(started), _time(ended)
-        return Sent(job_id, name, state, ", ".join(why), status, *times, log)
+        times = _time(first), "" if state == WAITING else _time(started), _time(ended)
+        return Sent(job_id, name, state, ", ".join(why), status, *times, self._path_of(job_id, submitted))
 
     def _path_of(self, job_id: str, submitted: str) -> str:
         found = FOLDER.search(submitted)
         return str(log_in(found[1] if found else self._folder, job_id))
 
 
-def _tasks(job: Sent, of: SlurmJobs) -> list[Sent]:
-    """The job, or each of the tasks of an array that wait."""
-    found = ARRAY.fullmatch(job.id)
+def _recorded(which: list[str]) -> list[list[str]] | None:
+    """Rows of sacct, of a requeued job one for each try; None where Slurm keeps no record of jobs that have ended."""
+    flags = ["--allocations", "--duplicates", "--noheader", "--parsable2", f"--format={SACCT}"]
+    try:
+        return _rows(_run(["sacct", *flags, *which]))
+    except ConfigError:
+        return None
+
+
+def _queued(which: list[str], must_answer: bool) -> dict[str, list[str]]:
+    """Rows of squeue by the ids of jobs that have not ended; it fails where it is asked for a job that has."""
+    try:
+        rows = _rows(_run(["squeue", "--noheader", "--array", f"--format={SQUEUE}", *which]))
+    except UnreachableError as error:
+        if must_answer and NO_SUCH_JOB not in error.message:
+            raise
+        return {}
+    return {row[0]: row for row in rows if STATES.get(row[2]) in (WAITING, RUNNING)}
+
+
+def _rows(said: str) -> list[list[str]]:
+    return [line.split("|", N_COLUMNS - 1) for line in said.splitlines()]
+
+
+def _ids(job_id: str) -> list[str]:
+    """The id, or those of the tasks of an array that wait.
+
+    >>> _ids("7_[0,2-3%1]"), _ids("8")
+    (['7_0', '7_2', '7_3'], ['8'])
+    """
+    found = ARRAY.fullmatch(job_id)
     if not found:
-        return [job]
+        return [job_id]
     spans = [span.partition("-") for span in found[2].split(",")]
-    numbers = [number for low, _, high in spans for number in range(int(low), int(high or low) + 1)]
-    folder = str(Path(job.log).parent)
-    ids = [f"{found[1]}_{number}" for number in numbers]
-    return [replace(job, id=one, log=str(log_in(folder, one))) for one in ids]
+    return [f"{found[1]}_{number}" for low, _, high in spans for number in range(int(low), int(high or low) + 1)]
 
 
 def _time(text: str) -> str:
     return moment(int(text)) if text.isdecimal() else ""
-
-
-def _reasons(which: list[str]) -> dict[str, str]:
-    """Why jobs wait, by their ids; squeue fails where all have ended."""
-    try:
-        rows = _run(["squeue", "--noheader", "--format=%i|%r", *which])
-    except UnreachableError:
-        return {}
-    found = (row.partition("|") for row in rows.splitlines())
-    return {job_id: reason for job_id, _, reason in found}
 
 
 def _said(job: Sent) -> str:

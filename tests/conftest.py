@@ -27,7 +27,16 @@ SMALL = ["--width", "16", "--hidden", "16", "8", "--batch-size", "64", "--lr", "
 SMALL += ["--device", "cpu"]
 
 # Test files that take minutes, the longest first: started last, each would keep one process busy and the others idle.
-LONG = ["test_slurm", "test_exit_codes", "test_resume", "test_faults", "test_meeting", "test_ranks", "test_end_to_end"]
+LONG = [
+    "test_slurm",
+    "test_slurm_outside",
+    "test_exit_codes",
+    "test_resume",
+    "test_faults",
+    "test_meeting",
+    "test_ranks",
+    "test_end_to_end",
+]
 
 
 def pytest_configure() -> None:

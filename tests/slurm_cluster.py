@@ -1,13 +1,15 @@
 """A real Slurm on this machine, for tests: two nodes, accounting, preemption; needs root and Debian's packages.
 
 Everything lives in one folder and on free ports of the loopback, and runs as children of the test. The one thing
-outside is the names of the nodes in /etc/hosts, which are taken out again at the end; those that a killed run has left,
-at the next start.
+outside is the names of the nodes in /etc/hosts, with the number of the test's process, so that several clusters run
+side by side. They are taken out again at the end; those that a killed run has left, at the next start.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -20,9 +22,10 @@ from tests.s3_server import _free_ports as free_ports
 
 PACKAGES = ("slurm-wlm", "munge", "slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server")
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacct")
-NODES = ("fusion-n1", "fusion-n2")
+NODES = tuple(f"fusion-{os.getpid()}-n{number}" for number in (1, 2))
 HOSTS = Path("/etc/hosts")
 HOSTS_LINE = f"127.0.0.1 {' '.join(NODES)}  # a test of fusion\n"
+OF_PROCESS = re.compile(r"127\.0\.0\.1 fusion-(\d+)-n1 .*  # a test of fusion\n")
 SBIN = "/usr/sbin:/sbin"
 
 SLURM_CONF = """\
@@ -59,9 +62,11 @@ JobRequeue=1
 KillWait=30
 # Nodes may claim more cores than this machine has.
 SlurmdParameters=config_overrides
-ReturnToService=2
-NodeName={first} NodeHostname=localhost NodeAddr=127.0.0.1 Port={slurmd1} CPUs={cpus} RealMemory=4000 State=UNKNOWN
-NodeName={second} NodeHostname=localhost NodeAddr=127.0.0.1 Port={slurmd2} CPUs={cpus} RealMemory=4000 State=UNKNOWN
+ReturnToService=1
+NodeName=DEFAULT CPUs={cpus} RealMemory=4000 State=UNKNOWN
+NodeName={first} NodeHostname=localhost NodeAddr=127.0.0.1 Port={slurmd1}
+NodeName={second} NodeHostname=localhost NodeAddr=127.0.0.1 Port={slurmd2} Feature=big
+PartitionName=cheap Nodes=ALL DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=main Nodes=ALL Default=YES DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=urgent Nodes=ALL DefaultTime=10 PriorityTier=10 PreemptMode=OFF
 """
@@ -147,15 +152,16 @@ class SlurmCluster:
                 process.kill()
                 process.wait()
         self._processes.clear()
-        HOSTS.write_text(_hosts())
+        _name_nodes("")
 
     def _start(self) -> None:
-        HOSTS.write_text(_hosts() + HOSTS_LINE)
+        _name_nodes(HOSTS_LINE)
         self._start_munge()
         self._start_database()
         self._spawn("slurmdbd", "-D")
         _wait(lambda: self._succeeds("sacctmgr", "-n", "show", "cluster"), "slurmdbd", 120, self._logs)
         self.run("sacctmgr", "-i", "add", "cluster", "test")
+        self.run("sacctmgr", "-i", "add", "qos", "high")
         (self.folder / "state").mkdir()
         self._spawn("slurmctld", "-D", "-c")
         for node in NODES:
@@ -206,9 +212,16 @@ class SlurmCluster:
         return "\n".join(f"{log.name}:\n{log.read_text()[-1500:]}" for log in sorted(self.folder.glob("*.log")))
 
 
-def _hosts() -> str:
-    """/etc/hosts without the names of the nodes."""
-    return HOSTS.read_text().replace(HOSTS_LINE, "")
+def _name_nodes(line: str) -> None:
+    """Puts a line into /etc/hosts, in place of that of this process and of those of processes that have ended."""
+    with HOSTS.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # of several tests that do so at once
+        lines = file.read().replace(HOSTS_LINE, "").splitlines(keepends=True)
+        found = [(one, OF_PROCESS.fullmatch(one)) for one in lines]
+        kept = [one for one, process in found if not process or Path(f"/proc/{process[1]}").exists()]
+        file.seek(0)
+        file.write("".join(kept) + line)
+        file.truncate()
 
 
 def _wait(condition: Callable[[], bool], what: str, seconds: float, logs: Callable[[], str]) -> None:

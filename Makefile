@@ -2,6 +2,8 @@
 # make test   installs what tests need, then lint, types, import contract and all tests; as root on Debian it installs
 #             Slurm, and adds two names to /etc/hosts while it runs
 # make image  builds the container image with docker, podman or buildah; IMAGE_FLAGS="…" is handed to its build
+# make lock   writes anew what the image installs, by version and hash, into requirements/; LOCKED="cpu cu126" says for
+#             which builds of torch, in uv's words (cuda: that of PyPI)
 # make test-image  builds the image, runs the jobs of k8s/ in it under podman; as root on Debian it installs podman
 # make test-cluster  runs the jobs of k8s/ on the Kubernetes of KUBECONFIG, else on one that it starts, as root on Debian,
 #             from the folder that FUSION_KUBERNETES names; without either it says so and does nothing
@@ -13,6 +15,7 @@ BIN := $(VENV)/bin
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' fusion/__init__.py)
 REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)
 CREATED = $(shell git log -1 --format=%cI 2>/dev/null)
+BASE ?= $(shell sed -n 's/^ARG BASE=//p' Dockerfile)
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))
 IMAGE ?= fusion:$(VERSION)
 # Test files side by side: one more than there are cores, because the files on Slurm and on stores mostly wait.
@@ -23,7 +26,7 @@ export GOMP_SPINCOUNT ?= 1000
 export KMP_BLOCKTIME ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-image test-cluster lint lint-manifests image clean
+.PHONY: help demo test test-image test-cluster lint lint-manifests image lock clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -43,11 +46,35 @@ test-image: $(VENV)/.test
 test-cluster: $(VENV)/.test
 	$(BIN)/python -m tests.cluster
 
-# The commit's date is the image's: the same commit gives the same labels, and a build that finds every layer made.
+# The commit's date is the image's, and the files in it are as old as what it installs: the same commit gives the same
+# bytes, and another one finds the layers of packages made. Docker rewrites times from version 25 on.
+EPOCH = $(shell git log -1 --format=%ct -- Dockerfile requirements 2>/dev/null || echo 0)
+SAME_docker = --output type=docker,rewrite-timestamp=true
+SAME_podman = --timestamp $(EPOCH)
+SAME_buildah = --timestamp $(EPOCH)
+DIGEST_docker = docker image inspect --format '{{index .RepoDigests 0}}' $(BASE)
+DIGEST_podman = podman image inspect --format '{{index .RepoDigests 0}}' $(BASE)
+DIGEST_buildah = echo $(BASE)@$$(buildah inspect --type image --format '{{.FromImageDigest}}' $(BASE))
+
 image:
 	@test -n "$(BUILDER)" || { echo "docker, podman or buildah is needed, and none of them answers"; exit 69; }
-	$(BUILDER) build --file Dockerfile --tag $(IMAGE) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
-	  --build-arg CREATED=$(CREATED) $(IMAGE_FLAGS) .
+	-$(BUILDER) pull --quiet $(BASE)
+	base=$$($(DIGEST_$(BUILDER))); digest=$${base##*@}; \
+	case $$digest in sha256:*) ;; *) base=$(BASE); digest=;; esac; \
+	SOURCE_DATE_EPOCH=$(EPOCH) $(BUILDER) build --file Dockerfile --tag $(IMAGE) $(SAME_$(BUILDER)) \
+	  --build-arg BASE=$$base --build-arg BASE_DIGEST=$$digest --build-arg VERSION=$(VERSION) \
+	  --build-arg REVISION=$(REVISION) --build-arg CREATED=$(CREATED) $(IMAGE_FLAGS) .
+
+LOCKED ?= cpu cuda
+LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --no-annotate --no-header --constraint constraints.txt \
+  --python-version 3.11 --python-platform x86_64-manylinux_2_28
+lock: $(BIN)/python
+	$(BIN)/pip install --quiet uv==0.13.9
+	$(LOCK) --torch-backend cpu --no-emit-package torch pyproject.toml --output-file requirements/run.txt
+	$(LOCK) --torch-backend cpu --no-emit-package torch --extra gcs pyproject.toml --output-file requirements/gcs.txt
+	for torch in $(LOCKED); do echo torch | $(LOCK) $$(test $$torch = cuda || echo --torch-backend $$torch) \
+	  $$(sed -n 's/==.*//; s/^[a-z]/--no-emit-package &/p' requirements/run.txt) - \
+	  --output-file requirements/torch-$$torch.txt || exit; done
 
 lint: $(VENV)/.test lint-manifests
 	$(BIN)/hadolint Dockerfile

@@ -65,13 +65,28 @@ def _apt(*arguments: str) -> None:
 
 def build() -> str:
     """Builds the image as `make image` does, and returns its name."""
-    with tempfile.TemporaryDirectory() as folder:
-        # chroot, because a confined machine lets no build step make namespaces of its own
-        flags = ["--isolation", "chroot", "--network", "host", "--layers", *_pip_settings(Path(folder))]
-        flags += ["--build-arg", f"BASE={base()}", *_torch_index()]
-        variables = ["BUILDER=buildah", f"IMAGE={IMAGE}", f"IMAGE_FLAGS={' '.join(flags)}"]
-        subprocess.run(["make", "image", *variables], cwd=ROOT, check=True, stdout=sys.stderr, env=environment())
+    code, said = make_image(ROOT, IMAGE)
+    assert code == 0, said
     return IMAGE
+
+
+def make_image(folder: Path, name: str, *flags: str) -> tuple[int, str]:
+    """`make image` in a folder: its exit code, and what it says."""
+    with tempfile.TemporaryDirectory() as settings:
+        # chroot, because a confined machine lets no build step make namespaces of its own
+        flags = ("--isolation", "chroot", "--network", "host", "--layers", *_pip_settings(Path(settings)), *flags)
+        variables = ["BUILDER=buildah", f"BASE={base()}", f"IMAGE={name}"]
+        command = ["make", "image", *variables, f"IMAGE_FLAGS={' '.join((*flags, *_torch_index()))}"]
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            check=False,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+        )
+    return done.returncode, done.stdout
 
 
 def base() -> str:

@@ -26,7 +26,7 @@ export GOMP_SPINCOUNT ?= 1000
 export KMP_BLOCKTIME ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-image test-cluster lint lint-manifests image lock clean
+.PHONY: help demo test test-image test-cluster lint lint-code lint-manifests image lock clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -76,7 +76,11 @@ lock: $(BIN)/python
 	  $$(sed -n 's/==.*//; s/^[a-z]/--no-emit-package &/p' requirements/run.txt) - \
 	  --output-file requirements/torch-$$torch.txt || exit; done
 
-lint: $(VENV)/.test lint-manifests
+# Both at once, from the installations on.
+lint:
+	$(MAKE) --no-print-directory --jobs 2 lint-code lint-manifests
+
+lint-code: $(VENV)/.test
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -23,7 +23,6 @@ from fusion import environment, log, transport
 from fusion.environment import variable
 from fusion.errors import ConfigError, FusionError, UnreachableError
 from fusion.heartbeats import ARRIVAL, FOR_EVER, Heartbeats
-from fusion.uncompiled import defer_compiler
 
 T = TypeVar("T")
 
@@ -150,7 +149,6 @@ def world(device: str = "auto", stall_timeout: float = STALL_TIMEOUT) -> Iterato
         ConfigError: a cuda device is asked for and there is none.
         UnreachableError: not all ranks came.
     """
-    defer_compiler()
     place = _place(device)
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     store: Store = HashStore()

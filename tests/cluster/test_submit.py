@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cluster import small
 from tests.cluster.namespace import Namespace
 from tests.conftest import Done
-from tests.manifests import K8S, KUBECTL
+from tests.manifests import K8S, KUBECTL, Object
 
 pytestmark = pytest.mark.cluster
 
@@ -27,7 +28,6 @@ ROOT = K8S.parent
 SHORT = ["--gpus-per-node=0", "--", "--epochs=3", "--run-id=r"]
 LONG = ["--gpus-per-node=0", "--", "--epochs=500", "--patience=500", "--run-id=r"]
 PATIENCE = 12  # seconds: longer than between two looks of `--wait`
-AMOUNTS = re.compile(r"\b(cpu|memory): (?:4|8Gi|16Gi)\b")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ class Checkout:
         shutil.copytree(ROOT / "jobs", folder / "jobs")
         shutil.copytree(K8S, folder / "k8s")
         for path in (folder / "k8s").glob("*.yaml"):
-            path.write_text(AMOUNTS.sub(_smaller, path.read_text()))
+            path.write_text(yaml.safe_dump_all([_smaller(one) for one in yaml.safe_load_all(path.read_text())]))
 
     def kubectl(self, *arguments: str) -> None:
         subprocess.run([KUBECTL, f"--kubeconfig={self.kubeconfig}", *arguments], check=True, capture_output=True)
@@ -72,9 +72,12 @@ def ended(process: subprocess.Popen[str], seconds: float = 400) -> Done:
     return Done(process.returncode, out, "")
 
 
-def _smaller(found: re.Match[str]) -> str:
-    name = found[1]
-    return f"{name}: {small.REQUESTS['cpu'] if name == 'cpu' else '1Gi'}"
+def _smaller(found: Object) -> Object:
+    if found["kind"] in small.PODS:
+        for container in small.pod_of(found)["containers"]:
+            container["resources"]["requests"] |= small.REQUESTS
+            container["resources"]["limits"] |= small.LIMITS
+    return found
 
 
 def job_of(said: str) -> str:

@@ -20,7 +20,7 @@ from tests.s3_server import WRITER_KEY, WRITER_SECRET
 SETTINGS = {"FUSION_WIDTH": "16", "FUSION_HIDDEN": "16,8", "FUSION_BATCH_SIZE": "64", "FUSION_LR": "0.01"}
 PATIENCE = 300  # seconds; on an idle machine of 2 cores nothing takes 60
 LABEL = "pod-security.kubernetes.io"
-LONG = {"FUSION_EPOCHS": "120", "FUSION_PATIENCE": "120", "FUSION_CHECKPOINT_STEPS": "20"}  # to be interrupted
+LONG = {"FUSION_EPOCHS": "100", "FUSION_PATIENCE": "100", "FUSION_CHECKPOINT_STEPS": "20"}  # to be interrupted
 
 
 class Namespace:

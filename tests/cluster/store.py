@@ -18,7 +18,7 @@ ENDPOINT = f"http://store.{NAMESPACE}.svc:{PORT}"  # as pods see it
 FLAGS = "-logtostderr=true server -dir=/data -ip=127.0.0.1 -ip.bind=0.0.0.0 -master.telemetry=false "
 FLAGS += f"-master.electionTimeout=1s -master.volumeSizeLimitMB=256 -volume.max=50 -filer -s3 -s3.port={PORT} "
 FLAGS += "-s3.config=/settings/s3.json -s3.port.iceberg=0 -s3.port.lance=0"
-N_PRODUCTS = 203
+N_PRODUCTS = 303
 
 
 def manifest(image: str) -> str:

@@ -40,10 +40,9 @@ class Namespace:
         """Applies k8s/config.yaml with the bucket of this namespace, and further settings of all its jobs."""
         data = {"FUSION_DATA": f"s3://{BUCKET}/data", "FUSION_OUTPUT": self.output, **SETTINGS, **settings}
         data["AWS_ENDPOINT_URL_S3"] = store.ENDPOINT
-        target = small.overlay(self.folder, "base/config", self.place.image)
-        with (target / "kustomization.yaml").open("a") as file:
-            patch = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "fusion-config"}, "data": data}
-            file.write(f"patches: [{json.dumps({'patch': json.dumps(patch)})}]\n")
+        patch = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "fusion-config"}, "data": data}
+        further = [{"patch": json.dumps(patch)}]
+        target = small.overlay(self.folder, "base/config", self.place.image, further=further)
         self("apply", "--server-side", "--kustomize", str(target))
 
     def __call__(self, *arguments: str, text: str | None = None) -> str:
@@ -96,7 +95,7 @@ class Namespace:
         return str(self.until(ending, f"the end of job/{job}", seconds))
 
     def first_checkpoint(self, run: str, job: str) -> None:
-        """Returns when a run has committed a checkpoint; what goes wrong before ends the wait."""
+        """Returns when a run has committed a checkpoint."""
 
         def committed() -> bool:
             return any(storage.exists(f"{url}/MANIFEST.json") for url in self.checkpoints(run))
@@ -107,7 +106,7 @@ class Namespace:
         return list(storage.ls(f"{self.output}/runs/{run}/checkpoints"))
 
     def attempts(self, run: str) -> list[Object]:
-        """How the attempts at a run began and ended: `start` and `exit` of each, in their order."""
+        """`exit.json` of the attempts at a run, in their order; empty where one could not write it."""
         folder = f"{self.output}/runs/{run}/attempts"
         numbers = sorted(int(url.rstrip("/").rsplit("/", 1)[1]) for url in storage.ls(folder))
         return [self._attempt(f"{folder}/{number}") for number in numbers]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import yaml
 
 from tests.cluster import access
 from tests.cluster.kubernetes import Kubernetes
-from tests.cluster.services import free_ports, until
+from tests.cluster.services import free_ports, listens, until
 from tests.manifests import Object
 
 FIXED = Path("/etc/kueue/metrics/certs")  # where Kueue looks for a certificate, whatever its settings say
@@ -59,7 +58,7 @@ def _start(kubernetes: Kubernetes, name: str, certificates: Path) -> None:
     settings.write_text(SETTINGS[name] + more)
     files = "--config", settings, "--kubeconfig", kubernetes.kubeconfig
     kubernetes.service(name).run(kubernetes.unpacked(name), *files, *FLAGS[name])
-    until(lambda: _listens(port), f"the webhooks of {name}")
+    until(lambda: listens(port), f"the webhooks of {name}")
     registered = yaml.safe_load_all((kubernetes.binaries / name / "webhooks.yaml").read_text())
     ca = access.encoded(kubernetes.folder / "pki" / "ca.crt")
     items = [_here(one, name, port, ca) for one in registered if one]
@@ -74,8 +73,3 @@ def _here(registered: Object, name: str, port: int, ca: str) -> Object:
         if SERVED[name].search(path):
             hooks.append(hook | {"clientConfig": {"url": f"https://127.0.0.1:{port}{path}", "caBundle": ca}})
     return registered | {"metadata": {"name": f"{registered['metadata']['name']}-{name}"}, "webhooks": hooks}
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as one:
-        return not one.connect_ex(("127.0.0.1", port))

@@ -17,7 +17,7 @@ from tests.cluster import operators, store
 from tests.cluster.api import Api
 from tests.cluster.kubernetes import Kubernetes
 from tests.cluster.one_layer import one_layer
-from tests.cluster.services import Service, free_ports, succeeds, until
+from tests.cluster.services import Service, free_ports, listens, until
 from tests.image import engine
 from tests.manifests import KUBECTL
 
@@ -131,7 +131,7 @@ def _forwarded(folder: Path, kubectl: list[str]) -> Iterator[str]:
     service = Service(folder, "port-forward")
     service.run(*kubectl, "port-forward", f"--namespace={store.NAMESPACE}", "pod/store", f"{port}:{store.PORT}")
     try:
-        until(lambda: succeeds("curl", "--silent", f"http://127.0.0.1:{port}/healthz"), "the S3 server")
+        until(lambda: listens(port), "the S3 server")
         yield f"http://127.0.0.1:{port}"
     finally:
         service.stop()

@@ -92,3 +92,9 @@ def free_ports(n: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+def listens(port: int) -> bool:
+    """Whether somebody answers on a port of loopback."""
+    with socket.socket() as one:
+        return not one.connect_ex(("127.0.0.1", port))

@@ -29,11 +29,12 @@ def overlay(
     image: str,
     environment: Mapping[str, str] | None = None,
     changes: Sequence[Object] = (),
+    further: Sequence[Object] = (),
 ) -> Path:
     """Writes the kustomization of a folder of k8s/, such as base/train-all-embeddings, and returns its own folder.
 
     Of every workload `environment` is added to that of its container, and `changes` are JSON patches; `POD` in their
-    paths stands for where its pod is.
+    paths stands for where its pod is. `further` are patches of other objects.
     """
     objects = list(yaml.safe_load_all(rendered(K8S / source)))
     patches = [_patch(one, environment or {}, changes) for one in objects if one["kind"] in PODS]
@@ -45,7 +46,7 @@ def overlay(
         "kind": "Kustomization",
         "resources": [os.path.relpath(K8S / source, target)],
         "images": [{"name": NAME, "newName": name, "newTag": tag}],
-        "patches": patches,
+        "patches": [*patches, *further],
     }
     (target / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     return target

@@ -33,7 +33,7 @@ try:
     from jobs.clusters.kubectl import Kubectl
     from jobs.clusters.kubernetes_sent import KubernetesJobs
     from jobs.clusters.local_sent import KIND, LocalJobs
-    from jobs.clusters.sent import Jobs, Sent
+    from jobs.clusters.sent import WAITING, Jobs, Sent
     from jobs.clusters.slurm_sent import SlurmJobs
 except ImportError as wrong_python:
     if __name__ != "__main__":
@@ -79,6 +79,8 @@ def _logs(given: argparse.Namespace) -> ExitCode:
     if len(found) > 1:
         ids = ", ".join(job.id for job in found)
         raise UsageError(f"{given.id} is an array of {len(found)} jobs: {ids}", f"name one of them: {found[0].id}")
+    if given.follow and found[0].state == WAITING:
+        print(visible(f"{found[0].id} waits ({found[0].why}); its log follows"), file=sys.stderr, flush=True)
     for line in jobs.log(found[0], node=given.node, follow=given.follow):
         print("\t".join(map(visible, line.rstrip("\r").split("\t"))), flush=True)
     return ExitCode.DONE

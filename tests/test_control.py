@@ -211,6 +211,18 @@ def test_a_log_is_followed_through_the_pods_of_a_job(kube: Kube, capsys: pytest.
     assert ["--since-time=T2" in line for line in kube.asked("logs")][:3] == [False, False, True]
 
 
+def test_who_follows_a_job_that_waits_is_told_why(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
+    queued = job("fusion-a", suspend=True)
+    kube.give(
+        job=[queued, queued, job("fusion-a", condition="Complete")],
+        pods=[listed(), listed(), listed(pod("fusion-a", RUNS))],
+    )
+    kube.give(logs="T1 a\n", pod=None)
+    assert control.main(["logs", "--follow", "fusion-a"]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("a\n", "job/fusion-a waits (suspended); its log follows\n")
+
+
 def test_the_log_of_a_node(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
     kube.give(job=job("fusion-a"), pods=listed(pod("fusion-a", RUNS), pod("fusion-a", RUNS, 1, index=1)))
     kube.answers["logs fusion-a-1-1"] = ["T1 of node\t1\n"]

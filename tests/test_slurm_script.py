@@ -127,16 +127,28 @@ def moments(folder: Path) -> list[int]:
     return sorted({*last.values(), *(lines.index(command) + 1 for command in commands)})
 
 
+def signalled(folder: Path, signal: str) -> dict[int, Ended]:
+    """How the job ends by the moment in which it gets a signal, where its launcher ends with 69."""
+    (folder / "all").mkdir()
+    ended = {}
+    for number in moments(folder / "all"):
+        own = folder / str(number)
+        own.mkdir()
+        (own / "signal").write_text(signal)
+        ended[number] = Script(own).run("exit 69", setup=(COUNT.format(moment=number),))
+    return ended
+
+
+def test_a_job_that_slurm_ends_is_never_requeued_by_itself(tmp_path: Path) -> None:
+    """Its shell gets SIGTERM, whatever it does at that moment: Slurm decides what becomes of the job."""
+    ended = signalled(tmp_path, f"kill -TERM $$\n{SIGNAL_STEPS}")
+    assert {(one.code in (69, 75), one.requeued) for one in ended.values()} == {(True, "")}
+    assert {one.tries for one in ended.values()} == {0, 1, 2, 3}
+
+
 def test_a_stop_request_counts_in_every_moment(tmp_path: Path) -> None:
     """Until all tries are over, the job is requeued; from then on it ends as they did."""
-    (tmp_path / "all").mkdir()
-    numbers = moments(tmp_path / "all")
-    ended = {}
-    for number in numbers:
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / "signal").write_text(SIGNAL_STEPS)
-        ended[number] = Script(folder).run("exit 69", setup=(COUNT.format(moment=number),))
+    ended = signalled(tmp_path, SIGNAL_STEPS)
     for number, one in ended.items():
         expected = {(75, "requeue 7\n")} if one.tries < 3 else {(75, "requeue 7\n"), (69, "")}
         assert (one.code, one.requeued) in expected, (number, one)

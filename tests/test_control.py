@@ -169,6 +169,22 @@ def test_the_status_of_a_job_says_why_and_what_it_said_last(kube: Kube, capsys: 
     assert "waiting (FailedCreate: b)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_status_of_a_job_that_kueue_holds_back_says_why(
+    answers: bool, kube: Kube, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queued = job("fusion-q", suspend=True)
+    queued["metadata"] |= {"uid": "7", "labels": {**LABELS, "kueue.x-k8s.io/queue-name": "few"}}
+    condition = {"type": "QuotaReserved", "status": "False", "message": "no quota for nvidia.com/gpu"}
+    kube.give(job=queued, pods=listed())
+    if answers:
+        kube.give(workloads=listed({"metadata": {}, "status": {"conditions": [condition]}}))
+    assert control.main(["status", "fusion-q"]) == 0
+    why = ": no quota for nvidia.com/gpu" if answers else ""
+    assert f"fusion-q: waiting (in Kueue's queue few{why})\n" in capsys.readouterr().out
+    assert "--selector=kueue.x-k8s.io/job-uid=7" in kube.asked("get workloads")[0]
+
+
 @pytest.mark.parametrize(
     ("ids", "code", "said"),
     [

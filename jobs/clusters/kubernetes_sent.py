@@ -16,6 +16,7 @@ from jobs.clusters.kubernetes_wait import PODS, QUEUE, ending, exit_code, kind_o
 from jobs.clusters.sent import ASK, CANCELLED, FAILED, FINISHED, RUNNING, WAITING, Sent
 
 SELECTOR = "--selector=app.kubernetes.io/part-of=fusion"
+JOB_UID = "kueue.x-k8s.io/job-uid"  # label of Kueue's Workloads
 INDEX = "batch.kubernetes.io/job-completion-index"
 JOBSETS = "jobset.x-k8s.io"
 CONTAINER = "fusion"
@@ -51,8 +52,8 @@ class KubernetesJobs:
             )
         pods = self._pods(kind, name)
         job = self._job(found, pods)
-        why = self._warning(name) if job.why == NO_POD else ""
-        return [replace(job, why=why or job.why, said=self._said(job, pods))]
+        why = [self._warning(name) or job.why] if job.why == NO_POD else [job.why, self._of_kueue(found)]
+        return [replace(job, why=": ".join(filter(None, why)), said=self._said(job, pods))]
 
     def log(self, job: Sent, *, node: int, follow: bool) -> Iterator[str]:
         kind, name = split(job.id)
@@ -110,6 +111,17 @@ class KubernetesJobs:
         found = self._list("events", f"--field-selector=involvedObject.name={name},type=Warning")
         last = max(found, key=lambda one: one.get("lastTimestamp") or "", default={})
         return ": ".join(filter(None, (last.get("reason"), last.get("message"))))
+
+    def _of_kueue(self, job: Object) -> str:
+        """Why Kueue has not admitted it; empty where Kueue has nothing to do with it."""
+        if QUEUE not in job["metadata"].get("labels", {}) or not job["spec"].get("suspend"):
+            return ""
+        try:
+            found = self._list("workloads", f"--selector={JOB_UID}={job['metadata']['uid']}")
+        except FusionError:  # a user may look at jobs alone
+            return ""
+        conditions = [one for workload in found for one in workload.get("status", {}).get("conditions", [])]
+        return next((one.get("message", "") for one in conditions if one["type"] == "QuotaReserved"), "")
 
     def _said(self, job: Sent, pods: Sequence[Object]) -> str:
         failure = last_failure(pods)

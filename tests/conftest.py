@@ -27,16 +27,9 @@ SMALL = ["--width", "16", "--hidden", "16", "8", "--batch-size", "64", "--lr", "
 SMALL += ["--device", "cpu"]
 
 # Test files that take minutes, the longest first: started last, each would keep one process busy and the others idle.
-LONG = [
-    "test_slurm",
-    "test_slurm_outside",
-    "test_exit_codes",
-    "test_resume",
-    "test_faults",
-    "test_meeting",
-    "test_ranks",
-    "test_end_to_end",
-]
+LONG = ["test_slurm", "test_slurm_outside", "test_resume", "test_exit_codes", "test_ensemble", "test_faults"]
+LONG += ["test_meeting", "test_answers", "test_verify_everything", "test_parts", "test_end_to_end", "test_ranks"]
+LONG += ["test_quality", "test_leaks"]
 
 
 def pytest_configure() -> None:

@@ -11,7 +11,6 @@ import lzma
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,7 +23,7 @@ from tests.cluster.services import Service, free_ports, succeeds, until
 from tests.manifests import KUBECTL
 
 NODE = "localhost"  # a name that the API server resolves everywhere
-BRIDGE, SUBNET = "fusion0", "10.213.7"
+BRIDGE, SUBNET, NETWORK = "fusion0", "10.213.7", "fusion-tests"
 COMPONENTS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet")
 PAUSE = "localhost/pause:3"
 N_GPUS = 8  # which the node offers and has not: what a pod finds is up to the pod
@@ -95,7 +94,7 @@ class Kubernetes:
 
     def stop(self) -> None:
         """Ends everything, pods included, and leaves nothing on the machine but the folder with its logs."""
-        for name in ("kueue", "jobset", "coredns", "kubelet", "scheduler", "controllers"):
+        for name in ("kueue", "jobset", "coredns", "scheduler", "controllers"):
             self.service(name).stop()
         self._end_pods()
         for name in ("apiserver", "etcd", "containerd"):
@@ -126,7 +125,7 @@ class Kubernetes:
         subnet = {"ranges": [[{"subnet": f"{SUBNET}.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}
         ipam = {"type": "host-local", "dataDir": str(self.folder / "ipam"), **subnet}
         bridge = {"type": "bridge", "bridge": BRIDGE, "isGateway": True, "hairpinMode": True, "ipam": ipam}
-        return {"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge]}
+        return {"cniVersion": "0.4.0", "name": NETWORK, "plugins": [bridge]}
 
     def _start_control_plane(self, etcd: int, peer: int, api: int, kubelet: int) -> None:
         own = {"folder": self.folder, "etcd": etcd, "peer": peer, "api": api, "kubelet": kubelet}
@@ -160,12 +159,20 @@ class Kubernetes:
         self.kubectl("patch", "node", NODE, "--subresource=status", "--type=json", f"--patch={json.dumps(patch)}")
 
     def _end_pods(self) -> None:
-        tasks = subprocess.run(self.ctr("tasks", "list", "--quiet"), check=False, capture_output=True, text=True)
-        for task in tasks.stdout.split():
+        """By the kubelet, which takes their networks down as well; what it leaves is killed."""
+        pods = "delete", "pods", "--all", "--all-namespaces", "--force", "--grace-period=0", "--wait=false"
+        with suppress(AssertionError):
+            assert self.answers(*pods), "the API server is gone"
+            until(lambda: not self._tasks(), "the end of all pods", 30)
+        self.service("kubelet").stop()
+        for task in self._tasks():
             subprocess.run(self.ctr("tasks", "kill", "--signal=SIGKILL", task), check=False, capture_output=True)
-        time.sleep(1)
-        for task in tasks.stdout.split():
-            subprocess.run(self.ctr("tasks", "delete", task), check=False, capture_output=True)
+        for cached in Path("/var/lib/cni/results").glob(f"{NETWORK}-*"):
+            cached.unlink()
+
+    def _tasks(self) -> list[str]:
+        done = subprocess.run(self.ctr("tasks", "list", "--quiet"), check=False, capture_output=True, text=True)
+        return done.stdout.split()
 
 
 def _unmount(folder: Path) -> None:

@@ -19,6 +19,8 @@ from fusion.errors import ExitCode
 from fusion.flags import _flags, _variable, parse
 from fusion.launch import Options, _parse, _parser
 from fusion.ranks import SETTLE
+from tests import services
+from tests.cluster import place
 from tests.conftest import run_command
 from tests.manifests import K8S, Workload, one, workloads
 
@@ -78,8 +80,12 @@ def test_the_default_grace_is_the_one_that_comments_name() -> None:
 
 
 def test_every_variable_is_a_setting() -> None:
+    """Of a command, or of the tests on a cluster."""
     classes = [config_class(f"fusion.{variant}.train") for variant in ("all_embeddings", "qwen_clip")]
     known = {_variable(flag) for one in (*classes, EvaluateConfig, PredictConfig) for flag in _flags(one)}
+    known |= {
+        name for one in (place, services) for name in re.findall(r"\bFUSION_[A-Z_]+", Path(one.__file__).read_text())
+    }
     named = {name: path for path, text in TEXTS.items() for name in re.findall(r"\bFUSION_[A-Z_]+", text)}
     assert set(named) <= known, {name: str(path) for name, path in named.items() if name not in known}
 

@@ -157,6 +157,12 @@ def test_slurm_gets_the_same_by_its_own_names(tmp_path: Path) -> None:
     expected = {"partition": "gpu", "qos": "high", "cpus_per_task": 32, "mem": "256G", "gpus_per_node": 4}
     assert {key: parameters[key] for key in expected} == expected
     assert cluster.asked(Job("qwen_clip", "train")) == cluster
+    (tmp_path / "cluster.toml").write_text('folder = "logs"\ncpus_per_gpu = 6\nmemory_per_gpu = 40\nmem_gb = 7\n')
+    cluster = slurm_settings.read(tmp_path / "cluster.toml", "train")
+    asked = cluster.asked(Job("qwen_clip", "train", gpus_per_node=2, cpus_per_gpu=8))
+    assert (asked.cpus_per_node, asked.mem_gb) == (16, 80)
+    without = cluster.asked(Job("qwen_clip", "train", gpus_per_node=0))
+    assert (without.cpus_per_node, without.mem_gb) == (4, 7)
     with pytest.raises(UsageError, match="--cpus-per-gpu is 2, and the job asks for no GPU"):
         cluster.asked(Job("qwen_clip", "evaluate", cpus_per_gpu=2))
 

@@ -27,6 +27,7 @@ from jobs.clusters.description import Job, frozen
 from jobs.clusters.slurm_settings import Cluster
 from jobs.submit import main
 from tests.conftest import SMALL, Done
+from tests.s3_server import S3Server
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden")
@@ -288,6 +289,18 @@ def test_local_ends_with_the_code_of_the_job(tmp_path: Path) -> None:
     assert done.code == 65
     assert done.err.startswith("error: ")
     assert "nothing/train.csv" in done.err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--task=predict", "--if-changed"], ["--task=predict", "--variant=ensemble"], ["--task=train"]]
+)
+def test_a_bucket_that_is_not_there_is_named(flags: list[str], bucket: str, s3: S3Server) -> None:
+    done = submit(
+        *flags, "--cluster=local", "--", "--data=s3://no-such/data", "--output=s3://no-such/o", env=s3.environment()
+    )
+    assert done.code == 65
+    assert done.err.startswith("error: there is no bucket no-such (s3://no-such/")
+    assert done.err.endswith("\nhint: correct its name, or create it\n")
 
 
 def test_a_local_job_stops_on_request(catalog: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from fusion.config import STRICT
 from fusion.errors import ConfigError
-from jobs.clusters.description import MODULES, Job
+from jobs.clusters.description import MODULES, PER_GPU, Job
 from jobs.clusters.settings_file import read_settings, refuse_secrets
 
 
@@ -31,6 +31,8 @@ class Cluster:
     gres: str | None = None
     cpus_per_node: int = Field(4, ge=1)
     mem_gb: int | None = Field(None, ge=1)
+    cpus_per_gpu: int | None = Field(None, ge=1)
+    memory_per_gpu: int | None = Field(None, ge=1)
     signal_seconds: int = Field(120, ge=90)  # the launcher gives ranks 60 s, and launchers wait for one another
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
     srun: tuple[str, ...] = ()
@@ -55,9 +57,9 @@ class Cluster:
         """
         n_gpus = self.n_gpus(job.task, job.gpus_per_node)
         job.check_amounts(n_gpus)
+        per_gpu = {name: getattr(job, name) or getattr(self, name) or 0 for name in PER_GPU}
         changed: dict[str, Any] = {"partition": job.queue, "qos": job.priority}
-        changed |= {"cpus_per_node": job.cpus_per_gpu * n_gpus} if job.cpus_per_gpu else {}
-        changed |= {"mem_gb": job.memory_per_gpu * n_gpus} if job.memory_per_gpu else {}
+        changed |= {"cpus_per_node": per_gpu["cpus_per_gpu"] * n_gpus, "mem_gb": per_gpu["memory_per_gpu"] * n_gpus}
         return replace(self, **{name: value for name, value in changed.items() if value})
 
     def parameters(self, task: str, gpus_per_node: int | None) -> dict[str, Any]:

@@ -24,7 +24,15 @@ def main(argv: Sequence[str]) -> int:
     try:
         with prepared() as place:
             print(f"the cluster is ready after {time.monotonic() - begun:.0f} s", flush=True)
-            flags = ["-m", "cluster", f"--numprocesses={N_PROCESSES}", "--dist=loadgroup", "--durations=0", *argv]
+            flags = [
+                "-m",
+                "cluster",
+                f"--numprocesses={N_PROCESSES}",
+                "--dist=loadscope",
+                "--no-loadscope-reorder",
+                "--durations=0",
+                *argv,
+            ]
             command = [sys.executable, "-m", "pytest", *flags, "tests/cluster"]
             code = subprocess.run(command, check=False, env={**os.environ, **place.variables()}).returncode
     except MissingError as missing:

@@ -7,10 +7,25 @@ from collections.abc import Iterator
 
 import fsspec
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.cluster.namespace import Namespace
 from tests.cluster.place import Place
 from tests.s3_server import KEY, SECRET
+
+SHARED = ("test_apply.py", "test_exit_codes.py")  # whose tests share a namespace, and so a process
+
+
+class _OneByOne(LoadScopeScheduling):
+    """Gives out tests, and not files."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if file.endswith(SHARED) else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    return _OneByOne(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from tests.cluster.namespace import Namespace
 from tests.cluster.place import Place
 from tests.manifests import FILES, K8S, OVERLAYS, Object
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("apply")]
+pytestmark = pytest.mark.cluster
 
 APPLIED = [pytest.param("--filename", path, id=path.stem) for path in FILES]
 APPLIED += [pytest.param("--kustomize", path, id=str(path.relative_to(K8S))) for path in OVERLAYS]

@@ -12,7 +12,7 @@ from tests.cluster.namespace import Namespace
 from tests.cluster.place import Place
 from tests.manifests import Object
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("exit codes")]
+pytestmark = pytest.mark.cluster
 
 SOURCE, JOB = "base/train-qwen-clip", "fusion-train-qwen-clip"
 TRAIN = ["python", "-m", "fusion.launch", "fusion.qwen_clip.train"]

@@ -17,6 +17,7 @@ from tests.manifests import K8S, KUBECTL
 pytestmark = pytest.mark.cluster
 
 ROOT = K8S.parent
+ENDLESS = {**LONG, "FUSION_EPOCHS": "100000", "FUSION_PATIENCE": "100000"}  # until it is cancelled
 
 
 def start(namespace: Namespace, verb: str, *arguments: str) -> subprocess.Popen[str]:
@@ -41,7 +42,7 @@ def control(namespace: Namespace, verb: str, *arguments: str) -> Done:
 
 def test_a_training_is_followed_through_a_lost_pod_and_cancelled(namespace: Namespace) -> None:
     name = "fusion-train-qwen-clip"
-    namespace.apply("base/train-qwen-clip", {**LONG, "FUSION_RUN_ID": "r"})
+    namespace.apply("base/train-qwen-clip", {**ENDLESS, "FUSION_RUN_ID": "r"})
     follower = start(namespace, "logs", "--follow", name)
     try:
         namespace.first_checkpoint("r", name)

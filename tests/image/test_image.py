@@ -217,7 +217,7 @@ def test_by_hand_as_readme_has_it_and_stopped_with_ctrl_c(image: str, s3: S3Serv
 def test_the_same_commit_gives_the_same_bytes(image: str, second_build: Future[tuple[int, str]]) -> None:
     code, said = second_build.result()
     assert code == 0, said
-    assert _inspect(image, "Id") == _inspect(AGAIN, "Id")
+    assert _inspect(image, "ID") == _inspect(AGAIN, "ID")
 
 
 def _wait_for_checkpoint(run: str) -> None:

@@ -10,6 +10,8 @@
 ARG BASE=docker.io/library/python:3.11.15-slim-bookworm
 
 FROM ${BASE} AS packages
+# The date of all files, see the Makefile: layers that were made with another one are made again.
+ARG SOURCE_DATE_EPOCH
 # A file whose hash is not in requirements/ stops the build. Bytecode is compiled below, for files of any date.
 ENV PIP_REQUIRE_HASHES=1 PIP_ONLY_BINARY=:all: PIP_NO_DEPS=1 PIP_NO_COMPILE=1 \
     PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONHASHSEED=0
@@ -35,6 +37,7 @@ COPY jobs /app/jobs
 RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /app
 
 FROM ${BASE}
+ARG SOURCE_DATE_EPOCH
 # tini is PID 1: it hands signals to the launcher, and buries what a killed process leaves behind. Its version is not
 # pinned, because Debian keeps no older ones: a pin would break the build at the next security update. What apt, ldconfig
 # and useradd note with the time of day is removed, so that two builds are the same.
@@ -42,8 +45,7 @@ FROM ${BASE}
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends tini \
  && groupadd --gid 10001 fusion \
- && SOURCE_DATE_EPOCH=86400 \
-    useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin fusion \
+ && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin fusion \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/lib/dpkg/*-old \
     /var/log/apt /var/log/*.log /etc/passwd- /etc/shadow- /etc/group- /etc/gshadow-
 COPY --from=packages /opt/venv /opt/venv

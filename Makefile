@@ -60,7 +60,7 @@ image:
 	-$(BUILDER) pull --quiet $(BASE)
 	base=$$($(DIGEST_$(BUILDER))); digest=$${base##*@}; \
 	case $$digest in sha256:*) ;; *) base=$(BASE); digest=;; esac; \
-	SOURCE_DATE_EPOCH=$(EPOCH) $(BUILDER) build --file Dockerfile --tag $(IMAGE) $(SAME_$(BUILDER)) \
+	$(BUILDER) build --file Dockerfile --tag $(IMAGE) $(SAME_$(BUILDER)) --build-arg SOURCE_DATE_EPOCH=$(EPOCH) \
 	  --build-arg BASE=$$base --build-arg BASE_DIGEST=$$digest --build-arg VERSION=$(VERSION) \
 	  --build-arg REVISION=$(REVISION) --build-arg CREATED=$(CREATED) $(IMAGE_FLAGS) .
 

@@ -39,14 +39,14 @@ def test_a_training_its_metrics_and_the_nights_after_it(namespace: Namespace) ->
     assert namespace.ended("fusion-evaluate-all-embeddings") == "Complete"
     assert storage.exists(f"{namespace.output}/runs/r/metrics/summary.json")
 
-    first = _current(namespace)
-    night = _next_night(namespace, set())
+    first, earlier = _current(namespace), _nights(namespace)
+    night = _next_night(namespace, earlier)
     assert "event=published_before" in namespace.log(f"job/{night}")
     assert _current(namespace) == first
 
     table = f"{namespace.output}/data/test.csv"
     storage.write(table, storage.read(table).rstrip().rpartition(b"\n")[0] + b"\n")  # one product less
-    _next_night(namespace, {night})
+    _next_night(namespace, _nights(namespace))
     assert _current(namespace) != first
     assert verify([f"{namespace.output}/pointers/submissions/prices/current.json"]) == 0
 
@@ -61,14 +61,14 @@ def _current(namespace: Namespace) -> str:
     return str(json.loads(storage.read(f"{namespace.output}/pointers/submissions/prices/current.json")))
 
 
+def _nights(namespace: Namespace) -> set[str]:
+    """Names of the Jobs that the schedule has made."""
+    owned = {one["metadata"]["name"] for one in namespace.items("jobs") if one["metadata"].get("ownerReferences")}
+    return owned - {"predict-now"}
+
+
 def _next_night(namespace: Namespace, earlier: set[str]) -> str:
     """Name of the next Job that the schedule makes, once it is complete."""
-
-    def fired() -> str:
-        jobs = namespace.items("jobs")
-        made = {one["metadata"]["name"] for one in jobs if one["metadata"].get("ownerReferences")} - {"predict-now"}
-        return next(iter(made - earlier), "")
-
-    night = str(namespace.until(fired, "a Job of the schedule"))
+    night = str(namespace.until(lambda: min(_nights(namespace) - earlier, default=""), "a Job of the schedule"))
     assert namespace.ended(night) == "Complete"
     return night

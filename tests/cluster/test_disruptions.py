@@ -47,7 +47,8 @@ def test_deleted(namespace: Namespace) -> None:
 
 def test_drained(namespace: Namespace, node: Place) -> None:
     training(namespace)
-    of_job = f"--pod-selector=batch.kubernetes.io/job-name={JOB}"
+    uid = namespace.get("jobs", JOB)["metadata"]["uid"]
+    of_job = f"--pod-selector=batch.kubernetes.io/controller-uid={uid}"  # other tests have jobs of this name
     done = namespace.run("drain", NODE, of_job, "--delete-emptydir-data", "--ignore-daemonsets")
     namespace("uncordon", NODE)
     assert not done.returncode, done.stderr

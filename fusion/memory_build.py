@@ -19,7 +19,7 @@ from fusion.fitting import TrainingData, mixed
 from fusion.loss_functions import SMAPELoss
 from fusion.manifests import MEMORY
 from fusion.memory import Remembered, log_prices_of
-from fusion.neighbours import FIRST_WEIGHT, Candidates, CandidateTable, Memory, bands_of
+from fusion.neighbours import Candidates, CandidateTable, Memory, band_weights, bands_of
 from fusion.price_model import PriceModel
 from fusion.runs import run_url
 from fusion.sharing import node_tensor
@@ -134,25 +134,25 @@ def first_weights(remembered: Memory, config: RunConfig, place: World) -> np.nda
     rows = torch.nonzero(remembered.folds >= 0).squeeze(1)
     rows = rows[:: max(1, -(-len(rows) // WEIGHT_SAMPLE))]
     sample = remembered.of(rows).to(place.device)
-    first = torch.full((int(remembered.bands.max()) + 1,), FIRST_WEIGHT)
+    change = torch.zeros(int(remembered.bands.max()) + 1, dtype=torch.float64, device=place.device, requires_grad=True)
+    first = band_weights(change.detach())
     found = [
-        sample.search(keys, first.to(place.device), config.neighbours, groups)
+        sample.search(keys, first, config.neighbours, groups)
         for keys, groups in zip(torch.split(sample.keys, CHUNK), torch.split(sample.groups, CHUNK), strict=True)
     ]
     candidates = Candidates.joined(found)
-    raw = first.double().expm1().log().to(place.device).requires_grad_()
-    optimizer, loss = torch.optim.Adam([raw], lr=WEIGHT_LR), SMAPELoss()
+    optimizer, loss = torch.optim.Adam([change], lr=WEIGHT_LR), SMAPELoss()
     generator = torch.Generator().manual_seed(mixed(config.seed, "weights"))
     for _ in range(WEIGHT_STEPS):
         batch = torch.randint(len(rows), (min(WEIGHT_BATCH, len(rows)),), generator=generator).to(place.device)
         some = candidates.of(batch)
-        logits = (some.similarities.double() @ F.softplus(raw)).masked_fill(~some.usable, -1e9)
+        logits = (some.similarities.double() @ band_weights(change)).masked_fill(~some.usable, -1e9)
         price = (logits.softmax(-1) * some.log_prices).sum(-1)
         value = loss(F.softplus(price), F.softplus(sample.log_prices[batch]))
         optimizer.zero_grad()
         torch.autograd.backward(value)
         optimizer.step()
-    weights: np.ndarray = F.softplus(raw.detach()).float().cpu().numpy()
+    weights: np.ndarray = band_weights(change.detach()).float().cpu().numpy()
     return weights
 
 

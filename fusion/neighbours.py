@@ -49,6 +49,14 @@ def bands_of(dims: Mapping[str, int]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
 
+def band_weights(change: Tensor) -> Tensor:
+    """[S] float64 weights of the bands, from what was learned [S], zeros before any is.
+
+    Learned are small changes, which float32 tells apart finely, as it does not the weights themselves.
+    """
+    return F.softplus(math.log(math.expm1(FIRST_WEIGHT)) + change.double())
+
+
 @dataclass(frozen=True)
 class Candidates:
     """The rows of a memory that are most like each of B rows.
@@ -249,14 +257,10 @@ class Neighbours(nn.Module):
             log_price = (weights * (candidates.log_prices - median)).sum(-1) + median
             return self._neighbourhood(candidates, logits, weights, log_price, median)
 
-    def _band_weights(self) -> Tensor:
-        """[S] float64: the learned changes are small numbers, which float32 tells apart finely; their sum is not."""
-        return F.softplus(math.log(math.expm1(FIRST_WEIGHT)) + self.change.double())
-
     def _logits(self, similarities: Tensor) -> Tensor:
         """[B, K] from similarities [B, K, S]."""
         corrected = self.correction(SIMILARITY_SCALE * similarities).squeeze(-1)
-        logits: Tensor = similarities.double() @ self._band_weights() + CORRECTION_SCALE * corrected
+        logits: Tensor = similarities.double() @ band_weights(self.change) + CORRECTION_SCALE * corrected
         return logits
 
     def _neighbourhood(
@@ -264,7 +268,7 @@ class Neighbours(nn.Module):
     ) -> Neighbourhood:
         known, price = weights.detach(), log_price.detach()
         variance = (known * (candidates.log_prices - price.unsqueeze(-1)).square()).sum(-1)
-        closeness = logits.detach().logsumexp(-1) / self._band_weights().detach().sum()
+        closeness = logits.detach().logsumexp(-1) / band_weights(self.change.detach()).sum()
         n_effective = 1 / known.square().sum(-1).clamp_min(1e-6)
         facts = [price - median, variance.sqrt(), SIMILARITY_SCALE * closeness.clamp(-1, 1), n_effective.log()]
         mean = torch.einsum("bk,bks->bs", known.to(candidates.similarities), candidates.similarities)

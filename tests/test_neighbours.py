@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusion import neighbours
-from fusion.neighbours import Candidates, CandidateTable, Memory, Neighbours, bands_of, largest
+from fusion.neighbours import Candidates, CandidateTable, Memory, Neighbours, band_weights, bands_of, largest
 
 DIMS = {"image": 40, "text": 9}
 WEIGHTS = torch.tensor([3.0, 1.0, 0.5, 2.0, 4.0])
@@ -148,7 +148,7 @@ def test_the_price_is_the_mean_that_the_softmax_weighs() -> None:
     usable[1, 3:], usable[2] = False, False
     found = model(known, usable, torch.tensor(2.0))
     with torch.no_grad():
-        logits = (known.similarities * model._band_weights().float()).sum(2)
+        logits = (known.similarities * band_weights(model.change).float()).sum(2)
         logits += 10 * model.correction(4 * known.similarities).squeeze(2)
     for row in (0, 1, 3):
         weights = np.exp(logits[row][usable[row]].double().numpy())

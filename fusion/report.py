@@ -9,11 +9,10 @@ import math
 import sys
 
 import pandas as pd
-from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from fusion import terminal
 from fusion.errors import visible
 from fusion.metrics import readable
 
@@ -73,24 +72,26 @@ def show(
 
 def _groups(groups: pd.DataFrame, width: int, note: str) -> Table:
     shown = list(HEADINGS)[: 5 if width < 90 else 9 if width < 125 else None]
-    table = _table(f"Validation rows{note}. SMAPE and MAPE in %, R2 a number, the rest in $")
+    table = terminal.table(f"Validation rows{note}. SMAPE and MAPE in %, R2 a number, the rest in $")
     table.add_column("group", no_wrap=True, max_width=TEXT_WIDTH)
     for name in shown:
         table.add_column(HEADINGS[name], justify="right", no_wrap=True)
     for by, part in groups.groupby("by", sort=False):
         if by != "overall":
             table.add_section()
-            _add(table, f"by {by}", style="bold")
+            terminal.add(table, f"by {by}", style="bold")
         for row in part.to_dict("records"):
             row["interval"] = f"{_number(row['smape_low'])} - {_number(row['smape_high'])}"
             row["share"] = f"{row['share']:.1%}"
-            _add(table, str(row["group"]), *(_number(row[name]) for name in shown))
+            terminal.add(table, str(row["group"]), *(_number(row[name]) for name in shown))
     return table
 
 
 def _coverage(coverage: pd.DataFrame) -> Table:
     covered = [str(name) for name in coverage if str(name).startswith("covered_")]
-    table = _table("Intervals: share of the true prices inside, and the factor from the price to a bound of 90%")
+    table = terminal.table(
+        "Intervals: share of the true prices inside, and the factor from the price to a bound of 90%"
+    )
     table.add_column("group", no_wrap=True, max_width=TEXT_WIDTH)
     shares = [f"{name.removeprefix('covered_')}%" for name in covered]
     for heading in ("rows", *shares, "s.e. of 90%", "factor"):
@@ -98,10 +99,10 @@ def _coverage(coverage: pd.DataFrame) -> Table:
     for by, part in coverage.groupby("by", sort=False):
         if by != "overall":
             table.add_section()
-            _add(table, f"by {by}", style="bold")
+            terminal.add(table, f"by {by}", style="bold")
         for row in part.to_dict("records"):
             percents = [f"{row[name]:.1%}" for name in (*covered, "error")]
-            _add(table, str(row["group"]), str(row["count"]), *percents, readable(row["factor_90"]))
+            terminal.add(table, str(row["group"]), str(row["count"]), *percents, readable(row["factor_90"]))
     return table
 
 
@@ -113,26 +114,16 @@ def _plain(title: str, frame: pd.DataFrame, width: int) -> Table:
     share = min(TEXT_WIDTH, (width - 1 - taken) // max(1, len(texts)) - BETWEEN)
     if share < LEAST_TEXT:
         cells = {column: values for column, values in cells.items() if column not in texts}
-    table = _table(title)
+    table = terminal.table(title)
     for column in cells:
         number = pd.api.types.is_numeric_dtype(frame[column])
         largest = share if column in texts else None
-        table.add_column(_text(str(column)), justify="right" if number else "left", no_wrap=True, max_width=largest)
+        table.add_column(
+            terminal.text(str(column)), justify="right" if number else "left", no_wrap=True, max_width=largest
+        )
     for row in zip(*cells.values(), strict=True):
-        _add(table, *row)
+        terminal.add(table, *row)
     return table
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
-
-
-def _add(table: Table, *cells: str, style: str | None = None) -> None:
-    table.add_row(*map(_text, cells), style=style)
-
-
-def _text(text: str) -> Text:
-    return Text(visible(text))
 
 
 def _number(cell: object) -> str:

@@ -22,12 +22,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 try:
-    from fusion import storage
+    from fusion import storage, terminal
     from fusion.command import guarded
     from fusion.ending import tell
     from fusion.errors import ExitCode, FusionError, Parser, UsageError, visible
     from fusion.streams import unfailing
-    from jobs import tables
     from jobs.arguments import refuse_empty
     from jobs.clusters import kubernetes_settings
     from jobs.clusters.kubectl import Kubectl
@@ -135,13 +134,13 @@ def _print_table(found: Sequence[Sent], days: int) -> None:
     if not found:
         print(f"no jobs of the last {days} days")
         return
-    table = tables.table(f"Jobs of the last {days} days", "id", "state", "code", "sent (UTC)", "name", "")
+    table = terminal.table(f"Jobs of the last {days} days", "id", "state", "code", "sent (UTC)", "name", "")
     for job in found:
         code = "-" if job.code is None else str(job.code)
         # On Kubernetes the id is the name, and a table is read in one glance only where it fits.
         name = "" if job.id.endswith(f"/{job.name}") else job.name
-        tables.add(table, job.id, job.state, code, job.sent[:MINUTE].replace("T", " "), name, job.why)
-    tables.show(table)
+        terminal.add(table, job.id, job.state, code, job.sent[:MINUTE].replace("T", " "), name, job.why)
+    terminal.show(table)
 
 
 def _shown(job: Sent) -> str:

@@ -130,17 +130,12 @@ def submit(jobs: Sequence[Job], cluster: Cluster, max_requeues: int) -> list[str
         raise _refusal(str(error)) from error
     ids = [job.job_id] if len(jobs) == 1 else [f"{job.job_id}_{index}" for index in range(len(jobs))]
     for number, one in zip(ids, jobs, strict=True):
-        print(f"submitted {number} {one.name}, log: {logs(cluster, number)}", flush=True)
+        print(f"submitted {number} {one.name}, log: {log_in(cluster.folder, number)}", flush=True)
     return ids
 
 
-def logs(cluster: Cluster, job_id: str) -> Path:
-    """Log of the first node of a job; other nodes have their number in place of the 0."""
-    return log_in(cluster.folder, job_id)
-
-
 def log_in(folder: str, job_id: str) -> Path:
-    """The same for jobs whose scripts and logs are in that folder."""
+    """Log of the first node of a job sent from that folder; other nodes have their number in place of the 0."""
     return SlurmJob[None](folder, job_id).paths.stdout
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from fusion import terminal
 from fusion.errors import ExitCode, visible
-from jobs import tables
 from jobs.results.bucket import Run, Submission
 from jobs.results.compare import Comparison
 
@@ -30,14 +30,14 @@ def runs(found: Sequence[Run], output: str, *, failed: bool = False, width: int 
         return
     splits = _letters(run.split for run in shown)
     table = _runs_table(shown, splits, output, ("run", "variant", "SMAPE", "split", "started (UTC)", "state", "tries"))
-    if width is not None and tables.width(table) > width:
+    if width is not None and terminal.width(table) > width:
         table = _runs_table(shown, splits, output, ("run", "SMAPE", "split", "started (UTC)", "state", "tries"))
-    tables.show(table)
+    terminal.show(table)
     _explain(shown, len(splits), len(found) - len(shown))
 
 
 def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, columns: Sequence[str]) -> Table:
-    table = tables.table(f"Runs in {output}", *columns, numbers=NUMBERS)
+    table = terminal.table(f"Runs in {output}", *columns, numbers=NUMBERS)
     for run in shown:
         cells = {
             "run": run.run_id,
@@ -48,7 +48,7 @@ def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, co
             "state": _standing(run),
             "tries": str(run.attempts),
         }
-        tables.add(table, *(cells[column] for column in columns))
+        terminal.add(table, *(cells[column] for column in columns))
     return table
 
 
@@ -83,27 +83,27 @@ def submissions(found: Sequence[Submission], output: str) -> None:
     if not found:
         print(f"no submissions in {visible(output)}")
         return
-    table = tables.table(f"Submissions in {output}", "name", "date", "digest", "rows", "run", "", numbers=NUMBERS)
+    table = terminal.table(f"Submissions in {output}", "name", "date", "digest", "rows", "run", "", numbers=NUMBERS)
     for one in found:
         rows = "-" if one.rows is None else str(one.rows)
-        tables.add(table, one.name, one.date, one.digest, rows, one.run, "current" if one.current else "")
-    tables.show(table)
+        terminal.add(table, one.name, one.date, one.digest, rows, one.run, "current" if one.current else "")
+    terminal.show(table)
     _print_errors((f"{one.name}/{one.date}/{one.digest}", one.error) for one in found)
 
 
 def comparison(found: Comparison, output: str) -> None:
-    settings = tables.table("What differs", "", *found.runs)
+    settings = terminal.table("What differs", "", *found.runs)
     if len(set(found.variants)) > 1:
-        tables.add(settings, "variant", *found.variants)
-    tables.add(settings, "validation SMAPE", *map(_cell, found.smape), style="bold")
+        terminal.add(settings, "variant", *found.variants)
+    terminal.add(settings, "validation SMAPE", *map(_cell, found.smape), style="bold")
     for key, values in found.settings.items():
-        tables.add(settings, key, *map(_cell, values))
-    tables.show(settings)
+        terminal.add(settings, key, *map(_cell, values))
+    terminal.show(settings)
     if found.groups:
-        groups = tables.table(f"{found.metric} by group", "by", "group", *found.runs)
+        groups = terminal.table(f"{found.metric} by group", "by", "group", *found.runs)
         for (by, group), values in found.groups.items():
-            tables.add(groups, by, group, *map(_cell, values))
-        tables.show(groups)
+            terminal.add(groups, by, group, *map(_cell, values))
+        terminal.show(groups)
     for run in found.not_evaluated:
         variant = found.variants[found.runs.index(run)] or "VARIANT"
         command = f"python -m fusion.{variant}.evaluate_by_groups --output {output} --run-id {run}"

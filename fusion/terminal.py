@@ -1,4 +1,4 @@
-"""Tables on standard output, of text that a bucket or a cluster has written.
+"""Tables on standard output, of text that a user's data, a bucket or a cluster holds.
 
 It is shown, never obeyed: markup is off, and control characters are written out.
 """
@@ -20,17 +20,15 @@ MIN_WIDTH = 80  # columns for the titles, which are no part of a table's own wid
 
 def table(title: str, *headings: str, numbers: Collection[str] = ()) -> Table:
     """An empty table; the columns of `numbers` are aligned on the right."""
-    made = Table(
-        title=_text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0)
-    )
+    made = Table(title=text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
     for heading in headings:
         # Never wrapped: half of an id cannot be copied.
-        made.add_column(_text(heading), justify="right" if heading in numbers else "left", no_wrap=True)
+        made.add_column(text(heading), justify="right" if heading in numbers else "left", no_wrap=True)
     return made
 
 
 def add(to: Table, *cells: str, style: str | None = None) -> None:
-    to.add_row(*map(_text, cells), style=style)
+    to.add_row(*map(text, cells), style=style)
 
 
 def width(of: Table) -> int:
@@ -42,5 +40,5 @@ def show(made: Table) -> None:
     Console(width=max(width(made), MIN_WIDTH), highlight=False).print(made)
 
 
-def _text(text: str) -> Text:
-    return Text(visible(text))
+def text(content: str) -> Text:
+    return Text(visible(content))

@@ -17,7 +17,7 @@ from fusion import intervals, log, manifests, report, storage, submission
 from fusion.config import EvaluateConfig, RunConfig
 from fusion.contention import turns
 from fusion.distributed import World, held, world
-from fusion.embeddings import RowStore, load
+from fusion.embeddings import load
 from fusion.errors import DataError
 from fusion.features import columns_of
 from fusion.features_rows import with_features
@@ -37,7 +37,9 @@ from fusion.prediction import (
 )
 from fusion.price_model import PriceModel
 from fusion.records import SCHEMA, Intervals, MetricsManifest, seal
-from fusion.splits import part_of, read_split
+from fusion.row_store import RowStore
+from fusion.split_file import read_split
+from fusion.splits import part_of
 from fusion.tables import Table, places_of, read_table
 from fusion.validation import computed_frame
 

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from fusion.distributed import World, held
-from fusion.embeddings import RowStore, stop_if_asked
+from fusion.embeddings import stop_if_asked
 from fusion.features import Columns, Features, row_hashes
 from fusion.features_text import CHUNK_ROWS
+from fusion.row_store import RowStore
 from fusion.sharing import node_tensor
 
 COMPARED = "text_chars"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fusion.distributed import World
-from fusion.embeddings import RowStore
 from fusion.price_model import PriceModel
+from fusion.row_store import RowStore
 from fusion.tables import places_of
 
 N_BITS = 64

@@ -14,13 +14,14 @@ from torch import Tensor
 from fusion import log, manifests, memory, storage
 from fusion.config import RunConfig
 from fusion.distributed import World
-from fusion.embeddings import RowStore, stop_if_asked
+from fusion.embeddings import stop_if_asked
 from fusion.fitting import TrainingData, mixed
 from fusion.loss_functions import SMAPELoss
 from fusion.manifests import MEMORY
 from fusion.memory import Remembered, log_prices_of
 from fusion.neighbours import Candidates, CandidateTable, Memory, band_weights, bands_of
 from fusion.price_model import PriceModel
+from fusion.row_store import RowStore
 from fusion.runs import run_url
 from fusion.sharing import node_tensor
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.embeddings import Batch
+from fusion.batch import Batch
 from fusion.layers import Inputs, normal, uniform
 from fusion.neighbours import FIRST_WEIGHT, N_FACTS, Candidates, Memory, Neighbourhood, Neighbours, bands_of
 

@@ -19,7 +19,7 @@ from fusion.manifests import ENSEMBLE, MANIFEST, VALIDATION
 from fusion.records import ENSEMBLE_VARIANT, MetricsManifest, read_if_whole
 from fusion.run_summary import settings_of, variant_of
 from fusion.runs import no_run
-from fusion.splits import read_split
+from fusion.split_file import read_split
 from fusion.validation import has_validation, validation_of
 
 # Settings in which the fold runs of one recipe differ.

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fusion import log, manifests, storage, submission
 from fusion.ablation_report import show
+from fusion.batch import Batch
 from fusion.clustered import Estimate, IntArray, clustered_mean
 from fusion.coalitions import Coalitions, coalitions
 from fusion.config import AblateConfig, RunConfig
 from fusion.distributed import World, held, world
-from fusion.embeddings import Batch, load
+from fusion.embeddings import load
 from fusion.errors import DataError
 from fusion.evaluation import as_validated, is_as_trained, validation_rows
 from fusion.features import columns_of
@@ -28,7 +29,7 @@ from fusion.price_model import PriceModel
 from fusion.records import AblationRecord, Effect, SourceWorth, seal
 from fusion.run_summary import variant_of
 from fusion.runs import no_run
-from fusion.splits import read_split
+from fusion.split_file import read_split
 from fusion.tables import Table
 from fusion.variants import config_class_of, network_of
 

@@ -5,18 +5,15 @@ The split is the same for any order of the rows.
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fusion import log, storage
+from fusion import log
 from fusion.config import RunConfig
 from fusion.dates import moment, moments
 from fusion.errors import DataError
-from fusion.manifests import SPLIT
 from fusion.tables import Table
 
 N_STRATA = 10
@@ -196,30 +193,3 @@ def _check_share(validates: np.ndarray, wanted: float, sizes: np.ndarray) -> Non
     if abs(share - wanted) > MAX_DEVIATION * wanted and sizes.max() > 1:
         reason = f"rows of a group stay together, and the largest has {sizes.max()} of {len(validates)}"
         log.warning(event="uneven_split", share=share, wanted=wanted, reason=reason)
-
-
-def read_split(run: str, sha256: str = "") -> pd.DataFrame:
-    """sample_id (str), side, group and, with folds that all validate, fold of every row, as `to_parquet` wrote them.
-
-    Args:
-        sha256: of the bytes that the run was trained with; unknown if empty.
-
-    Raises:
-        DataError: there is none, or it is damaged.
-    """
-    url = storage.join(run, SPLIT)
-    content = storage.read(url)
-    remedy = "restore it, or train under another --run-id"
-    if sha256 not in ("", storage.sha256(content)):
-        raise DataError(f"{url} is not the one that the run was trained with", remedy)
-    try:
-        split = pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"})
-        return split[["sample_id", "side", "group", *(["fold"] if "fold" in split else [])]]
-    except (ValueError, OSError, KeyError) as error:  # pyarrow's errors are among them
-        raise DataError(f"{url} is damaged: {str(error).splitlines()[0]}", remedy) from error
-
-
-def to_parquet(split: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    split.to_parquet(buffer, index=False)
-    return buffer.getvalue()

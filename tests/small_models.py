@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusion.all_embeddings.config import Config as AllConfig
 from fusion.all_embeddings.model import build_network as build_all
-from fusion.embeddings import Batch
+from fusion.batch import Batch
 from fusion.neighbours import Memory, bands_of
 from fusion.prediction import make_model
 from fusion.price_model import PriceModel

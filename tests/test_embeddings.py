@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from fusion.distributed import World, world
-from fusion.embeddings import RowStore, load
+from fusion.embeddings import load
 from fusion.errors import DataError
+from fusion.row_store import RowStore
 from tests.conftest import upload
 from tests.forked import run_ranks
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusion.all_embeddings.config import Config as AllConfig
 from fusion.all_embeddings.model import build_network as build_all
-from fusion.embeddings import Batch
+from fusion.batch import Batch
 from fusion.layers import Attention, Branch, ConcatNetwork, RowDropout, random_rows
 from fusion.price_model import PriceModel
 from fusion.qwen_clip.config import Config as PairConfig

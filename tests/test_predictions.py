@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusion import manifests, pointers, prediction, predictions, submission
 from fusion.all_embeddings import predict_test, train
-from fusion.embeddings import Batch
+from fusion.batch import Batch
 from fusion.parts import Compute
 from fusion.price_model import PriceModel
 from fusion.records import SubmissionPointer

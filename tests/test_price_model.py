@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusion.embeddings import Batch
+from fusion.batch import Batch
 from fusion.layers import ConcatNetwork
 from fusion.loss_functions import LOSSES, get_loss_function
 from fusion.metrics import compute_smape

@@ -12,8 +12,9 @@ import pandas as pd
 from fusion.config import RunConfig, digest
 from fusion.distributed import world
 from fusion.duplicates import TEXT_COLUMN, near_duplicate_groups
-from fusion.embeddings import RowStore, load
+from fusion.embeddings import load
 from fusion.errors import ConfigError
+from fusion.row_store import RowStore
 from fusion.splits import split_rows
 from fusion.tables import Table, read_table
 

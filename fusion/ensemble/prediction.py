@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fusion import guards, log, manifests, records, runs, storage, submission
+from fusion.batch import Batch
 from fusion.best_run import pointed_to, run_of
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.distributed import World, held, world
-from fusion.embeddings import Batch, RowStore, load
+from fusion.embeddings import load
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
 from fusion.features import Features, columns_of
 from fusion.features_rows import compared, with_features
@@ -26,6 +27,7 @@ from fusion.prediction import check_dims, features_of, load_model, parts_folder,
 from fusion.price_model import PriceModel
 from fusion.provenance import ENSEMBLE_CODE, code_digest
 from fusion.records import ENSEMBLE_VARIANT, EnsembleMember, EnsembleRecord, Intervals, RunFacts
+from fusion.row_store import RowStore
 from fusion.tables import Table, read_table
 from fusion.unchanged import republish
 from fusion.variants import config_class_of, network_of

@@ -15,8 +15,8 @@ import torch
 
 from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
-from fusion.batch import Batch
-from fusion.neighbours import Memory, bands_of, largest
+from fusion.nn.batch import Batch
+from fusion.nn.neighbours import Memory, bands_of, largest
 from fusion.parts import CHUNK
 from fusion.prediction import make_model
 

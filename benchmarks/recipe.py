@@ -26,8 +26,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fusion.clustered import Estimate, clustered_mean
 from fusion.fitting import Beat, Fit
 from fusion.metrics import row_smape
+from fusion.nn.price_model import PriceModel
 from fusion.parts import Arrays
-from fusion.price_model import PriceModel
 from fusion.scored import find_run, scored, shared
 
 DEFAULT = "the default"
@@ -88,7 +88,7 @@ def _unit_vector(_: PriceModel, role: str, x: Tensor) -> Tensor:
 # neighbours of its own for its price to start from.
 IN_CODE: dict[str, tuple[str, Any]] = {
     "average of weights": ("fusion.training.Fit", _Averaged),
-    "unit vectors": ("fusion.price_model.PriceModel.standardised_role", _unit_vector),
+    "unit vectors": ("fusion.nn.price_model.PriceModel.standardised_role", _unit_vector),
 }
 
 

@@ -22,6 +22,7 @@ from fusion.errors import DataError
 from fusion.features import columns_of
 from fusion.features_rows import with_features
 from fusion.groups import Evaluation, evaluate
+from fusion.nn.price_model import PriceModel
 from fusion.parts import Arrays, compute_parts, discard
 from fusion.prediction import (
     BuildNetwork,
@@ -35,7 +36,6 @@ from fusion.prediction import (
     pricing,
     validation_digest,
 )
-from fusion.price_model import PriceModel
 from fusion.records import SCHEMA, Intervals, MetricsManifest, seal
 from fusion.row_store import RowStore
 from fusion.split_file import read_split

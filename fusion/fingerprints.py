@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusion.distributed import World
-from fusion.price_model import PriceModel
+from fusion.nn.price_model import PriceModel
 from fusion.row_store import RowStore
 from fusion.tables import places_of
 

@@ -23,12 +23,12 @@ from fusion.checkpoint import Snapshot, not_finite
 from fusion.config import RunConfig
 from fusion.distributed import World
 from fusion.errors import DivergedError
-from fusion.layers import random_rows
 from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape
+from fusion.nn.layers import random_rows
+from fusion.nn.price_model import PriceModel
 from fusion.parts import Arrays, with_beats
 from fusion.prediction import predict_rows, pricing
-from fusion.price_model import PriceModel
 from fusion.row_store import RowStore
 from fusion.validation import validation_frame
 

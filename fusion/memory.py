@@ -20,7 +20,7 @@ from torch import Tensor
 from fusion import storage
 from fusion.errors import DataError
 from fusion.manifests import MEMORY
-from fusion.neighbours import Memory, bands_of
+from fusion.nn.neighbours import Memory, bands_of
 
 _COMPONENTS = "components."
 _ROWS = {"keys": np.float16, "folds": np.int64, "groups": np.int64}

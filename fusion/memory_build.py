@@ -19,8 +19,8 @@ from fusion.fitting import TrainingData, mixed
 from fusion.loss_functions import SMAPELoss
 from fusion.manifests import MEMORY
 from fusion.memory import Remembered, log_prices_of
-from fusion.neighbours import Candidates, CandidateTable, Memory, band_weights, bands_of
-from fusion.price_model import PriceModel
+from fusion.nn.neighbours import Candidates, CandidateTable, Memory, band_weights, bands_of
+from fusion.nn.price_model import PriceModel
 from fusion.row_store import RowStore
 from fusion.runs import run_url
 from fusion.sharing import node_tensor

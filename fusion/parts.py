@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fusion import log, stopping, storage
-from fusion.batch import Batch
 from fusion.distributed import STALL_TIMEOUT, World
 from fusion.errors import DataError, FusionError, StopRequested
+from fusion.nn.batch import Batch
 from fusion.row_store import RowStore
 from fusion.watchdog import watched
 

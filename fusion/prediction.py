@@ -21,8 +21,8 @@ from fusion.fingerprints import Look, look, to_parquet
 from fusion.inputs import find_inputs, find_table
 from fusion.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
 from fusion.metrics import bootstrap_interval, row_smape
+from fusion.nn.price_model import Options, PriceModel, network_dims
 from fusion.parts import Arrays, Compute, compute_parts, compute_rows, discard
-from fusion.price_model import Options, PriceModel, network_dims
 from fusion.records import Intervals
 from fusion.row_store import RowStore
 from fusion.tables import Table, read_table

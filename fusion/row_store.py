@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fusion.batch import Batch
-from fusion.neighbours import CandidateTable
+from fusion.nn.batch import Batch
+from fusion.nn.neighbours import CandidateTable
 
 DIGEST_ROWS = 4096  # rows brought to float32 at a time
 

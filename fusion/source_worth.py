@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fusion import log, manifests, storage, submission
 from fusion.ablation_report import show
-from fusion.batch import Batch
 from fusion.clustered import Estimate, IntArray, clustered_mean
 from fusion.coalitions import Coalitions, coalitions
 from fusion.config import AblateConfig, RunConfig
@@ -23,9 +22,10 @@ from fusion.features import columns_of
 from fusion.features_rows import with_features
 from fusion.manifests import ABLATION
 from fusion.metrics import FloatArray, row_smape
+from fusion.nn.batch import Batch
+from fusion.nn.price_model import PriceModel
 from fusion.parts import Compute, compute_parts, discard
 from fusion.prediction import check_dims, features_of, load_model, open_run, parts_folder, pricing
-from fusion.price_model import PriceModel
 from fusion.records import AblationRecord, Effect, SourceWorth, seal
 from fusion.run_summary import variant_of
 from fusion.runs import no_run

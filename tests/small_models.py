@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fusion.all_embeddings.config import Config as AllConfig
 from fusion.all_embeddings.model import build_network as build_all
-from fusion.batch import Batch
-from fusion.neighbours import Memory, bands_of
+from fusion.nn.batch import Batch
+from fusion.nn.neighbours import Memory, bands_of
+from fusion.nn.price_model import PriceModel
 from fusion.prediction import make_model
-from fusion.price_model import PriceModel
 from fusion.qwen_clip.config import Config as PairConfig
 from fusion.qwen_clip.model import build_network as build_pair
 

@@ -10,8 +10,8 @@ import torch
 from fusion import fingerprints
 from fusion.distributed import World
 from fusion.fingerprints import Comparison, agreements, agreements_with_chance, compared, look, to_parquet
-from fusion.layers import ConcatNetwork
-from fusion.price_model import PriceModel
+from fusion.nn.layers import ConcatNetwork
+from fusion.nn.price_model import PriceModel
 from fusion.row_store import RowStore
 
 DIMS = {"image": 40, "text": 24}

@@ -12,7 +12,7 @@ import torch
 from fusion import memory, storage
 from fusion.errors import DataError
 from fusion.memory import Remembered, from_bytes, log_prices_of, read, to_bytes
-from fusion.neighbours import Memory, bands_of
+from fusion.nn.neighbours import Memory, bands_of
 
 N_ROWS = 7
 

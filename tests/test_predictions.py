@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fusion import manifests, pointers, prediction, predictions, submission
 from fusion.all_embeddings import predict_test, train
-from fusion.batch import Batch
+from fusion.nn.batch import Batch
+from fusion.nn.price_model import PriceModel
 from fusion.parts import Compute
-from fusion.price_model import PriceModel
 from fusion.records import SubmissionPointer
 from fusion.submission import plain
 from fusion.verify import verify

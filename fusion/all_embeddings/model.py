@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.all_embeddings.config import Config
-from fusion.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOfExperts
+from fusion.nn.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOfExperts
 
 IMAGES = ("clip_image", "siglip_image")
 N_TOKENS = 2

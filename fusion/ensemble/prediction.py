@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fusion import guards, log, manifests, records, runs, storage, submission
-from fusion.batch import Batch
 from fusion.best_run import pointed_to, run_of
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.distributed import World, held, world
@@ -22,9 +21,10 @@ from fusion.fingerprints import Look, look
 from fusion.flags import from_json
 from fusion.inputs import Inputs, find_inputs, find_table, table_sha256
 from fusion.manifests import ENSEMBLE, INTERVALS
+from fusion.nn.batch import Batch
+from fusion.nn.price_model import PriceModel
 from fusion.parts import Compute, compute_parts, discard
 from fusion.prediction import check_dims, features_of, load_model, parts_folder, pricing, publish_prices
-from fusion.price_model import PriceModel
 from fusion.provenance import ENSEMBLE_CODE, code_digest
 from fusion.records import ENSEMBLE_VARIANT, EnsembleMember, EnsembleRecord, Intervals, RunFacts
 from fusion.row_store import RowStore

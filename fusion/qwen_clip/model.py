@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fusion.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOfExperts
+from fusion.nn.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOfExperts
 from fusion.qwen_clip.config import Config
 
 IMAGE = "clip_image"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusion.batch import Batch
-from fusion.layers import ConcatNetwork
 from fusion.loss_functions import LOSSES, get_loss_function
 from fusion.metrics import compute_smape
-from fusion.price_model import PriceModel
+from fusion.nn.batch import Batch
+from fusion.nn.layers import ConcatNetwork
+from fusion.nn.price_model import PriceModel
 
 DIM = 4
 ROWS = 400

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fusion.neighbours import Candidates
+from fusion.nn.neighbours import Candidates
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fusion.all_embeddings.config import Config as AllConfig
 from fusion.all_embeddings.model import build_network as build_all
-from fusion.batch import Batch
-from fusion.layers import Attention, Branch, ConcatNetwork, RowDropout, random_rows
-from fusion.price_model import PriceModel
+from fusion.nn.batch import Batch
+from fusion.nn.layers import Attention, Branch, ConcatNetwork, RowDropout, random_rows
+from fusion.nn.price_model import PriceModel
 from fusion.qwen_clip.config import Config as PairConfig
 from fusion.qwen_clip.model import build_network as build_pair
 from tests.small_models import BEST, PUBLISHED, batch_for, build, some_without_neighbours, take, target

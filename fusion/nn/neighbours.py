@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.layers import uniform
+from fusion.nn.layers import uniform
 
 BAND_EDGES = (8, 32, 96, 192)  # components between the bands of a role; the last band ends where its components end
 FIRST_WEIGHT = 6.0  # of every band, before any is learned

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion import neighbours
-from fusion.neighbours import Candidates, CandidateTable, Memory, Neighbours, band_weights, bands_of, largest
+from fusion.nn import neighbours
+from fusion.nn.neighbours import Candidates, CandidateTable, Memory, Neighbours, band_weights, bands_of, largest
 
 DIMS = {"image": 40, "text": 9}
 WEIGHTS = torch.tensor([3.0, 1.0, 0.5, 2.0, 4.0])

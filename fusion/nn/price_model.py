@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.batch import Batch
-from fusion.layers import Inputs, normal, uniform
-from fusion.neighbours import FIRST_WEIGHT, N_FACTS, Candidates, Memory, Neighbourhood, Neighbours, bands_of
+from fusion.nn.batch import Batch
+from fusion.nn.layers import Inputs, normal, uniform
+from fusion.nn.neighbours import FIRST_WEIGHT, N_FACTS, Candidates, Memory, Neighbourhood, Neighbours, bands_of
 
 # A prediction may leave the range of the training prices by this factor, and is bounded there: what lies further out is
 # an extrapolation that no training row supports. A catalog rarely changes by more between two trainings.

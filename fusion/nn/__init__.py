@@ -1,0 +1,1 @@
+"""The networks: layers, the price model around them, and its labelled neighbours."""

@@ -21,10 +21,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from fusion import storage
+from fusion.data.embeddings import load
+from fusion.data.tables import read_table
 from fusion.distributed import world
-from fusion.embeddings import load
 from fusion.metrics import bootstrap_interval, row_smape
-from fusion.tables import read_table
 
 CLOSE = (0.8, 0.9, 0.95)
 

@@ -22,7 +22,7 @@ READ = """
 import sys, time
 import pandas as pd
 from fusion.distributed import world
-from fusion.embeddings import load
+from fusion.data.embeddings import load
 
 def peak():
     status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's

@@ -16,8 +16,11 @@ from torch import Tensor
 from fusion import intervals, log, manifests, report, storage, submission
 from fusion.config import EvaluateConfig, RunConfig
 from fusion.contention import turns
+from fusion.data.embeddings import load
+from fusion.data.row_store import RowStore
+from fusion.data.splits import part_of
+from fusion.data.tables import Table, places_of, read_table
 from fusion.distributed import World, held, world
-from fusion.embeddings import load
 from fusion.errors import DataError
 from fusion.features import columns_of
 from fusion.features_rows import with_features
@@ -37,10 +40,7 @@ from fusion.prediction import (
     validation_digest,
 )
 from fusion.records import SCHEMA, Intervals, MetricsManifest, seal
-from fusion.row_store import RowStore
 from fusion.split_file import read_split
-from fusion.splits import part_of
-from fusion.tables import Table, places_of, read_table
 from fusion.validation import computed_frame
 
 COMPARABLES = ("comparable_ids", "comparable_prices", "comparable_weights")  # the products that a price leans on

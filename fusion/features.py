@@ -21,14 +21,14 @@ from safetensors.numpy import load, save
 
 from fusion import features_columns, features_numbers, features_text, log, storage
 from fusion.config import RunConfig
-from fusion.duplicates import TEXT_COLUMN
+from fusion.data.duplicates import TEXT_COLUMN
+from fusion.data.tables import Table
+from fusion.data.text_hashes import as_texts, mixed, text_hashes
 from fusion.errors import DataError
 from fusion.features_columns import COLUMNS, Column
 from fusion.features_terms import KINDS
 from fusion.features_text import Space, shortened
 from fusion.manifests import FEATURES
-from fusion.tables import Table
-from fusion.text_hashes import as_texts, mixed, text_hashes
 
 # Of a chunk of rows or of all: column to [n] large_string without nulls.
 Columns = Mapping[str, pa.Array]

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from fusion.data.embeddings import stop_if_asked
+from fusion.data.row_store import RowStore
+from fusion.data.shared_memory import node_tensor
 from fusion.distributed import World, held
-from fusion.embeddings import stop_if_asked
 from fusion.features import Columns, Features, row_hashes
 from fusion.features_text import CHUNK_ROWS
-from fusion.row_store import RowStore
-from fusion.sharing import node_tensor
 
 COMPARED = "text_chars"
 

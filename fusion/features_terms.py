@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import sparse
 
-from fusion.text_hashes import mixed, text_hashes
+from fusion.data.text_hashes import mixed, text_hashes
 
 _BETWEEN_WORDS = r"[^\pL\pN]+"
 _FIELD = r"^\s*(?P<label>[^:]{1,40}?)\s*:\s*(?P<value>\S.{0,59}?)\s*$"  # longer values are sentences, not properties

@@ -17,10 +17,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fusion.data.row_store import RowStore
+from fusion.data.tables import places_of
 from fusion.distributed import World
 from fusion.nn.price_model import PriceModel
-from fusion.row_store import RowStore
-from fusion.tables import places_of
 
 N_BITS = 64
 CHUNK = 1024  # rows standardised at a time

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fusion.checkpoint import Snapshot, not_finite
 from fusion.config import RunConfig
+from fusion.data.row_store import RowStore
 from fusion.distributed import World
 from fusion.errors import DivergedError
 from fusion.loss_functions import get_loss_function
@@ -29,7 +30,6 @@ from fusion.nn.layers import random_rows
 from fusion.nn.price_model import PriceModel
 from fusion.parts import Arrays, with_beats
 from fusion.prediction import predict_rows, pricing
-from fusion.row_store import RowStore
 from fusion.validation import validation_frame
 
 AGREE_STEPS = 10  # steps between two moments at which the ranks add up their losses and may stop or save

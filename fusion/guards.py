@@ -16,12 +16,12 @@ import pandas as pd
 
 from fusion import log, records, storage
 from fusion.config import PredictConfig
+from fusion.data.tables import places_of
 from fusion.errors import DataError
 from fusion.fingerprints import Look, agreements_with_chance, compared
 from fusion.metrics import compute_smape, readable
 from fusion.records import Night, RunFacts
 from fusion.submission import Last, Origin
-from fusion.tables import places_of
 
 # Fewer rows than this have no distribution worth the name: means of 50 rows are off by 0.14 deviations by chance alone.
 MIN_ROWS = 50

@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 
 from fusion.config import RunConfig
+from fusion.data.tables import Table
 from fusion.manifests import INTERVALS, Checkpoint, read_file
 from fusion.records import SCHEMA, IntervalBin, Intervals, parse
-from fusion.tables import Table
 
 LEVELS = (80, 90, 95)  # percent
 LEAST_ROWS = 100  # of a bin: the coverage of 90% is then off by 3 points (one standard error) by chance

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from fusion import log, manifests, memory, storage
 from fusion.config import RunConfig
+from fusion.data.embeddings import stop_if_asked
+from fusion.data.row_store import RowStore
+from fusion.data.shared_memory import node_tensor
 from fusion.distributed import World
-from fusion.embeddings import stop_if_asked
 from fusion.fitting import TrainingData, mixed
 from fusion.loss_functions import SMAPELoss
 from fusion.manifests import MEMORY
 from fusion.memory import Remembered, log_prices_of
 from fusion.nn.neighbours import Candidates, CandidateTable, Memory, band_weights, bands_of
 from fusion.nn.price_model import PriceModel
-from fusion.row_store import RowStore
 from fusion.runs import run_url
-from fusion.sharing import node_tensor
 
 CHUNK = 1024  # rows whose neighbours are looked for at a time
 SAMPLE = 20_000  # rows that components are made of, at most

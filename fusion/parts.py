@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fusion import log, stopping, storage
+from fusion.data.row_store import RowStore
 from fusion.distributed import STALL_TIMEOUT, World
 from fusion.errors import DataError, FusionError, StopRequested
 from fusion.nn.batch import Batch
-from fusion.row_store import RowStore
 from fusion.watchdog import watched
 
 Compute = Callable[[Batch], Mapping[str, Tensor]]  # from B rows to {name: [B, …]}

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from fusion import checkpoint, guards, intervals, log, manifests, memory, predictions, runs, storage, submission
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig, digest
+from fusion.data.embeddings import load
+from fusion.data.inputs import find_inputs, find_table
+from fusion.data.row_store import RowStore
+from fusion.data.tables import Table, read_table
 from fusion.distributed import World, held, world
-from fusion.embeddings import load
 from fusion.errors import DataError, DivergedError, UnreachableError
 from fusion.features import Features, columns_of, has_features, read_features
 from fusion.features_rows import compared, with_features
 from fusion.fingerprints import Look, look, to_parquet
-from fusion.inputs import find_inputs, find_table
 from fusion.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.nn.price_model import Options, PriceModel, network_dims
 from fusion.parts import Arrays, Compute, compute_parts, compute_rows, discard
 from fusion.records import Intervals
-from fusion.row_store import RowStore
-from fusion.tables import Table, read_table
 from fusion.unchanged import republish
 from fusion.validation import computed_frame
 

@@ -42,8 +42,9 @@ def code_digest(root: str = "prediction") -> str:
     waiting, found = [root, *map(str, models)], dict[str, str]()
     while waiting:
         name = waiting.pop()
-        path = PACKAGE / f"{name}.py"
-        if name in found or not path.exists():
+        paths = (PACKAGE / f"{name}.py", PACKAGE / name / "__init__.py")
+        path = next((path for path in paths if path.exists()), None)
+        if name in found or path is None:
             continue
         source = path.read_text()
         found[name] = storage.sha256(code_of(source).encode())

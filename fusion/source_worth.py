@@ -14,8 +14,9 @@ from fusion.ablation_report import show
 from fusion.clustered import Estimate, IntArray, clustered_mean
 from fusion.coalitions import Coalitions, coalitions
 from fusion.config import AblateConfig, RunConfig
+from fusion.data.embeddings import load
+from fusion.data.tables import Table
 from fusion.distributed import World, held, world
-from fusion.embeddings import load
 from fusion.errors import DataError
 from fusion.evaluation import as_validated, is_as_trained, validation_rows
 from fusion.features import columns_of
@@ -30,7 +31,6 @@ from fusion.records import AblationRecord, Effect, SourceWorth, seal
 from fusion.run_summary import variant_of
 from fusion.runs import no_run
 from fusion.split_file import read_split
-from fusion.tables import Table
 from fusion.variants import config_class_of, network_of
 
 DIGITS = 6  # after the point, of a SMAPE in %

@@ -1,4 +1,4 @@
-"""`split.parquet` of a run: which of its rows trained and which validate, as `fusion.splits` decided."""
+"""`split.parquet` of a run: which of its rows trained and which validate, as `fusion.data.splits` decided."""
 
 from __future__ import annotations
 

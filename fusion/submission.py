@@ -16,8 +16,8 @@ import pandas as pd
 
 from fusion import log, manifests, pointers, records, storage
 from fusion.config import PredictConfig, RunConfig, digest
+from fusion.data.inputs import Inputs, find_inputs, table_sha256
 from fusion.errors import DivergedError
-from fusion.inputs import Inputs, find_inputs, table_sha256
 from fusion.manifests import FINGERPRINTS, INTERVALS, MANIFEST, SUBMISSION
 from fusion.provenance import code_digest
 from fusion.records import SCHEMA, Night, SubmissionManifest, SubmissionPointer, seal

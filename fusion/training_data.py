@@ -12,9 +12,12 @@ from torch import Tensor
 
 from fusion import log, manifests, storage
 from fusion.config import RunConfig, digest
+from fusion.data.duplicates import compared_columns, near_duplicate_groups
+from fusion.data.embeddings import load, stop_if_asked
+from fusion.data.row_store import RowStore
+from fusion.data.splits import part_of, split_rows
+from fusion.data.tables import Table, read_table, warn_of_poor_prices
 from fusion.distributed import World, held
-from fusion.duplicates import compared_columns, near_duplicate_groups
-from fusion.embeddings import load, stop_if_asked
 from fusion.errors import DataError
 from fusion.features import (
     Columns,
@@ -31,11 +34,8 @@ from fusion.features_rows import with_features
 from fusion.fitting import TrainingData
 from fusion.intervals import category_column, category_of
 from fusion.manifests import SPLIT
-from fusion.row_store import RowStore
 from fusion.runs import describe_run, run_url
 from fusion.split_file import read_split, to_parquet
-from fusion.splits import part_of, split_rows
-from fusion.tables import Table, read_table, warn_of_poor_prices
 
 # Times the median price. Catalogs from screws to machines stay within it; 99999999 and 1e308 do not.
 EXTREME_PRICE = 1e6

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from fusion import best_run, log, pointers, records, storage, submission
 from fusion.config import PredictConfig, RunConfig
+from fusion.data.inputs import find_inputs
 from fusion.errors import DataError
-from fusion.inputs import find_inputs
 from fusion.manifests import MANIFEST, SUBMISSION
 from fusion.provenance import code_digest
 from fusion.records import SubmissionManifest, SubmissionPointer, seal

@@ -74,7 +74,7 @@ def _check_validation(report: Report, record: EnsembleRecord, content: bytes) ->
     import pandas as pd
     from pyarrow import ArrowException
 
-    from fusion.tables import Table
+    from fusion.data.tables import Table
 
     try:
         rows = pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"}).set_index("sample_id")

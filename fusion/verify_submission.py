@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fusion import storage
+from fusion.data.inputs import find_table, table_sha256
 from fusion.errors import CredentialsError, DataError
 from fusion.findings import Report, check_files, check_once, first_line, parsed, some
-from fusion.inputs import find_table, table_sha256
 from fusion.manifests import ENSEMBLE, MANIFEST, MODEL, PREDICTIONS, SUBMISSION
 from fusion.records import CheckpointManifest, DataOfRun, EnsembleRecord, SubmissionManifest, read_required
 from fusion.submission import plain
@@ -114,7 +114,7 @@ def _is_price(text: str) -> bool:
 
 def _compare_ids(report: Report, ids: list[str], manifest: SubmissionManifest, data: str | None) -> None:
     """Compares with the ids of the `test.csv` it was made from, or of the one in `data`, in their order."""
-    from fusion.tables import read_table
+    from fusion.data.tables import read_table
 
     try:
         where = data or manifest.data or _data_of(manifest.run)

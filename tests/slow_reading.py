@@ -8,7 +8,7 @@ import time
 from importlib import import_module
 from typing import Any
 
-from fusion import source_file
+from fusion.data import source_file
 
 vectors = source_file._vectors
 begun: list[str] = []

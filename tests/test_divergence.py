@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fusion import checkpoint, fitting, manifests, storage
 from fusion.all_embeddings import train
+from fusion.data.tables import Table
 from fusion.fitting import Fit
 from fusion.records import CheckpointManifest
-from fusion.tables import Table
 from fusion.training_data import warn_of_extreme_prices
 from tests.conftest import SMALL
 

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from fusion import groups, pointers, report, stopping, storage
+from fusion.data.tables import Table
 from fusion.errors import StopRequested, UnreachableError
 from fusion.evaluation import _columns_of_report, _predictions, _replace, _show, _summary
 from fusion.groups import BIN_NAMES, RANGE_NAMES, Evaluation, evaluate, price_bins
@@ -19,7 +20,6 @@ from fusion.manifests import Checkpoint
 from fusion.metrics import bootstrap_interval, compute_metrics, row_smape
 from fusion.records import RunPointer
 from fusion.runs import take_lease
-from fusion.tables import Table
 
 
 def rows(prices: list[float] | np.ndarray, **columns: object) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from fusion import features_columns, features_numbers, features_text, manifests,
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
+from fusion.data.tables import Table, read_table
 from fusion.demo_catalog import generate
 from fusion.errors import ConfigError, DataError
 from fusion.features import (
@@ -34,7 +35,6 @@ from fusion.features_terms import KINDS, Terms, chars, fields, words
 from fusion.flags import parse
 from fusion.metrics import compute_smape
 from fusion.records import RunPointer
-from fusion.tables import Table, read_table
 from tests.conftest import DIMS, SMALL, run_command
 
 TEXTS = [

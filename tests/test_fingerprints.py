@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fusion import fingerprints
+from fusion.data.row_store import RowStore
 from fusion.distributed import World
 from fusion.fingerprints import Comparison, agreements, agreements_with_chance, compared, look, to_parquet
 from fusion.nn.layers import ConcatNetwork
 from fusion.nn.price_model import PriceModel
-from fusion.row_store import RowStore
 
 DIMS = {"image": 40, "text": 24}
 N = 400

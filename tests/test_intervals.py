@@ -16,6 +16,7 @@ from scipy.stats import beta, norm
 
 from fusion import manifests, storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.data.tables import read_table
 from fusion.errors import DataError
 from fusion.intervals import (
     LEVELS,
@@ -30,7 +31,6 @@ from fusion.intervals import (
     tier_names,
 )
 from fusion.records import Intervals, parse, seal
-from fusion.tables import read_table
 from fusion.validation import validation_of
 from fusion.verify import verify
 from tests.conftest import SMALL

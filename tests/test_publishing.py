@@ -14,11 +14,11 @@ from fusion import pointers, storage, submission
 from fusion.all_embeddings import train
 from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
+from fusion.data.tables import read_table
 from fusion.errors import DataError
 from fusion.manifests import SUBMISSION
 from fusion.records import SubmissionPointer
 from fusion.runs import open_run
-from fusion.tables import read_table
 from fusion.verify import verify
 from tests.conftest import SMALL
 

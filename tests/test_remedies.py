@@ -52,8 +52,8 @@ PRINTED_BY = {
     "fusion/convert.py": ("convert",),
     "fusion/demo.py": ("demo",),
     "fusion/distributed.py": RUNS,
-    "fusion/duplicates.py": ("train",),
-    "fusion/embeddings.py": ("train", "predict"),
+    "fusion/data/duplicates.py": ("train",),
+    "fusion/data/embeddings.py": ("train", "predict"),
     "fusion/ensemble/__main__.py:_other_rows": ("train",),
     "fusion/ensemble/__main__.py:_warn_of_several_data": ("predict",),
     "fusion/ensemble/__main__.py": ("ensemble",),
@@ -68,8 +68,8 @@ PRINTED_BY = {
     "fusion/fitting.py": ("train",),
     "fusion/flags.py": RUNS,
     "fusion/guards.py": ("predict",),
-    "fusion/inputs.py:_no_table": (*RUNS, "doctor"),
-    "fusion/inputs.py:_no_source": ("train", "doctor"),
+    "fusion/data/inputs.py:_no_table": (*RUNS, "doctor"),
+    "fusion/data/inputs.py:_no_source": ("train", "doctor"),
     "fusion/launch.py": ("launch",),
     "fusion/manifests.py": ("evaluate", "predict"),
     "fusion/meeting.py": ("launch",),
@@ -83,9 +83,9 @@ PRINTED_BY = {
     "fusion/runs.py:no_run": ("pull",),  # in a command that it names
     "fusion/runs.py:open_run": ("evaluate", "predict"),
     "fusion/runs.py:data_of": ("evaluate", "predict"),
-    "fusion/source_rows.py": ("train", "predict"),
+    "fusion/data/source_rows.py": ("train", "predict"),
     "fusion/source_worth.py": ("ablate",),
-    "fusion/splits.py": ("train",),
+    "fusion/data/splits.py": ("train",),
     "fusion/submission.py": ("predict",),
     "fusion/saver.py": ("train",),
     "fusion/training.py": ("train",),
@@ -113,7 +113,7 @@ PRINTED_BY = {
     "jobs/submit.py": ("submit",),
 }
 # Of git, docker and kubectl; and of the training whose flags follow the `--` of a submission.
-FOREIGN = {"fusion/provenance.py": {"--error-unmatch"}, "fusion/sharing.py": {"--shm-size"}}
+FOREIGN = {"fusion/provenance.py": {"--error-unmatch"}, "fusion/data/shared_memory.py": {"--shm-size"}}
 FOREIGN |= {"jobs/clusters/kubectl.py": {"--output"}}
 KUBECTL = ("--api-group", "--cascade", "--container", "--field-selector", "--output", "--selector", "--since-time")
 FOREIGN |= {"jobs/clusters/kubernetes_sent.py": {*KUBECTL, "--tail", "--timestamps", "--wait"}}

@@ -8,7 +8,8 @@ import tempfile
 
 import pytest
 
-from fusion import launch, scratch, sharing
+from fusion import launch, scratch
+from fusion.data import shared_memory
 from fusion.errors import ConfigError
 from jobs import doctor
 
@@ -26,7 +27,7 @@ def test_no_temporary_folder_is_a_setting(nowhere: None) -> None:
 
 
 def test_shared_memory_needs_none(nowhere: None) -> None:
-    with sharing._reserved(1) as file:
+    with shared_memory._reserved(1) as file:
         assert file.fileno() > 0
 
 
@@ -42,6 +43,6 @@ def test_doctor_says_so(nowhere: None, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_importing_looks_for_no_temporary_folder() -> None:
-    code = "import tempfile, fusion.sharing, fusion.launch, jobs.doctor; print(tempfile.tempdir)"
+    code = "import tempfile, fusion.data.shared_memory, fusion.launch, jobs.doctor; print(tempfile.tempdir)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"

@@ -11,9 +11,9 @@ import torch
 
 from fusion import parts, watchdog
 from fusion.all_embeddings import train
+from fusion.data.row_store import RowStore
 from fusion.distributed import world
 from fusion.errors import ExitCode
-from fusion.row_store import RowStore
 from tests.conftest import SMALL
 
 SCRIPT = """
@@ -65,7 +65,7 @@ import sys, time
 from fusion import fitting, saver
 from fusion.all_embeddings import train
 from fusion.distributed import world
-from fusion.row_store import RowStore
+from fusion.data.row_store import RowStore
 from fusion.demo_catalog import generate
 from pathlib import Path
 import tempfile

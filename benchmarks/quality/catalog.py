@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 
 from fusion.config import RunConfig, digest
+from fusion.data.duplicates import TEXT_COLUMN, near_duplicate_groups
+from fusion.data.embeddings import load
+from fusion.data.row_store import RowStore
+from fusion.data.splits import split_rows
+from fusion.data.tables import Table, read_table
 from fusion.distributed import world
-from fusion.duplicates import TEXT_COLUMN, near_duplicate_groups
-from fusion.embeddings import load
 from fusion.errors import ConfigError
-from fusion.row_store import RowStore
-from fusion.splits import split_rows
-from fusion.tables import Table, read_table
 
 
 @dataclass(frozen=True)

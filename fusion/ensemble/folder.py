@@ -14,6 +14,7 @@ import pandas as pd
 
 from fusion import best_run, intervals, log, manifests, records, storage
 from fusion.config import digest
+from fusion.data.tables import Table
 from fusion.ensemble.weights import Blend
 from fusion.errors import ConfigError
 from fusion.manifests import ENSEMBLE, INTERVALS, MANIFEST, VALIDATION
@@ -29,7 +30,6 @@ from fusion.records import (
     seal,
 )
 from fusion.scored import Member, Scored, Shared
-from fusion.tables import Table
 from fusion.validation import to_parquet
 
 

@@ -12,14 +12,16 @@ from torch import Tensor
 from fusion import guards, log, manifests, records, runs, storage, submission
 from fusion.best_run import pointed_to, run_of
 from fusion.config import PredictConfig, RunConfig, digest
+from fusion.data.embeddings import load
+from fusion.data.inputs import Inputs, find_inputs, find_table, table_sha256
+from fusion.data.row_store import RowStore
+from fusion.data.tables import Table, read_table
 from fusion.distributed import World, held, world
-from fusion.embeddings import load
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
 from fusion.features import Features, columns_of
 from fusion.features_rows import compared, with_features
 from fusion.fingerprints import Look, look
 from fusion.flags import from_json
-from fusion.inputs import Inputs, find_inputs, find_table, table_sha256
 from fusion.manifests import ENSEMBLE, INTERVALS
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
@@ -27,8 +29,6 @@ from fusion.parts import Compute, compute_parts, discard
 from fusion.prediction import check_dims, features_of, load_model, parts_folder, pricing, publish_prices
 from fusion.provenance import ENSEMBLE_CODE, code_digest
 from fusion.records import ENSEMBLE_VARIANT, EnsembleMember, EnsembleRecord, Intervals, RunFacts
-from fusion.row_store import RowStore
-from fusion.tables import Table, read_table
 from fusion.unchanged import republish
 from fusion.variants import config_class_of, network_of
 

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fusion import log, storage
+from fusion.data.inputs import find_table
+from fusion.data.table_file import Columns, parse_table
 from fusion.errors import DataError
-from fusion.inputs import find_table
-from fusion.table_file import Columns, parse_table
 
 FEW_ROWS = 500  # a fifth of them validates: with an error of 40 +- 40 a row, the mean of 100 rows is off by 4
 NO_ID = pa.array(["", "nan", "None", "<NA>"], pa.large_string())  # what writers leave for an id that is missing

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from fusion import log, stopping, storage
+from fusion.data.inputs import Sources, find_sources
+from fusion.data.row_store import RowStore
+from fusion.data.shared_memory import node_tensor
+from fusion.data.source_file import Kind, Part, content_of, kind_of, open_part, parts_of
+from fusion.data.source_rows import NO_ROW, Found, Rows, check_ids
 from fusion.distributed import World
 from fusion.errors import DataError, StopRequested, UnreachableError
-from fusion.inputs import Sources, find_sources
-from fusion.row_store import RowStore
-from fusion.sharing import node_tensor
-from fusion.source_file import Kind, Part, content_of, kind_of, open_part, parts_of
-from fusion.source_rows import NO_ROW, Found, Rows, check_ids
 from fusion.storage import Entry
 
 N_THREADS = 4

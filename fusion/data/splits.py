@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 
 from fusion import log
 from fusion.config import RunConfig
-from fusion.dates import moment, moments
+from fusion.data.dates import moment, moments
+from fusion.data.tables import Table
 from fusion.errors import DataError
-from fusion.tables import Table
 
 N_STRATA = 10
 # A group with more than this share of the smallest part's rows is placed by itself: 20 of them would fill the part.

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 from fusion.config import RunConfig
-from fusion.duplicates import _text_labels, near_duplicate_groups, vector_labels
+from fusion.data.duplicates import _text_labels, near_duplicate_groups, vector_labels
+from fusion.data.splits import split_rows
+from fusion.data.tables import Table
 from fusion.errors import DataError
-from fusion.splits import split_rows
-from fusion.tables import Table
 
 
 def make(n: int = 1000, **columns: object) -> Table:

@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from fusion.data.text_hashes import text_hashes
 from fusion.errors import DataError
-from fusion.text_hashes import text_hashes
 
 BLOCK_BYTES = 1 << 24  # parsed at a time; a row has to fit into one block
 SEPARATORS = ";\t|"  # what stands between columns in files that are called CSV and are none

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pandas.util import hash_array
 
+from fusion.data.tables import report_duplicates
 from fusion.errors import DataError
-from fusion.tables import report_duplicates
 
 CHUNK_ROWS = 1 << 16  # ids hashed at a time
 N_SHOWN = 3  # ids that a message shows of each side

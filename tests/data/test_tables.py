@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fusion import table_file
+from fusion.data import table_file
+from fusion.data.tables import Table, places_of, read_table, warn_of_poor_prices
 from fusion.errors import DataError
-from fusion.tables import Table, places_of, read_table, warn_of_poor_prices
 
 GOOD = 'sample_id,price,title\n7,3.5,x\n007,20,"a,b"\nb,1e2,NA\n'
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fusion.data.shared_memory import _reserved
 from fusion.errors import ConfigError
-from fusion.sharing import _reserved
 
 
 def test_ranks_share_memory_only_where_it_fits() -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from fusion.source_file import STREAM_BYTES, Kind, kind_of, open_part, parts_of
+from fusion.data.source_file import STREAM_BYTES, Kind, kind_of, open_part, parts_of
 from fusion.storage import Entry
 
 DIM, ROWS = 256, 2048  # of a row group, which has 2 MiB of vectors

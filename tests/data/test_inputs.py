@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fusion import storage
+from fusion.data.inputs import find_inputs, find_sources, find_table
 from fusion.errors import DataError
-from fusion.inputs import find_inputs, find_sources, find_table
 
 ROLE = {"clip_image": "cnn"}
 

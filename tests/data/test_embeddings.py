@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from fusion.data.embeddings import load
+from fusion.data.row_store import RowStore
 from fusion.distributed import World, world
-from fusion.embeddings import load
 from fusion.errors import DataError
-from fusion.row_store import RowStore
 from tests.conftest import upload
 from tests.forked import run_ranks
 
@@ -320,7 +320,7 @@ PEAK = """
 import sys
 import pandas as pd
 from fusion.distributed import world
-from fusion.embeddings import load
+from fusion.data.embeddings import load
 def peak():
     status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's
     return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -12,8 +12,8 @@ from scipy.sparse.csgraph import connected_components
 
 from fusion import log
 from fusion.config import RunConfig
-from fusion.tables import Table
-from fusion.text_hashes import mixed, text_hashes
+from fusion.data.tables import Table
+from fusion.data.text_hashes import mixed, text_hashes
 
 PLACEHOLDER_ROWS = 50  # a text or vector that more rows share says "no image" or "no text", not "the same product"
 TEXT_COLUMN = "catalog_content"  # the one that is used where the settings name none

@@ -7,7 +7,7 @@ import datetime
 import pandas as pd
 import pytest
 
-from fusion.dates import moment, moments
+from fusion.data.dates import moment, moments
 from fusion.errors import DataError
 
 

@@ -1,0 +1,1 @@
+"""The input: tables, embeddings and the split of their rows."""

@@ -18,7 +18,8 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import IO, Any
 
-from fusion import backend, conditional, fitting, storage
+from fusion import fitting, storage
+from fusion.storage import backend, conditional
 
 # In the order in which they are met. Of several that match, the first counts.
 KINDS = {

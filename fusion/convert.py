@@ -38,7 +38,7 @@ from fusion import safe_pickle, storage
 from fusion.command import guarded
 from fusion.errors import DataError, ExitCode, Parser, UsageError, filled
 from fusion.numpy_file import read_npy
-from fusion.scratch import temporary_folder
+from fusion.storage.scratch import temporary_folder
 
 ROW_GROUP: Final = 8192
 _STACK_IDS: Final = "save the ids as one array of integers, or of text: np.save('ids.npy', ids.astype(str))"

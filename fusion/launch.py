@@ -29,7 +29,7 @@ from fusion.environment import for_libraries, prepare_libraries, variable
 from fusion.errors import ConfigError, ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.meeting import Meeting, NodesMeeting
 from fusion.ranks import Ending, Group, Rank, Stop
-from fusion.scratch import temporary_folder
+from fusion.storage.scratch import temporary_folder
 from fusion.streams import unfailing
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")

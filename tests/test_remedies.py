@@ -44,7 +44,7 @@ PRINTED_BY = {
     "fusion/best_run.py": ("train",),
     "fusion/checkpoint.py": ("train",),
     "fusion/compare.py": ("compare",),
-    "fusion/conditional.py": RUNS,
+    "fusion/storage/conditional.py": RUNS,
     "fusion/config.py:RunConfig": ("train",),
     "fusion/config.py:PredictConfig": ("predict",),
     "fusion/config.py:ReadRunConfig": ("evaluate", "predict", "ablate"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusion.distributed import World
 from fusion.errors import ConfigError
-from fusion.scratch import temporary_folder
+from fusion.storage.scratch import temporary_folder
 
 
 def node_tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Tensor:

@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fusion import storage
-from fusion.answers import is_answer
 from fusion.data.table_file import id_texts
 from fusion.errors import DataError
 from fusion.storage import Entry
+from fusion.storage.errors import is_answer
 
 STREAM_ROWS = 512  # rows decoded at a time: stays in the cache, and needs little memory besides the tensors
 NUMPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"  # first bytes of .npy, and of .npz

@@ -23,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 import fusion
 from fusion.environment import variable
 from fusion.errors import ExitCode
-from fusion.scratch import temporary_folder
+from fusion.storage.scratch import temporary_folder
 from jobs.checks.findings import Finding, Job, fail, ok, size, warn
 
 SHM = Path("/dev/shm")

@@ -12,9 +12,10 @@ from typing import Any
 
 import fsspec
 
-from fusion import backend, storage
+from fusion import storage
 from fusion.data.inputs import find_sources, find_table, source_names
 from fusion.errors import DataError, ExitCode
+from fusion.storage import backend
 from jobs.checks.findings import Finding, Job, fail, ok, warn
 
 REFUSED_AFTER = timedelta(minutes=15)  # S3 refuses signatures of a clock that is further off

@@ -1,4 +1,4 @@
-"""What can be wrong with credentials, regions and URLs, raised by botocore itself: `pytest tests/test_answers.py`."""
+"""What can be wrong with credentials, regions and URLs, raised by botocore itself."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import fsspec
 import pytest
 
-from fusion import retry, storage
+from fusion import storage
 from fusion.errors import FusionError, UnreachableError
+from fusion.storage import retry
 from tests.plain_s3 import BUCKET, PlainS3
 
 URL = f"s3://{BUCKET}/x"

@@ -22,8 +22,8 @@ import fsspec
 from fsspec.asyn import sync
 
 from fusion import log
-from fusion.answers import is_absence, is_no_bucket
 from fusion.errors import ConfigError
+from fusion.storage.errors import is_absence, is_no_bucket
 
 TEMPORARY = ".tmp"
 # One attempt per request: `storage.retrying` alone tries again, so that its patience is what a command waits.

@@ -8,9 +8,10 @@ import tempfile
 
 import pytest
 
-from fusion import launch, scratch
+from fusion import launch
 from fusion.data import shared_memory
 from fusion.errors import ConfigError
+from fusion.storage import scratch
 from jobs import doctor
 
 

@@ -10,8 +10,8 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from fusion import log
-from fusion.answers import is_silence, is_unreachable, reason_of
-from fusion.backend import store_of
+from fusion.storage.backend import store_of
+from fusion.storage.errors import is_silence, is_unreachable, reason_of
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fusion import backend
-from fusion.answers import is_unsupported, named
+from fusion.storage import backend
+from fusion.storage.errors import is_unsupported, named
 
 # How Linux says that a file system has no locks or no hard links: it depends on the file system. EBADF is what NFS says
 # of a lock on a folder, EPERM what FAT says of a link, EMLINK what one without them may.

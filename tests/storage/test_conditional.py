@@ -11,9 +11,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from fusion import backend, storage
+from fusion import storage
 from fusion.errors import ConfigError
 from fusion.runs import take_lease
+from fusion.storage import backend
 from jobs import doctor
 from tests.plain_s3 import BUCKET, PlainS3
 

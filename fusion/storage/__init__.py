@@ -12,10 +12,10 @@ import uuid
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar, cast
 
-from fusion import backend, conditional, retry
-from fusion.answers import explained
-from fusion.backend import Entry as Entry
-from fusion.backend import sha256 as sha256
+from fusion.storage import backend, conditional, retry
+from fusion.storage.backend import Entry as Entry
+from fusion.storage.backend import sha256 as sha256
+from fusion.storage.errors import explained
 
 T = TypeVar("T")
 

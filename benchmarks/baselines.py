@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from fusion import storage
 from fusion.data.embeddings import load
 from fusion.data.tables import read_table
-from fusion.distributed import world
+from fusion.distributed.world import world
 from fusion.metrics import bootstrap_interval, row_smape
 
 CLOSE = (0.8, 0.9, 0.95)

@@ -22,7 +22,7 @@ import sys, time
 import numpy as np, pandas as pd, torch
 from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
-from fusion.distributed import world
+from fusion.distributed.world import world
 from fusion.data.row_store import RowStore
 from fusion.fitting import Fit, TrainingData
 from fusion.prediction import make_model

@@ -21,7 +21,7 @@ DIMS = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text
 READ = """
 import sys, time
 import pandas as pd
-from fusion.distributed import world
+from fusion.distributed.world import world
 from fusion.data.embeddings import load
 
 def peak():

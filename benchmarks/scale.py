@@ -51,7 +51,7 @@ import pyarrow.csv, pyarrow.dataset
 from fusion import evaluation, training_data
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.all_embeddings.config import Config
-from fusion.distributed import world
+from fusion.distributed.world import world
 from fusion.flags import parse
 from fusion.runs import start_run
 

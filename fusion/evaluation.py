@@ -20,7 +20,7 @@ from fusion.data.embeddings import load
 from fusion.data.row_store import RowStore
 from fusion.data.splits import part_of
 from fusion.data.tables import Table, places_of, read_table
-from fusion.distributed import World, held, world
+from fusion.distributed.world import World, held, world
 from fusion.errors import DataError
 from fusion.features import columns_of
 from fusion.features_rows import with_features

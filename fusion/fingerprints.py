@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusion.data.row_store import RowStore
 from fusion.data.tables import places_of
-from fusion.distributed import World
+from fusion.distributed.world import World
 from fusion.nn.price_model import PriceModel
 
 N_BITS = 64

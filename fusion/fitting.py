@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fusion.checkpoint import Snapshot, not_finite
 from fusion.config import RunConfig
 from fusion.data.row_store import RowStore
-from fusion.distributed import World
+from fusion.distributed.world import World
 from fusion.errors import DivergedError
 from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape

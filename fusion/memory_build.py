@@ -16,7 +16,7 @@ from fusion.config import RunConfig
 from fusion.data.embeddings import stop_if_asked
 from fusion.data.row_store import RowStore
 from fusion.data.shared_memory import node_tensor
-from fusion.distributed import World
+from fusion.distributed.world import World
 from fusion.fitting import TrainingData, mixed
 from fusion.loss_functions import SMAPELoss
 from fusion.manifests import MEMORY

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fusion import log, stopping, storage
 from fusion.data.row_store import RowStore
-from fusion.distributed import STALL_TIMEOUT, World
+from fusion.distributed.watchdog import watched
+from fusion.distributed.world import STALL_TIMEOUT, World
 from fusion.errors import DataError, FusionError, StopRequested
 from fusion.nn.batch import Batch
-from fusion.watchdog import watched
 
 Compute = Callable[[Batch], Mapping[str, Tensor]]  # from B rows to {name: [B, …]}
 Arrays = dict[str, np.ndarray]

@@ -16,7 +16,7 @@ from fusion.data.embeddings import load
 from fusion.data.inputs import find_inputs, find_table
 from fusion.data.row_store import RowStore
 from fusion.data.tables import Table, read_table
-from fusion.distributed import World, held, world
+from fusion.distributed.world import World, held, world
 from fusion.errors import DataError, DivergedError, UnreachableError
 from fusion.features import Features, columns_of, has_features, read_features
 from fusion.features_rows import compared, with_features

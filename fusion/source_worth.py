@@ -16,7 +16,7 @@ from fusion.coalitions import Coalitions, coalitions
 from fusion.config import AblateConfig, RunConfig
 from fusion.data.embeddings import load
 from fusion.data.tables import Table
-from fusion.distributed import World, held, world
+from fusion.distributed.world import World, held, world
 from fusion.errors import DataError
 from fusion.evaluation import as_validated, is_as_trained, validation_rows
 from fusion.features import columns_of

@@ -12,7 +12,8 @@ from contextlib import nullcontext
 from fusion import log, manifests
 from fusion.best_run import point_to_run
 from fusion.config import RunConfig
-from fusion.distributed import World, world
+from fusion.distributed.watchdog import Watchdog, watched
+from fusion.distributed.world import World, world
 from fusion.ending import recorded_by
 from fusion.fitting import Fit, set_seed
 from fusion.manifests import MODEL
@@ -22,7 +23,6 @@ from fusion.prediction import BuildNetwork, C, make_model
 from fusion.runs import Lease, attempt, end_of, record_end, run_url, start_run
 from fusion.saver import Saver, baseline
 from fusion.training_data import read_data, statistics
-from fusion.watchdog import Watchdog, watched
 
 
 def train(config: C, build_network: BuildNetwork[C]) -> None:

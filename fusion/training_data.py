@@ -17,7 +17,7 @@ from fusion.data.embeddings import load, stop_if_asked
 from fusion.data.row_store import RowStore
 from fusion.data.splits import part_of, split_rows
 from fusion.data.tables import Table, read_table, warn_of_poor_prices
-from fusion.distributed import World, held
+from fusion.distributed.world import World, held
 from fusion.errors import DataError
 from fusion.features import (
     Columns,

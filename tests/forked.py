@@ -20,7 +20,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import cast
 
-from fusion.distributed import World, world
+from fusion.distributed.world import World, world
 from tests.s3_server import _free_ports as free_ports
 
 LOADED_BY_COMMANDS = ("fusion.training", "fusion.evaluation", "fusion.submission")

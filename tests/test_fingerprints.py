@@ -9,7 +9,7 @@ import torch
 
 from fusion import fingerprints
 from fusion.data.row_store import RowStore
-from fusion.distributed import World
+from fusion.distributed.world import World
 from fusion.fingerprints import Comparison, agreements, agreements_with_chance, compared, look, to_parquet
 from fusion.nn.layers import ConcatNetwork
 from fusion.nn.price_model import PriceModel

@@ -15,7 +15,7 @@ from fusion.data.embeddings import load
 from fusion.data.row_store import RowStore
 from fusion.data.splits import split_rows
 from fusion.data.tables import Table, read_table
-from fusion.distributed import world
+from fusion.distributed.world import world
 from fusion.errors import ConfigError
 
 

@@ -24,7 +24,7 @@ from fusion.data.row_store import RowStore
 from fusion.data.shared_memory import node_tensor
 from fusion.data.source_file import Kind, Part, content_of, kind_of, open_part, parts_of
 from fusion.data.source_rows import NO_ROW, Found, Rows, check_ids
-from fusion.distributed import World
+from fusion.distributed.world import World
 from fusion.errors import DataError, StopRequested, UnreachableError
 from fusion.storage import Entry
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusion.distributed import World
+from fusion.distributed.world import World
 from fusion.errors import ConfigError
 from fusion.storage.scratch import temporary_folder
 

@@ -16,7 +16,7 @@ from fusion.data.embeddings import load
 from fusion.data.inputs import Inputs, find_inputs, find_table, table_sha256
 from fusion.data.row_store import RowStore
 from fusion.data.tables import Table, read_table
-from fusion.distributed import World, held, world
+from fusion.distributed.world import World, held, world
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
 from fusion.features import Features, columns_of
 from fusion.features_rows import compared, with_features

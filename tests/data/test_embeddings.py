@@ -15,7 +15,7 @@ import torch
 
 from fusion.data.embeddings import load
 from fusion.data.row_store import RowStore
-from fusion.distributed import World, world
+from fusion.distributed.world import World, world
 from fusion.errors import DataError
 from tests.conftest import upload
 from tests.forked import run_ranks
@@ -319,7 +319,7 @@ def test_ids_are_judged_from_what_all_ranks_have_seen(tmp_path: Path, monkeypatc
 PEAK = """
 import sys
 import pandas as pd
-from fusion.distributed import world
+from fusion.distributed.world import world
 from fusion.data.embeddings import load
 def peak():
     status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's

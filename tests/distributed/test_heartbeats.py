@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from fusion import heartbeats
+from fusion.distributed import heartbeats
+from fusion.distributed.heartbeats import Heartbeats
 from fusion.errors import StalledError, UnreachableError
-from fusion.heartbeats import Heartbeats
 
 TIMEOUT = 0.5  # seconds
 

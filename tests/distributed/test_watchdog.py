@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusion import parts, watchdog
+from fusion import parts
 from fusion.all_embeddings import train
 from fusion.data.row_store import RowStore
-from fusion.distributed import world
+from fusion.distributed import watchdog
+from fusion.distributed.world import world
 from fusion.errors import ExitCode
 from tests.conftest import SMALL
 
 SCRIPT = """
 import threading, time
 from fusion.ending import recorded_by
-from fusion.watchdog import watched
+from fusion.distributed.watchdog import watched
 
 def waits_for_ever():
     threading.Event().wait()
@@ -64,7 +65,7 @@ def test_a_rank_that_waits_for_another_is_ended(place: str) -> None:
 import sys, time
 from fusion import fitting, saver
 from fusion.all_embeddings import train
-from fusion.distributed import world
+from fusion.distributed.world import world
 from fusion.data.row_store import RowStore
 from fusion.demo_catalog import generate
 from pathlib import Path

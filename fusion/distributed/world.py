@@ -19,10 +19,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from fusion import environment, log, transport
+from fusion import environment, log
+from fusion.distributed import transport
+from fusion.distributed.heartbeats import ARRIVAL, FOR_EVER, Heartbeats
 from fusion.environment import variable
 from fusion.errors import ConfigError, FusionError, UnreachableError
-from fusion.heartbeats import ARRIVAL, FOR_EVER, Heartbeats
 
 T = TypeVar("T")
 
@@ -61,7 +62,8 @@ class World:
     def on_main(self, action: Callable[[], T]) -> T:
         """Runs `action` on rank 0 only; its result, or its error, on every rank.
 
-        The result is broadcast once; the memory of its NumPy arrays is sent as it is (see `fusion.transport`).
+        The result is broadcast once; the memory of its NumPy arrays is sent as it is (see
+        `fusion.distributed.transport`).
         """
         result, failure = _tried(action) if self.is_main else (None, None)
         answer, failed = transport.broadcast((result, _portable(failure, self.rank)), _control())
@@ -140,7 +142,7 @@ def _portable(failure: Exception | None, rank: int) -> Exception | None:
 def world(device: str = "auto", stall_timeout: float = STALL_TIMEOUT) -> Iterator[World]:
     """Joins torchrun's group, or makes a group of one; leaves it at the end.
 
-    Ranks wait for one another for as long as all of them give signs of life (see `fusion.heartbeats`).
+    Ranks wait for one another for as long as all of them give signs of life (see `fusion.distributed.heartbeats`).
 
     Args:
         stall_timeout: seconds without a sign of life of a rank after which the others end with 124; 0: they never do.

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusion import distributed
-from fusion.distributed import World, _check_interface, world
+from fusion.distributed import world as world_module
+from fusion.distributed.world import World, _check_interface, world
 from fusion.ending import recorded_by
 from fusion.errors import ConfigError, DataError, ExitCode, UnreachableError
 from tests.forked import run_ranks
@@ -34,7 +34,7 @@ def test_ranks_that_do_not_come_are_no_bug(monkeypatch: pytest.MonkeyPatch) -> N
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (place | {"MASTER_PORT": str(free_ports(1)[0])}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "ARRIVAL", 0.5)
+    monkeypatch.setattr(world_module, "ARRIVAL", 0.5)
     with (
         pytest.raises(UnreachableError, match=r"rank 0 did not meet all 2 ranks at 127.0.0.1:\d+ within"),
         world("cpu"),

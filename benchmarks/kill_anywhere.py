@@ -39,8 +39,9 @@ from boundaries import ALL, Boundary, arm
 
 import fusion.source_worth
 import fusion.training  # noqa: F401
-from fusion import ablation, manifests, parts, storage
+from fusion import ablation, parts, storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.records import manifests
 from fusion.verify import verify
 from fusion.verify_output import is_output
 

@@ -22,8 +22,9 @@ _EXPORTS = {
     "compute_metrics": "metrics",
     "EarlyStopping": "fitting",
     "set_seed": "fitting",
-    "save_checkpoint": "portable",
-    "load_checkpoint": "portable",
+    "save_checkpoint": "records.portable",
+    "load_checkpoint": "records.portable",
+    "pointers": "records.pointers",
 }
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 (names, spread from the table above)
 
@@ -47,4 +48,5 @@ _refuse_wrong_python()
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'fusion' has no attribute {name!r}")
-    return getattr(import_module(f"fusion.{_EXPORTS[name]}"), name)
+    module = import_module(f"fusion.{_EXPORTS[name]}")
+    return module if name == "pointers" else getattr(module, name)

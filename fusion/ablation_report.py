@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusion.errors import visible
-from fusion.records import AblationRecord, Effect
+from fusion.records.schemas import AblationRecord, Effect
 
 PLAIN_WIDTH = 100  # columns where standard output is no terminal
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fusion import pointers
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.command import guarded
 from fusion.demo_catalog import Truth, generate
 from fusion.metrics import compute_smape
-from fusion.records import RunPointer, SubmissionPointer
+from fusion.records import pointers
+from fusion.records.schemas import RunPointer, SubmissionPointer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

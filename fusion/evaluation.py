@@ -13,9 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import intervals, log, manifests, report, storage, submission
+from fusion import log, report, storage, submission
 from fusion.config import EvaluateConfig, RunConfig
-from fusion.contention import turns
 from fusion.data.embeddings import load
 from fusion.data.row_store import RowStore
 from fusion.data.splits import part_of
@@ -39,9 +38,11 @@ from fusion.prediction import (
     pricing,
     validation_digest,
 )
-from fusion.records import SCHEMA, Intervals, MetricsManifest, seal
-from fusion.split_file import read_split
-from fusion.validation import computed_frame
+from fusion.records import intervals, manifests
+from fusion.records.contention import turns
+from fusion.records.schemas import SCHEMA, Intervals, MetricsManifest, seal
+from fusion.records.split import read_split
+from fusion.records.validation import computed_frame
 
 COMPARABLES = ("comparable_ids", "comparable_prices", "comparable_weights")  # the products that a price leans on
 COMPUTED = ("price", "predicted", "present", "smape")  # of each row; the user's columns of these names are not shown

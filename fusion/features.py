@@ -28,7 +28,7 @@ from fusion.errors import DataError
 from fusion.features_columns import COLUMNS, Column
 from fusion.features_terms import KINDS
 from fusion.features_text import Space, shortened
-from fusion.manifests import FEATURES
+from fusion.records.manifests import FEATURES
 
 # Of a chunk of rows or of all: column to [n] large_string without nulls.
 Columns = Mapping[str, pa.Array]

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from fusion import storage
 from fusion.errors import DataError
-from fusion.manifests import MANIFEST
-from fusion.records import FileEntry, Manifest, Seal, reason, seal_of, validated
+from fusion.records.manifests import MANIFEST
+from fusion.records.schemas import FileEntry, Manifest, Seal, reason, seal_of, validated
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Manifest)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fusion.checkpoint import Snapshot, not_finite
 from fusion.config import RunConfig
 from fusion.data.row_store import RowStore
 from fusion.distributed.world import World
@@ -30,7 +29,8 @@ from fusion.nn.layers import random_rows
 from fusion.nn.price_model import PriceModel
 from fusion.parts import Arrays, with_beats
 from fusion.prediction import predict_rows, pricing
-from fusion.validation import validation_frame
+from fusion.records.checkpoint import Snapshot, not_finite
+from fusion.records.validation import validation_frame
 
 AGREE_STEPS = 10  # steps between two moments at which the ranks add up their losses and may stop or save
 

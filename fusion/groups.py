@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from fusion import log
-from fusion.intervals import LEVELS, is_within
 from fusion.metrics import bootstrap_interval, group_metrics, row_smape
+from fusion.records.intervals import LEVELS, is_within
 
 BINS = (0, 5, 10, 15, 20, 30, 50, 100, 200, 500, np.inf)
 BIN_NAMES = [f"{low:g}-{high:g}" if np.isfinite(high) else f"{low:g}+" for low, high in itertools.pairwise(BINS)]
@@ -33,7 +33,7 @@ class Evaluation:
         groups: one row per group: by, group, count, share, smape with its 95% interval, and the other metrics.
         worst, best: the rows with the largest and the smallest error.
         gates: mean gate weight of each expert by price bin; empty for models without a gate.
-        coverage: of the intervals, as of `fusion.intervals.coverage`; empty if there are none.
+        coverage: of the intervals, as of `fusion.records.intervals.coverage`; empty if there are none.
         distributions: quantiles of true and predicted prices and of the row errors.
     """
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from fusion import log, records, storage
+from fusion import log, storage
 from fusion.config import PredictConfig
 from fusion.data.tables import places_of
 from fusion.errors import DataError
 from fusion.fingerprints import Look, agreements_with_chance, compared
 from fusion.metrics import compute_smape, readable
-from fusion.records import Night, RunFacts
+from fusion.records import schemas
+from fusion.records.schemas import Night, RunFacts
 from fusion.submission import Last, Origin
 
 # Fewer rows than this have no distribution worth the name: means of 50 rows are off by 0.14 deviations by chance alone.
@@ -219,7 +220,7 @@ def remembered(prices: pd.Series, last: Last | None, day: str, model_sha256: str
         return last.manifest.history
     then, now = _common(last.prices, prices)
     factor = float(np.median(now / then))
-    nights = [*last.manifest.history, Night(day, model_sha256, change, factor)][-records.MAX_NIGHTS :]
+    nights = [*last.manifest.history, Night(day, model_sha256, change, factor)][-schemas.MAX_NIGHTS :]
     moved = math.prod(night.factor for night in nights)
     if max(moved, 1 / moved) > MOVED_PRICES:
         log.info(event="prices_moved", factor=moved, since=nights[0].date, nights=len(nights))
@@ -227,7 +228,7 @@ def remembered(prices: pd.Series, last: Last | None, day: str, model_sha256: str
 
 
 def _against_training(settings: PredictConfig, prices: pd.Series, run: str) -> Iterator[Finding]:
-    facts = records.read(RunFacts, storage.join(run, "run.json"))
+    facts = schemas.read(RunFacts, storage.join(run, "run.json"))
     if facts and facts.price_quartiles:  # runs of earlier versions have none
         limit = settings.max_training_drift
         yield from _drift(prices, facts.price_quartiles, limit, "the training prices'", "--max-training-drift")

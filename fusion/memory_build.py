@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion import log, manifests, memory, storage
+from fusion import log, storage
 from fusion.config import RunConfig
 from fusion.data.embeddings import stop_if_asked
 from fusion.data.row_store import RowStore
@@ -19,11 +19,12 @@ from fusion.data.shared_memory import node_tensor
 from fusion.distributed.world import World
 from fusion.fitting import TrainingData, mixed
 from fusion.loss_functions import SMAPELoss
-from fusion.manifests import MEMORY
-from fusion.memory import Remembered, log_prices_of
 from fusion.nn.neighbours import Candidates, CandidateTable, Memory, band_weights, bands_of
 from fusion.nn.price_model import PriceModel
-from fusion.runs import run_url
+from fusion.records import manifests, memory
+from fusion.records.manifests import MEMORY
+from fusion.records.memory import Remembered, log_prices_of
+from fusion.records.runs import run_url
 
 CHUNK = 1024  # rows whose neighbours are looked for at a time
 SAMPLE = 20_000  # rows that components are made of, at most

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fusion import checkpoint, guards, intervals, log, manifests, memory, predictions, runs, storage, submission
+from fusion import guards, log, predictions, storage, submission
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig, digest
 from fusion.data.embeddings import load
 from fusion.data.inputs import find_inputs, find_table
@@ -21,13 +21,14 @@ from fusion.errors import DataError, DivergedError, UnreachableError
 from fusion.features import Features, columns_of, has_features, read_features
 from fusion.features_rows import compared, with_features
 from fusion.fingerprints import Look, look, to_parquet
-from fusion.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.nn.price_model import Options, PriceModel, network_dims
 from fusion.parts import Arrays, Compute, compute_parts, compute_rows, discard
-from fusion.records import Intervals
+from fusion.records import checkpoint, intervals, manifests, memory, runs
+from fusion.records.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
+from fusion.records.schemas import Intervals
+from fusion.records.validation import computed_frame
 from fusion.unchanged import republish
-from fusion.validation import computed_frame
 
 C = TypeVar("C", bound=RunConfig)
 BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]

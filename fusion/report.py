@@ -53,7 +53,7 @@ def show(
 
     Args:
         note: what has to be known of the rows.
-        coverage: as of `fusion.intervals.coverage`; empty or None: there are no intervals.
+        coverage: as of `fusion.records.intervals.coverage`; empty or None: there are no intervals.
     """
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(_groups(groups, console.width, note))

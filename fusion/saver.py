@@ -9,20 +9,21 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from fusion import checkpoint, log, manifests, records, stopping, storage
-from fusion.best_run import point_to_run
+from fusion import log, stopping, storage
 from fusion.config import RunConfig
 from fusion.errors import DataError, StopRequested
 from fusion.features import has_features
 from fusion.features_rows import compared
 from fusion.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 from fusion.fitting import Fit, TrainingData
-from fusion.manifests import FEATURES, MEMORY, SPLIT
 from fusion.metrics import compute_smape
 from fusion.prediction import validation_digest
-from fusion.provenance import code_digest
-from fusion.records import RunFacts
-from fusion.runs import Lease, run_url
+from fusion.records import checkpoint, manifests, schemas
+from fusion.records.best_run import point_to_run
+from fusion.records.manifests import FEATURES, MEMORY, SPLIT
+from fusion.records.provenance import code_digest
+from fusion.records.runs import Lease, run_url
+from fusion.records.schemas import RunFacts
 
 
 class Saver:
@@ -37,7 +38,7 @@ class Saver:
         if lease is not None:
             url = storage.join(self.run, "run.json")
             content = storage.read(url)
-            facts = records.parse(RunFacts, content, url)
+            facts = schemas.parse(RunFacts, content, url)
             lineage = {key: getattr(facts, key) for key in ("config_sha256", "data_sha256", "revision")}
             lineage["run_sha256"] = storage.sha256(content)
             lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, SPLIT)))

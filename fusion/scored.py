@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fusion import manifests, storage
+from fusion import storage
 from fusion.clustered import IntArray, joined_groups
 from fusion.config import HOW
 from fusion.errors import DataError, UsageError
-from fusion.manifests import ENSEMBLE, MANIFEST, VALIDATION
-from fusion.records import ENSEMBLE_VARIANT, MetricsManifest, read_if_whole
-from fusion.run_summary import settings_of, variant_of
-from fusion.runs import no_run
-from fusion.split_file import read_split
-from fusion.validation import has_validation, validation_of
+from fusion.records import manifests
+from fusion.records.manifests import ENSEMBLE, MANIFEST, VALIDATION
+from fusion.records.run_summary import settings_of, variant_of
+from fusion.records.runs import no_run
+from fusion.records.schemas import ENSEMBLE_VARIANT, MetricsManifest, read_if_whole
+from fusion.records.split import read_split
+from fusion.records.validation import has_validation, validation_of
 
 # Settings in which the fold runs of one recipe differ.
 OF_FOLD = {"fold", *HOW}

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import log, manifests, storage, submission
+from fusion import log, storage, submission
 from fusion.ablation_report import show
 from fusion.clustered import Estimate, IntArray, clustered_mean
 from fusion.coalitions import Coalitions, coalitions
@@ -21,16 +21,17 @@ from fusion.errors import DataError
 from fusion.evaluation import as_validated, is_as_trained, validation_rows
 from fusion.features import columns_of
 from fusion.features_rows import with_features
-from fusion.manifests import ABLATION
 from fusion.metrics import FloatArray, row_smape
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
 from fusion.parts import Compute, compute_parts, discard
 from fusion.prediction import check_dims, features_of, load_model, open_run, parts_folder, pricing
-from fusion.records import AblationRecord, Effect, SourceWorth, seal
-from fusion.run_summary import variant_of
-from fusion.runs import no_run
-from fusion.split_file import read_split
+from fusion.records import manifests
+from fusion.records.manifests import ABLATION
+from fusion.records.run_summary import variant_of
+from fusion.records.runs import no_run
+from fusion.records.schemas import AblationRecord, Effect, SourceWorth, seal
+from fusion.records.split import read_split
 from fusion.variants import config_class_of, network_of
 
 DIGITS = 6  # after the point, of a SMAPE in %

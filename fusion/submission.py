@@ -14,13 +14,14 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from fusion import log, manifests, pointers, records, storage
+from fusion import log, storage
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.data.inputs import Inputs, find_inputs, table_sha256
 from fusion.errors import DivergedError
-from fusion.manifests import FINGERPRINTS, INTERVALS, MANIFEST, SUBMISSION
-from fusion.provenance import code_digest
-from fusion.records import SCHEMA, Night, SubmissionManifest, SubmissionPointer, seal
+from fusion.records import manifests, pointers, schemas
+from fusion.records.manifests import FINGERPRINTS, INTERVALS, MANIFEST, SUBMISSION
+from fusion.records.provenance import code_digest
+from fusion.records.schemas import SCHEMA, Night, SubmissionManifest, SubmissionPointer, seal
 
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
@@ -177,7 +178,7 @@ def _current(settings: PredictConfig) -> tuple[str, SubmissionManifest] | None:
 
 def _whole(kind: type[T], url: str) -> T | None:
     # A damaged one must not stop the next submission.
-    return records.read_if_whole(kind, url, "submission_damaged")
+    return schemas.read_if_whole(kind, url, "submission_damaged")
 
 
 def read_verified(folder: str, manifest: SubmissionManifest, key: str) -> bytes | None:

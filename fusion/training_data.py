@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import log, manifests, storage
+from fusion import log, storage
 from fusion.config import RunConfig, digest
 from fusion.data.duplicates import compared_columns, near_duplicate_groups
 from fusion.data.embeddings import load, stop_if_asked
@@ -32,10 +32,11 @@ from fusion.features import (
 )
 from fusion.features_rows import with_features
 from fusion.fitting import TrainingData
-from fusion.intervals import category_column, category_of
-from fusion.manifests import SPLIT
-from fusion.runs import describe_run, run_url
-from fusion.split_file import read_split, to_parquet
+from fusion.records import manifests
+from fusion.records.intervals import category_column, category_of
+from fusion.records.manifests import SPLIT
+from fusion.records.runs import describe_run, run_url
+from fusion.records.split import read_split, to_parquet
 
 # Times the median price. Catalogs from screws to machines stay within it; 99999999 and 1e308 do not.
 EXTREME_PRICE = 1e6

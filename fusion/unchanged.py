@@ -10,14 +10,15 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TypeVar
 
-from fusion import best_run, log, pointers, records, storage, submission
+from fusion import log, storage, submission
 from fusion.config import PredictConfig, RunConfig
 from fusion.data.inputs import find_inputs
 from fusion.errors import DataError
-from fusion.manifests import MANIFEST, SUBMISSION
-from fusion.provenance import code_digest
-from fusion.records import SubmissionManifest, SubmissionPointer, seal
-from fusion.runs import data_of, open_run
+from fusion.records import best_run, pointers, schemas
+from fusion.records.manifests import MANIFEST, SUBMISSION
+from fusion.records.provenance import code_digest
+from fusion.records.runs import data_of, open_run
+from fusion.records.schemas import SubmissionManifest, SubmissionPointer, seal
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -51,11 +52,11 @@ def republish(settings: PredictConfig, variant: str, code: str = "prediction") -
         return None
     place = pointers.url(settings.output, "submissions", settings.name, "current")
     seen = storage.read_version(place)
-    pointer = None if seen is None else records.parse_if_whole(SubmissionPointer, seen[0], place, pointers.DAMAGED)
+    pointer = None if seen is None else schemas.parse_if_whole(SubmissionPointer, seen[0], place, pointers.DAMAGED)
     if seen is None or pointer is None or pointer.date > settings.day():
         return None
     folder = storage.join(settings.output, "submissions", pointer.submission)
-    manifest = records.read_if_whole(SubmissionManifest, storage.join(folder, MANIFEST), "submission_damaged")
+    manifest = schemas.read_if_whole(SubmissionManifest, storage.join(folder, MANIFEST), "submission_damaged")
     if manifest is None or manifest.date != pointer.date:  # damaged, or of another night than where it lies
         return None
     if not _is_current(settings, variant, manifest, code):

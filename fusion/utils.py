@@ -2,6 +2,6 @@
 
 from fusion.fitting import EarlyStopping, set_seed
 from fusion.metrics import compute_metrics, compute_smape
-from fusion.portable import load_checkpoint, save_checkpoint
+from fusion.records.portable import load_checkpoint, save_checkpoint
 
 __all__ = ["EarlyStopping", "compute_metrics", "compute_smape", "load_checkpoint", "save_checkpoint", "set_seed"]

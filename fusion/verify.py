@@ -26,7 +26,7 @@ from fusion.command import guarded
 from fusion.environment import variable
 from fusion.errors import DataError, ExitCode, Parser, filled, seconds, visible
 from fusion.findings import Finding, Report, read
-from fusion.manifests import MANIFEST
+from fusion.records.manifests import MANIFEST
 from fusion.verify_checkpoint import check_checkpoint
 from fusion.verify_ensemble import check_ensemble, is_ensemble
 from fusion.verify_output import check_output, is_output

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 
-from fusion import manifests, storage
+from fusion import storage
 from fusion.findings import Report, check_files, check_once, first_line, parsed, some
-from fusion.manifests import INTERVALS, MODEL, STATE, VALIDATION
 from fusion.metrics import compute_smape
-from fusion.records import CheckpointManifest, Intervals, RunFacts
+from fusion.records import manifests
+from fusion.records.manifests import INTERVALS, MODEL, STATE, VALIDATION
+from fusion.records.schemas import CheckpointManifest, Intervals, RunFacts
 
 BORROWED = 5  # percent: bins of few rows use the errors of others, and so may hold for fewer of their own
 TOLERANCE = 1e-9  # relative: sums of float64 in another order, on another machine
@@ -62,7 +63,7 @@ def _check_validation(
     report: Report, what: str, data: bytes, manifest: CheckpointManifest, validating: set[str] | None
 ) -> None:
     """Checks ids and prices, and recomputes the SMAPE that the manifest states."""
-    from fusion.validation import from_parquet
+    from fusion.records.validation import from_parquet
 
     try:
         rows = from_parquet(data)
@@ -85,8 +86,8 @@ def _check_validation(
 
 def check_intervals(report: Report, what: str, data: bytes, validation: bytes | None) -> None:
     """Whether they hold for the rows that they were made of, whatever the way."""
-    from fusion.intervals import bounds, is_within
-    from fusion.validation import from_parquet
+    from fusion.records.intervals import bounds, is_within
+    from fusion.records.validation import from_parquet
 
     made = parsed(report, what, data, Intervals)
     if made is None or validation is None:

@@ -9,9 +9,9 @@ import numpy as np
 
 from fusion import storage
 from fusion.findings import Report, check_files, check_once, first_line, parsed, read
-from fusion.manifests import ENSEMBLE, INTERVALS, MANIFEST, MODEL, PULLED, VALIDATION
 from fusion.metrics import compute_smape
-from fusion.records import (
+from fusion.records.manifests import ENSEMBLE, INTERVALS, MANIFEST, MODEL, PULLED, VALIDATION
+from fusion.records.schemas import (
     ENSEMBLE_VARIANT,
     CheckpointManifest,
     EnsembleMember,

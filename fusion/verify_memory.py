@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusion.findings import Report, first_line
-from fusion.manifests import MEMORY
-from fusion.records import RunFacts
+from fusion.records.manifests import MEMORY
+from fusion.records.schemas import RunFacts
 
 if TYPE_CHECKING:
     import pandas as pd

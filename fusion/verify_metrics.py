@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fusion import storage
 from fusion.findings import Report, check_files, first_line, parsed, read, some
-from fusion.manifests import ABLATION, EPOCHS, LINES, MANIFEST, MODEL
 from fusion.metrics import compute_smape
-from fusion.records import AblationRecord, CheckpointManifest, MetricsManifest, RunFacts
+from fusion.records.manifests import ABLATION, EPOCHS, LINES, MANIFEST, MODEL
+from fusion.records.schemas import AblationRecord, CheckpointManifest, MetricsManifest, RunFacts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,7 +130,7 @@ def _check_content(
 
 def _check_coverage(report: Report, rows: pd.DataFrame, summary: Mapping[str, Any]) -> None:
     """Recomputes how many prices lie within the bounds."""
-    from fusion.intervals import is_within, misplaced
+    from fusion.records.intervals import is_within, misplaced
 
     covered = {name: value for name, value in summary.items() if name.startswith("covered_")}
     try:

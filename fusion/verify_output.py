@@ -8,11 +8,11 @@ from contextlib import suppress
 from pydantic import ValidationError
 
 from fusion import storage
-from fusion.best_run import SERVED, best_of_kind
 from fusion.errors import ExitCode
 from fusion.findings import Report, read
-from fusion.manifests import MANIFEST, PULLED
-from fusion.records import ENSEMBLE_VARIANT, RunPointer, SubmissionManifest, validated
+from fusion.records.best_run import SERVED, best_of_kind
+from fusion.records.manifests import MANIFEST, PULLED
+from fusion.records.schemas import ENSEMBLE_VARIANT, RunPointer, SubmissionManifest, validated
 from fusion.verify_ensemble import check_ensemble, is_ensemble, record_in
 from fusion.verify_pointers import check_run_pointer, check_submission_pointer
 from fusion.verify_run import CheckedRun, check_run

@@ -25,9 +25,17 @@ from fusion.findings import (
     read,
     some,
 )
-from fusion.manifests import FEATURES, LINES, MANIFEST, MEMORY, PULLED, SPLIT
-from fusion.records import AttemptEnd, AttemptStart, CheckpointManifest, DataOfRun, LeaseRecord, Pulled, RunFacts
-from fusion.runs import config_digest
+from fusion.records.manifests import FEATURES, LINES, MANIFEST, MEMORY, PULLED, SPLIT
+from fusion.records.runs import config_digest
+from fusion.records.schemas import (
+    AttemptEnd,
+    AttemptStart,
+    CheckpointManifest,
+    DataOfRun,
+    LeaseRecord,
+    Pulled,
+    RunFacts,
+)
 from fusion.verify_checkpoint import check_checkpoint
 from fusion.verify_memory import check_memory
 from fusion.verify_metrics import check_ablation, check_metrics

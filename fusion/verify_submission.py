@@ -13,8 +13,8 @@ from fusion import storage
 from fusion.data.inputs import find_table, table_sha256
 from fusion.errors import CredentialsError, DataError
 from fusion.findings import Report, check_files, check_once, first_line, parsed, some
-from fusion.manifests import ENSEMBLE, MANIFEST, MODEL, PREDICTIONS, SUBMISSION
-from fusion.records import CheckpointManifest, DataOfRun, EnsembleRecord, SubmissionManifest, read_required
+from fusion.records.manifests import ENSEMBLE, MANIFEST, MODEL, PREDICTIONS, SUBMISSION
+from fusion.records.schemas import CheckpointManifest, DataOfRun, EnsembleRecord, SubmissionManifest, read_required
 from fusion.submission import plain
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _check_predictions(report: Report, data: bytes, rows: list[list[str]]) -> No
 
 
 def _check_bounds(report: Report, rows: pd.DataFrame) -> None:
-    from fusion.intervals import misplaced
+    from fusion.records.intervals import misplaced
 
     if not any(str(name).startswith("low_") for name in rows):
         report.note(f"{PREDICTIONS}: no intervals")

@@ -30,7 +30,7 @@ try:
     from fusion.command import guarded
     from fusion.environment import variable
     from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds, visible
-    from fusion.manifests import ENSEMBLE, STATE, SUBMISSION
+    from fusion.records.manifests import ENSEMBLE, STATE, SUBMISSION
     from fusion.streams import unfailing
     from jobs.arguments import refuse_empty
     from jobs.results import shown

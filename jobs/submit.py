@@ -23,8 +23,8 @@ try:
     from fusion.command import guarded
     from fusion.errors import ExitCode, Parser, UsageError
     from fusion.flags import parse
-    from fusion.provenance import ENSEMBLE_CODE
-    from fusion.records import ENSEMBLE_VARIANT
+    from fusion.records.provenance import ENSEMBLE_CODE
+    from fusion.records.schemas import ENSEMBLE_VARIANT
     from fusion.streams import unfailing
     from fusion.variants import variants
     from jobs.clusters import local

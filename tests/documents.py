@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion import storage
-from fusion.records import seal
+from fusion.records.schemas import seal
 
 
 def edit(url: str | Path, **values: Any) -> None:

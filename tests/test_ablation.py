@@ -12,11 +12,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from fusion import ablation, manifests
+from fusion import ablation
 from fusion.all_embeddings import evaluate_by_groups, train
 from fusion.clustered import clustered_mean
 from fusion.demo_catalog import generate
 from fusion.metrics import row_smape
+from fusion.records import manifests
 from fusion.verify import verify
 from tests.conftest import DIMS, SMALL, run_command
 from tests.test_verify_everything import is_found, mutations

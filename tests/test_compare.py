@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusion import compare, manifests, storage
+from fusion import compare, storage
 from fusion.clustered import clustered_mean
 from fusion.errors import DataError
 from fusion.metrics import row_smape
 from fusion.qwen_clip import evaluate_by_groups, predict_test, train
-from fusion.records import seal
+from fusion.records import manifests
+from fusion.records.schemas import seal
 from fusion.scored import scored
 from tests.conftest import SMALL
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion import checkpoint, fitting, manifests, storage
+from fusion import fitting, storage
 from fusion.all_embeddings import train
 from fusion.data.tables import Table
 from fusion.fitting import Fit
-from fusion.records import CheckpointManifest
+from fusion.records import checkpoint, manifests
+from fusion.records.schemas import CheckpointManifest
 from fusion.training_data import warn_of_extreme_prices
 from tests.conftest import SMALL
 

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusion import pointers, storage
+from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.metrics import compute_metrics, compute_smape
-from fusion.records import RunPointer, SubmissionPointer
+from fusion.records import pointers
+from fusion.records.schemas import RunPointer, SubmissionPointer
 from tests.conftest import SMALL, Done, run_command, upload
 from tests.s3_server import S3Server
 

@@ -12,17 +12,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusion import pointers, storage
+from fusion import storage
 from fusion.all_embeddings import predict_test as predict_all
 from fusion.all_embeddings import train as train_all
 from fusion.clustered import Estimate
 from fusion.ensemble import __main__ as ensemble
 from fusion.ensemble import predict_test
-from fusion.intervals import misplaced
 from fusion.metrics import compute_smape
 from fusion.qwen_clip import predict_test as predict_two
 from fusion.qwen_clip import train as train_two
-from fusion.records import RunPointer, SubmissionPointer
+from fusion.records import pointers
+from fusion.records.intervals import misplaced
+from fusion.records.schemas import RunPointer, SubmissionPointer
 from fusion.verify import verify
 from jobs import submit
 from tests.conftest import SMALL, run_command, upload

@@ -11,15 +11,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusion import groups, pointers, report, stopping, storage
+from fusion import groups, report, stopping, storage
 from fusion.data.tables import Table
 from fusion.errors import StopRequested, UnreachableError
 from fusion.evaluation import _columns_of_report, _predictions, _replace, _show, _summary
 from fusion.groups import BIN_NAMES, RANGE_NAMES, Evaluation, evaluate, price_bins
-from fusion.manifests import Checkpoint
 from fusion.metrics import bootstrap_interval, compute_metrics, row_smape
-from fusion.records import RunPointer
-from fusion.runs import take_lease
+from fusion.records import pointers
+from fusion.records.manifests import Checkpoint
+from fusion.records.runs import take_lease
+from fusion.records.schemas import RunPointer
 
 
 def rows(prices: list[float] | np.ndarray, **columns: object) -> pd.DataFrame:

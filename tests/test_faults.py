@@ -15,9 +15,10 @@ import boto3
 import fsspec
 import pytest
 
-from fusion import manifests, storage
+from fusion import storage
 from fusion.all_embeddings import predict_test, train
 from fusion.errors import UnreachableError
+from fusion.records import manifests
 from fusion.storage import backend
 from tests.conftest import BUCKET, SMALL, run_command, upload
 from tests.fault_proxy import RESETS, Fault, FaultProxy, Request, always, at_random, once, outage

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from fusion import features_columns, features_numbers, features_text, manifests, pointers
+from fusion import features_columns, features_numbers, features_text
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
@@ -34,7 +34,8 @@ from fusion.features import (
 from fusion.features_terms import KINDS, Terms, chars, fields, words
 from fusion.flags import parse
 from fusion.metrics import compute_smape
-from fusion.records import RunPointer
+from fusion.records import manifests, pointers
+from fusion.records.schemas import RunPointer
 from tests.conftest import DIMS, SMALL, run_command
 
 TEXTS = [

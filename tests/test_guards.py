@@ -13,7 +13,7 @@ from fusion.config import PredictConfig
 from fusion.errors import DataError
 from fusion.fingerprints import Look
 from fusion.guards import Finding
-from fusion.records import Night, SubmissionManifest
+from fusion.records.schemas import Night, SubmissionManifest
 from fusion.submission import Last, Origin
 
 N = 400

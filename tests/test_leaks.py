@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fusion import manifests
 from fusion.all_embeddings import train
 from fusion.metrics import row_smape
-from fusion.validation import validation_of
+from fusion.records import manifests
+from fusion.records.validation import validation_of
 from tests.conftest import SMALL
 
 RECIPES = {"best": ["--folds", "2"], "published": ["--recipe", "published", "--folds", "2"]}

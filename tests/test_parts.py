@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fusion import pointers, storage
+from fusion import storage
 from fusion.all_embeddings import train
-from fusion.records import SubmissionPointer
+from fusion.records import pointers
+from fusion.records.schemas import SubmissionPointer
 from tests.conftest import SMALL, Done, run_command
 
 ROOT = Path(__file__).parent.parent

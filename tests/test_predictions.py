@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion import manifests, pointers, prediction, predictions, submission
+from fusion import prediction, predictions, submission
 from fusion.all_embeddings import predict_test, train
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
 from fusion.parts import Compute
-from fusion.records import SubmissionPointer
+from fusion.records import manifests, pointers
+from fusion.records.schemas import SubmissionPointer
 from fusion.submission import plain
 from fusion.verify import verify
 from tests.conftest import SMALL

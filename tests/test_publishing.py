@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusion import pointers, storage, submission
+from fusion import storage, submission
 from fusion.all_embeddings import train
 from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
 from fusion.data.tables import read_table
 from fusion.errors import DataError
-from fusion.manifests import SUBMISSION
-from fusion.records import SubmissionPointer
-from fusion.runs import open_run
+from fusion.records import pointers
+from fusion.records.manifests import SUBMISSION
+from fusion.records.runs import open_run
+from fusion.records.schemas import SubmissionPointer
 from fusion.verify import verify
 from tests.conftest import SMALL
 

@@ -24,7 +24,7 @@ import pytest
 
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
-from fusion.records import seal
+from fusion.records.schemas import seal
 from fusion.verify import verify
 from jobs.pull import main as pull_main
 from tests.conftest import BUCKET, SMALL, Done

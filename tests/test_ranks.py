@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusion import pointers, storage
+from fusion import storage
 from fusion.demo_catalog import generate
-from fusion.records import SubmissionPointer
+from fusion.records import pointers
+from fusion.records.schemas import SubmissionPointer
 from tests.conftest import DIMS, SMALL
 from tests.forked import run_commands
 

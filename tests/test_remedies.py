@@ -41,8 +41,8 @@ RUNS = ("train", "evaluate", "predict")
 
 # Commands that print the messages of a module, or of one of its functions. A flag must exist in all of them.
 PRINTED_BY = {
-    "fusion/best_run.py": ("train",),
-    "fusion/checkpoint.py": ("train",),
+    "fusion/records/best_run.py": ("train",),
+    "fusion/records/checkpoint.py": ("train",),
     "fusion/compare.py": ("compare",),
     "fusion/storage/conditional.py": RUNS,
     "fusion/config.py:RunConfig": ("train",),
@@ -71,18 +71,18 @@ PRINTED_BY = {
     "fusion/data/inputs.py:_no_table": (*RUNS, "doctor"),
     "fusion/data/inputs.py:_no_source": ("train", "doctor"),
     "fusion/launch.py": ("launch",),
-    "fusion/manifests.py": ("evaluate", "predict"),
+    "fusion/records/manifests.py": ("evaluate", "predict"),
     "fusion/meeting.py": ("launch",),
-    "fusion/memory.py": ("train",),
+    "fusion/records/memory.py": ("train",),
     "fusion/prediction.py": ("predict",),
-    "fusion/runs.py": ("train",),
-    "fusion/runs.py:_no_finished_run": ("evaluate", "predict"),
+    "fusion/records/runs.py": ("train",),
+    "fusion/records/runs.py:_no_finished_run": ("evaluate", "predict"),
     "fusion/scored.py:scored_runs": ("pull",),  # in a command that it names
     "fusion/scored.py:find_run": ("pull",),  # in a command that it names
     "fusion/scored.py:_evaluated": ("evaluate",),
-    "fusion/runs.py:no_run": ("pull",),  # in a command that it names
-    "fusion/runs.py:open_run": ("evaluate", "predict"),
-    "fusion/runs.py:data_of": ("evaluate", "predict"),
+    "fusion/records/runs.py:no_run": ("pull",),  # in a command that it names
+    "fusion/records/runs.py:open_run": ("evaluate", "predict"),
+    "fusion/records/runs.py:data_of": ("evaluate", "predict"),
     "fusion/data/source_rows.py": ("train", "predict"),
     "fusion/source_worth.py": ("ablate",),
     "fusion/data/splits.py": ("train",),
@@ -91,7 +91,7 @@ PRINTED_BY = {
     "fusion/training.py": ("train",),
     "fusion/training_data.py": ("train",),
     "fusion/training.py:_next_commands": ("evaluate", "predict"),
-    "fusion/validation.py": ("train",),
+    "fusion/records/validation.py": ("train",),
     "fusion/verify.py": ("verify",),
     "fusion/verify_submission.py": ("verify",),
     "fusion/distributed/watchdog.py": ("train",),
@@ -113,7 +113,7 @@ PRINTED_BY = {
     "jobs/submit.py": ("submit",),
 }
 # Of git, docker and kubectl; and of the training whose flags follow the `--` of a submission.
-FOREIGN = {"fusion/provenance.py": {"--error-unmatch"}, "fusion/data/shared_memory.py": {"--shm-size"}}
+FOREIGN = {"fusion/records/provenance.py": {"--error-unmatch"}, "fusion/data/shared_memory.py": {"--shm-size"}}
 FOREIGN |= {"jobs/clusters/kubectl.py": {"--output"}}
 KUBECTL = ("--api-group", "--cascade", "--container", "--field-selector", "--output", "--selector", "--since-time")
 FOREIGN |= {"jobs/clusters/kubernetes_sent.py": {*KUBECTL, "--tail", "--timestamps", "--wait"}}

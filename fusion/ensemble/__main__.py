@@ -28,7 +28,7 @@ from fusion.ensemble.report import show
 from fusion.ensemble.weights import blend
 from fusion.environment import variable
 from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, filled, seconds
-from fusion.records import ENSEMBLE_VARIANT
+from fusion.records.schemas import ENSEMBLE_VARIANT
 from fusion.scored import Scored, same_rows, scored_runs, shared
 
 

@@ -12,14 +12,15 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 
-from fusion import best_run, intervals, log, manifests, records, storage
+from fusion import log, storage
 from fusion.config import digest
 from fusion.data.tables import Table
 from fusion.ensemble.weights import Blend
 from fusion.errors import ConfigError
-from fusion.manifests import ENSEMBLE, INTERVALS, MANIFEST, VALIDATION
-from fusion.provenance import revision
-from fusion.records import (
+from fusion.records import best_run, intervals, manifests, schemas
+from fusion.records.manifests import ENSEMBLE, INTERVALS, MANIFEST, VALIDATION
+from fusion.records.provenance import revision
+from fusion.records.schemas import (
     ENSEMBLE_VARIANT,
     SCHEMA,
     EnsembleMember,
@@ -29,8 +30,8 @@ from fusion.records import (
     RunPointer,
     seal,
 )
+from fusion.records.validation import to_parquet
 from fusion.scored import Member, Scored, Shared
-from fusion.validation import to_parquet
 
 
 def record_of(run_id: str, found: Sequence[Scored], rows: Shared, blend: Blend) -> EnsembleRecord:
@@ -123,7 +124,7 @@ def _check_same(folder: str, record: EnsembleRecord) -> None:
 
 def _facts(record: EnsembleRecord, members: Sequence[Member]) -> dict[str, object]:
     """`run.json`, as a run has it: what later nights, and pointers, ask of it."""
-    first = records.read_required(RunFacts, storage.join(members[0].run, "run.json"))
+    first = schemas.read_required(RunFacts, storage.join(members[0].run, "run.json"))
     return {
         "run_id": record.run_id,
         "variant": ENSEMBLE_VARIANT,
@@ -132,7 +133,7 @@ def _facts(record: EnsembleRecord, members: Sequence[Member]) -> dict[str, objec
         "dims": dict(first.dims),
         "price_quartiles": first.price_quartiles,
         "revision": revision(),
-        "started": records.now(),
+        "started": schemas.now(),
     }
 
 

@@ -9,8 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import guards, log, manifests, records, runs, storage, submission
-from fusion.best_run import pointed_to, run_of
+from fusion import guards, log, storage, submission
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.data.embeddings import load
 from fusion.data.inputs import Inputs, find_inputs, find_table, table_sha256
@@ -22,13 +21,15 @@ from fusion.features import Features, columns_of
 from fusion.features_rows import compared, with_features
 from fusion.fingerprints import Look, look
 from fusion.flags import from_json
-from fusion.manifests import ENSEMBLE, INTERVALS
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
 from fusion.parts import Compute, compute_parts, discard
 from fusion.prediction import check_dims, features_of, load_model, parts_folder, pricing, publish_prices
-from fusion.provenance import ENSEMBLE_CODE, code_digest
-from fusion.records import ENSEMBLE_VARIANT, EnsembleMember, EnsembleRecord, Intervals, RunFacts
+from fusion.records import manifests, runs, schemas
+from fusion.records.best_run import pointed_to, run_of
+from fusion.records.manifests import ENSEMBLE, INTERVALS
+from fusion.records.provenance import ENSEMBLE_CODE, code_digest
+from fusion.records.schemas import ENSEMBLE_VARIANT, EnsembleMember, EnsembleRecord, Intervals, RunFacts
 from fusion.unchanged import republish
 from fusion.variants import config_class_of, network_of
 
@@ -99,7 +100,7 @@ def _find(settings: PredictConfig) -> str:
         folder = run_of(settings.output, best)
     if storage.exists(storage.join(folder, ENSEMBLE)):
         return folder
-    facts = records.read_if_whole(RunFacts, storage.join(folder, "run.json"), "run_damaged")
+    facts = schemas.read_if_whole(RunFacts, storage.join(folder, "run.json"), "run_damaged")
     if facts is not None and facts.variant != ENSEMBLE_VARIANT:
         raise ConfigError(
             f"run {storage.base(folder)} is of {facts.variant}, and this command predicts with ensembles",
@@ -147,7 +148,7 @@ def _origin(folder: str, record: EnsembleRecord, parts: Sequence[Part], data: st
 
 def _intervals(folder: str) -> Intervals | None:
     content = manifests.read_of_ensemble(folder, INTERVALS)
-    return None if content is None else records.parse(Intervals, content, storage.join(folder, INTERVALS))
+    return None if content is None else schemas.parse(Intervals, content, storage.join(folder, INTERVALS))
 
 
 def _predict(

@@ -14,7 +14,7 @@ from rich.text import Text
 from fusion.clustered import Estimate
 from fusion.ensemble.weights import Blend
 from fusion.errors import visible
-from fusion.records import EnsembleRecord
+from fusion.records.schemas import EnsembleRecord
 from fusion.scored import Scored
 
 PLAIN_WIDTH = 100  # columns where standard output is no terminal

@@ -14,7 +14,7 @@ from typing import Any
 from fusion.config import EvaluateConfig, PredictConfig, RunConfig, digest
 from fusion.errors import UsageError
 from fusion.flags import as_flags
-from fusion.records import ENSEMBLE_VARIANT
+from fusion.records.schemas import ENSEMBLE_VARIANT
 from fusion.variants import variants
 
 MODULES = {"train": "train", "evaluate": "evaluate_by_groups", "predict": "predict_test"}

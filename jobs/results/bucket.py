@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
-from fusion import pointers, storage
+from fusion import storage
 from fusion.errors import DataError, ExitCode
-from fusion.manifests import ENSEMBLE, MANIFEST, Checkpoint, best_of, read_ensemble
-from fusion.records import (
+from fusion.records import pointers
+from fusion.records.manifests import ENSEMBLE, MANIFEST, Checkpoint, best_of, read_ensemble
+from fusion.records.schemas import (
     AttemptEnd,
     AttemptStart,
     CheckpointManifest,

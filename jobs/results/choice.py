@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
-from fusion.manifests import ENSEMBLE, FEATURES, MANIFEST, MEMORY, PULLED, SPLIT, STATE, Checkpoint
-from fusion.records import (
+from fusion.records.manifests import ENSEMBLE, FEATURES, MANIFEST, MEMORY, PULLED, SPLIT, STATE, Checkpoint
+from fusion.records.runs import no_run
+from fusion.records.schemas import (
     CheckpointManifest,
     FileEntry,
     Manifest,
@@ -21,7 +22,6 @@ from fusion.records import (
     parse,
     seal,
 )
-from fusion.runs import no_run
 from jobs.results.bucket import LEASE, Listing, best_checkpoint, current_of
 from jobs.results.transfer import Item, Plan
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from fusion import storage
 from fusion.errors import UsageError
-from fusion.manifests import split_digest, validated
-from fusion.run_summary import damaged, differing, settings_of, variant_of
+from fusion.records.manifests import split_digest, validated
+from fusion.records.run_summary import damaged, differing, settings_of, variant_of
 
 NAMES = {"by", "group"}
 WHERE = {"output", "run_id"}  # different for any two runs

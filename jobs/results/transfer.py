@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fusion import log, storage
 from fusion.errors import ConfigError, DataError, FusionError, UnreachableError
-from fusion.records import FileEntry, Seal, seal_of
+from fusion.records.schemas import FileEntry, Seal, seal_of
 
 _REMEDY = "pull another run or submission, or make this one again; `python -m fusion.verify URL` says what else"
 

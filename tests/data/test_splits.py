@@ -151,7 +151,7 @@ def test_small_tables_split(n: int) -> None:
 
 
 def test_the_command_stores_what_it_used(tmp_path: Path) -> None:
-    from fusion.split_file import to_parquet
+    from fusion.records.split import to_parquet
 
     (tmp_path / "split.parquet").write_bytes(to_parquet(sides(make())))
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "split.parquet"), sides(make()))

@@ -13,7 +13,7 @@ import pytest
 
 from fusion import storage
 from fusion.errors import ConfigError
-from fusion.runs import take_lease
+from fusion.records.runs import take_lease
 from fusion.storage import backend
 from jobs import doctor
 from tests.plain_s3 import BUCKET, PlainS3

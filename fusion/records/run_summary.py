@@ -10,7 +10,7 @@ from typing import Any
 
 from fusion import storage
 from fusion.errors import DataError
-from fusion.records import AttemptEnd, AttemptStart, RunFacts, read, read_if_whole
+from fusion.records.schemas import AttemptEnd, AttemptStart, RunFacts, read, read_if_whole
 
 _PARAMETERS = re.compile(r"\bevent=start\b.*\bparameters=(\d+)")
 

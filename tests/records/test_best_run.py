@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fusion import pointers
 from fusion.all_embeddings.config import Config
-from fusion.best_run import point_to_run, served
 from fusion.config import ReadRunConfig
 from fusion.errors import DataError
-from fusion.manifests import Checkpoint
-from fusion.records import CheckpointManifest, RunPointer
-from fusion.runs import open_run
+from fusion.records import pointers
+from fusion.records.best_run import point_to_run, served
+from fusion.records.manifests import Checkpoint
+from fusion.records.runs import open_run
+from fusion.records.schemas import CheckpointManifest, RunPointer
 
 VARIANT = Config.variant
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fusion import log, manifests, pointers, records, storage
+from fusion import log, storage
 from fusion.config import RunConfig
-from fusion.manifests import ENSEMBLE
-from fusion.records import RunFacts, RunPointer
+from fusion.records import manifests, pointers, schemas
+from fusion.records.manifests import ENSEMBLE
+from fusion.records.schemas import RunFacts, RunPointer
 
 SERVED = "best"
 
@@ -98,5 +99,5 @@ def _tell(is_served: bool, before: RunPointer, target: RunPointer, same_kind: bo
 
 
 def _began(output: str, pointer: RunPointer) -> str:
-    facts = records.read_if_whole(RunFacts, storage.join(run_of(output, pointer), "run.json"), "run_damaged")
+    facts = schemas.read_if_whole(RunFacts, storage.join(run_of(output, pointer), "run.json"), "run_damaged")
     return facts.started if facts else ""

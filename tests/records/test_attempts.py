@@ -1,4 +1,4 @@
-"""How an attempt at a run says that it ended: `pytest tests/test_attempts.py`."""
+"""How an attempt at a run says that it ended: `pytest tests/records/test_attempts.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.runs import attempt
+from fusion.records.runs import attempt
 
 GLOO = "[pair.cc:553] Connection closed by peer [10.0.0.7]:52400. This is typically caused by a remote worker crashing."
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fusion import checkpoint, manifests
 from fusion.all_embeddings import evaluate_by_groups, train
 from fusion.errors import DataError
 from fusion.metrics import compute_smape
-from fusion.validation import from_parquet, has_validation, to_parquet, validation_of
+from fusion.records import checkpoint, manifests
+from fusion.records.validation import from_parquet, has_validation, to_parquet, validation_of
 from tests.conftest import SMALL
 from tests.documents import edit
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from fusion import records, storage
-from fusion.contention import turns
+from fusion import storage
+from fusion.records import schemas
+from fusion.records.contention import turns
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ def url(output: str, *parts: str) -> str:
 
 def read(kind: type[T], output: str, *parts: str) -> T | None:
     """What is pointed to; None when nothing is, or the pointer is damaged."""
-    return records.read_if_whole(kind, url(output, *parts), DAMAGED)
+    return schemas.read_if_whole(kind, url(output, *parts), DAMAGED)
 
 
 def move(
@@ -41,10 +42,10 @@ def move(
     fields: dict[str, Any] = asdict(target)  # type: ignore[call-overload]
     for _ in turns(place):
         held, seen = seen or storage.read_version(place), None
-        current = None if held is None else records.parse_if_whole(type(target), held[0], place, DAMAGED)
+        current = None if held is None else schemas.parse_if_whole(type(target), held[0], place, DAMAGED)
         if current is not None and (current == target or unless(current)):
             return current == target
-        data = records.seal({"pointer": "/".join(parts), **fields, "updated": records.now()})
+        data = schemas.seal({"pointer": "/".join(parts), **fields, "updated": schemas.now()})
         if storage.create(place, data) if held is None else storage.replace(place, data, held[1]):
             return True
     raise AssertionError("the turns end with an error")

@@ -19,8 +19,8 @@ import pandas as pd
 
 from fusion.config import RunConfig
 from fusion.data.tables import Table
-from fusion.manifests import INTERVALS, Checkpoint, read_file
-from fusion.records import SCHEMA, IntervalBin, Intervals, parse
+from fusion.records.manifests import INTERVALS, Checkpoint, read_file
+from fusion.records.schemas import SCHEMA, IntervalBin, Intervals, parse
 
 LEVELS = (80, 90, 95)  # percent
 LEAST_ROWS = 100  # of a bin: the coverage of 90% is then off by 3 points (one standard error) by chance

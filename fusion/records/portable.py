@@ -1,6 +1,7 @@
 """`save_checkpoint` and `load_checkpoint` of `fusion.utils`: a model with its optimizer in one object at any URL.
 
-A training has checkpoints of its own (`fusion.checkpoint`); these are for code that users write. Loading executes
+A training has checkpoints of its own (`fusion.records.checkpoint`); these are for code that users write. Loading
+executes
 nothing: `torch.load(weights_only=True)` takes tensors and plain values, and so nothing else is saved.
 """
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fusion import storage
 from fusion.errors import DataError
-from fusion.manifests import MEMORY
 from fusion.nn.neighbours import Memory, bands_of
+from fusion.records.manifests import MEMORY
 
 _COMPONENTS = "components."
 _ROWS = {"keys": np.float16, "folds": np.int64, "groups": np.int64}

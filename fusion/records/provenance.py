@@ -14,7 +14,7 @@ from fusion import storage
 from fusion.config import digest
 from fusion.environment import variable
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 ENSEMBLE_CODE = "ensemble/prediction"  # root of the code that decides the price of an ensemble
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -14,11 +14,12 @@ import pandas as pd
 import pytest
 from scipy.stats import beta, norm
 
-from fusion import manifests, storage
+from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.data.tables import read_table
 from fusion.errors import DataError
-from fusion.intervals import (
+from fusion.records import manifests
+from fusion.records.intervals import (
     LEVELS,
     _alone,
     bounds,
@@ -30,8 +31,8 @@ from fusion.intervals import (
     is_within,
     tier_names,
 )
-from fusion.records import Intervals, parse, seal
-from fusion.validation import validation_of
+from fusion.records.schemas import Intervals, parse, seal
+from fusion.records.validation import validation_of
 from fusion.verify import verify
 from tests.conftest import SMALL
 from tests.documents import edit

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fusion import records, storage
+from fusion import storage
 from fusion.errors import DataError
-from fusion.records import LeaseRecord, Seal, seal, seal_of
+from fusion.records import schemas
+from fusion.records.schemas import LeaseRecord, Seal, seal, seal_of
 
 LEASE = {"attempt": 1, "token": "x", "started": "2026-01-02T03:04:05Z"}
 
@@ -41,9 +42,9 @@ def test_what_is_no_document_has_no_seal_that_fits(content: bytes) -> None:
 def test_readers_take_a_broken_seal_for_damage(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     path.write_bytes(seal(LEASE))
-    assert records.read(LeaseRecord, str(path)) == LeaseRecord(1, "x", "2026-01-02T03:04:05Z")
+    assert schemas.read(LeaseRecord, str(path)) == LeaseRecord(1, "x", "2026-01-02T03:04:05Z")
     path.write_bytes(seal(LEASE).replace(b'"attempt": 1', b'"attempt": 2'))
     with pytest.raises(DataError, match=r"lease.json is damaged: it has changed since it was written"):
-        records.read(LeaseRecord, str(path))
+        schemas.read(LeaseRecord, str(path))
     path.write_bytes(storage.as_json(LEASE))
-    assert records.read(LeaseRecord, str(path)) is not None
+    assert schemas.read(LeaseRecord, str(path)) is not None

@@ -12,9 +12,10 @@ from typing import Final
 
 from pydantic import PositiveInt, TypeAdapter
 
-from fusion import log, records, storage
+from fusion import log, storage
 from fusion.errors import DataError
-from fusion.records import CheckpointManifest, EnsembleRecord, FileEntry, Manifest
+from fusion.records import schemas
+from fusion.records.schemas import CheckpointManifest, EnsembleRecord, FileEntry, Manifest
 
 MANIFEST: Final = "MANIFEST.json"
 MODEL: Final = "model.safetensors"
@@ -82,7 +83,7 @@ def committed(run: str) -> list[Checkpoint]:
 
 
 def _checkpoint(folder: str) -> Checkpoint | None:
-    manifest = records.read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
+    manifest = schemas.read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
     if manifest is None:
         return None
     if manifest.name != storage.base(folder):
@@ -139,7 +140,7 @@ def read_ensemble(folder: str) -> EnsembleRecord:
     content = read_of_ensemble(folder, ENSEMBLE)
     if content is None:
         raise _damaged_ensemble(storage.join(folder, ENSEMBLE))
-    return records.parse(EnsembleRecord, content, storage.join(folder, ENSEMBLE))
+    return schemas.parse(EnsembleRecord, content, storage.join(folder, ENSEMBLE))
 
 
 def read_of_ensemble(folder: str, name: str) -> bytes | None:
@@ -148,7 +149,7 @@ def read_of_ensemble(folder: str, name: str) -> bytes | None:
     Raises:
         DataError: the ensemble is not committed, or the file is damaged.
     """
-    url, manifest = storage.join(folder, name), records.read(Manifest, storage.join(folder, MANIFEST))
+    url, manifest = storage.join(folder, name), schemas.read(Manifest, storage.join(folder, MANIFEST))
     if manifest is None:
         raise DataError(
             f"{folder} has no {MANIFEST}: this ensemble was not completed",

@@ -8,7 +8,7 @@ import pandas as pd
 
 from fusion import storage
 from fusion.errors import DataError
-from fusion.manifests import SPLIT
+from fusion.records.manifests import SPLIT
 
 
 def read_split(run: str, sha256: str = "") -> pd.DataFrame:

@@ -14,14 +14,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fusion import __version__, log, manifests, records, storage
-from fusion.best_run import pointed_to, run_of
+from fusion import __version__, log, storage
 from fusion.config import HOW, ReadRunConfig, RunConfig, digest
-from fusion.contention import turns
 from fusion.errors import LOST_PEER, ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
 from fusion.flags import from_json, to_json
-from fusion.provenance import code_digest, revision
-from fusion.records import AttemptEnd, LeaseRecord, RunFacts
+from fusion.records import manifests, schemas
+from fusion.records.best_run import pointed_to, run_of
+from fusion.records.contention import turns
+from fusion.records.provenance import code_digest, revision
+from fusion.records.schemas import AttemptEnd, LeaseRecord, RunFacts
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -70,7 +71,7 @@ def describe_run(
         DataError: the data are not those that the run was started with.
     """
     url = storage.join(run_url(config), "run.json")
-    before = records.read(RunFacts, url)
+    before = schemas.read(RunFacts, url)
     if before is not None:
         if before.data_sha256 != data_digest:
             raise DataError(
@@ -96,9 +97,9 @@ def describe_run(
             "torch": metadata.version("torch"),
             "numpy": metadata.version("numpy"),
         },
-        "started": records.now(),
+        "started": schemas.now(),
     }
-    storage.write(url, records.seal(facts))
+    storage.write(url, schemas.seal(facts))
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Lease:
 
     def check(self) -> None:
         """Raises SupersededError when a newer attempt has begun."""
-        held = records.read_required(LeaseRecord, self.url)
+        held = schemas.read_required(LeaseRecord, self.url)
         if held.token != self.token:
             raise SupersededError(
                 f"attempt {held.attempt} of this run began while this one, {self.attempt}, was still running",
@@ -124,8 +125,8 @@ def take_lease(run: str) -> Lease:
     url, token = storage.join(run, "lease.json"), uuid.uuid4().hex
     for _ in turns(url):
         held = storage.read_version(url)
-        number = 1 if held is None else 1 + records.parse(LeaseRecord, held[0], url).attempt
-        data = records.seal({"attempt": number, "token": token, "started": records.now()})
+        number = 1 if held is None else 1 + schemas.parse(LeaseRecord, held[0], url).attempt
+        data = schemas.seal({"attempt": number, "token": token, "started": schemas.now()})
         if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
             return Lease(url, number, token)
     raise AssertionError("the turns end with an error")
@@ -137,8 +138,8 @@ def attempt(run: str) -> Iterator[Lease]:
     storage.honours_conditions(run)  # or the log says that nothing keeps two attempts at this run from mixing
     lease = take_lease(run)
     folder = storage.join(run, "attempts", str(lease.attempt))
-    start = {"attempt": lease.attempt, "started": records.now()}
-    storage.write(storage.join(folder, "start.json"), records.seal(start))
+    start = {"attempt": lease.attempt, "started": schemas.now()}
+    storage.write(storage.join(folder, "start.json"), schemas.seal(start))
     end: dict[str, Any] = {"code": ExitCode.BUG}
     try:
         try:
@@ -181,8 +182,8 @@ def record_end(lease: Lease, end: Mapping[str, Any]) -> None:
         storage.set_patience(min(PATIENCE_AT_THE_END, storage.patience()))  # the kill after a stop may be near
     try:
         (said,) = manifests.write_files(folder, {"log.txt": log.text().encode()})
-        facts = {"attempt": lease.attempt, **end, "step": _newest_step(run), "ended": records.now()}
-        storage.write(storage.join(folder, "exit.json"), records.seal(facts | {"log": asdict(said)}))
+        facts = {"attempt": lease.attempt, **end, "step": _newest_step(run), "ended": schemas.now()}
+        storage.write(storage.join(folder, "exit.json"), schemas.seal(facts | {"log": asdict(said)}))
     except FusionError as error:
         log.warning(event="end_not_recorded", reason=error.message)
 
@@ -196,7 +197,7 @@ def _check_progress(run: str, number: int) -> None:
     step = _newest_step(run)
     for earlier in (number - 1, number - 2):
         url = storage.join(run, "attempts", str(earlier), "exit.json")
-        end = records.read_if_whole(AttemptEnd, url, "attempt_damaged")
+        end = schemas.read_if_whole(AttemptEnd, url, "attempt_damaged")
         if end is None or end.code != ExitCode.STOPPED or end.step != step:
             return
     raise FusionError(
@@ -278,7 +279,7 @@ def data_of(settings: ReadRunConfig, of_run: str) -> str:
 
 
 def _check_variant(run: str, variant: str) -> None:
-    facts = records.read_if_whole(RunFacts, storage.join(run, "run.json"), "run_damaged")
+    facts = schemas.read_if_whole(RunFacts, storage.join(run, "run.json"), "run_damaged")
     if facts is not None and facts.variant != variant:
         raise ConfigError(
             f"run {storage.base(run)} is of {facts.variant}, and this command is of {variant}",

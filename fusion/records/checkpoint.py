@@ -20,9 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fusion import intervals, log, storage
+from fusion import log, storage
 from fusion.errors import DataError, FusionError, SupersededError
-from fusion.manifests import (
+from fusion.records import intervals
+from fusion.records.manifests import (
     EPOCHS,
     INTERVALS,
     LINES,
@@ -37,8 +38,8 @@ from fusion.manifests import (
     read_file,
     write_files,
 )
-from fusion.records import SCHEMA, CheckpointManifest, FileEntry, seal
-from fusion.validation import computed_in, has_validation, to_parquet, validation_of
+from fusion.records.schemas import SCHEMA, CheckpointManifest, FileEntry, seal
+from fusion.records.validation import computed_in, has_validation, to_parquet, validation_of
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fusion import provenance
-from fusion.provenance import PACKAGE, code_digest
+from fusion.records import provenance
+from fusion.records.provenance import PACKAGE, code_digest
 
 
 @pytest.fixture

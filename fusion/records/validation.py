@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from fusion import manifests
 from fusion.errors import DataError
-from fusion.manifests import VALIDATION, Checkpoint
+from fusion.records import manifests
+from fusion.records.manifests import VALIDATION, Checkpoint
 
 COMPUTED = ("spread",)  # by the model, beside the price: some models do
 

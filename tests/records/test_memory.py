@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from fusion import memory, storage
+from fusion import storage
 from fusion.errors import DataError
-from fusion.memory import Remembered, from_bytes, log_prices_of, read, to_bytes
 from fusion.nn.neighbours import Memory, bands_of
+from fusion.records import memory
+from fusion.records.memory import Remembered, from_bytes, log_prices_of, read, to_bytes
 
 N_ROWS = 7
 

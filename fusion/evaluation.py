@@ -21,8 +21,8 @@ from fusion.data.splits import part_of
 from fusion.data.tables import Table, places_of, read_table
 from fusion.distributed.world import World, held, world
 from fusion.errors import DataError
-from fusion.features import columns_of
-from fusion.features_rows import with_features
+from fusion.features.fitted import columns_of
+from fusion.features.rows import with_features
 from fusion.groups import Evaluation, evaluate
 from fusion.nn.price_model import PriceModel
 from fusion.parts import Arrays, compute_parts, discard

@@ -18,8 +18,8 @@ from fusion.data.row_store import RowStore
 from fusion.data.tables import Table, read_table
 from fusion.distributed.world import World, held, world
 from fusion.errors import DataError, DivergedError, UnreachableError
-from fusion.features import Features, columns_of, has_features, read_features
-from fusion.features_rows import compared, with_features
+from fusion.features.fitted import Features, columns_of, has_features, read_features
+from fusion.features.rows import compared, with_features
 from fusion.fingerprints import Look, look, to_parquet
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.nn.price_model import Options, PriceModel, network_dims

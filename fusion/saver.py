@@ -12,8 +12,8 @@ from torch import Tensor
 from fusion import log, stopping, storage
 from fusion.config import RunConfig
 from fusion.errors import DataError, StopRequested
-from fusion.features import has_features
-from fusion.features_rows import compared
+from fusion.features.fitted import has_features
+from fusion.features.rows import compared
 from fusion.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 from fusion.fitting import Fit, TrainingData
 from fusion.metrics import compute_smape

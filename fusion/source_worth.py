@@ -19,8 +19,8 @@ from fusion.data.tables import Table
 from fusion.distributed.world import World, held, world
 from fusion.errors import DataError
 from fusion.evaluation import as_validated, is_as_trained, validation_rows
-from fusion.features import columns_of
-from fusion.features_rows import with_features
+from fusion.features.fitted import columns_of
+from fusion.features.rows import with_features
 from fusion.metrics import FloatArray, row_smape
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel

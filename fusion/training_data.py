@@ -19,7 +19,7 @@ from fusion.data.splits import part_of, split_rows
 from fusion.data.tables import Table, read_table, warn_of_poor_prices
 from fusion.distributed.world import World, held
 from fusion.errors import DataError
-from fusion.features import (
+from fusion.features.fitted import (
     Columns,
     Features,
     fit_features,
@@ -30,7 +30,7 @@ from fusion.features import (
     training_columns,
     write_features,
 )
-from fusion.features_rows import with_features
+from fusion.features.rows import with_features
 from fusion.fitting import TrainingData
 from fusion.records import manifests
 from fusion.records.intervals import category_column, category_of

@@ -164,7 +164,7 @@ def _check_split(report: Report, data: bytes | None, *, expected: bool) -> set[s
 
 def _check_features(report: Report, url: str, facts: RunFacts | None) -> str:
     """sha256 of `features.safetensors`; empty if there is none."""
-    from fusion.features import from_bytes
+    from fusion.features.fitted import from_bytes
 
     content = read(storage.join(url, FEATURES))
     if content is None:

@@ -17,8 +17,8 @@ from fusion.data.row_store import RowStore
 from fusion.data.tables import Table, read_table
 from fusion.distributed.world import World, held, world
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
-from fusion.features import Features, columns_of
-from fusion.features_rows import compared, with_features
+from fusion.features.fitted import Features, columns_of
+from fusion.features.rows import compared, with_features
 from fusion.fingerprints import Look, look
 from fusion.flags import from_json
 from fusion.nn.batch import Batch

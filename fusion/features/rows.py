@@ -11,8 +11,8 @@ from fusion.data.embeddings import stop_if_asked
 from fusion.data.row_store import RowStore
 from fusion.data.shared_memory import node_tensor
 from fusion.distributed.world import World, held
-from fusion.features import Columns, Features, row_hashes
-from fusion.features_text import CHUNK_ROWS
+from fusion.features.fitted import Columns, Features, row_hashes
+from fusion.features.text import CHUNK_ROWS
 
 COMPARED = "text_chars"
 

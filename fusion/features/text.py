@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import sparse
 
-from fusion.features_terms import KINDS, Terms
+from fusion.features.terms import KINDS, Terms
 
 CHUNK_ROWS = 1024  # texts cut up at a time: 150 MB if each has 1,000 letters
 MAX_LETTERS = 4096  # of a text that count: the longest descriptions repeat themselves, and memory stays bounded

@@ -19,15 +19,18 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fusion import features_columns, features_numbers, features_text, log, storage
+from fusion import log, storage
 from fusion.config import RunConfig
 from fusion.data.duplicates import TEXT_COLUMN
 from fusion.data.tables import Table
 from fusion.data.text_hashes import as_texts, mixed, text_hashes
 from fusion.errors import DataError
-from fusion.features_columns import COLUMNS, Column
-from fusion.features_terms import KINDS
-from fusion.features_text import Space, shortened
+from fusion.features import columns as features_columns
+from fusion.features import numbers as features_numbers
+from fusion.features import text as features_text
+from fusion.features.columns import COLUMNS, Column
+from fusion.features.terms import KINDS
+from fusion.features.text import Space, shortened
 from fusion.records.manifests import FEATURES
 
 # Of a chunk of rows or of all: column to [n] large_string without nulls.

@@ -14,14 +14,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from fusion import features_columns, features_numbers, features_text
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
 from fusion.data.tables import Table, read_table
 from fusion.demo_catalog import generate
 from fusion.errors import ConfigError, DataError
-from fusion.features import (
+from fusion.features import columns as features_columns
+from fusion.features import numbers as features_numbers
+from fusion.features import text as features_text
+from fusion.features.fitted import (
     Features,
     columns_of,
     fit_features,
@@ -31,7 +33,7 @@ from fusion.features import (
     to_bytes,
     training_columns,
 )
-from fusion.features_terms import KINDS, Terms, chars, fields, words
+from fusion.features.terms import KINDS, Terms, chars, fields, words
 from fusion.flags import parse
 from fusion.metrics import compute_smape
 from fusion.records import manifests, pointers

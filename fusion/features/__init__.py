@@ -1,0 +1,1 @@
+"""Sources that are computed from the tables: texts, quantities and columns."""

@@ -4,7 +4,8 @@
 
 Trains small models on the data, then runs `predict_test` on nights that are changed in one way each: the second night
 after an honest one, or the very first. Prints for each whether it was published, and the reasons. Its limits are those
-of `fusion/guards.py`, which were chosen from this table. It takes about 10 minutes for 10,000 rows on 2 cores.
+of `fusion/submissions/guards.py`, which were chosen from this table. It takes about 10 minutes for 10,000 rows on 2
+cores.
 
     python benchmarks/nights.py --data DATA --output WORK --sources.clip-image my_images … --epochs 8
 """

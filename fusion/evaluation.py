@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import log, report, storage, submission
+from fusion import log, report, storage
 from fusion.config import EvaluateConfig, RunConfig
 from fusion.data.embeddings import load
 from fusion.data.row_store import RowStore
@@ -43,6 +43,7 @@ from fusion.records.contention import turns
 from fusion.records.schemas import SCHEMA, Intervals, MetricsManifest, seal
 from fusion.records.split import read_split
 from fusion.records.validation import computed_frame
+from fusion.submissions import submission
 
 COMPARABLES = ("comparable_ids", "comparable_prices", "comparable_weights")  # the products that a price leans on
 COMPUTED = ("price", "predicted", "present", "smape")  # of each row; the user's columns of these names are not shown

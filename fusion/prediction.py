@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from fusion import guards, log, predictions, storage, submission
+from fusion import log, storage
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig, digest
 from fusion.data.embeddings import load
 from fusion.data.inputs import find_inputs, find_table
@@ -20,7 +20,6 @@ from fusion.distributed.world import World, held, world
 from fusion.errors import DataError, DivergedError, UnreachableError
 from fusion.features.fitted import Features, columns_of, has_features, read_features
 from fusion.features.rows import compared, with_features
-from fusion.fingerprints import Look, look, to_parquet
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.nn.price_model import Options, PriceModel, network_dims
 from fusion.parts import Arrays, Compute, compute_parts, compute_rows, discard
@@ -28,7 +27,9 @@ from fusion.records import checkpoint, intervals, manifests, memory, runs
 from fusion.records.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
 from fusion.records.schemas import Intervals
 from fusion.records.validation import computed_frame
-from fusion.unchanged import republish
+from fusion.submissions import guards, predictions, submission
+from fusion.submissions.fingerprints import Look, look, to_parquet
+from fusion.submissions.unchanged import republish
 
 C = TypeVar("C", bound=RunConfig)
 BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]

@@ -14,7 +14,6 @@ from fusion.config import RunConfig
 from fusion.errors import DataError, StopRequested
 from fusion.features.fitted import has_features
 from fusion.features.rows import compared
-from fusion.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 from fusion.fitting import Fit, TrainingData
 from fusion.metrics import compute_smape
 from fusion.prediction import validation_digest
@@ -24,6 +23,7 @@ from fusion.records.manifests import FEATURES, MEMORY, SPLIT
 from fusion.records.provenance import code_digest
 from fusion.records.runs import Lease, run_url
 from fusion.records.schemas import RunFacts
+from fusion.submissions.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 
 
 class Saver:

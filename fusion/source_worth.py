@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import log, storage, submission
+from fusion import log, storage
 from fusion.ablation_report import show
 from fusion.clustered import Estimate, IntArray, clustered_mean
 from fusion.coalitions import Coalitions, coalitions
@@ -32,6 +32,7 @@ from fusion.records.run_summary import variant_of
 from fusion.records.runs import no_run
 from fusion.records.schemas import AblationRecord, Effect, SourceWorth, seal
 from fusion.records.split import read_split
+from fusion.submissions import submission
 from fusion.variants import config_class_of, network_of
 
 DIGITS = 6  # after the point, of a SMAPE in %

@@ -15,7 +15,7 @@ from fusion.errors import CredentialsError, DataError
 from fusion.findings import Report, check_files, check_once, first_line, parsed, some
 from fusion.records.manifests import ENSEMBLE, MANIFEST, MODEL, PREDICTIONS, SUBMISSION
 from fusion.records.schemas import CheckpointManifest, DataOfRun, EnsembleRecord, SubmissionManifest, read_required
-from fusion.submission import plain
+from fusion.submissions.submission import plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +76,7 @@ def _check_csv(report: Report, content: bytes, n_rows: int) -> list[list[str]]:
 
 def _check_predictions(report: Report, data: bytes, rows: list[list[str]]) -> None:
     """Whether these are the rows of `submission.csv`, and each price lies within its intervals."""
-    from fusion.predictions import from_parquet
+    from fusion.submissions.predictions import from_parquet
 
     try:
         found = from_parquet(data)

@@ -151,7 +151,7 @@ def _nothing_changed(given: argparse.Namespace, flags: Sequence[str]) -> bool:
 
 def _published(variant: str, flags: Sequence[str]) -> str | None:
     """URL of the day's submission while data, model and code are those of the last, published again for it; or None."""
-    from fusion.unchanged import published, republish  # pandas takes its time to load
+    from fusion.submissions.unchanged import published, republish
 
     settings = parse(
         config_class(variant, "predict"), flags, prog=f"python -m fusion.{variant}.predict_test", description=""

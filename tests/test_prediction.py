@@ -8,7 +8,7 @@ from fusion import verify_submission
 from fusion.data.tables import Table
 from fusion.errors import DivergedError
 from fusion.prediction import warn_of_leak
-from fusion.submission import submission_csv
+from fusion.submissions.submission import submission_csv
 
 
 def test_a_submission_is_plain_text_in_the_given_order() -> None:

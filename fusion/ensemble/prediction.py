@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import guards, log, storage, submission
+from fusion import log, storage
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.data.embeddings import load
 from fusion.data.inputs import Inputs, find_inputs, find_table, table_sha256
@@ -19,7 +19,6 @@ from fusion.distributed.world import World, held, world
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
 from fusion.features.fitted import Features, columns_of
 from fusion.features.rows import compared, with_features
-from fusion.fingerprints import Look, look
 from fusion.flags import from_json
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
@@ -30,7 +29,9 @@ from fusion.records.best_run import pointed_to, run_of
 from fusion.records.manifests import ENSEMBLE, INTERVALS
 from fusion.records.provenance import ENSEMBLE_CODE, code_digest
 from fusion.records.schemas import ENSEMBLE_VARIANT, EnsembleMember, EnsembleRecord, Intervals, RunFacts
-from fusion.unchanged import republish
+from fusion.submissions import guards, submission
+from fusion.submissions.fingerprints import Look, look
+from fusion.submissions.unchanged import republish
 from fusion.variants import config_class_of, network_of
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusion import guards
 from fusion.config import PredictConfig
 from fusion.errors import DataError
-from fusion.fingerprints import Look
-from fusion.guards import Finding
 from fusion.records.schemas import Night, SubmissionManifest
-from fusion.submission import Last, Origin
+from fusion.submissions import guards
+from fusion.submissions.fingerprints import Look
+from fusion.submissions.guards import Finding
+from fusion.submissions.submission import Last, Origin
 
 N = 400
 MODEL, OTHER = "a" * 64, "b" * 64

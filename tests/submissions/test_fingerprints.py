@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from fusion import fingerprints
 from fusion.data.row_store import RowStore
 from fusion.distributed.world import World
-from fusion.fingerprints import Comparison, agreements, agreements_with_chance, compared, look, to_parquet
 from fusion.nn.layers import ConcatNetwork
 from fusion.nn.price_model import PriceModel
+from fusion.submissions import fingerprints
+from fusion.submissions.fingerprints import Comparison, agreements, agreements_with_chance, compared, look, to_parquet
 
 DIMS = {"image": 40, "text": 24}
 N = 400

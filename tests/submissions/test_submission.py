@@ -14,13 +14,14 @@ import pandas as pd
 import pytest
 import safetensors.torch
 
-from fusion import storage, submission, unchanged
+from fusion import storage
 from fusion.all_embeddings import predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
 from fusion.data import embeddings
 from fusion.records import manifests, pointers
 from fusion.records.schemas import RunPointer, SubmissionPointer, seal
+from fusion.submissions import submission, unchanged
 from fusion.verify import verify
 from tests.conftest import SMALL
 from tests.documents import edit

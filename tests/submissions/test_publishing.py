@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusion import storage, submission
+from fusion import storage
 from fusion.all_embeddings import train
 from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
@@ -20,6 +20,7 @@ from fusion.records import pointers
 from fusion.records.manifests import SUBMISSION
 from fusion.records.runs import open_run
 from fusion.records.schemas import SubmissionPointer
+from fusion.submissions import submission
 from fusion.verify import verify
 from tests.conftest import SMALL
 

@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion import prediction, predictions, submission
+from fusion import prediction
 from fusion.all_embeddings import predict_test, train
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
 from fusion.parts import Compute
 from fusion.records import manifests, pointers
 from fusion.records.schemas import SubmissionPointer
-from fusion.submission import plain
+from fusion.submissions import predictions, submission
+from fusion.submissions.submission import plain
 from fusion.verify import verify
 from tests.conftest import SMALL
 from tests.documents import edit

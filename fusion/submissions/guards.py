@@ -18,11 +18,11 @@ from fusion import log, storage
 from fusion.config import PredictConfig
 from fusion.data.tables import places_of
 from fusion.errors import DataError
-from fusion.fingerprints import Look, agreements_with_chance, compared
 from fusion.metrics import compute_smape, readable
 from fusion.records import schemas
 from fusion.records.schemas import Night, RunFacts
-from fusion.submission import Last, Origin
+from fusion.submissions.fingerprints import Look, agreements_with_chance, compared
+from fusion.submissions.submission import Last, Origin
 
 # Fewer rows than this have no distribution worth the name: means of 50 rows are off by 0.14 deviations by chance alone.
 MIN_ROWS = 50

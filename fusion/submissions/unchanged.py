@@ -2,7 +2,7 @@
 
 The manifest says which model, inputs and code its prices were made with. Where the served run, the listings and the
 code are still those, its rows are published again, and neither the run nor the table is read. Where they are not, or
-the manifest is of an earlier version and does not say, `fusion.submission` looks closely.
+the manifest is of an earlier version and does not say, `fusion.submissions.submission` looks closely.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TypeVar
 
-from fusion import log, storage, submission
+from fusion import log, storage
 from fusion.config import PredictConfig, RunConfig
 from fusion.data.inputs import find_inputs
 from fusion.errors import DataError
@@ -19,6 +19,7 @@ from fusion.records.manifests import MANIFEST, SUBMISSION
 from fusion.records.provenance import code_digest
 from fusion.records.runs import data_of, open_run
 from fusion.records.schemas import SubmissionManifest, SubmissionPointer, seal
+from fusion.submissions import submission
 
 C = TypeVar("C", bound=RunConfig)
 

@@ -39,8 +39,9 @@ from boundaries import ALL, Boundary, arm
 
 import fusion.source_worth
 import fusion.training  # noqa: F401
-from fusion import ablation, parts, storage
+from fusion import ablation, storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.prediction import resumable
 from fusion.records import manifests
 from fusion.verify import verify
 from fusion.verify_output import is_output
@@ -122,7 +123,7 @@ class Attempt:
 
 def main() -> int:
     options = _parse()
-    parts.PART_ROWS = 16
+    resumable.PART_ROWS = 16
     wanted = Counter(dict.fromkeys(options.at or ALL, options.times))
     plan, in_vain = Plan(random.Random(options.seed), options.kills, wanted), 0
     expected = _finish(options, storage.join(options.output, "undisturbed"), Plan(random.Random(0), 0, Counter()))

@@ -17,8 +17,8 @@ from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
 from fusion.nn.batch import Batch
 from fusion.nn.neighbours import Memory, bands_of, largest
-from fusion.parts import CHUNK
-from fusion.prediction import make_model
+from fusion.prediction.predict import make_model
+from fusion.prediction.resumable import CHUNK
 
 DIMS = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
 

@@ -27,7 +27,7 @@ from fusion.clustered import Estimate, clustered_mean
 from fusion.fitting import Beat, Fit
 from fusion.metrics import row_smape
 from fusion.nn.price_model import PriceModel
-from fusion.parts import Arrays
+from fusion.prediction.resumable import Arrays
 from fusion.scored import find_run, scored, shared
 
 DEFAULT = "the default"

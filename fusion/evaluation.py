@@ -25,8 +25,7 @@ from fusion.features.fitted import columns_of
 from fusion.features.rows import with_features
 from fusion.groups import Evaluation, evaluate
 from fusion.nn.price_model import PriceModel
-from fusion.parts import Arrays, compute_parts, discard
-from fusion.prediction import (
+from fusion.prediction.predict import (
     BuildNetwork,
     C,
     check_dims,
@@ -38,6 +37,7 @@ from fusion.prediction import (
     pricing,
     validation_digest,
 )
+from fusion.prediction.resumable import Arrays, compute_parts, discard
 from fusion.records import intervals, manifests
 from fusion.records.contention import turns
 from fusion.records.schemas import SCHEMA, Intervals, MetricsManifest, seal

@@ -27,8 +27,8 @@ from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape
 from fusion.nn.layers import random_rows
 from fusion.nn.price_model import PriceModel
-from fusion.parts import Arrays, with_beats
-from fusion.prediction import predict_rows, pricing
+from fusion.prediction.predict import predict_rows, pricing
+from fusion.prediction.resumable import Arrays, with_beats
 from fusion.records.checkpoint import Snapshot, not_finite
 from fusion.records.validation import validation_frame
 

@@ -16,7 +16,7 @@ from fusion.features.fitted import has_features
 from fusion.features.rows import compared
 from fusion.fitting import Fit, TrainingData
 from fusion.metrics import compute_smape
-from fusion.prediction import validation_digest
+from fusion.prediction.predict import validation_digest
 from fusion.records import checkpoint, manifests, schemas
 from fusion.records.best_run import point_to_run
 from fusion.records.manifests import FEATURES, MEMORY, SPLIT

@@ -24,8 +24,8 @@ from fusion.features.rows import with_features
 from fusion.metrics import FloatArray, row_smape
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
-from fusion.parts import Compute, compute_parts, discard
-from fusion.prediction import check_dims, features_of, load_model, open_run, parts_folder, pricing
+from fusion.prediction.predict import check_dims, features_of, load_model, open_run, parts_folder, pricing
+from fusion.prediction.resumable import Compute, compute_parts, discard
 from fusion.records import manifests
 from fusion.records.manifests import ABLATION
 from fusion.records.run_summary import variant_of

@@ -17,7 +17,7 @@ from fusion.ending import recorded_by
 from fusion.fitting import Fit, set_seed
 from fusion.memory_build import remember
 from fusion.pace import Pace, seconds_left, standing
-from fusion.prediction import BuildNetwork, C, make_model
+from fusion.prediction.predict import BuildNetwork, C, make_model
 from fusion.records import manifests
 from fusion.records.best_run import point_to_run
 from fusion.records.manifests import MODEL

@@ -14,7 +14,7 @@ from fusion.all_embeddings.model import build_network as build_all
 from fusion.nn.batch import Batch
 from fusion.nn.neighbours import Memory, bands_of
 from fusion.nn.price_model import PriceModel
-from fusion.prediction import make_model
+from fusion.prediction.predict import make_model
 from fusion.qwen_clip.config import Config as PairConfig
 from fusion.qwen_clip.model import build_network as build_pair
 

@@ -8,13 +8,13 @@ import signal
 import sys
 from importlib import import_module
 
-from fusion import parts
+from fusion.prediction import resumable
 
-write = parts._write
+write = resumable._write
 written: list[str] = []
 
 
-def strike(url: str, arrays: parts.Arrays) -> None:
+def strike(url: str, arrays: resumable.Arrays) -> None:
     write(url, arrays)
     written.append(url)
     last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
@@ -23,5 +23,5 @@ def strike(url: str, arrays: parts.Arrays) -> None:
 
 
 if __name__ == "__main__":
-    parts.PART_ROWS, parts._write = 16, strike
+    resumable.PART_ROWS, resumable._write = 16, strike
     sys.exit(import_module(f"fusion.all_embeddings.{sys.argv[1]}").main(sys.argv[2:]))

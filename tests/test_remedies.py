@@ -74,7 +74,7 @@ PRINTED_BY = {
     "fusion/records/manifests.py": ("evaluate", "predict"),
     "fusion/meeting.py": ("launch",),
     "fusion/records/memory.py": ("train",),
-    "fusion/prediction.py": ("predict",),
+    "fusion/prediction/predict.py": ("predict",),
     "fusion/records/runs.py": ("train",),
     "fusion/records/runs.py:_no_finished_run": ("evaluate", "predict"),
     "fusion/scored.py:scored_runs": ("pull",),  # in a command that it names

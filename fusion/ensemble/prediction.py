@@ -22,8 +22,8 @@ from fusion.features.rows import compared, with_features
 from fusion.flags import from_json
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
-from fusion.parts import Compute, compute_parts, discard
-from fusion.prediction import check_dims, features_of, load_model, parts_folder, pricing, publish_prices
+from fusion.prediction.predict import check_dims, features_of, load_model, parts_folder, pricing, publish_prices
+from fusion.prediction.resumable import Compute, compute_parts, discard
 from fusion.records import manifests, runs, schemas
 from fusion.records.best_run import pointed_to, run_of
 from fusion.records.manifests import ENSEMBLE, INTERVALS
@@ -56,7 +56,7 @@ class Part:
 
 
 def predict_test(settings: PredictConfig) -> None:
-    """As `fusion.prediction.predict_test`, with an ensemble.
+    """As `fusion.prediction.predict.predict_test`, with an ensemble.
 
     Raises:
         DataError: no such ensemble, a member that is gone or another, and as there.

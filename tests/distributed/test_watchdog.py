@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusion import parts
 from fusion.all_embeddings import train
 from fusion.data.row_store import RowStore
 from fusion.distributed import watchdog
 from fusion.distributed.world import world
 from fusion.errors import ExitCode
+from fusion.prediction import resumable
 from tests.conftest import SMALL
 
 SCRIPT = """
@@ -99,7 +99,7 @@ def test_every_step_and_every_chunk_of_validation_is_a_beat(
     catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beats = []
-    monkeypatch.setattr(parts, "CHUNK", 16)
+    monkeypatch.setattr(resumable, "CHUNK", 16)
     monkeypatch.setattr(watchdog.Watchdog, "beat", lambda self: beats.append(1))
     assert train.main(["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1"]) == 0
     assert len(beats) >= 7 + 7  # steps of 64 of the 402 rows, chunks of 16 of the 101 that validate
@@ -108,9 +108,9 @@ def test_every_step_and_every_chunk_of_validation_is_a_beat(
 def test_a_part_that_is_never_written_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a store that takes a connection and then says nothing: predictions and evaluations have a watchdog too."""
     ended = threading.Event()
-    monkeypatch.setattr(parts, "STALL_TIMEOUT", 0.3)
-    monkeypatch.setattr(parts, "_write", lambda *_: ended.wait(60) or pytest.fail("nobody ended it"))
+    monkeypatch.setattr(resumable, "STALL_TIMEOUT", 0.3)
+    monkeypatch.setattr(resumable, "_write", lambda *_: ended.wait(60) or pytest.fail("nobody ended it"))
     monkeypatch.setattr(watchdog.Watchdog, "_end", lambda self: ended.set())
     store = RowStore({"a": torch.ones(3, 2)}, {"a": torch.ones(3, dtype=torch.bool)})
     with world("cpu") as place:
-        parts.compute_parts(lambda batch: {"price": batch.inputs["a"][:, 0]}, store, place, str(tmp_path))
+        resumable.compute_parts(lambda batch: {"price": batch.inputs["a"][:, 0]}, store, place, str(tmp_path))

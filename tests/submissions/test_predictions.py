@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion import prediction
 from fusion.all_embeddings import predict_test, train
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
-from fusion.parts import Compute
+from fusion.prediction import predict
+from fusion.prediction.resumable import Compute
 from fusion.records import manifests, pointers
 from fusion.records.schemas import SubmissionPointer
 from fusion.submissions import predictions, submission
@@ -61,7 +61,7 @@ def test_rows_are_those_of_the_csv_in_its_order(output: Path) -> None:
 
 
 def test_whatever_the_model_computes_per_row_is_published(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pricing = prediction.pricing
+    pricing = predict.pricing
 
     def with_neighbours(model: PriceModel) -> Compute:
         compute = pricing(model)
@@ -72,7 +72,7 @@ def test_whatever_the_model_computes_per_row_is_published(output: Path, monkeypa
 
         return more
 
-    monkeypatch.setattr(prediction, "pricing", with_neighbours)
+    monkeypatch.setattr(predict, "pricing", with_neighbours)
     folder = published(output, "more", "--force")
     rows = pd.read_parquet(folder / "predictions.parquet")
     np.testing.assert_allclose(rows["spread"], rows["price"] / 2)
@@ -117,7 +117,7 @@ def test_digits_that_no_price_shows_do_not_replace_what_is_published(
     """Of two jobs at once on different processors, which round differently, the first one counts."""
     folder = published(output, "digits")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    pricing = prediction.pricing
+    pricing = predict.pricing
 
     def otherwise(model: PriceModel) -> Compute:
         compute = pricing(model)
@@ -128,9 +128,9 @@ def test_digits_that_no_price_shows_do_not_replace_what_is_published(
 
         return moved
 
-    monkeypatch.setattr(prediction, "pricing", otherwise)
+    monkeypatch.setattr(predict, "pricing", otherwise)
     monkeypatch.setattr(submission, "reuse", lambda *_: None)
-    monkeypatch.setattr(prediction, "republish", lambda *_: None)
+    monkeypatch.setattr(predict, "republish", lambda *_: None)
     assert published(output, "digits") == folder and wrong(folder) == []
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

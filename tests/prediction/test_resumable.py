@@ -12,7 +12,7 @@ from fusion.records import pointers
 from fusion.records.schemas import SubmissionPointer
 from tests.conftest import SMALL, Done, run_command
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

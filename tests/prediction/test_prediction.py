@@ -7,7 +7,7 @@ import pytest
 from fusion import verify_submission
 from fusion.data.tables import Table
 from fusion.errors import DivergedError
-from fusion.prediction import warn_of_leak
+from fusion.prediction.predict import warn_of_leak
 from fusion.submissions.submission import submission_csv
 
 

@@ -22,7 +22,7 @@ from fusion.features.fitted import Features, columns_of, has_features, read_feat
 from fusion.features.rows import compared, with_features
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.nn.price_model import Options, PriceModel, network_dims
-from fusion.parts import Arrays, Compute, compute_parts, compute_rows, discard
+from fusion.prediction.resumable import Arrays, Compute, compute_parts, compute_rows, discard
 from fusion.records import checkpoint, intervals, manifests, memory, runs
 from fusion.records.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
 from fusion.records.schemas import Intervals

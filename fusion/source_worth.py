@@ -18,7 +18,7 @@ from fusion.data.embeddings import load
 from fusion.data.tables import Table
 from fusion.distributed.world import World, held, world
 from fusion.errors import DataError
-from fusion.evaluation import as_validated, is_as_trained, validation_rows
+from fusion.evaluation.evaluate import as_validated, is_as_trained, validation_rows
 from fusion.features.fitted import columns_of
 from fusion.features.rows import with_features
 from fusion.metrics import FloatArray, row_smape

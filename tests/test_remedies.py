@@ -61,8 +61,8 @@ PRINTED_BY = {
     "fusion/ensemble/prediction.py": ("ensemble", "predict"),
     "fusion/ensemble/report.py": ("predict",),  # in a command that it names
     "fusion/errors.py": (*RUNS, *PARSERS),
-    "fusion/evaluation.py": ("evaluate",),
-    "fusion/evaluation.py:is_as_trained": ("evaluate", "ablate"),
+    "fusion/evaluation/evaluate.py": ("evaluate",),
+    "fusion/evaluation/evaluate.py:is_as_trained": ("evaluate", "ablate"),
     "fusion/features/fitted.py": ("train",),
     "fusion/features/columns.py": ("train",),
     "fusion/fitting.py": ("train",),

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import log, report, storage
+from fusion import log, storage
 from fusion.config import EvaluateConfig, RunConfig
 from fusion.data.embeddings import load
 from fusion.data.row_store import RowStore
@@ -21,9 +21,10 @@ from fusion.data.splits import part_of
 from fusion.data.tables import Table, places_of, read_table
 from fusion.distributed.world import World, held, world
 from fusion.errors import DataError
+from fusion.evaluation import report
+from fusion.evaluation.groups import Evaluation, evaluate
 from fusion.features.fitted import columns_of
 from fusion.features.rows import with_features
-from fusion.groups import Evaluation, evaluate
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.predict import (
     BuildNetwork,

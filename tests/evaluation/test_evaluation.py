@@ -11,11 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusion import groups, report, stopping, storage
+from fusion import stopping, storage
 from fusion.data.tables import Table
 from fusion.errors import StopRequested, UnreachableError
-from fusion.evaluation import _columns_of_report, _predictions, _replace, _show, _summary
-from fusion.groups import BIN_NAMES, RANGE_NAMES, Evaluation, evaluate, price_bins
+from fusion.evaluation import groups, report
+from fusion.evaluation.evaluate import _columns_of_report, _predictions, _replace, _show, _summary
+from fusion.evaluation.groups import BIN_NAMES, RANGE_NAMES, Evaluation, evaluate, price_bins
 from fusion.metrics import bootstrap_interval, compute_metrics, row_smape
 from fusion.records import pointers
 from fusion.records.manifests import Checkpoint

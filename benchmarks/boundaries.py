@@ -18,8 +18,9 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import IO, Any
 
-from fusion import fitting, storage
+from fusion import storage
 from fusion.storage import backend, conditional
+from fusion.training import trainer
 
 # In the order in which they are met. Of several that match, the first counts.
 KINDS = {
@@ -146,7 +147,7 @@ def arm(boundaries: Sequence[Boundary], skip: int, met: IO[bytes]) -> None:
     for module, name in ((backend, "put"), (conditional, "create"), (conditional, "replace")):
         setattr(module, name, _deadly_write(ambush, getattr(module, name)))
     storage.remove = _deadly_removal(ambush, storage.remove)
-    fitting.Fit.end_epoch = _deadly_end(ambush, fitting.Fit.end_epoch)  # type: ignore[method-assign]
+    trainer.Fit.end_epoch = _deadly_end(ambush, trainer.Fit.end_epoch)  # type: ignore[method-assign]
     backend.open = partial(_cut_file, ambush)  # type: ignore[attr-defined]
     for name in ("send", "sendmsg"):
         setattr(socket.socket, name, _cut_socket(ambush, getattr(socket.socket, name)))
@@ -177,7 +178,7 @@ def _deadly_removal(ambush: Ambush, remove: Callable[[str], None]) -> Callable[[
 
 
 def _deadly_end(ambush: Ambush, end_epoch: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(fit: fitting.Fit, seconds: float, beat: fitting.Beat) -> Any:
+    def wrapped(fit: trainer.Fit, seconds: float, beat: trainer.Beat) -> Any:
         def inside(boundary: Boundary) -> None:
             fit._validate(beat)
             ambush.strike(boundary)

@@ -38,7 +38,7 @@ import torch._dynamo  # noqa: F401
 from boundaries import ALL, Boundary, arm
 
 import fusion.source_worth
-import fusion.training  # noqa: F401
+import fusion.training.loop  # noqa: F401
 from fusion import ablation, storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.prediction import resumable

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fusion.clustered import Estimate, clustered_mean
-from fusion.fitting import Beat, Fit
 from fusion.metrics import row_smape
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.resumable import Arrays
 from fusion.scored import find_run, scored, shared
+from fusion.training.trainer import Beat, Fit
 
 DEFAULT = "the default"
 CHANGES = {
@@ -87,7 +87,7 @@ def _unit_vector(_: PriceModel, role: str, x: Tensor) -> Tensor:
 # Changes that no flag makes: what is replaced, and by what. Mixup is not among them: a mixture of two products has no
 # neighbours of its own for its price to start from.
 IN_CODE: dict[str, tuple[str, Any]] = {
-    "average of weights": ("fusion.training.Fit", _Averaged),
+    "average of weights": ("fusion.training.loop.Fit", _Averaged),
     "unit vectors": ("fusion.nn.price_model.PriceModel.standardised_role", _unit_vector),
 }
 

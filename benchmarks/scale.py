@@ -48,7 +48,7 @@ STAGES = ("read", "train", "evaluate", "predict")
 WORKER = """
 import json, sys, time
 import pyarrow.csv, pyarrow.dataset
-from fusion import training_data
+from fusion.training import dataset
 from fusion.evaluation import evaluate
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.all_embeddings.config import Config

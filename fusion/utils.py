@@ -1,7 +1,7 @@
 """The names that users import: `from fusion.utils import set_seed, compute_smape, EarlyStopping, …`."""
 
-from fusion.fitting import EarlyStopping, set_seed
 from fusion.metrics import compute_metrics, compute_smape
 from fusion.records.portable import load_checkpoint, save_checkpoint
+from fusion.training.trainer import EarlyStopping, set_seed
 
 __all__ = ["EarlyStopping", "compute_metrics", "compute_smape", "load_checkpoint", "save_checkpoint", "set_seed"]

@@ -23,7 +23,7 @@ from typing import cast
 from fusion.distributed.world import World, world
 from tests.s3_server import _free_ports as free_ports
 
-LOADED_BY_COMMANDS = ("fusion.training", "fusion.evaluation.evaluate", "fusion.submissions.submission")
+LOADED_BY_COMMANDS = ("fusion.training.loop", "fusion.evaluation.evaluate", "fusion.submissions.submission")
 
 
 def run_ranks(

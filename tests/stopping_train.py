@@ -5,7 +5,7 @@ import signal
 import sys
 
 from fusion.all_embeddings import train
-from fusion.saver import Saver
+from fusion.training.saver import Saver
 
 agree = Saver.agree
 

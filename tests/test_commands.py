@@ -215,7 +215,7 @@ def test_the_same_run_id_with_other_settings(catalog: Path, tmp_path: Path, caps
 
 
 def test_training_that_diverges(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusion.fitting.compute_smape", lambda *_: float("nan"))
+    monkeypatch.setattr("fusion.training.trainer.compute_smape", lambda *_: float("nan"))
     assert train.main(["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1"]) == 70
     end = json.loads(next(tmp_path.rglob("exit.json")).read_text())
     assert end["code"] == 70 and "which is not finite at step" in end["error"]
@@ -225,7 +225,7 @@ def test_training_that_diverges(catalog: Path, tmp_path: Path, monkeypatch: pyte
 def test_a_loss_that_is_not_finite_stops_the_run(
     catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusion.fitting.Fit._train_batch", lambda *_: torch.tensor(float("nan")))
+    monkeypatch.setattr("fusion.training.trainer.Fit._train_batch", lambda *_: torch.tensor(float("nan")))
     assert train.main(["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "2"]) == 70
     end = json.loads(next(tmp_path.rglob("exit.json")).read_text())
     assert end["code"] == 70 and "the loss is nan, which is not finite" in end["error"]

@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-import fusion.saver
+import fusion.training.saver
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.demo_catalog import generate
@@ -84,14 +84,14 @@ def build(patch: pytest.MonkeyPatch, data: Path, output: Path) -> None:
 
 def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """A stop request arrives at the first agreement at or after the step."""
-    original = fusion.saver.Saver.agree
+    original = fusion.training.saver.Saver.agree
 
-    def agree(self: fusion.saver.Saver, **options: bool) -> None:
+    def agree(self: fusion.training.saver.Saver, **options: bool) -> None:
         if self.fit.step >= step:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, **options)
 
-    patch.setattr(fusion.saver.Saver, "agree", agree)
+    patch.setattr(fusion.training.saver.Saver, "agree", agree)
 
 
 def look_after_each_write(patch: pytest.MonkeyPatch, made: Made) -> None:

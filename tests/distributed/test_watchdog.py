@@ -63,7 +63,7 @@ def test_a_rank_that_waits_for_another_is_ended(place: str) -> None:
     """The first batch of rank 0, or its last commit, never comes back, as a collective whose other side has gone."""
     script = """
 import sys, time
-from fusion import fitting, saver
+from fusion.training import trainer, saver
 from fusion.all_embeddings import train
 from fusion.distributed.world import world
 from fusion.data.row_store import RowStore

@@ -17,7 +17,6 @@ from fusion.data.embeddings import stop_if_asked
 from fusion.data.row_store import RowStore
 from fusion.data.shared_memory import node_tensor
 from fusion.distributed.world import World
-from fusion.fitting import TrainingData, mixed
 from fusion.loss_functions import SMAPELoss
 from fusion.nn.neighbours import Candidates, CandidateTable, Memory, band_weights, bands_of
 from fusion.nn.price_model import PriceModel
@@ -25,6 +24,7 @@ from fusion.records import manifests, memory
 from fusion.records.manifests import MEMORY
 from fusion.records.memory import Remembered, log_prices_of
 from fusion.records.runs import run_url
+from fusion.training.trainer import TrainingData, mixed
 
 CHUNK = 1024  # rows whose neighbours are looked for at a time
 SAMPLE = 20_000  # rows that components are made of, at most

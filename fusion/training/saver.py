@@ -14,7 +14,6 @@ from fusion.config import RunConfig
 from fusion.errors import DataError, StopRequested
 from fusion.features.fitted import has_features
 from fusion.features.rows import compared
-from fusion.fitting import Fit, TrainingData
 from fusion.metrics import compute_smape
 from fusion.prediction.predict import validation_digest
 from fusion.records import checkpoint, manifests, schemas
@@ -24,6 +23,7 @@ from fusion.records.provenance import code_digest
 from fusion.records.runs import Lease, run_url
 from fusion.records.schemas import RunFacts
 from fusion.submissions.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
+from fusion.training.trainer import Fit, TrainingData
 
 
 class Saver:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion import fitting, storage
+from fusion import storage
 from fusion.all_embeddings import train
 from fusion.data.tables import Table
-from fusion.fitting import Fit
 from fusion.records import checkpoint, manifests
 from fusion.records.schemas import CheckpointManifest
-from fusion.training_data import warn_of_extreme_prices
+from fusion.training import trainer
+from fusion.training.dataset import warn_of_extreme_prices
+from fusion.training.trainer import Fit
 from tests.conftest import SMALL
 
 BROKEN_FROM = 33  # step; an epoch has 60
@@ -74,7 +75,7 @@ def test_a_state_that_is_not_finite_is_never_resumed_from(
     run = str(tmp_path / "runs/r")
     with monkeypatch.context() as patch:
         broken(patch, "weight")
-        patch.setattr(fitting, "not_finite", lambda *_: None)
+        patch.setattr(trainer, "not_finite", lambda *_: None)
         patch.setattr(Fit, "share_loss", lambda self, *flags: self.place.sum(flags))
         assert train.main([*flags(catalog, tmp_path), "--keep", "9"]) == 70
     assert manifests.committed(run)[-1].manifest.step > BROKEN_FROM

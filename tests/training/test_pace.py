@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fusion.pace import Pace, seconds_left, standing
+from fusion.training.pace import Pace, seconds_left, standing
 
 
 def fit(**position: Any) -> Any:

@@ -25,7 +25,7 @@ from fusion.records.schemas import FileEntry, RunPointer
 from tests.conftest import SMALL, run_command, upload
 from tests.documents import edit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def flags(catalog: Path | str, output: Path | str, *more: str) -> list[str]:
@@ -50,16 +50,16 @@ def undisturbed(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def stopped_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """A stop request arrives at the first agreement at or after the step."""
-    import fusion.saver
+    import fusion.training.saver
 
-    original = fusion.saver.Saver.agree
+    original = fusion.training.saver.Saver.agree
 
-    def agree(self: fusion.saver.Saver, **options: bool) -> None:
+    def agree(self: fusion.training.saver.Saver, **options: bool) -> None:
         if self.fit.step >= step:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, **options)
 
-    monkeypatch.setattr(fusion.saver.Saver, "agree", agree)
+    monkeypatch.setattr(fusion.training.saver.Saver, "agree", agree)
 
 
 @pytest.mark.parametrize("step", [2, 8, 14])
@@ -101,12 +101,12 @@ def test_three_stops_without_progress_are_a_bug(
 ) -> None:
     stopped_at(monkeypatch, 2)
     assert train.main(flags(catalog, tmp_path)) == 75
-    monkeypatch.setattr("fusion.fitting.AGREE_STEPS", 1)
+    monkeypatch.setattr("fusion.training.trainer.AGREE_STEPS", 1)
     codes = []
     for _ in range(3):
         with monkeypatch.context() as patch:
             patch.setattr(
-                "fusion.fitting.Fit.run_epoch", lambda self, beat: iter([None])
+                "fusion.training.trainer.Fit.run_epoch", lambda self, beat: iter([None])
             )  # asked to stop before any step
             codes.append(train.main(flags(catalog, tmp_path)))
     assert codes == [75, 70, 75]  # the count starts anew after the error
@@ -391,7 +391,7 @@ def test_a_real_signal_ends_with_75_and_a_checkpoint(number: signal.Signals, cat
 
 SLOW_TO_SAVE = """
 import sys, time
-from fusion import saver
+from fusion.training import saver
 from fusion.all_embeddings import train
 
 def save(self, wait=False):

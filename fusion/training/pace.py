@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusion.fitting import Fit
+from fusion.training.trainer import Fit
 
 
 @dataclass

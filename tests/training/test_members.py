@@ -11,10 +11,10 @@ import pytest
 
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.demo_catalog import generate
-from fusion.fitting import SIMILARITY_LR, Fit
 from fusion.records import manifests
 from fusion.records.validation import validation_of
 from fusion.submissions.predictions import from_parquet
+from fusion.training.trainer import SIMILARITY_LR, Fit
 from tests.conftest import DIMS, SMALL
 
 RECIPES = {

@@ -31,12 +31,12 @@ from fusion.features.fitted import (
     write_features,
 )
 from fusion.features.rows import with_features
-from fusion.fitting import TrainingData
 from fusion.records import manifests
 from fusion.records.intervals import category_column, category_of
 from fusion.records.manifests import SPLIT
 from fusion.records.runs import describe_run, run_url
 from fusion.records.split import read_split, to_parquet
+from fusion.training.trainer import TrainingData
 
 # Times the median price. Catalogs from screws to machines stay within it; 99999999 and 1e308 do not.
 EXTREME_PRICE = 1e6

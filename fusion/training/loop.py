@@ -14,16 +14,16 @@ from fusion.config import RunConfig
 from fusion.distributed.watchdog import Watchdog, watched
 from fusion.distributed.world import World, world
 from fusion.ending import recorded_by
-from fusion.fitting import Fit, set_seed
-from fusion.memory_build import remember
-from fusion.pace import Pace, seconds_left, standing
 from fusion.prediction.predict import BuildNetwork, C, make_model
 from fusion.records import manifests
 from fusion.records.best_run import point_to_run
 from fusion.records.manifests import MODEL
 from fusion.records.runs import Lease, attempt, end_of, record_end, run_url, start_run
-from fusion.saver import Saver, baseline
-from fusion.training_data import read_data, statistics
+from fusion.training.dataset import read_data, statistics
+from fusion.training.memory_build import remember
+from fusion.training.pace import Pace, seconds_left, standing
+from fusion.training.saver import Saver, baseline
+from fusion.training.trainer import Fit, set_seed
 
 
 def train(config: C, build_network: BuildNetwork[C]) -> None:

@@ -25,7 +25,7 @@ import pandas as pd
 
 from fusion.all_embeddings import predict_test, train
 from fusion.all_embeddings.config import Config
-from fusion.flags import parse
+from fusion.command.settings import parse
 
 SMALL = ["--width", "64", "--hidden", "64", "32", "--loss", "smape", "--lr", "1e-3", "--epochs", "8", "--device", "cpu"]
 NEW = 0.2  # share of products that are new one night

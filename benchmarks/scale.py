@@ -53,7 +53,7 @@ from fusion.evaluation import evaluate
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.distributed.world import world
-from fusion.flags import parse
+from fusion.command.settings import parse
 from fusion.records.runs import start_run
 
 def peak():

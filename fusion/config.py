@@ -1,4 +1,4 @@
-"""Settings of each command: frozen, validated dataclasses, which `fusion.flags` fills.
+"""Settings of each command: frozen, validated dataclasses, which `fusion.command.settings` fills.
 
 A variant adds its sources and the shape of its model in its own `config.py`.
 """

@@ -183,7 +183,7 @@ class Group:
 
 
 def _own_ending(path: Path) -> Ending | None:
-    # What the rank wrote, as fusion.command does: code, error, hint, time and, of a bug, traceback.
+    # What the rank wrote, as fusion.command.job does: code, error, hint, time and, of a bug, traceback.
     try:
         told = json.loads(path.read_text())
         code, report = int(told["code"]), f"error: {told['error']}\nhint: {told['hint']}"

@@ -22,9 +22,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 try:
-    from fusion import storage, terminal
-    from fusion.command import guarded
-    from fusion.ending import tell
+    from fusion import storage
+    from fusion.command import guarded, terminal
+    from fusion.command.exit import tell
     from fusion.errors import ExitCode, FusionError, Parser, UsageError, visible
     from fusion.streams import unfailing
     from jobs.arguments import refuse_empty

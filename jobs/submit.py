@@ -21,8 +21,8 @@ from pathlib import Path
 try:
     from fusion import storage
     from fusion.command import guarded
+    from fusion.command.settings import parse
     from fusion.errors import ExitCode, Parser, UsageError
-    from fusion.flags import parse
     from fusion.records.provenance import ENSEMBLE_CODE
     from fusion.records.schemas import ENSEMBLE_VARIANT
     from fusion.streams import unfailing

@@ -10,9 +10,9 @@ import pytest
 
 from fusion import verify
 from fusion.all_embeddings.config import Config
+from fusion.command.settings import _element, _flag, _flags, as_flags, from_json, parse, to_json
 from fusion.config import EvaluateConfig, LossName, PredictConfig
 from fusion.errors import ConfigError, DataError, UsageError
-from fusion.flags import _element, _flag, _flags, as_flags, from_json, parse, to_json
 from fusion.loss_functions import LOSSES
 from fusion.qwen_clip.config import Config as PairConfig
 from fusion.records import provenance

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from fusion import storage
+from fusion.command.settings import _flags, _variable, parse
 from fusion.config import EvaluateConfig, PredictConfig, RunConfig
 from fusion.errors import ExitCode
-from fusion.flags import _flags, _variable, parse
 from fusion.launch import Options, _parse, _parser
 from fusion.ranks import SETTLE
 from tests import services

@@ -13,10 +13,10 @@ import pytest
 
 from fusion import compare, convert, launch, verify
 from fusion.all_embeddings.config import Config
+from fusion.command.settings import _flag, _flags, _variable
 from fusion.config import AblateConfig, EvaluateConfig, PredictConfig
 from fusion.ensemble import __main__ as ensemble
 from fusion.errors import ExitCode, Parser, UsageError
-from fusion.flags import _flag, _flags, _variable
 from jobs import submit
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ PRINTED_BY = {
     "fusion/features/fitted.py": ("train",),
     "fusion/features/columns.py": ("train",),
     "fusion/training/trainer.py": ("train",),
-    "fusion/flags.py": RUNS,
+    "fusion/command/settings.py": RUNS,
     "fusion/submissions/guards.py": ("predict",),
     "fusion/data/inputs.py:_no_table": (*RUNS, "doctor"),
     "fusion/data/inputs.py:_no_source": ("train", "doctor"),

@@ -129,7 +129,7 @@ def bug(folder: Path, code: int) -> int:
 
 
 def report(folder: Path, code: int) -> int:
-    """What fusion.command does with an error: every rank reports; rank 1 is the cause, though by its clock the last."""
+    """What a command does with an error: every rank reports; rank 1 is the cause, though by its clock the last."""
     error, code = {
         0: ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer", 70),
         1: ("train.csv is empty", code),

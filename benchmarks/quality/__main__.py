@@ -33,9 +33,9 @@ from benchmarks.quality.predictions import Cache, compute, gathered
 from benchmarks.quality.runs import read_runs
 from fusion import log, storage
 from fusion.command import guarded
+from fusion.command.settings import from_json
 from fusion.config import RunConfig
 from fusion.errors import ConfigError, DataError, Parser
-from fusion.flags import from_json
 
 # Flags that are those of `train`, with its defaults but for --folds.
 OF_TRAINING = ("data", "folds", "seed", "text_column", "group_column", "max_missing", "drop_bad_prices")

@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistStoreError
 
 from fusion import log
-from fusion.ending import leave
+from fusion.command.exit import leave
 from fusion.errors import StalledError, UnreachableError
 
 FOR_EVER = timedelta(days=365)  # gloo and nccl want a number

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from fusion import log
-from fusion.ending import leave
+from fusion.command.exit import leave
 from fusion.errors import StalledError
 from fusion.streams import LOST
 

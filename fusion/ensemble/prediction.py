@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusion import log, storage
+from fusion.command.settings import from_json
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.data.embeddings import load
 from fusion.data.inputs import Inputs, find_inputs, find_table, table_sha256
@@ -19,7 +20,6 @@ from fusion.distributed.world import World, held, world
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
 from fusion.features.fitted import Features, columns_of
 from fusion.features.rows import compared, with_features
-from fusion.flags import from_json
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.predict import check_dims, features_of, load_model, parts_folder, pricing, publish_prices

@@ -12,7 +12,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from fusion import terminal
+from fusion.command import terminal
 from fusion.errors import visible
 from fusion.metrics import readable
 

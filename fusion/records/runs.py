@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fusion import __version__, log, storage
+from fusion.command.settings import from_json, to_json
 from fusion.config import HOW, ReadRunConfig, RunConfig, digest
 from fusion.errors import LOST_PEER, ConfigError, DataError, ExitCode, FusionError, StopRequested, SupersededError
-from fusion.flags import from_json, to_json
 from fusion.records import manifests, schemas
 from fusion.records.best_run import pointed_to, run_of
 from fusion.records.contention import turns

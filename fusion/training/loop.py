@@ -10,10 +10,10 @@ import time
 from contextlib import nullcontext
 
 from fusion import log
+from fusion.command.exit import recorded_by
 from fusion.config import RunConfig
 from fusion.distributed.watchdog import Watchdog, watched
 from fusion.distributed.world import World, world
-from fusion.ending import recorded_by
 from fusion.prediction.predict import BuildNetwork, C, make_model
 from fusion.records import manifests
 from fusion.records.best_run import point_to_run

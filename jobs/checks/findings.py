@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from fusion.command.settings import parse
 from fusion.config import RunConfig
 from fusion.errors import ExitCode
-from fusion.flags import parse
 from jobs.clusters.description import config_class
 
 

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any
 
+from fusion.command.settings import as_flags
 from fusion.config import EvaluateConfig, PredictConfig, RunConfig, digest
 from fusion.errors import UsageError
-from fusion.flags import as_flags
 from fusion.records.schemas import ENSEMBLE_VARIANT
 from fusion.variants import variants
 

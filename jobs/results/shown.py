@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fusion import terminal
+from fusion.command import terminal
 from fusion.errors import ExitCode, visible
 from jobs.results.bucket import Run, Submission
 from jobs.results.compare import Comparison

@@ -19,7 +19,7 @@ from tests.conftest import SMALL
 
 SCRIPT = """
 import threading, time
-from fusion.ending import recorded_by
+from fusion.command.exit import recorded_by
 from fusion.distributed.watchdog import watched
 
 def waits_for_ever():

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fusion.command.exit import recorded_by
 from fusion.distributed import world as world_module
 from fusion.distributed.world import World, _check_interface, world
-from fusion.ending import recorded_by
 from fusion.errors import ConfigError, DataError, ExitCode, UnreachableError
 from tests.forked import run_ranks
 from tests.s3_server import _free_ports as free_ports

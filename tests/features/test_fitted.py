@@ -17,6 +17,7 @@ import torch
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
+from fusion.command.settings import parse
 from fusion.data.tables import Table, read_table
 from fusion.demo_catalog import generate
 from fusion.errors import ConfigError, DataError
@@ -34,7 +35,6 @@ from fusion.features.fitted import (
     training_columns,
 )
 from fusion.features.terms import KINDS, Terms, chars, fields, words
-from fusion.flags import parse
 from fusion.metrics import compute_smape
 from fusion.records import manifests, pointers
 from fusion.records.schemas import RunPointer

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from fusion import stopping, storage
+from fusion.command.exit import tell
+from fusion.command.settings import parse
 from fusion.config import StoreConfig
-from fusion.ending import tell
 from fusion.environment import prepare_libraries
 from fusion.errors import ExitCode, FusionError
-from fusion.flags import parse
 from fusion.streams import unfailing
 
 C = TypeVar("C", bound=StoreConfig)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fusion.ranks import _die_with
+from fusion.launch.processes import _die_with
 from tests.s3_server import _free_ports as free_ports
 
 PACKAGES = ("slurm-wlm", "munge", "slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server")

@@ -23,8 +23,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from fusion import launch, storage
+from fusion import storage
 from fusion.errors import ExitCode
+from fusion.launch import __main__ as launch
 from jobs.checks import machine
 from jobs.checks.findings import Check, Job, fail, ok
 from jobs.doctor import CHECKS, look, worst

@@ -11,12 +11,13 @@ from types import ModuleType
 
 import pytest
 
-from fusion import compare, convert, launch, verify
+from fusion import compare, convert, verify
 from fusion.all_embeddings.config import Config
 from fusion.command.settings import _flag, _flags, _variable
 from fusion.config import AblateConfig, EvaluateConfig, PredictConfig
 from fusion.ensemble import __main__ as ensemble
 from fusion.errors import ExitCode, Parser, UsageError
+from fusion.launch import __main__ as launch
 from jobs import submit
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 SETTINGS = {"train": Config, "evaluate": EvaluateConfig, "predict": PredictConfig, "ablate": AblateConfig}
 # Commands with parsers of their own, and the file that has it.
 PARSERS = {
-    "launch": "fusion/launch.py",
+    "launch": "fusion/launch/__main__.py",
     "verify": "fusion/verify.py",
     "compare": "fusion/compare.py",
     "ensemble": "fusion/ensemble/__main__.py",
@@ -70,9 +71,9 @@ PRINTED_BY = {
     "fusion/submissions/guards.py": ("predict",),
     "fusion/data/inputs.py:_no_table": (*RUNS, "doctor"),
     "fusion/data/inputs.py:_no_source": ("train", "doctor"),
-    "fusion/launch.py": ("launch",),
+    "fusion/launch/__main__.py": ("launch",),
     "fusion/records/manifests.py": ("evaluate", "predict"),
-    "fusion/meeting.py": ("launch",),
+    "fusion/launch/rendezvous.py": ("launch",),
     "fusion/records/memory.py": ("train",),
     "fusion/prediction/predict.py": ("predict",),
     "fusion/records/runs.py": ("train",),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from fusion import stopping
-from fusion.ranks import Stop
+from fusion.launch.processes import Stop
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import tempfile
 
 import pytest
 
-from fusion import launch
 from fusion.data import shared_memory
 from fusion.errors import ConfigError
+from fusion.launch import __main__ as launch
 from fusion.storage import scratch
 from jobs import doctor
 

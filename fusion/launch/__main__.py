@@ -27,8 +27,8 @@ from pathlib import Path
 from fusion import stopping
 from fusion.environment import for_libraries, prepare_libraries, variable
 from fusion.errors import ConfigError, ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
-from fusion.meeting import Meeting, NodesMeeting
-from fusion.ranks import Ending, Group, Rank, Stop
+from fusion.launch.processes import Ending, Group, Rank, Stop
+from fusion.launch.rendezvous import Meeting, NodesMeeting
 from fusion.storage.scratch import temporary_folder
 from fusion.streams import unfailing
 

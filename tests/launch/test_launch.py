@@ -1,4 +1,4 @@
-"""The launcher with real processes and real signals: `pytest tests/test_launch.py`."""
+"""The launcher with real processes and real signals: `pytest tests/launch/test_launch.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import ConfigError, UsageError
-from fusion.launch import _n_cores, _parse
+from fusion.launch.__main__ import _n_cores, _parse
 
 LIMIT = 120.0  # seconds for anything to happen on a busy machine: torch alone loads in 4
 AT_ONCE = 30.0  # far below --grace and what the workers sleep
@@ -326,7 +326,7 @@ def test_help_does_not_wait_for_torch() -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "--nproc-per-node" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "fusion.ranks" in imported and not {"torch", "numpy", "pandas", "fsspec"} & imported
+    assert "fusion.launch.processes" in imported and not {"torch", "numpy", "pandas", "fsspec"} & imported
 
 
 def test_a_rank_that_is_asked_to_stop_before_it_listens(start: Start) -> None:

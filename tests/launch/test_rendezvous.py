@@ -1,4 +1,4 @@
-"""How launchers of several nodes meet, and what they make of absent ones: `pytest tests/test_meeting.py`."""
+"""How launchers of several nodes meet, and what they make of absent ones: `pytest tests/launch/test_rendezvous.py`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from fusion import meeting
 from fusion.errors import UnreachableError
-from fusion.meeting import Meeting, NodesMeeting
-from fusion.ranks import Stop
+from fusion.launch import rendezvous
+from fusion.launch.processes import Stop
+from fusion.launch.rendezvous import Meeting, NodesMeeting
 from fusion.stopping import SIGNALS
+from tests.launch.test_launch import Launcher, Start, is_gone, start, wait_until
 from tests.services import require
-from tests.test_launch import Launcher, Start, is_gone, start, wait_until
 
 __all__ = ["start"]
 
@@ -98,13 +98,13 @@ def _listens(port: int) -> bool:
 
 
 def test_a_node_that_never_comes_is_named(port: int, stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "MEET", 1.0)
+    monkeypatch.setattr(rendezvous, "MEET", 1.0)
     with pytest.raises(UnreachableError, match="node 1 did not come within 1 s"):
         NodesMeeting(0, 2, ("localhost", port), 1.0, stop)
 
 
 def test_a_node_0_that_never_comes_is_named(port: int, stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "MEET", 0.5)
+    monkeypatch.setattr(rendezvous, "MEET", 0.5)
     with pytest.raises(UnreachableError, match="node 0 did not answer at localhost"):
         NodesMeeting(1, 2, ("localhost", port), 1.0, stop)
 
@@ -118,7 +118,7 @@ def test_a_stop_ends_the_wait_for_other_nodes(start: Start, port: int) -> None:
 
 WITHOUT_LOOPBACK = """
 from fusion.errors import ConfigError
-from fusion.meeting import Meeting
+from fusion.launch.rendezvous import Meeting
 try:
     Meeting()
 except ConfigError as error:
@@ -137,4 +137,4 @@ def test_no_name_needs_to_resolve() -> None:
     made = Meeting()
     assert made.environment()["MASTER_ADDR"] == "127.0.0.1"
     made._reserved.close()
-    assert meeting._loopback() == "127.0.0.1"
+    assert rendezvous._loopback() == "127.0.0.1"

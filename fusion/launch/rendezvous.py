@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from fusion.errors import ConfigError, StopRequested, UnreachableError, UsageError
-from fusion.ranks import GONE, POLL, SETTLE, Ending, Stop
+from fusion.launch.processes import GONE, POLL, SETTLE, Ending, Stop
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore

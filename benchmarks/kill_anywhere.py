@@ -43,8 +43,8 @@ from fusion import ablation, storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.prediction import resumable
 from fusion.records import manifests
-from fusion.verify import verify
-from fusion.verify_output import is_output
+from fusion.verify.__main__ import verify
+from fusion.verify.output import is_output
 
 SMALL = ["--width", "16", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu", "--epochs", "4", "--checkpoint-steps", "3", "--run-id", "r"]

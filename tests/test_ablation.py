@@ -18,9 +18,9 @@ from fusion.clustered import clustered_mean
 from fusion.demo_catalog import generate
 from fusion.metrics import row_smape
 from fusion.records import manifests
-from fusion.verify import verify
+from fusion.verify.__main__ import verify
 from tests.conftest import DIMS, SMALL, run_command
-from tests.test_verify_everything import is_found, mutations
+from tests.verify.test_verify_everything import is_found, mutations
 
 PUBLISHED = [*SMALL, "--recipe", "published"]
 

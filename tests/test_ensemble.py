@@ -24,10 +24,10 @@ from fusion.qwen_clip import train as train_two
 from fusion.records import pointers
 from fusion.records.intervals import misplaced
 from fusion.records.schemas import RunPointer, SubmissionPointer
-from fusion.verify import verify
+from fusion.verify.__main__ import verify
 from jobs import submit
 from tests.conftest import SMALL, run_command, upload
-from tests.test_verify_everything import is_found, mutations
+from tests.verify.test_verify_everything import is_found, mutations
 
 PUBLISHED = [*SMALL, "--recipe", "published"]
 

@@ -25,7 +25,7 @@ import pytest
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.records.schemas import seal
-from fusion.verify import verify
+from fusion.verify.__main__ import verify
 from jobs.pull import main as pull_main
 from tests.conftest import BUCKET, SMALL, Done
 from tests.fault_proxy import RESETS, Fault, FaultProxy, Request, at_random

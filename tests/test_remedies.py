@@ -11,13 +11,14 @@ from types import ModuleType
 
 import pytest
 
-from fusion import compare, convert, verify
+from fusion import compare, convert
 from fusion.all_embeddings.config import Config
 from fusion.command.settings import _flag, _flags, _variable
 from fusion.config import AblateConfig, EvaluateConfig, PredictConfig
 from fusion.ensemble import __main__ as ensemble
 from fusion.errors import ExitCode, Parser, UsageError
 from fusion.launch import __main__ as launch
+from fusion.verify import __main__ as verify
 from jobs import submit
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ SETTINGS = {"train": Config, "evaluate": EvaluateConfig, "predict": PredictConfi
 # Commands with parsers of their own, and the file that has it.
 PARSERS = {
     "launch": "fusion/launch/__main__.py",
-    "verify": "fusion/verify.py",
+    "verify": "fusion/verify/__main__.py",
     "compare": "fusion/compare.py",
     "ensemble": "fusion/ensemble/__main__.py",
     "convert": "fusion/convert.py",
@@ -93,8 +94,8 @@ PRINTED_BY = {
     "fusion/training/dataset.py": ("train",),
     "fusion/training/loop.py:_next_commands": ("evaluate", "predict"),
     "fusion/records/validation.py": ("train",),
-    "fusion/verify.py": ("verify",),
-    "fusion/verify_submission.py": ("verify",),
+    "fusion/verify/__main__.py": ("verify",),
+    "fusion/verify/submission.py": ("verify",),
     "fusion/distributed/watchdog.py": ("train",),
     "jobs/checks/store.py": ("doctor",),
     "jobs/clusters/description.py": ("submit",),

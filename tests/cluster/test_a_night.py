@@ -10,7 +10,7 @@ import pytest
 
 from fusion import storage
 from fusion.demo_catalog import generate
-from fusion.verify import main as verify
+from fusion.verify.__main__ import main as verify
 from tests.cluster.namespace import Namespace
 from tests.cluster.store import N_PRODUCTS
 from tests.conftest import DIMS, upload

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusion.verify import main as verify
+from fusion.verify.__main__ import main as verify
 from tests.cluster.namespace import LONG, Namespace
 from tests.manifests import Object
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from fusion.qwen_clip import evaluate_by_groups, predict_test, train
-from fusion.verify import verify
+from fusion.verify.__main__ import verify
 from tests.conftest import SMALL
 
 PUBLISHED = [*SMALL, "--recipe", "published"]

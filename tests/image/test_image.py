@@ -17,7 +17,7 @@ import pytest
 
 import fusion
 from fusion import storage
-from fusion.verify import main as verify
+from fusion.verify.__main__ import main as verify
 from tests.conftest import upload
 from tests.image import engine, inside
 from tests.image.engine import ROOT, podman

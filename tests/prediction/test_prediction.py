@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusion import verify_submission
 from fusion.data.tables import Table
 from fusion.errors import DivergedError
 from fusion.prediction.predict import warn_of_leak
 from fusion.submissions.submission import submission_csv
+from fusion.verify import submission as verify_submission
 
 
 def test_a_submission_is_plain_text_in_the_given_order() -> None:

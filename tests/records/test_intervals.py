@@ -33,7 +33,7 @@ from fusion.records.intervals import (
 )
 from fusion.records.schemas import Intervals, parse, seal
 from fusion.records.validation import validation_of
-from fusion.verify import verify
+from fusion.verify.__main__ import verify
 from tests.conftest import SMALL
 from tests.documents import edit
 

@@ -22,7 +22,7 @@ from fusion.records import manifests, pointers
 from fusion.records.schemas import SubmissionPointer
 from fusion.submissions import predictions, submission
 from fusion.submissions.submission import plain
-from fusion.verify import verify
+from fusion.verify.__main__ import verify
 from tests.conftest import SMALL
 from tests.documents import edit
 

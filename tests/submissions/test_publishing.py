@@ -21,7 +21,7 @@ from fusion.records.manifests import SUBMISSION
 from fusion.records.runs import open_run
 from fusion.records.schemas import SubmissionPointer
 from fusion.submissions import submission
-from fusion.verify import verify
+from fusion.verify.__main__ import verify
 from tests.conftest import SMALL
 
 N_PUBLICATIONS, AT_ONCE = 20, 5

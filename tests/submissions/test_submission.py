@@ -22,7 +22,7 @@ from fusion.data import embeddings
 from fusion.records import manifests, pointers
 from fusion.records.schemas import RunPointer, SubmissionPointer, seal
 from fusion.submissions import submission, unchanged
-from fusion.verify import verify
+from fusion.verify.__main__ import verify
 from tests.conftest import SMALL
 from tests.documents import edit
 

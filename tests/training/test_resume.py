@@ -16,12 +16,13 @@ import pandas as pd
 import pytest
 
 from benchmarks.boundaries import ALL, KINDS, Boundary
-from fusion import storage, verify
+from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.errors import SupersededError, UnreachableError
 from fusion.records import checkpoint, manifests, pointers
 from fusion.records.runs import take_lease
 from fusion.records.schemas import FileEntry, RunPointer
+from fusion.verify import __main__ as verify
 from tests.conftest import SMALL, run_command, upload
 from tests.documents import edit
 

@@ -15,16 +15,6 @@ from dataclasses import dataclass
 
 from fusion import storage
 from fusion.errors import DataError, ExitCode
-from fusion.findings import (
-    Report,
-    check_beginning,
-    check_content,
-    check_once,
-    first_line,
-    parsed,
-    read,
-    some,
-)
 from fusion.records.manifests import FEATURES, LINES, MANIFEST, MEMORY, PULLED, SPLIT
 from fusion.records.runs import config_digest
 from fusion.records.schemas import (
@@ -36,9 +26,10 @@ from fusion.records.schemas import (
     Pulled,
     RunFacts,
 )
-from fusion.verify_checkpoint import check_checkpoint
-from fusion.verify_memory import check_memory
-from fusion.verify_metrics import check_ablation, check_metrics
+from fusion.verify.checkpoint import check_checkpoint
+from fusion.verify.findings import Report, check_beginning, check_content, check_once, first_line, parsed, read, some
+from fusion.verify.memory import check_memory
+from fusion.verify.metrics import check_ablation, check_metrics
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from pydantic import ValidationError
 
 from fusion import storage
 from fusion.errors import ExitCode
-from fusion.findings import Report, read
 from fusion.records.best_run import SERVED, best_of_kind
 from fusion.records.manifests import MANIFEST, PULLED
 from fusion.records.schemas import ENSEMBLE_VARIANT, RunPointer, SubmissionManifest, validated
-from fusion.verify_ensemble import check_ensemble, is_ensemble, record_in
-from fusion.verify_pointers import check_run_pointer, check_submission_pointer
-from fusion.verify_run import CheckedRun, check_run
-from fusion.verify_submission import check_submission
+from fusion.verify.ensemble import check_ensemble, is_ensemble, record_in
+from fusion.verify.findings import Report, read
+from fusion.verify.pointers import check_run_pointer, check_submission_pointer
+from fusion.verify.run import CheckedRun, check_run
+from fusion.verify.submission import check_submission
 
 Submissions = Mapping[str, SubmissionManifest]  # by <name>/<date>/<digest>
 

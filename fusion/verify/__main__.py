@@ -25,14 +25,14 @@ from fusion import storage
 from fusion.command import guarded
 from fusion.environment import variable
 from fusion.errors import DataError, ExitCode, Parser, filled, seconds, visible
-from fusion.findings import Finding, Report, read
 from fusion.records.manifests import MANIFEST
-from fusion.verify_checkpoint import check_checkpoint
-from fusion.verify_ensemble import check_ensemble, is_ensemble
-from fusion.verify_output import check_output, is_output
-from fusion.verify_pointers import POINTERS, check_pointer
-from fusion.verify_run import check_run
-from fusion.verify_submission import check_submission
+from fusion.verify.checkpoint import check_checkpoint
+from fusion.verify.ensemble import check_ensemble, is_ensemble
+from fusion.verify.findings import Finding, Report, read
+from fusion.verify.output import check_output, is_output
+from fusion.verify.pointers import POINTERS, check_pointer
+from fusion.verify.run import check_run
+from fusion.verify.submission import check_submission
 
 _KINDS = "an output, a run, an ensemble, a checkpoint or submission folder, or a pointer such as current.json"
 

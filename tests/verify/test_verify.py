@@ -19,7 +19,7 @@ import safetensors.numpy
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.records import manifests
-from fusion.verify import main
+from fusion.verify.__main__ import main
 from tests.conftest import SMALL, run_command, upload
 from tests.documents import edit
 

@@ -7,12 +7,12 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from fusion import storage
-from fusion.findings import Report, parsed, read
 from fusion.records.manifests import ENSEMBLE, MANIFEST
 from fusion.records.schemas import CheckpointManifest, PointerPlace, RunFacts, RunPointer, SubmissionPointer, validated
-from fusion.verify_ensemble import check_ensemble, record_in
-from fusion.verify_run import check_run
-from fusion.verify_submission import check_submission
+from fusion.verify.ensemble import check_ensemble, record_in
+from fusion.verify.findings import Report, parsed, read
+from fusion.verify.run import check_run
+from fusion.verify.submission import check_submission
 
 T = TypeVar("T")
 

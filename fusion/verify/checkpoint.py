@@ -6,11 +6,11 @@ import math
 from collections.abc import Container, Mapping
 
 from fusion import storage
-from fusion.findings import Report, check_files, check_once, first_line, parsed, some
 from fusion.metrics import compute_smape
 from fusion.records import manifests
 from fusion.records.manifests import INTERVALS, MODEL, STATE, VALIDATION
 from fusion.records.schemas import CheckpointManifest, Intervals, RunFacts
+from fusion.verify.findings import Report, check_files, check_once, first_line, parsed, some
 
 BORROWED = 5  # percent: bins of few rows use the errors of others, and so may hold for fewer of their own
 TOLERANCE = 1e-9  # relative: sums of float64 in another order, on another machine

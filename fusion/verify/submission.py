@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from fusion import storage
 from fusion.data.inputs import find_table, table_sha256
 from fusion.errors import CredentialsError, DataError
-from fusion.findings import Report, check_files, check_once, first_line, parsed, some
 from fusion.records.manifests import ENSEMBLE, MANIFEST, MODEL, PREDICTIONS, SUBMISSION
 from fusion.records.schemas import CheckpointManifest, DataOfRun, EnsembleRecord, SubmissionManifest, read_required
 from fusion.submissions.submission import plain
+from fusion.verify.findings import Report, check_files, check_once, first_line, parsed, some
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -25,7 +25,7 @@ import fusion.training.saver
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.demo_catalog import generate
-from fusion.verify import verify
+from fusion.verify.__main__ import verify
 from tests.conftest import DIMS, SMALL
 
 # Mutations that no check can tell from a state that a kill leaves, and why.

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusion.findings import Report, first_line
 from fusion.records.manifests import MEMORY
 from fusion.records.schemas import RunFacts
+from fusion.verify.findings import Report, first_line
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,7 +8,6 @@ import math
 import numpy as np
 
 from fusion import storage
-from fusion.findings import Report, check_files, check_once, first_line, parsed, read
 from fusion.metrics import compute_smape
 from fusion.records.manifests import ENSEMBLE, INTERVALS, MANIFEST, MODEL, PULLED, VALIDATION
 from fusion.records.schemas import (
@@ -20,7 +19,8 @@ from fusion.records.schemas import (
     RunFacts,
     validated,
 )
-from fusion.verify_checkpoint import check_intervals
+from fusion.verify.checkpoint import check_intervals
+from fusion.verify.findings import Report, check_files, check_once, first_line, parsed, read
 
 TOLERANCE = 1e-6
 

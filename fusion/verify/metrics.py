@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusion import storage
-from fusion.findings import Report, check_files, first_line, parsed, read, some
 from fusion.metrics import compute_smape
 from fusion.records.manifests import ABLATION, EPOCHS, LINES, MANIFEST, MODEL
 from fusion.records.schemas import AblationRecord, CheckpointManifest, MetricsManifest, RunFacts
+from fusion.verify.findings import Report, check_files, first_line, parsed, read, some
 
 if TYPE_CHECKING:
     import pandas as pd

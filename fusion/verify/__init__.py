@@ -1,0 +1,1 @@
+"""Checks that a bucket holds what was written: `python -m fusion.verify`."""

@@ -11,10 +11,11 @@ from types import ModuleType
 
 import pytest
 
-from fusion import compare, convert
+from fusion import compare
 from fusion.all_embeddings.config import Config
 from fusion.command.settings import _flag, _flags, _variable
 from fusion.config import AblateConfig, EvaluateConfig, PredictConfig
+from fusion.convert import __main__ as convert
 from fusion.ensemble import __main__ as ensemble
 from fusion.errors import ExitCode, Parser, UsageError
 from fusion.launch import __main__ as launch
@@ -31,7 +32,7 @@ PARSERS = {
     "verify": "fusion/verify/__main__.py",
     "compare": "fusion/compare.py",
     "ensemble": "fusion/ensemble/__main__.py",
-    "convert": "fusion/convert.py",
+    "convert": "fusion/convert/__main__.py",
     "demo": "fusion/demo.py",
     "doctor": "jobs/doctor.py",
     "pull": "jobs/pull.py",
@@ -51,7 +52,7 @@ PRINTED_BY = {
     "fusion/config.py:PredictConfig": ("predict",),
     "fusion/config.py:ReadRunConfig": ("evaluate", "predict", "ablate"),
     "fusion/config.py:AblateConfig": ("ablate",),
-    "fusion/convert.py": ("convert",),
+    "fusion/convert/__main__.py": ("convert",),
     "fusion/demo.py": ("demo",),
     "fusion/distributed/world.py": RUNS,
     "fusion/data/duplicates.py": ("train",),

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fusion import safe_pickle
-from fusion.convert import ROW_GROUP, main
+from fusion.convert import safe_pickle
+from fusion.convert.__main__ import ROW_GROUP, main
 from fusion.errors import DataError
 
 VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3) / 8
@@ -355,7 +355,7 @@ def test_forged_objects_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_allowed_callables_are_stand_ins() -> None:
     own = {type(value).__module__ for value in safe_pickle.ALLOWED.values()}
-    assert own == {"fusion.safe_pickle", "builtins"}
+    assert own == {"fusion.convert.safe_pickle", "builtins"}
     assert all(isinstance(value, str) or not hasattr(value, "__dict__") for value in safe_pickle.ALLOWED.values())
 
 
@@ -518,7 +518,7 @@ def test_help_as_a_command() -> None:
 def test_torch_is_imported_only_for_torch(tmp_path: Path) -> None:
     (tmp_path / "in.pkl").write_bytes(pickle.dumps({"embeddings": VECTORS, "sample_ids": IDS}))
     code = (
-        "import sys; from fusion.convert import main; "
+        "import sys; from fusion.convert.__main__ import main; "
         f"assert main(['--pickle', {str(tmp_path / 'in.pkl')!r}, '--to', {str(tmp_path / 'a.parquet')!r}]) == 0; "
         "assert 'torch' not in sys.modules"
     )

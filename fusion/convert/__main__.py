@@ -11,7 +11,7 @@ A SigLIP folder is two sources, so two commands; use image_sample_ids.npy for bo
     python -m fusion.convert --embeddings siglip/text_embeddings.npy --ids siglip/text_sample_ids.npy \\
         --to data/embeddings/train/siglip_text.parquet
 
-A pickle is read as data and never executed (see fusion.safe_pickle). Needs no GPU.
+A pickle is read as data and never executed (see fusion.convert.safe_pickle). Needs no GPU.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from fusion import safe_pickle, storage
+from fusion import storage
 from fusion.command import guarded
+from fusion.convert import safe_pickle
+from fusion.convert.numpy_file import read_npy
 from fusion.errors import DataError, ExitCode, Parser, UsageError, filled
-from fusion.numpy_file import read_npy
 from fusion.storage.scratch import temporary_folder
 
 ROW_GROUP: Final = 8192

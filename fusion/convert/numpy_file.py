@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fusion import safe_pickle
+from fusion.convert import safe_pickle
 from fusion.errors import DataError
 
 
 def read_npy(path: Path, name: str) -> object:
     """The array at `path`: numbers and text mapped into memory, Python objects as a list; errors call it `name`.
 
-    pandas has ids as Python objects, which numpy.save pickles. They are read as data (see fusion.safe_pickle).
+    pandas has ids as Python objects, which numpy.save pickles. They are read as data (see fusion.convert.safe_pickle).
 
     Raises:
         DataError: it is not a complete .npy file, or its objects are not data.

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 
 from fusion import environment, storage
-from fusion.demo_catalog import generate
+from fusion.demo.catalog import generate
 from tests.s3_server import KEY, SECRET, S3Server
 
 environment.prepare_libraries()  # nothing above loads torch

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from fusion import storage
-from fusion.demo_catalog import generate
+from fusion.demo.catalog import generate
 from fusion.records import pointers
 from fusion.records.schemas import SubmissionPointer
 from tests.conftest import DIMS, SMALL

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fusion import storage
-from fusion.demo_catalog import generate
+from fusion.demo.catalog import generate
 from tests.conftest import DIMS, SMALL, Done, upload
 from tests.s3_server import WRITER_KEY, WRITER_SECRET
 from tests.services import require

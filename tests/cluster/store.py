@@ -8,7 +8,7 @@ from pathlib import Path
 
 import boto3
 
-from fusion.demo_catalog import generate
+from fusion.demo.catalog import generate
 from tests.conftest import BUCKET, DIMS
 from tests.s3_server import IDENTITIES, KEY, SECRET
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusion import storage
-from fusion.demo_catalog import generate
+from fusion.demo.catalog import generate
 from fusion.verify.__main__ import main as verify
 from tests.cluster.namespace import Namespace
 from tests.cluster.store import N_PRODUCTS

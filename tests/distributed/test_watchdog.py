@@ -67,7 +67,7 @@ from fusion.training import trainer, saver
 from fusion.all_embeddings import train
 from fusion.distributed.world import world
 from fusion.data.row_store import RowStore
-from fusion.demo_catalog import generate
+from fusion.demo.catalog import generate
 from pathlib import Path
 import tempfile
 

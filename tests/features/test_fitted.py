@@ -19,7 +19,7 @@ from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
 from fusion.command.settings import parse
 from fusion.data.tables import Table, read_table
-from fusion.demo_catalog import generate
+from fusion.demo.catalog import generate
 from fusion.errors import ConfigError, DataError
 from fusion.features import columns as features_columns
 from fusion.features import numbers as features_numbers

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
-from fusion.demo_catalog import generate
+from fusion.demo.catalog import generate
 from fusion.records import manifests
 from fusion.records.validation import validation_of
 from fusion.submissions.predictions import from_parquet

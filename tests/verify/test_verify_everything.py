@@ -24,7 +24,7 @@ import pytest
 import fusion.training.saver
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
-from fusion.demo_catalog import generate
+from fusion.demo.catalog import generate
 from fusion.verify.__main__ import verify
 from tests.conftest import DIMS, SMALL
 

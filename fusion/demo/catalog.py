@@ -1,6 +1,6 @@
 """A made-up product catalog with a known answer, to try every command without any data of one's own.
 
-    python -c "from pathlib import Path; from fusion.demo_catalog import generate; generate(Path('demo'))"
+    python -c "from pathlib import Path; from fusion.demo.catalog import generate; generate(Path('demo'))"
 
 Each product has 12 visual and 12 textual latent factors, 4 of them shared. Its log price is a nonlinear function of
 both plus noise, so the best possible score is known. Each embedding source encodes the latents of its modality, with

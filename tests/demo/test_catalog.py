@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fusion.demo_catalog import Truth, generate
+from fusion.demo.catalog import Truth, generate
 from fusion.errors import ConfigError
 
 DIMS = {"front_image": 24, "back_image": 16, "title_text": 20, "qwen_text": 19}

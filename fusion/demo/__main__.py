@@ -17,7 +17,7 @@ import pandas as pd
 
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.command import guarded
-from fusion.demo_catalog import Truth, generate
+from fusion.demo.catalog import Truth, generate
 from fusion.metrics import compute_smape
 from fusion.records import pointers
 from fusion.records.schemas import RunPointer, SubmissionPointer

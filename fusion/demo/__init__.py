@@ -1,0 +1,1 @@
+"""The main job on a generated catalog: `python -m fusion.demo`."""

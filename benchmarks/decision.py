@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from fusion.clustered import clustered_mean
+from fusion.compare.out_of_fold import find_run, scored
+from fusion.compare.standard_errors import clustered_mean
 from fusion.metrics import row_smape
-from fusion.scored import find_run, scored
 
 FOLDS = 10
 MOVES = np.linspace(-0.5, 0.5, 201)  # of log prices

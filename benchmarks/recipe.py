@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fusion.clustered import Estimate, clustered_mean
+from fusion.compare.out_of_fold import find_run, scored, shared
+from fusion.compare.standard_errors import Estimate, clustered_mean
 from fusion.metrics import row_smape
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.resumable import Arrays
-from fusion.scored import find_run, scored, shared
 from fusion.training.trainer import Beat, Fit
 
 DEFAULT = "the default"

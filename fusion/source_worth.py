@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fusion import log, storage
 from fusion.ablation_report import show
-from fusion.clustered import Estimate, IntArray, clustered_mean
 from fusion.coalitions import Coalitions, coalitions
+from fusion.compare.standard_errors import Estimate, IntArray, clustered_mean
 from fusion.config import AblateConfig, RunConfig
 from fusion.data.embeddings import load
 from fusion.data.tables import Table

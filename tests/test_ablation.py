@@ -14,7 +14,7 @@ import pytest
 
 from fusion import ablation
 from fusion.all_embeddings import evaluate_by_groups, train
-from fusion.clustered import clustered_mean
+from fusion.compare.standard_errors import clustered_mean
 from fusion.demo.catalog import generate
 from fusion.metrics import row_smape
 from fusion.records import manifests

@@ -15,7 +15,7 @@ import pytest
 from fusion import storage
 from fusion.all_embeddings import predict_test as predict_all
 from fusion.all_embeddings import train as train_all
-from fusion.clustered import Estimate
+from fusion.compare.standard_errors import Estimate
 from fusion.ensemble import __main__ as ensemble
 from fusion.ensemble import predict_test
 from fusion.metrics import compute_smape

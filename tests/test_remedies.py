@@ -11,9 +11,9 @@ from types import ModuleType
 
 import pytest
 
-from fusion import compare
 from fusion.all_embeddings.config import Config
 from fusion.command.settings import _flag, _flags, _variable
+from fusion.compare import __main__ as compare
 from fusion.config import AblateConfig, EvaluateConfig, PredictConfig
 from fusion.convert import __main__ as convert
 from fusion.ensemble import __main__ as ensemble
@@ -30,7 +30,7 @@ SETTINGS = {"train": Config, "evaluate": EvaluateConfig, "predict": PredictConfi
 PARSERS = {
     "launch": "fusion/launch/__main__.py",
     "verify": "fusion/verify/__main__.py",
-    "compare": "fusion/compare.py",
+    "compare": "fusion/compare/__main__.py",
     "ensemble": "fusion/ensemble/__main__.py",
     "convert": "fusion/convert/__main__.py",
     "demo": "fusion/demo/__main__.py",
@@ -46,7 +46,7 @@ RUNS = ("train", "evaluate", "predict")
 PRINTED_BY = {
     "fusion/records/best_run.py": ("train",),
     "fusion/records/checkpoint.py": ("train",),
-    "fusion/compare.py": ("compare",),
+    "fusion/compare/__main__.py": ("compare",),
     "fusion/storage/conditional.py": RUNS,
     "fusion/config.py:RunConfig": ("train",),
     "fusion/config.py:PredictConfig": ("predict",),
@@ -80,9 +80,9 @@ PRINTED_BY = {
     "fusion/prediction/predict.py": ("predict",),
     "fusion/records/runs.py": ("train",),
     "fusion/records/runs.py:_no_finished_run": ("evaluate", "predict"),
-    "fusion/scored.py:scored_runs": ("pull",),  # in a command that it names
-    "fusion/scored.py:find_run": ("pull",),  # in a command that it names
-    "fusion/scored.py:_evaluated": ("evaluate",),
+    "fusion/compare/out_of_fold.py:scored_runs": ("pull",),  # in a command that it names
+    "fusion/compare/out_of_fold.py:find_run": ("pull",),  # in a command that it names
+    "fusion/compare/out_of_fold.py:_evaluated": ("evaluate",),
     "fusion/records/runs.py:no_run": ("pull",),  # in a command that it names
     "fusion/records/runs.py:open_run": ("evaluate", "predict"),
     "fusion/records/runs.py:data_of": ("evaluate", "predict"),

@@ -8,9 +8,9 @@ import numpy as np
 
 from benchmarks.quality.catalog import Catalog
 from benchmarks.quality.predictions import Prediction
+from fusion.compare.out_of_fold import Scored, find_run, scored, stacked
 from fusion.data.tables import places_of
 from fusion.errors import DataError
-from fusion.scored import Scored, find_run, scored, stacked
 
 
 def read_runs(runs: Sequence[str], output: str, catalog: Catalog) -> list[Prediction]:

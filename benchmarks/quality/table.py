@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.quality.blend import nested_blend
 from benchmarks.quality.catalog import Catalog
 from benchmarks.quality.predictions import Prediction
-from fusion.clustered import Estimate, clustered_mean
+from fusion.compare.standard_errors import Estimate, clustered_mean
 from fusion.errors import ConfigError
 from fusion.metrics import row_smape
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from fusion import log, storage
 from fusion.command import guarded
+from fusion.compare.out_of_fold import Scored, same_rows, scored_runs, shared
 from fusion.config import A_RUN_ID, RUN_ID
 from fusion.ensemble.folder import point_to, publish, record_of
 from fusion.ensemble.report import show
@@ -29,7 +30,6 @@ from fusion.ensemble.weights import blend
 from fusion.environment import variable
 from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, filled, seconds
 from fusion.records.schemas import ENSEMBLE_VARIANT
-from fusion.scored import Scored, same_rows, scored_runs, shared
 
 
 def _check_members(found: Sequence[Scored], output: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from fusion import log, storage
+from fusion.compare.out_of_fold import Member, Scored, Shared
 from fusion.config import digest
 from fusion.data.tables import Table
 from fusion.ensemble.weights import Blend
@@ -31,7 +32,6 @@ from fusion.records.schemas import (
     seal,
 )
 from fusion.records.validation import to_parquet
-from fusion.scored import Member, Scored, Shared
 
 
 def record_of(run_id: str, found: Sequence[Scored], rows: Shared, blend: Blend) -> EnsembleRecord:

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fusion.clustered import Estimate
+from fusion.compare.out_of_fold import Scored
+from fusion.compare.standard_errors import Estimate
 from fusion.ensemble.weights import Blend
 from fusion.errors import visible
 from fusion.records.schemas import EnsembleRecord
-from fusion.scored import Scored
 
 PLAIN_WIDTH = 100  # columns where standard output is no terminal
 

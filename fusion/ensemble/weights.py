@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize
 
-from fusion.clustered import Estimate, IntArray, clustered_mean
+from fusion.compare.standard_errors import Estimate, IntArray, clustered_mean
 from fusion.metrics import FloatArray, row_smape
 
 N_PARTS = 5

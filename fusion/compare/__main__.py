@@ -18,11 +18,11 @@ from dataclasses import asdict
 
 from fusion import storage
 from fusion.command import guarded
-from fusion.compare_report import show
-from fusion.comparison import compare
+from fusion.compare.comparison import compare
+from fusion.compare.out_of_fold import scored_runs
+from fusion.compare.report import show
 from fusion.environment import variable
 from fusion.errors import ExitCode, Parser, filled, seconds
-from fusion.scored import scored_runs
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

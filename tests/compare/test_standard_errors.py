@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fusion.clustered import clustered_mean, joined_groups
+from fusion.compare.standard_errors import clustered_mean, joined_groups
 
 
 def test_rows_that_are_alone_have_the_usual_error() -> None:

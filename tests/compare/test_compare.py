@@ -10,14 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusion import compare, storage
-from fusion.clustered import clustered_mean
+from fusion import storage
+from fusion.compare import __main__ as compare
+from fusion.compare.out_of_fold import scored
+from fusion.compare.standard_errors import clustered_mean
 from fusion.errors import DataError
 from fusion.metrics import row_smape
 from fusion.qwen_clip import evaluate_by_groups, predict_test, train
 from fusion.records import manifests
 from fusion.records.schemas import seal
-from fusion.scored import scored
 from tests.conftest import SMALL
 
 PUBLISHED = [*SMALL, "--recipe", "published"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fusion.clustered import Estimate, clustered_mean
+from fusion.compare.out_of_fold import OF_FOLD, Scored, same_rows, shared
+from fusion.compare.standard_errors import Estimate, clustered_mean
 from fusion.metrics import row_smape
 from fusion.records.run_summary import differing, minutes_of, parameters_of
-from fusion.scored import OF_FOLD, Scored, same_rows, shared
 
 MIN_SHARED = 100  # rows: with an error of 40 +- 40 a row, the mean of fewer is off by more than 4
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from fusion import storage
-from fusion.clustered import IntArray, joined_groups
+from fusion.compare.standard_errors import IntArray, joined_groups
 from fusion.config import HOW
 from fusion.errors import DataError, UsageError
 from fusion.records import manifests

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fusion.clustered import Estimate
-from fusion.comparison import MIN_SHARED, Apart, Comparison
+from fusion.compare.comparison import MIN_SHARED, Apart, Comparison
+from fusion.compare.standard_errors import Estimate
 from fusion.errors import visible
 
 PLAIN_WIDTH = 100  # columns where standard output is no terminal

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO
 
+import fusion.ablation.__main__.source_worth
 import pandas as pd
 
 # Loaded before the ranks are forked, so that each starts at once. No thread runs yet.
@@ -37,9 +38,9 @@ import s3fs  # noqa: F401
 import torch._dynamo  # noqa: F401
 from boundaries import ALL, Boundary, arm
 
-import fusion.source_worth
 import fusion.training.loop  # noqa: F401
-from fusion import ablation, storage
+from fusion import storage
+from fusion.ablation import __main__ as ablation
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.prediction import resumable
 from fusion.records import manifests

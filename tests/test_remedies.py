@@ -87,7 +87,7 @@ PRINTED_BY = {
     "fusion/records/runs.py:open_run": ("evaluate", "predict"),
     "fusion/records/runs.py:data_of": ("evaluate", "predict"),
     "fusion/data/source_rows.py": ("train", "predict"),
-    "fusion/source_worth.py": ("ablate",),
+    "fusion/ablation/source_worth.py": ("ablate",),
     "fusion/data/splits.py": ("train",),
     "fusion/submissions/submission.py": ("predict",),
     "fusion/training/saver.py": ("train",),

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from fusion import ablation
+from fusion.ablation import __main__ as ablation
 from fusion.all_embeddings import evaluate_by_groups, train
 from fusion.compare.standard_errors import clustered_mean
 from fusion.demo.catalog import generate

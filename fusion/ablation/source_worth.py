@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fusion import log, storage
-from fusion.ablation_report import show
-from fusion.coalitions import Coalitions, coalitions
+from fusion.ablation.coalitions import Coalitions, coalitions
+from fusion.ablation.report import show
 from fusion.compare.standard_errors import Estimate, IntArray, clustered_mean
 from fusion.config import AblateConfig, RunConfig
 from fusion.data.embeddings import load

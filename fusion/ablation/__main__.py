@@ -16,7 +16,7 @@ from fusion.config import AblateConfig
 
 
 def _job(settings: AblateConfig) -> None:
-    from fusion.source_worth import ablate
+    from fusion.ablation.source_worth import ablate
 
     ablate(settings)
 

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from fusion import stopping, storage
+from fusion import signals, storage
 from fusion.command.exit import tell
 from fusion.command.settings import parse
 from fusion.config import StoreConfig
@@ -25,7 +25,7 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
     def parsed_job() -> ExitCode:
         config = parse(config_class, argv, prog=f"python -m {module}", description=doc)
         storage.set_patience(config.store_timeout)
-        with stopping.listening():
+        with signals.listening():
             job(config)
         return ExitCode.DONE
 

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fusion import log, stopping, storage
+from fusion import log, signals, storage
 from fusion.data.inputs import Sources, find_sources
 from fusion.data.row_store import RowStore
 from fusion.data.shared_memory import node_tensor
@@ -112,7 +112,7 @@ def load(
 
 def stop_if_asked() -> None:
     """Raises StopRequested when this rank was asked to stop before anything was done."""
-    if stopping.requested():
+    if signals.requested():
         message = "stopped on request while the input was read; nothing was done yet"
         raise StopRequested(message, "run the same command again")
 

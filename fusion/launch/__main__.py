@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion import stopping
+from fusion import signals
 from fusion.environment import for_libraries, prepare_libraries, variable
 from fusion.errors import ConfigError, ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.launch.processes import Ending, Group, Rank, Stop
@@ -250,6 +250,6 @@ def _guarded(argv: Sequence[str] | None, stop: Stop) -> int:
 
 if __name__ == "__main__":
     ended = main()
-    for number in stopping.SIGNALS:  # one that comes while Python winds up would end this process in place of its code
+    for number in signals.SIGNALS:  # one that comes while Python winds up would end this process in place of its code
         signal.signal(number, signal.SIG_IGN)
     sys.exit(ended)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from fusion import stopping
+from fusion import signals
 from fusion.errors import LOST_PEER, ExitCode
 
 POLL = 0.05  # seconds between two looks at the ranks
@@ -49,7 +49,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.name = ""
-        stopping.catch(self._remember)
+        signals.catch(self._remember)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.name = self.name or signal.Signals(number).name
@@ -94,7 +94,7 @@ class Rank:
     @property
     def cut_short(self) -> bool:
         """Whether a stop signal ended it, because it did not listen yet."""
-        return self.told and -(self.code or 0) in stopping.SIGNALS
+        return self.told and -(self.code or 0) in signals.SIGNALS
 
     @property
     def failed(self) -> bool:

@@ -9,7 +9,7 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from fusion import log, stopping, storage
+from fusion import log, signals, storage
 from fusion.data.row_store import RowStore
 from fusion.distributed.watchdog import watched
 from fusion.distributed.world import STALL_TIMEOUT, World
@@ -89,7 +89,7 @@ def discard(folder: str) -> None:
 
 
 def _stop_if_asked(place: World, n_done: int, n_parts: int) -> None:
-    if any(place.exchange(stopping.requested())):
+    if any(place.exchange(signals.requested())):
         message = f"stopped on request, {n_done} of {n_parts} parts are done and kept"
         raise StopRequested(message, "run the same command again to go on")
 

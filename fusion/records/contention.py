@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 
-from fusion import stopping
+from fusion import signals
 from fusion.errors import StopRequested, UnreachableError
 
 # Writers of one object are a few attempts or nights: one that loses this often fights with something that is broken,
@@ -33,6 +33,6 @@ def turns(url: str) -> Iterator[None]:
 
 
 def _wait(url: str, longest: float) -> None:
-    if stopping.requested():
+    if signals.requested():
         raise StopRequested(f"stopped on request while others were writing {url}", "run the same command again")
     time.sleep(random.uniform(0, longest))  # not in step with the others

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from fusion import log, stopping, storage
+from fusion import log, signals, storage
 from fusion.config import RunConfig
 from fusion.errors import DataError, StopRequested
 from fusion.features.fitted import has_features
@@ -83,7 +83,7 @@ class Saver:
         Raises:
             StopRequested: after the commit, on every rank.
         """
-        stop, due = self.fit.share_loss(float(stopping.requested()), float(self._is_due()))
+        stop, due = self.fit.share_loss(float(signals.requested()), float(self._is_due()))
         if not may_save:
             return
         if stop:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from fusion import stopping
+from fusion import signals
 from fusion.errors import ExitCode, UsageError
 from jobs.clusters.description import Job
 
@@ -51,7 +51,7 @@ def _run(command: Sequence[str], stops: list[int]) -> int:
         for process in running:
             process.send_signal(number)
 
-    before = stopping.catch(forward)
+    before = signals.catch(forward)
     try:
         process = subprocess.Popen(command)
         running.append(process)

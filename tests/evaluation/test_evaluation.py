@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusion import stopping, storage
+from fusion import signals, storage
 from fusion.data.tables import Table
 from fusion.errors import StopRequested, UnreachableError
 from fusion.evaluation import groups, report
@@ -179,7 +179,7 @@ def test_a_removal_that_removes_nothing_ends_in_an_error(tmp_path: Path, monkeyp
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(UnreachableError, match=r"MANIFEST.json was changed by others at each of \d+ tries"):
         _replace(str(tmp_path), {}, b"ours")
-    monkeypatch.setattr(stopping, "_received", [15])
+    monkeypatch.setattr(signals, "_received", [15])
     with pytest.raises(StopRequested):
         _replace(str(tmp_path), {}, b"ours")
 

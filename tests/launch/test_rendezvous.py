@@ -16,7 +16,7 @@ from fusion.errors import UnreachableError
 from fusion.launch import rendezvous
 from fusion.launch.processes import Stop
 from fusion.launch.rendezvous import Meeting, NodesMeeting
-from fusion.stopping import SIGNALS
+from fusion.signals import SIGNALS
 from tests.launch.test_launch import Launcher, Start, is_gone, start, wait_until
 from tests.services import require
 

@@ -6,29 +6,29 @@ from collections.abc import Iterator
 
 import pytest
 
-from fusion import stopping
+from fusion import signals
 from fusion.launch.processes import Stop
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """Restores the handlers of this process at the end; SIGHUP starts out as not ignored, also under nohup."""
-    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_every_stop_signal_is_remembered(number: signal.Signals) -> None:
-    with stopping.listening():
-        assert not stopping.requested()
+    with signals.listening():
+        assert not signals.requested()
         os.kill(os.getpid(), number)
-        assert stopping.requested()
+        assert signals.requested()
 
 
-@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_the_launcher_knows_which_signal_came_first(number: signal.Signals) -> None:
     stop = Stop()
     os.kill(os.getpid(), number)
@@ -39,7 +39,7 @@ def test_the_launcher_knows_which_signal_came_first(number: signal.Signals) -> N
 def test_a_sighup_that_nohup_ignores_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = Stop()
-    with stopping.listening():
+    with signals.listening():
         os.kill(os.getpid(), signal.SIGHUP)
-        assert not stopping.requested() and not stop.name
+        assert not signals.requested() and not stop.name
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

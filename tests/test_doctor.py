@@ -25,7 +25,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from fusion import storage
 from fusion.errors import ExitCode
-from fusion.launch import __main__ as launch
+from fusion.launch import launcher
 from jobs.checks import machine
 from jobs.checks.findings import Check, Job, fail, ok
 from jobs.doctor import CHECKS, look, worst
@@ -443,7 +443,7 @@ def test_clusters() -> None:
 
 
 def test_grace() -> None:
-    assert launch._parser().get_default("grace") == machine.LAUNCHER_GRACE
+    assert launcher._parser().get_default("grace") == machine.LAUNCHER_GRACE
     assert only("grace")[1] == "ok"
     assert only("grace", KUBERNETES_SERVICE_HOST="10.0.0.1")[1] == "ok"
     assert only("grace", FUSION_GRACE="15")[1:] == (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusion.launch.__main__ import _parse
+from fusion.launch.launcher import _parse
 from tests.manifests import Object, Workload, one, selects, workloads
 
 GANG = "train-all-embeddings-multinode"

@@ -17,7 +17,7 @@ from fusion import storage
 from fusion.command.settings import _flags, _variable, parse
 from fusion.config import EvaluateConfig, PredictConfig, RunConfig
 from fusion.errors import ExitCode
-from fusion.launch.__main__ import Options, _parse, _parser
+from fusion.launch.launcher import Options, _parse, _parser
 from fusion.launch.processes import SETTLE
 from tests import services
 from tests.cluster import place

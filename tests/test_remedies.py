@@ -18,7 +18,7 @@ from fusion.config import AblateConfig, EvaluateConfig, PredictConfig
 from fusion.convert import __main__ as convert
 from fusion.ensemble import __main__ as ensemble
 from fusion.errors import ExitCode, Parser, UsageError
-from fusion.launch import __main__ as launch
+from fusion.launch import launcher
 from fusion.verify import __main__ as verify
 from jobs import submit
 
@@ -28,7 +28,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 SETTINGS = {"train": Config, "evaluate": EvaluateConfig, "predict": PredictConfig, "ablate": AblateConfig}
 # Commands with parsers of their own, and the file that has it.
 PARSERS = {
-    "launch": "fusion/launch/__main__.py",
+    "launch": "fusion/launch/launcher.py",
     "verify": "fusion/verify/__main__.py",
     "compare": "fusion/compare/__main__.py",
     "ensemble": "fusion/ensemble/__main__.py",
@@ -73,7 +73,7 @@ PRINTED_BY = {
     "fusion/submissions/guards.py": ("predict",),
     "fusion/data/inputs.py:_no_table": (*RUNS, "doctor"),
     "fusion/data/inputs.py:_no_source": ("train", "doctor"),
-    "fusion/launch/__main__.py": ("launch",),
+    "fusion/launch/launcher.py": ("launch",),
     "fusion/records/manifests.py": ("evaluate", "predict"),
     "fusion/launch/rendezvous.py": ("launch",),
     "fusion/records/memory.py": ("train",),
@@ -214,7 +214,7 @@ def test_each_module_that_is_named_exists() -> None:
                 assert (ROOT / script).exists(), (path, script)
 
 
-@pytest.mark.parametrize("parser", [launch._parser(), submit._parser()], ids=lambda parser: parser.prog)
+@pytest.mark.parametrize("parser", [launcher._parser(), submit._parser()], ids=lambda parser: parser.prog)
 def test_the_example_is_a_call_that_the_parser_takes(parser: Parser) -> None:
     with pytest.raises(UsageError) as caught:
         parser.parse_args([])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import ConfigError, UsageError
-from fusion.launch.__main__ import _n_cores, _parse
+from fusion.launch.launcher import _n_cores, _parse
 
 LIMIT = 120.0  # seconds for anything to happen on a busy machine: torch alone loads in 4
 AT_ONCE = 30.0  # far below --grace and what the workers sleep

@@ -10,7 +10,7 @@ import pytest
 
 from fusion.data import shared_memory
 from fusion.errors import ConfigError
-from fusion.launch import __main__ as launch
+from fusion.launch import launcher
 from fusion.storage import scratch
 from jobs import doctor
 
@@ -33,7 +33,7 @@ def test_shared_memory_needs_none(nowhere: None) -> None:
 
 
 def test_the_launcher_says_so(nowhere: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch.main(["--nproc-per-node", "1", "fusion.verify"]) == 78
+    assert launcher.main(["--nproc-per-node", "1", "fusion.verify"]) == 78
     assert "TMPDIR" in capsys.readouterr().err
 
 

@@ -28,12 +28,12 @@ try:
     from fusion.errors import ExitCode, FusionError, Parser, UsageError, visible
     from fusion.streams import unfailing
     from jobs.arguments import refuse_empty
-    from jobs.clusters import kubernetes_settings
-    from jobs.clusters.kubectl import Kubectl
-    from jobs.clusters.kubernetes_sent import KubernetesJobs
-    from jobs.clusters.local_sent import KIND, LocalJobs
-    from jobs.clusters.sent import WAITING, Jobs, Sent
-    from jobs.clusters.slurm_sent import SlurmJobs
+    from jobs.schedulers import kubernetes_settings
+    from jobs.schedulers.kubectl import Kubectl
+    from jobs.schedulers.kubernetes_sent import KubernetesJobs
+    from jobs.schedulers.local_sent import KIND, LocalJobs
+    from jobs.schedulers.sent import WAITING, Jobs, Sent
+    from jobs.schedulers.slurm_sent import SlurmJobs
 except ImportError as wrong_python:
     if __name__ != "__main__":
         raise

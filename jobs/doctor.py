@@ -24,7 +24,7 @@ try:
     from jobs.arguments import refuse_empty
     from jobs.checks import machine, store
     from jobs.checks.findings import Check, Finding, Job, fail, read_settings, warn
-    from jobs.clusters.description import config_class
+    from jobs.schedulers.description import config_class
 except ImportError as wrong_python:
     if __name__ != "__main__":
         raise

@@ -19,7 +19,7 @@ try:
 
     from fusion.command import guarded
     from fusion.errors import ConfigError, ExitCode, Parser
-    from jobs.clusters.kubernetes_settings import Cluster, read
+    from jobs.schedulers.kubernetes_settings import Cluster, read
 except ImportError as wrong_python:
     if __name__ != "__main__":
         raise

@@ -27,8 +27,8 @@ try:
     from fusion.records.schemas import ENSEMBLE_VARIANT
     from fusion.streams import unfailing
     from fusion.variants import variants
-    from jobs.clusters import local
-    from jobs.clusters.description import MODULES, Job, check_together, config_class, each_fold, frozen
+    from jobs.schedulers import local
+    from jobs.schedulers.description import MODULES, Job, check_together, config_class, each_fold, frozen
 except ImportError as wrong_python:
     if __name__ != "__main__":
         raise
@@ -89,7 +89,7 @@ def _local(given: argparse.Namespace, flags: Sequence[str]) -> Target:
 
 
 def _slurm(given: argparse.Namespace, flags: Sequence[str]) -> Target:
-    from jobs.clusters import slurm, slurm_settings, slurm_wait
+    from jobs.schedulers import slurm, slurm_settings, slurm_wait
 
     cluster = slurm_settings.read(given.settings or SETTINGS["slurm"], given.task)
     for name, value in cluster.environment.items():
@@ -109,8 +109,8 @@ def _slurm(given: argparse.Namespace, flags: Sequence[str]) -> Target:
 
 
 def _kubernetes(given: argparse.Namespace, flags: Sequence[str]) -> Target:
-    from jobs.clusters import kubernetes, kubernetes_settings, kubernetes_wait
-    from jobs.clusters.kubectl import Kubectl
+    from jobs.schedulers import kubernetes, kubernetes_settings, kubernetes_wait
+    from jobs.schedulers.kubectl import Kubectl
 
     cluster = kubernetes_settings.read(given.settings or SETTINGS["k8s"])
     jobs = [cluster.completed(job) for job in _jobs(given, flags)]

@@ -99,13 +99,13 @@ PRINTED_BY = {
     "fusion/verify/submission.py": ("verify",),
     "fusion/distributed/watchdog.py": ("train",),
     "jobs/checks/store.py": ("doctor",),
-    "jobs/clusters/description.py": ("submit",),
-    "jobs/clusters/kubectl.py": ("submit", "control"),
-    "jobs/clusters/local.py": ("submit",),
-    "jobs/clusters/kubernetes_sent.py": ("control",),
-    "jobs/clusters/sent.py": ("control",),
-    "jobs/clusters/settings_file.py": ("submit", "manifests", "control"),
-    "jobs/clusters/slurm_wait.py": ("submit",),
+    "jobs/schedulers/description.py": ("submit",),
+    "jobs/schedulers/kubectl.py": ("submit", "control"),
+    "jobs/schedulers/local.py": ("submit",),
+    "jobs/schedulers/kubernetes_sent.py": ("control",),
+    "jobs/schedulers/sent.py": ("control",),
+    "jobs/schedulers/settings_file.py": ("submit", "manifests", "control"),
+    "jobs/schedulers/slurm_wait.py": ("submit",),
     "jobs/control.py": ("control",),
     "jobs/doctor.py": ("doctor",),
     "jobs/manifests.py": ("manifests",),
@@ -117,11 +117,11 @@ PRINTED_BY = {
 }
 # Of git, docker and kubectl; and of the training whose flags follow the `--` of a submission.
 FOREIGN = {"fusion/records/provenance.py": {"--error-unmatch"}, "fusion/data/shared_memory.py": {"--shm-size"}}
-FOREIGN |= {"jobs/clusters/kubectl.py": {"--output"}}
+FOREIGN |= {"jobs/schedulers/kubectl.py": {"--output"}}
 KUBECTL = ("--api-group", "--cascade", "--container", "--field-selector", "--output", "--selector", "--since-time")
-FOREIGN |= {"jobs/clusters/kubernetes_sent.py": {*KUBECTL, "--tail", "--timestamps", "--wait"}}
-FOREIGN |= {"jobs/clusters/slurm_sent.py": {"--jobs", "--starttime"}}
-FOREIGN |= {"jobs/clusters/description.py": {"--folds", "--fold", "--name", "--run-id"}}
+FOREIGN |= {"jobs/schedulers/kubernetes_sent.py": {*KUBECTL, "--tail", "--timestamps", "--wait"}}
+FOREIGN |= {"jobs/schedulers/slurm_sent.py": {"--jobs", "--starttime"}}
+FOREIGN |= {"jobs/schedulers/description.py": {"--folds", "--fold", "--name", "--run-id"}}
 MODULES = sorted(path for part in ("fusion", "jobs") for path in (ROOT / part).glob("**/*.py"))
 
 

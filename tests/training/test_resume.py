@@ -15,7 +15,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.boundaries import ALL, KINDS, Boundary
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.errors import SupersededError, UnreachableError
@@ -23,6 +22,7 @@ from fusion.records import checkpoint, manifests, pointers
 from fusion.records.runs import take_lease
 from fusion.records.schemas import FileEntry, RunPointer
 from fusion.verify import __main__ as verify
+from tests.chaos.boundaries import ALL, KINDS, Boundary
 from tests.conftest import SMALL, run_command, upload
 from tests.documents import edit
 
@@ -430,11 +430,11 @@ def test_killed_anywhere_on_s3(ranks: int, bucket: str, catalog: Path) -> None:
     upload(catalog, f"{bucket}")
     wanted = planned(ranks)
     kills = len(wanted) + 3  # at random moments
-    command = [sys.executable, str(ROOT / "benchmarks" / "kill_anywhere.py"), "--data", bucket]
+    command = [sys.executable, "-m", "tests.chaos.kill_anywhere", "--data", bucket]
     command += ["--output", f"{bucket}/out", "--kills", str(kills), "--ranks", str(ranks), "--seed", "1"]
     command += ["--times", "1", "--at", *map(str, wanted)]
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, check=False, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stdout + done.stderr
     tally = json.loads(done.stdout.splitlines()[-1])

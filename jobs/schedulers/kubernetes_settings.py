@@ -1,0 +1,48 @@
+"""Settings of a Kubernetes cluster: `k8s/cluster.toml`, or the file that `--settings` names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fusion.config import STRICT
+from jobs.schedulers.description import PER_GPU, Job
+from jobs.schedulers.settings_file import read_settings, refuse_secrets
+
+# As registries have it: host, port, path, and a tag or a digest; nothing that ends a line of YAML.
+IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._/-]*(:[0-9]+/[A-Za-z0-9._/-]+)?(:[A-Za-z0-9_.-]+)?(@sha256:[0-9a-f]{64})?$"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Cluster:
+    """Where jobs go and what they run; `k8s/cluster.toml` explains each."""
+
+    image: str = Field(pattern=IMAGE)
+    context: str | None = None
+    namespace: str | None = None
+    queue: str | None = None
+    priority: str | None = None
+    cpus_per_gpu: int | None = Field(None, ge=1)
+    memory_per_gpu: int | None = Field(None, ge=1)
+    environment: dict[str, str] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse_secrets(self.environment, "a ConfigMap")
+
+    def completed(self, job: Job) -> Job:
+        """The job with these settings where it asks for nothing itself; without GPUs, with none that are per GPU."""
+        has_gpus = job.task == "train" if job.gpus_per_node is None else job.gpus_per_node > 0
+        names = ["queue", "priority", *(PER_GPU if has_gpus else ())]
+        return replace(job, **{name: getattr(job, name) or getattr(self, name) for name in names})
+
+
+def read(path: Path) -> Cluster:
+    """The settings in a file.
+
+    Raises:
+        ConfigError: no such file, no TOML, an unknown key or a value that is not allowed.
+    """
+    return read_settings(Cluster, path, "k8s/cluster.toml")

@@ -1,0 +1,146 @@
+"""Follows jobs of Slurm to their end, and tells how they ended."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusion.errors import ConfigError, FusionError, UnreachableError
+from jobs.schedulers.errors import last_error
+from jobs.schedulers.patience import patiently
+from jobs.schedulers.slurm import log_in
+from jobs.schedulers.slurm_settings import Cluster
+
+ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "PREEMPTED": 143, "OUT_OF_MEMORY": 137}
+REQUEUED = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "FAILED"}  # for good, unless the job is back in the queue
+OVER = {*ENDED_BY_SLURM, *REQUEUED, "COMPLETED", "REVOKED"}
+NO_RECORDS = "accounting storage is disabled"
+POLL = 5  # seconds between two looks at the states
+SETTLE = 2  # seconds: a job that requeues itself looks finished for a moment, so a final state is looked at twice
+PATIENCE = 300  # seconds for which a sacct that fails is asked again; a restart of slurmdbd takes less
+
+
+def check_accounting() -> None:
+    """Finds out before a job is sent whether its end can be known.
+
+    Raises:
+        ConfigError: the cluster keeps no record of how jobs ended.
+        UnreachableError: there is no sacct here, or it does not answer.
+    """
+    command = ["sacct", "--noheader", "--starttime=now"]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise UnreachableError("there is no sacct here", "submit from a login node, or leave out --wait") from error
+    if done.returncode:
+        said = done.stderr.strip() or done.stdout.strip()
+        kind: type[FusionError] = ConfigError if NO_RECORDS in said else UnreachableError
+        raise kind(f"--wait needs sacct: {said}", "leave out --wait, and look at squeue and at the log")
+
+
+def wait(ids: Sequence[str], cluster: Cluster) -> int:
+    """Exit code of the first of these jobs that did not end with 0; tells where each log is, and why it failed.
+
+    Raises:
+        UnreachableError: Slurm did not answer for too long.
+    """
+    return wait_in(ids, cluster.folder)
+
+
+def wait_in(ids: Sequence[str], folder: str) -> int:
+    """The same for jobs whose logs are in that folder."""
+    shown: dict[str, str] = {}
+    while True:
+        states = _states(ids)
+        for job_id, state in states.items():
+            if state != shown.get(job_id):
+                print(f"{job_id} {state}", flush=True)
+        shown |= states
+        if all(_is_over(job_id, shown.get(job_id, "")) for job_id in ids):
+            break
+        time.sleep(POLL)
+    codes = [_conclude(job_id, folder) for job_id in ids]
+    return next((code for code in codes if code), 0)
+
+
+def _states(ids: Sequence[str]) -> dict[str, str]:
+    """State of each job that sacct knows."""
+    rows = _sacct(ids, "JobID,State")
+    return {job_id: state.split()[0] for job_id, state in rows if job_id in ids}
+
+
+def _is_over(job_id: str, state: str) -> bool:
+    if state not in OVER or (state in REQUEUED and _is_queued(job_id)):
+        return False
+    time.sleep(SETTLE)
+    return _states([job_id]).get(job_id) == state
+
+
+def _is_queued(job_id: str) -> bool:
+    queued = _ask(["squeue", "--noheader", "--me", "--array", "--format=%i"], [job_id])
+    return job_id in queued.split()
+
+
+def _conclude(job_id: str, folder: str) -> int:
+    state, code = _ending(job_id)
+    log = log_in(folder, job_id)
+    print(f"{job_id} {state} with exit code {code}, log: {log}", flush=True)
+    if code and (error := told(log)):
+        print(error, flush=True)
+    return code
+
+
+def _ending(job_id: str) -> tuple[str, int]:
+    *_, (state, exit_code, derived) = _sacct([job_id], "State,ExitCode,DerivedExitCode", is_known=True)
+    return state, exit_status(state, exit_code, derived)
+
+
+def _sacct(ids: Sequence[str], columns: str, is_known: bool = False) -> list[list[str]]:
+    """Rows of sacct; of a job that is known to it at least one."""
+    flags = [f"--jobs={','.join(ids)}", "--allocations", "--noheader", "--parsable2", f"--format={columns}"]
+    return [line.split("|") for line in _ask(["sacct", *flags], ids, is_known).splitlines()]
+
+
+def _ask(command: Sequence[str], ids: Sequence[str], is_known: bool = False) -> str:
+    """What a command of Slurm says, asked again while it fails, or says nothing of what is known to it."""
+
+    def ask() -> str:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode or (is_known and not done.stdout.strip()):
+            said = (done.stderr.strip() or "nothing").splitlines()[-1]
+            remedy = f"the job goes on; ask again: sacct --jobs={','.join(ids)}"
+            raise UnreachableError(f"{command[0]} does not answer: {said}", remedy)
+        return done.stdout
+
+    return patiently(ask, PATIENCE, SETTLE)
+
+
+def exit_status(state: str, exit_code: str, derived: str) -> int:
+    """What a shell would have seen, from sacct's `code:signal` of the job and of its worst step.
+
+    >>> exit_status("FAILED", "65:0", "65:0"), exit_status("NODE_FAIL", "0:0", "0:0")
+    (65, 1)
+
+    A job that Slurm ended has no code of its own:
+
+    >>> exit_status("CANCELLED by 0", "0:0", "75:0"), exit_status("OUT_OF_MEMORY", "0:125", "0:125")
+    (143, 137)
+
+    A step that failed and was tried again with success counts for nothing:
+
+    >>> exit_status("COMPLETED", "0:0", "69:0")
+    0
+    """
+    code, signal = map(int, exit_code.split(":"))
+    if state == "COMPLETED" or code:
+        return code
+    by_slurm = ENDED_BY_SLURM.get(state.split()[0])
+    return by_slurm or (128 + signal if signal else int(derived.split(":")[0]) or 1)
+
+
+def told(log: Path) -> str:
+    """The error that a job has told, in the log of any of its nodes; empty when there is none."""
+    nodes = sorted(log.parent.glob(log.name.replace("_0_log", "_*_log")))
+    return next(filter(None, (last_error(node.read_text(errors="replace")) for node in nodes)), "")

@@ -1,0 +1,46 @@
+"""Jobs on this machine and stop signals: `pytest tests/jobs/test_local.py`; with real jobs: test_submit.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+
+import pytest
+
+from fusion.errors import ExitCode
+from jobs.schedulers import local
+from jobs.schedulers.description import Job
+
+TWO = [Job("all_embeddings", "train"), Job("qwen_clip", "train")]
+
+
+def stands_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """In place of the launcher, a program of Python."""
+    monkeypatch.setattr(Job, "command", lambda _, python: [python, "-c", program])
+
+
+def test_a_stop_signal_that_comes_before_the_launcher_runs_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stands_in(monkeypatch, "import time; time.sleep(30)")
+    start = subprocess.Popen
+
+    def signalled(command: Sequence[str]) -> subprocess.Popen[bytes]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(command)
+
+    monkeypatch.setattr(subprocess, "Popen", signalled)
+    assert local.run(TWO) == ExitCode.STOPPED
+
+
+def test_a_launcher_that_a_stop_signal_ends_before_it_listens_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stands_in(monkeypatch, f"import os, time; os.kill({os.getpid()}, {int(signal.SIGUSR1)}); time.sleep(30)")
+    assert local.run(TWO) == ExitCode.STOPPED
+
+
+@pytest.mark.parametrize(
+    ("program", "code"), [("raise SystemExit(65)", 65), ("import os; os.kill(os.getpid(), 9)", 137)]
+)
+def test_other_endings_keep_their_code(program: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stands_in(monkeypatch, program)
+    assert local.run(TWO) == code

@@ -54,7 +54,7 @@ from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.all_embeddings.config import Config
 from fusion.distributed.world import world
 from fusion.command.settings import parse
-from fusion.records.runs import start_run
+from fusion.records.start import start_run
 
 def peak():
     status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's

@@ -31,6 +31,7 @@ try:
     from fusion.environment import variable
     from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds, visible
     from fusion.records.manifests import ENSEMBLE, STATE, SUBMISSION
+    from fusion.records.run import LEASE, RunFolder
     from fusion.streams import unfailing
     from jobs.arguments import refuse_empty
     from jobs.results import shown
@@ -83,7 +84,7 @@ def _compare(given: argparse.Namespace) -> None:
         lists = f"`python jobs/pull.py runs --output {given.output}` lists them"
         raise UsageError(f"compare got {' '.join(given.runs)}, expected at least two runs", lists)
     chosen = [choose_run(given.output, which, given.variant) for which in given.runs]
-    found = compare([storage.join(given.output, one.path) for one in chosen], given.metric)
+    found = compare([RunFolder(storage.join(given.output, one.path)) for one in chosen], given.metric)
     if given.json:
         groups = [{"by": by, "group": group, given.metric: values} for (by, group), values in found.groups.items()]
         _print_json(asdict(found) | {"groups": groups})
@@ -149,7 +150,7 @@ def _run_filters(given: argparse.Namespace, choice: Choice) -> list[str]:
     """What of a run's folder `plan_run` leaves out; a later filter counts more."""
     plan = plan_run(given.output, choice, state=given.state)
     steps = {item.path.split("/")[3] for item in plan.items if "/checkpoints/" in item.path}
-    filters = ["--exclude", "lease.json", "--exclude", "parts/*", "--exclude", "checkpoints/*"]
+    filters = ["--exclude", LEASE, "--exclude", "parts/*", "--exclude", "checkpoints/*"]
     for step in steps:
         filters += ["--include", f"checkpoints/{step}/*"]
     return filters if given.state else [*filters, "--exclude", f"*/{STATE}"]

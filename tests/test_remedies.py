@@ -74,18 +74,20 @@ PRINTED_BY = {
     "fusion/data/inputs.py:_no_table": (*RUNS, "doctor"),
     "fusion/data/inputs.py:_no_source": ("train", "doctor"),
     "fusion/launch/launcher.py": ("launch",),
-    "fusion/records/manifests.py": ("evaluate", "predict"),
     "fusion/launch/rendezvous.py": ("launch",),
     "fusion/records/memory.py": ("train",),
     "fusion/prediction/predict.py": ("predict",),
-    "fusion/records/runs.py": ("train",),
-    "fusion/records/runs.py:_no_finished_run": ("evaluate", "predict"),
+    "fusion/records/attempts.py": ("train",),
+    "fusion/records/start.py": ("train",),
+    "fusion/records/run.py": ("evaluate", "predict"),
+    "fusion/records/split.py": ("train",),
+    "fusion/records/find_run.py:_no_finished_run": ("evaluate", "predict"),
     "fusion/compare/out_of_fold.py:scored_runs": ("pull",),  # in a command that it names
     "fusion/compare/out_of_fold.py:find_run": ("pull",),  # in a command that it names
     "fusion/compare/out_of_fold.py:_evaluated": ("evaluate",),
-    "fusion/records/runs.py:no_run": ("pull",),  # in a command that it names
-    "fusion/records/runs.py:open_run": ("evaluate", "predict"),
-    "fusion/records/runs.py:data_of": ("evaluate", "predict"),
+    "fusion/records/find_run.py:no_run": ("pull",),  # in a command that it names
+    "fusion/records/find_run.py:open_run": ("evaluate", "predict"),
+    "fusion/records/find_run.py:data_of": ("evaluate", "predict"),
     "fusion/data/source_rows.py": ("train", "predict"),
     "fusion/ablation/source_worth.py": ("ablate",),
     "fusion/data/splits.py": ("train",),

@@ -27,9 +27,9 @@ from fusion.nn.price_model import PriceModel
 from fusion.prediction.predict import check_dims, features_of, load_model, open_run, parts_folder, pricing
 from fusion.prediction.resumable import Compute, compute_parts, discard
 from fusion.records import manifests
+from fusion.records.find_run import no_run
 from fusion.records.manifests import ABLATION
-from fusion.records.run_summary import variant_of
-from fusion.records.runs import no_run
+from fusion.records.run import RunFolder
 from fusion.records.schemas import AblationRecord, Effect, SourceWorth, seal
 from fusion.records.split import read_split
 from fusion.submissions import submission
@@ -71,18 +71,19 @@ def ablate(settings: AblateConfig) -> None:
 
         def finish() -> None:
             record = _record(run, config, chosen, held(priced))
-            storage.write(storage.join(run, "metrics", ABLATION), seal(asdict(record)))
+            storage.write(run.at("metrics", ABLATION), seal(asdict(record)))
             show(record)
 
         place.on_main(finish)
-        place.on_main(lambda: discard(storage.join(run, "parts")))
+        place.on_main(lambda: discard(run.parts))
 
 
 def _variant(settings: AblateConfig) -> str:
-    run = settings.run_dir or storage.join(settings.output, "runs", settings.run_id or "")
-    variant = variant_of(run.rstrip("/"))
-    if variant:
-        return variant
+    named = RunFolder.named(settings.output, settings.run_id or "")
+    run = RunFolder(settings.run_dir.rstrip("/")) if settings.run_dir else named
+    facts = run.facts()
+    if facts:
+        return facts.variant
     if settings.run_dir:
         raise DataError(f"{run} has no run.json: it is not the folder of a run", "name the folder of a run: --run-dir")
     raise no_run(settings.output, settings.run_id or "")
@@ -90,7 +91,7 @@ def _variant(settings: AblateConfig) -> str:
 
 def _price(
     settings: AblateConfig,
-    run: str,
+    run: RunFolder,
     config: RunConfig,
     chosen: manifests.Checkpoint,
     model: PriceModel,
@@ -111,7 +112,7 @@ def _price(
     as_trained = place.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
     sets = coalitions(len(store.dims))
     log.info(event="ablating", rows=len(store), sets=len(sets.sets))
-    parts = parts_folder(storage.join(run, "parts"), origin, place) + "-ablation"
+    parts = parts_folder(run.parts, origin, place) + "-ablation"
     computed = compute_parts(_hiding(model, sets), store.resident_on(place.device), place, parts)
     if not place.is_main:
         return None
@@ -137,18 +138,18 @@ def _shown(batch: Batch, coalition: int) -> Batch:
     return replace(batch, inputs=inputs, present=present)
 
 
-def _groups(run: str, chosen: manifests.Checkpoint, table: Table) -> IntArray:
+def _groups(run: RunFolder, chosen: manifests.Checkpoint, table: Table) -> IntArray:
     split = read_split(run, chosen.manifest.split_sha256).set_index("sample_id")
     found: pd.Series = split["group"].reindex(table.ids)
     return found.to_numpy(np.int64)
 
 
-def _record(run: str, config: RunConfig, chosen: manifests.Checkpoint, priced: Priced) -> AblationRecord:
+def _record(run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint, priced: Priced) -> AblationRecord:
     means, sets = priced.errors.mean(axis=0), priced.sets
     names = [" ".join(role for s, role in enumerate(priced.roles) if one >> s & 1) or "none" for one in sets.sets]
     sources = {role: config.bindings().get(role, COMPUTED) for role in priced.roles}
     return AblationRecord(
-        storage.base(run),
+        run.run_id,
         chosen.name,
         chosen.model_sha256,
         chosen.manifest.data_sha256,

@@ -11,7 +11,7 @@ import numpy as np
 from fusion.compare.out_of_fold import OF_FOLD, Scored, same_rows, shared
 from fusion.compare.standard_errors import Estimate, clustered_mean
 from fusion.metrics import row_smape
-from fusion.records.run_summary import differing, minutes_of, parameters_of
+from fusion.records.run import differing
 
 MIN_SHARED = 100  # rows: with an error of 40 +- 40 a row, the mean of fewer is off by more than 4
 
@@ -113,7 +113,7 @@ def _settings(one: Scored) -> dict[str, Any]:
 
 
 def _entry(one: Scored, smape: Estimate, to_best: Estimate | None) -> Entry:
-    minutes = [minutes_of(member.run) for member in one.members]
+    minutes = [member.run.minutes() for member in one.members]
     known = [value for value in minutes if value is not None]
     return Entry(
         one.name,
@@ -122,7 +122,7 @@ def _entry(one: Scored, smape: Estimate, to_best: Estimate | None) -> Entry:
         all(member.finished for member in one.members),
         smape,
         to_best,
-        parameters_of(one.members[0].run),
+        one.members[0].run.n_parameters(),
         sum(known) if known else None,
     )
 

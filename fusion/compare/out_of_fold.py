@@ -16,9 +16,9 @@ from fusion.compare.standard_errors import IntArray, joined_groups
 from fusion.config import HOW
 from fusion.errors import DataError, UsageError
 from fusion.records import manifests
-from fusion.records.manifests import ENSEMBLE, MANIFEST, VALIDATION
-from fusion.records.run_summary import settings_of, variant_of
-from fusion.records.runs import no_run
+from fusion.records.find_run import no_run
+from fusion.records.manifests import ENSEMBLE, MANIFEST, SUBMISSION, VALIDATION
+from fusion.records.run import RunFolder
 from fusion.records.schemas import ENSEMBLE_VARIANT, MetricsManifest, read_if_whole
 from fusion.records.split import read_split
 from fusion.records.validation import has_validation, validation_of
@@ -32,11 +32,10 @@ class Member:
     """A run, and the checkpoint of it that predicts; or an ensemble.
 
     Attributes:
-        run: its URL.
-        settings: as of `settings_of`; an ensemble has none.
+        settings: as of `RunFolder.settings`; an ensemble has none.
     """
 
-    run: str
+    run: RunFolder
     variant: str
     checkpoint: str
     model_sha256: str
@@ -46,7 +45,7 @@ class Member:
 
     @property
     def run_id(self) -> str:
-        return storage.base(self.run)
+        return self.run.run_id
 
 
 @dataclass(frozen=True)
@@ -84,36 +83,36 @@ def scored_runs(runs: Sequence[str], output: str) -> list[Scored]:
     return stacked([scored(url) for url in urls])
 
 
-def find_run(output: str, which: str) -> str:
-    """URL of a run, given by its id or by the URL of its folder.
+def find_run(output: str, which: str) -> RunFolder:
+    """A run, given by its id or by the URL of its folder.
 
     Raises:
         DataError: there is none; or it names submissions.
     """
-    url = which.rstrip("/") if "/" in which else storage.join(output, "runs", which)
-    if any(storage.exists(storage.join(url, name)) for name in ("config.json", ENSEMBLE)):
-        return url
-    if storage.exists(storage.join(url, "submission.csv")) or storage.ls(storage.join(output, "submissions", which)):
+    run = RunFolder(which.rstrip("/")) if "/" in which else RunFolder.named(output, which)
+    if run.exists():
+        return run
+    if storage.exists(run.at(SUBMISSION)) or storage.ls(storage.join(output, "submissions", which)):
         lists = f"`python jobs/pull.py submissions --output {output}` says which run each was made with"
         raise DataError(f"{which} is a submission, not a run", lists)
     if "/" in which:
-        raise DataError(f"{url} has no config.json: it is not the folder of a run", "name a run by its id or folder")
+        raise DataError(f"{run} has no config.json: it is not the folder of a run", "name a run by its id or folder")
     raise no_run(output, which)
 
 
-def scored(run: str) -> Scored:
+def scored(run: RunFolder) -> Scored:
     """A run with the predictions of its best checkpoint.
 
     Raises:
         DataError: the run has no checkpoint that was validated, or its predictions are not kept, or damaged.
     """
-    if storage.exists(storage.join(run, ENSEMBLE)):
+    if storage.exists(run.at(ENSEMBLE)):
         return _ensemble(run)
-    found = manifests.validated(run)
-    variant = variant_of(run)
+    found, facts = run.validated(), run.facts()
+    variant = facts.variant if facts else ""
     if not found:
         raise DataError(
-            f"run {storage.base(run)} has no committed checkpoint that was validated",
+            f"run {run.run_id} has no committed checkpoint that was validated",
             "let its training finish, or leave this run out",
         )
     chosen = manifests.best_of(found)
@@ -123,28 +122,26 @@ def scored(run: str) -> Scored:
     rows = rows[[name for name in ("price", "predicted", "spread", "category") if name in rows]]
     rows["group"] = split["group"].reindex(rows.index).to_numpy()
     made = chosen.manifest
-    member = Member(run, variant, chosen.name, chosen.model_sha256, made.data_sha256, made.finished, settings_of(run))
+    member = Member(run, variant, chosen.name, chosen.model_sha256, made.data_sha256, made.finished, run.settings())
     return Scored((member,), rows)
 
 
-def _ensemble(folder: str) -> Scored:
-    record = manifests.read_ensemble(folder)
-    content = manifests.read_of_ensemble(folder, VALIDATION)
+def _ensemble(folder: RunFolder) -> Scored:
+    record, content = folder.ensemble(), folder.ensemble_file(VALIDATION)
     rows = pd.read_parquet(io.BytesIO(content or b"")).astype({"sample_id": "str"}).set_index("sample_id")
     member = Member(folder, ENSEMBLE_VARIANT, ENSEMBLE, record.model_sha256(), "", True, {})
     return Scored((member,), rows)
 
 
-def _evaluated(run: str, chosen: manifests.Checkpoint, variant: str) -> pd.DataFrame:
+def _evaluated(run: RunFolder, chosen: manifests.Checkpoint, variant: str) -> pd.DataFrame:
     """The predictions that an evaluation of the checkpoint has written, where an earlier version trained it."""
-    folder = storage.join(run, "metrics")
-    manifest = read_if_whole(MetricsManifest, storage.join(folder, MANIFEST), "metrics_damaged")
+    manifest = read_if_whole(MetricsManifest, run.at("metrics", MANIFEST), "metrics_damaged")
     if manifest is not None and manifest.model_sha256 == chosen.model_sha256:
-        files = {key: storage.read(storage.join(folder, key)) for key in ("predictions.parquet", "summary.json")}
+        files = {key: storage.read(run.at("metrics", key)) for key in ("predictions.parquet", "summary.json")}
         is_whole = all(storage.sha256(data) == manifest.sha256_of(key) for key, data in files.items())
         if is_whole and json.loads(files["summary.json"]).get("as_trained") is not False:
             return pd.read_parquet(io.BytesIO(files["predictions.parquet"])).astype({"sample_id": "str"})
-    output, run_id = run.rpartition("/runs/")[0], storage.base(run)
+    output, run_id = run.url.rpartition("/runs/")[0], run.run_id
     raise DataError(
         f"run {run_id} does not keep what it predicted for its validation rows: an earlier version trained it",
         f"evaluate it first: `python -m fusion.{variant}.evaluate_by_groups --output {output} --run-id {run_id}`",
@@ -163,7 +160,7 @@ def _recipe(one: Scored) -> str:
     """The same for fold runs of one recipe, and for nothing else."""
     (member,) = one.members
     if member.settings.get("folds") is None or member.settings.get("fold") is None:  # the latter has all folds
-        return member.run
+        return member.run.url
     settings = {key: value for key, value in member.settings.items() if key not in OF_FOLD}
     return json.dumps([member.variant, member.data_sha256, settings], sort_keys=True)
 

@@ -29,6 +29,7 @@ from fusion.ensemble.report import show
 from fusion.ensemble.weights import blend
 from fusion.environment import variable
 from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, filled, seconds
+from fusion.records.run import RunFolder
 from fusion.records.schemas import ENSEMBLE_VARIANT
 
 
@@ -37,7 +38,7 @@ def _check_members(found: Sequence[Scored], output: str) -> None:
     for member in (member for one in found for member in one.members):
         if member.variant == ENSEMBLE_VARIANT:
             raise UsageError(f"{member.run_id} is an ensemble itself", "name the runs that it is made of")
-        if member.run != storage.join(output, "runs", member.run_id):
+        if member.run != RunFolder.named(output, member.run_id):
             raise UsageError(
                 f"{member.run} does not lie in {output}/runs", "name runs under --output, or copy this one there"
             )
@@ -109,7 +110,7 @@ def _job(arguments: argparse.Namespace) -> ExitCode:
     mixed = blend(np.log(rows.predicted), np.log(rows.prices), rows.groups)
     record = record_of(arguments.run_id or "", found, rows, mixed)
     if not publish(output, record, found, rows, mixed):
-        log.info(event="finished_before", folder=storage.join(output, "runs", record.run_id))
+        log.info(event="finished_before", folder=RunFolder.named(output, record.run_id))
     point_to(output, record, promote=arguments.promote)
     if arguments.json:
         sys.stdout.write(storage.as_json(asdict(record)).decode())

@@ -21,6 +21,7 @@ from fusion.errors import ConfigError
 from fusion.records import best_run, intervals, manifests, schemas
 from fusion.records.manifests import ENSEMBLE, INTERVALS, MANIFEST, VALIDATION
 from fusion.records.provenance import revision
+from fusion.records.run import CONFIG, FACTS, RunFolder
 from fusion.records.schemas import (
     ENSEMBLE_VARIANT,
     SCHEMA,
@@ -74,10 +75,10 @@ def publish(output: str, record: EnsembleRecord, found: Sequence[Scored], rows: 
     Raises:
         ConfigError: the name is that of a run, or of an ensemble of other members.
     """
-    folder = storage.join(output, "runs", record.run_id)
-    if storage.exists(storage.join(folder, "config.json")):
+    folder = RunFolder.named(output, record.run_id)
+    if storage.exists(folder.at(CONFIG)):
         raise ConfigError(f"{record.run_id} is the name of a run in {output}", "choose another --run-id")
-    if storage.exists(storage.join(folder, MANIFEST)):
+    if storage.exists(folder.at(MANIFEST)):
         _check_same(folder, record)
         return False
     members = [member for one in found for member in one.members]
@@ -86,12 +87,12 @@ def publish(output: str, record: EnsembleRecord, found: Sequence[Scored], rows: 
     made = intervals.fit(frame, by)
     files = {
         ENSEMBLE: seal(asdict(record)),  # first: it tells the folder from that of a run
-        "run.json": seal(_facts(record, members)),
+        FACTS: seal(_facts(record, members)),
         VALIDATION: to_parquet(frame.assign(group=rows.groups)),
         **({} if made is None else {INTERVALS: seal(asdict(made))}),
     }
-    manifest = seal(asdict(Manifest(SCHEMA, manifests.write_files(folder, files))))
-    if storage.create(storage.join(folder, MANIFEST), manifest):
+    manifest = seal(asdict(Manifest(SCHEMA, manifests.write_files(folder.url, files))))
+    if storage.create(folder.at(MANIFEST), manifest):
         return True
     _check_same(folder, record)  # somebody else was faster
     return False
@@ -114,8 +115,8 @@ def _spread(found: Sequence[Scored], rows: Shared, blend: Blend) -> dict[str, np
     return {"spread": np.sum([weight * known["spread"].loc[rows.ids].to_numpy() for known, weight in used], axis=0)}
 
 
-def _check_same(folder: str, record: EnsembleRecord) -> None:
-    before = manifests.read_ensemble(folder)
+def _check_same(folder: RunFolder, record: EnsembleRecord) -> None:
+    before = folder.ensemble()
     if before != record:
         raise ConfigError(
             f"the ensemble {record.run_id} exists with other members, weights or rows", "choose another --run-id"
@@ -124,7 +125,7 @@ def _check_same(folder: str, record: EnsembleRecord) -> None:
 
 def _facts(record: EnsembleRecord, members: Sequence[Member]) -> dict[str, object]:
     """`run.json`, as a run has it: what later nights, and pointers, ask of it."""
-    first = schemas.read_required(RunFacts, storage.join(members[0].run, "run.json"))
+    first = schemas.read_required(RunFacts, members[0].run.at(FACTS))
     return {
         "run_id": record.run_id,
         "variant": ENSEMBLE_VARIANT,
@@ -141,4 +142,4 @@ def point_to(output: str, record: EnsembleRecord, *, promote: bool) -> None:
     """Makes it the newest and, by the rules of runs, the best and the served ensemble."""
     target = RunPointer(record.run_id, ENSEMBLE, record.smape, record.rows_sha256, record.model_sha256())
     best_run.point_to(output, ENSEMBLE_VARIANT, target, promote=promote)
-    log.info(event="ensemble", folder=storage.join(output, "runs", record.run_id), smape=record.smape)
+    log.info(event="ensemble", folder=RunFolder.named(output, record.run_id), smape=record.smape)

@@ -24,11 +24,12 @@ from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.predict import check_dims, features_of, load_model, parts_folder, pricing, publish_prices
 from fusion.prediction.resumable import Compute, compute_parts, discard
-from fusion.records import manifests, runs, schemas
-from fusion.records.best_run import pointed_to, run_of
-from fusion.records.manifests import ENSEMBLE, INTERVALS
+from fusion.records import find_run, schemas
+from fusion.records.best_run import pointed_to
+from fusion.records.manifests import ENSEMBLE, INTERVALS, Checkpoint
 from fusion.records.provenance import ENSEMBLE_CODE, code_digest
-from fusion.records.schemas import ENSEMBLE_VARIANT, EnsembleMember, EnsembleRecord, Intervals, RunFacts
+from fusion.records.run import CONFIG, RunFolder
+from fusion.records.schemas import ENSEMBLE_VARIANT, EnsembleMember, EnsembleRecord, Intervals
 from fusion.submissions import guards, submission
 from fusion.submissions.fingerprints import Look, look
 from fusion.submissions.unchanged import republish
@@ -40,7 +41,7 @@ class Part:
     """A member: the checkpoint that it is, with the settings that it was trained with, and what it computes of rows."""
 
     member: EnsembleMember
-    chosen: manifests.Checkpoint
+    chosen: Checkpoint
     config: RunConfig
     features: Features | None
 
@@ -68,7 +69,7 @@ def predict_test(settings: PredictConfig) -> None:
             return
         folder, record, parts = place.on_main(lambda: _open(settings))
         log.configure(record.run_id, place.rank, place.size)
-        data = place.on_main(lambda: runs.data_of(settings, record.data))
+        data = place.on_main(lambda: find_run.data_of(settings, record.data))
         inputs = place.on_main(lambda: find_inputs(data, "test", _sources(parts)))
         origin = place.on_main(lambda: _origin(folder, record, parts, data, inputs))
         under_way = storage.join(settings.output, "parts", settings.name)
@@ -80,39 +81,39 @@ def predict_test(settings: PredictConfig) -> None:
         place.on_main(lambda: discard(under_way))
 
 
-def _open(settings: PredictConfig) -> tuple[str, EnsembleRecord, list[Part]]:
+def _open(settings: PredictConfig) -> tuple[RunFolder, EnsembleRecord, list[Part]]:
     """The ensemble to use: `--run-dir`, else `--run-id`, else the one that is served; and its members, checked."""
     folder = _find(settings)
-    record = manifests.read_ensemble(folder)
-    output = folder.rpartition("/runs/")[0]
+    record = folder.ensemble()
+    output = folder.url.rpartition("/runs/")[0]
     return folder, record, [_open_member(output, record, member) for member in record.members]
 
 
-def _find(settings: PredictConfig) -> str:
+def _find(settings: PredictConfig) -> RunFolder:
     makes = f"`python -m fusion.ensemble RUN RUN --output {settings.output}` makes one"
     if settings.run_dir:
-        folder = settings.run_dir.rstrip("/")
+        folder = RunFolder(settings.run_dir.rstrip("/"))
     elif settings.run_id:
-        folder = storage.join(settings.output, "runs", settings.run_id)
+        folder = RunFolder.named(settings.output, settings.run_id)
     else:
         best = pointed_to(settings.output, ENSEMBLE_VARIANT)
         if best is None:
             raise DataError(f"no ensemble under {settings.output}", makes)
-        folder = run_of(settings.output, best)
-    if storage.exists(storage.join(folder, ENSEMBLE)):
+        folder = RunFolder.named(settings.output, best.run_id)
+    if storage.exists(folder.at(ENSEMBLE)):
         return folder
-    facts = schemas.read_if_whole(RunFacts, storage.join(folder, "run.json"), "run_damaged")
+    facts = folder.facts_if_whole()
     if facts is not None and facts.variant != ENSEMBLE_VARIANT:
         raise ConfigError(
-            f"run {storage.base(folder)} is of {facts.variant}, and this command predicts with ensembles",
+            f"run {folder.run_id} is of {facts.variant}, and this command predicts with ensembles",
             f"use python -m fusion.{facts.variant}.predict_test",
         )
-    raise DataError(f"no ensemble {storage.base(folder)} under {settings.output}", makes)
+    raise DataError(f"no ensemble {folder.run_id} under {settings.output}", makes)
 
 
 def _open_member(output: str, record: EnsembleRecord, member: EnsembleMember) -> Part:
-    run = storage.join(output, member.run)
-    found = {made.name: made for made in manifests.committed(run)}
+    run = RunFolder(storage.join(output, member.run))
+    found = {made.name: made for made in run.checkpoints()}
     chosen = found.get(member.checkpoint)
     if chosen is None or chosen.model_sha256 != member.model_sha256:
         state = "gone" if chosen is None else "another model now"
@@ -120,7 +121,7 @@ def _open_member(output: str, record: EnsembleRecord, member: EnsembleMember) ->
             f"the ensemble {record.run_id} needs {member.checkpoint} of {member.run}, which is {state}",
             "restore that run, or make an ensemble of the runs that are left with python -m fusion.ensemble",
         )
-    url = storage.join(run, "config.json")
+    url = run.at(CONFIG)
     config = from_json(config_class_of(member.variant), storage.read(url), url)
     return Part(member, chosen, config, features_of(run, config, chosen))
 
@@ -130,10 +131,12 @@ def _sources(parts: Sequence[Part]) -> dict[str, str]:
     return {name: name for part in parts for name in part.bindings.values()}
 
 
-def _origin(folder: str, record: EnsembleRecord, parts: Sequence[Part], data: str, inputs: Inputs) -> submission.Origin:
-    table, limits = table_sha256(inputs.table), manifests.read_of_ensemble(folder, INTERVALS)
+def _origin(
+    folder: RunFolder, record: EnsembleRecord, parts: Sequence[Part], data: str, inputs: Inputs
+) -> submission.Origin:
+    table, limits = table_sha256(inputs.table), folder.ensemble_file(INTERVALS)
     return submission.Origin(
-        folder,
+        folder.url,
         ENSEMBLE,
         record.model_sha256(),
         data,
@@ -147,9 +150,9 @@ def _origin(folder: str, record: EnsembleRecord, parts: Sequence[Part], data: st
     )
 
 
-def _intervals(folder: str) -> Intervals | None:
-    content = manifests.read_of_ensemble(folder, INTERVALS)
-    return None if content is None else schemas.parse(Intervals, content, storage.join(folder, INTERVALS))
+def _intervals(folder: RunFolder) -> Intervals | None:
+    content = folder.ensemble_file(INTERVALS)
+    return None if content is None else schemas.parse(Intervals, content, folder.at(INTERVALS))
 
 
 def _predict(

@@ -41,6 +41,7 @@ from fusion.prediction.predict import (
 from fusion.prediction.resumable import Arrays, compute_parts, discard
 from fusion.records import intervals, manifests
 from fusion.records.contention import turns
+from fusion.records.run import RunFolder
 from fusion.records.schemas import SCHEMA, Intervals, MetricsManifest, seal
 from fusion.records.split import read_split
 from fusion.records.validation import computed_frame
@@ -72,7 +73,7 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")
         store = as_validated(store, model, run, config, chosen, place)
         as_trained = place.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
-        under_way = storage.join(run, "parts")
+        under_way = run.parts
         parts = parts_folder(under_way, origin, place)
         computed = named(compute_parts(pricing(model), store.resident_on(place.device), place, parts), model)
 
@@ -92,7 +93,7 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
 
 
 def as_validated(
-    store: RowStore, model: PriceModel, run: str, config: RunConfig, chosen: manifests.Checkpoint, place: World
+    store: RowStore, model: PriceModel, run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint, place: World
 ) -> RowStore:
     """The validation rows such that the model prices each as in training: by the members that held it out.
 
@@ -104,7 +105,7 @@ def as_validated(
     return replace(store, folds=torch.from_numpy(folds), groups=torch.from_numpy(groups))
 
 
-def _validating_parts(run: str, config: RunConfig, chosen: manifests.Checkpoint) -> tuple[np.ndarray, np.ndarray]:
+def _validating_parts(run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint) -> tuple[np.ndarray, np.ndarray]:
     """[n] part of the split that each validation row is in, and [n] its group."""
     split = read_split(run, chosen.manifest.split_sha256)
     validates = (split["side"] == "validation").to_numpy(bool)
@@ -114,7 +115,7 @@ def _validating_parts(run: str, config: RunConfig, chosen: manifests.Checkpoint)
 def _with_bounds(
     rows: pd.DataFrame,
     limits: Intervals | None,
-    run: str,
+    run: RunFolder,
     chosen: manifests.Checkpoint,
     table: Table,
     computed: Arrays,
@@ -165,7 +166,7 @@ def is_as_trained(
 
 
 def validation_rows(
-    run: str,
+    run: RunFolder,
     chosen: manifests.Checkpoint,
     config: RunConfig,
     by: Sequence[str],
@@ -224,8 +225,8 @@ def _in_words(code: int, roles: list[str]) -> str:
     return f"without {', '.join(missing)}" if missing else "all"
 
 
-def _write(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation, rows: pd.DataFrame) -> None:
-    folder = storage.join(run, "metrics")
+def _write(run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluation, rows: pd.DataFrame) -> None:
+    folder = run.metrics
     files = {
         "groups.parquet": _parquet(evaluation.groups),
         "predictions.parquet": _parquet(rows),
@@ -233,7 +234,7 @@ def _write(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation, rows:
         "summary.json": _summary(run, chosen, evaluation),
     }
     data, model = chosen.manifest.data_sha256, chosen.model_sha256
-    manifest = MetricsManifest(SCHEMA, manifests.entries(files), chosen.name, storage.base(run), model, data)
+    manifest = MetricsManifest(SCHEMA, manifests.entries(files), chosen.name, run.run_id, model, data)
     _replace(folder, files, seal(asdict(manifest)))
     log.info(event="evaluated", rows=len(rows), written=folder)
 
@@ -262,11 +263,11 @@ def _parquet(frame: pd.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
-def _summary(run: str, chosen: manifests.Checkpoint, evaluation: Evaluation) -> bytes:
+def _summary(run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluation) -> bytes:
     overall = evaluation.groups.iloc[0].drop(["by", "group"]).to_dict()
     columns = ["sample_id", "price", "predicted", "present", "smape"]
     summary: Mapping[str, Any] = {
-        "run": storage.base(run),
+        "run": run.run_id,
         "checkpoint": chosen.name,
         "rows": "validation",
         "as_trained": evaluation.as_trained,

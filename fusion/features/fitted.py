@@ -32,6 +32,7 @@ from fusion.features.columns import COLUMNS, Column
 from fusion.features.terms import KINDS
 from fusion.features.text import Space, shortened
 from fusion.records.manifests import FEATURES
+from fusion.records.run import RunFolder
 
 # Of a chunk of rows or of all: column to [n] large_string without nulls.
 Columns = Mapping[str, pa.Array]
@@ -194,11 +195,11 @@ def from_bytes(content: bytes, url: str) -> Features:
         raise DataError(f"{url} is damaged: {str(error).splitlines()[0]}", _REMEDY) from error
 
 
-def write_features(run: str, features: Features) -> None:
-    storage.write(storage.join(run, FEATURES), to_bytes(features))
+def write_features(run: RunFolder, features: Features) -> None:
+    storage.write(run.at(FEATURES), to_bytes(features))
 
 
-def read_features(run: str, sha256: str = "") -> Features:
+def read_features(run: RunFolder, sha256: str = "") -> Features:
     """The computed sources of a run.
 
     Args:
@@ -207,7 +208,7 @@ def read_features(run: str, sha256: str = "") -> Features:
     Raises:
         DataError: there are none, or the file is damaged.
     """
-    url = storage.join(run, FEATURES)
+    url = run.at(FEATURES)
     content = storage.read_if_exists(url)
     if content is None:
         raise DataError(f"{url} does not exist, and the run computes sources with it", _REMEDY)

@@ -23,8 +23,9 @@ from fusion.features.rows import compared, with_features
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.nn.price_model import Options, PriceModel, network_dims
 from fusion.prediction.resumable import Arrays, Compute, compute_parts, compute_rows, discard
-from fusion.records import checkpoint, intervals, manifests, memory, runs
+from fusion.records import checkpoint, find_run, intervals, manifests, memory
 from fusion.records.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
+from fusion.records.run import RunFolder
 from fusion.records.schemas import Intervals
 from fusion.records.validation import computed_frame
 from fusion.submissions import guards, predictions, submission
@@ -61,11 +62,13 @@ def parts_folder(parent: str, origin: submission.Origin, place: World) -> str:
     return storage.join(parent, f"{origin.key()[:12]}-{place.device.type}")
 
 
-def open_run(settings: ReadRunConfig, config_class: type[C], place: World) -> tuple[str, C, manifests.Checkpoint, str]:
-    """As `runs.open_run`, on every rank, and where the data are; from here on the log carries the run's name."""
-    run, config, best = place.on_main(lambda: runs.open_run(settings, config_class))
-    log.configure(storage.base(run), place.rank, place.size)
-    return run, config, best, place.on_main(lambda: runs.data_of(settings, config.data))
+def open_run(
+    settings: ReadRunConfig, config_class: type[C], place: World
+) -> tuple[RunFolder, C, manifests.Checkpoint, str]:
+    """As `find_run.open_run`, on every rank, and where the data are; from here on the log carries the run's name."""
+    run, config, best = place.on_main(lambda: find_run.open_run(settings, config_class))
+    log.configure(run.run_id, place.rank, place.size)
+    return run, config, best, place.on_main(lambda: find_run.data_of(settings, config.data))
 
 
 def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetwork[C], place: World) -> PriceModel:
@@ -78,7 +81,7 @@ def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetw
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{chosen.url} was made by another version of this model: {reason}", "train again") from error
     if config.neighbours:
-        remembered = place.on_main(lambda: memory.read(chosen.run, chosen.manifest.memory_sha256))
+        remembered = place.on_main(lambda: memory.read(RunFolder.of_checkpoint(chosen), chosen.manifest.memory_sha256))
         model.memory = remembered.memory.to(place.device)
         model.named_rows = pd.Series(remembered.prices, remembered.ids)
     return model.to(place.device)
@@ -108,7 +111,7 @@ def make_model(config: C, build_network: BuildNetwork[C], dims: Mapping[str, int
     return PriceModel([build_network(config, seen) for _ in options.held_out], dims, options)
 
 
-def features_of(run: str, config: RunConfig, chosen: manifests.Checkpoint) -> Features | None:
+def features_of(run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint) -> Features | None:
     """What the run computes from a table, verified; None if it reads all its sources."""
     return read_features(run, chosen.manifest.features_sha256) if has_features(config) else None
 

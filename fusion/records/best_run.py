@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fusion import log, storage
+from fusion import log
 from fusion.config import RunConfig
-from fusion.records import manifests, pointers, schemas
-from fusion.records.manifests import ENSEMBLE
-from fusion.records.schemas import RunFacts, RunPointer
+from fusion.records import manifests, pointers
+from fusion.records.run import RunFolder
+from fusion.records.schemas import RunPointer
 
 SERVED = "best"
 
@@ -23,13 +23,9 @@ def best_of_kind(split_sha256: str) -> str:
     return f"{SERVED}-{split_sha256[:8]}"
 
 
-def run_of(output: str, pointer: RunPointer) -> str:
-    return storage.join(output, "runs", pointer.run_id)
-
-
 def exists(output: str, pointer: RunPointer) -> bool:
     """Whether the run, or the ensemble, is still there."""
-    return any(storage.exists(storage.join(run_of(output, pointer), name)) for name in ("config.json", ENSEMBLE))
+    return RunFolder.named(output, pointer.run_id).exists()
 
 
 def served(output: str, variant: str) -> RunPointer | None:
@@ -49,7 +45,7 @@ def point_to_run(config: RunConfig, chosen: manifests.Checkpoint) -> None:
     It is served if --promote was given, if no other is, or if it is better than the served one and of its kind.
     """
     target = RunPointer(config.name(), chosen.name, chosen.smape, model_sha256=chosen.model_sha256)
-    target = replace(target, split_sha256=manifests.split_digest(run_of(config.output, target)))
+    target = replace(target, split_sha256=RunFolder.of(config).split_digest())
     point_to(config.output, config.variant, target, promote=config.promote)
 
 
@@ -79,7 +75,7 @@ def point_to(output: str, variant: str, target: RunPointer, *, promote: bool) ->
 
 def _same_kind(output: str, first: RunPointer, second: RunPointer) -> bool:
     # A pointer of an earlier version does not say: its run does.
-    known = [one.split_sha256 or manifests.split_digest(run_of(output, one)) for one in (first, second)]
+    known = [one.split_sha256 or RunFolder.named(output, one.run_id).split_digest() for one in (first, second)]
     return known[0] == known[1] != ""
 
 
@@ -99,5 +95,5 @@ def _tell(is_served: bool, before: RunPointer, target: RunPointer, same_kind: bo
 
 
 def _began(output: str, pointer: RunPointer) -> str:
-    facts = schemas.read_if_whole(RunFacts, storage.join(run_of(output, pointer), "run.json"), "run_damaged")
+    facts = RunFolder.named(output, pointer.run_id).facts_if_whole()
     return facts.started if facts else ""

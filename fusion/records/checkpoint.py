@@ -33,11 +33,11 @@ from fusion.records.manifests import (
     VALIDATION,
     Checkpoint,
     best_of,
-    committed,
     dims_in,
     read_file,
     write_files,
 )
+from fusion.records.run import RunFolder
 from fusion.records.schemas import SCHEMA, CheckpointManifest, FileEntry, seal
 from fusion.records.validation import computed_in, has_validation, to_parquet, validation_of
 
@@ -72,7 +72,12 @@ class Writer:
     """
 
     def __init__(
-        self, run: str, dims: Mapping[str, int], lineage: Mapping[str, Any], check_lease: Callable[[], None], keep: int
+        self,
+        run: RunFolder,
+        dims: Mapping[str, int],
+        lineage: Mapping[str, Any],
+        check_lease: Callable[[], None],
+        keep: int,
     ) -> None:
         self.run, self.dims, self.lineage, self.check_lease, self.keep = run, dims, lineage, check_lease, keep
         self.resumed_from: str | None = None
@@ -116,14 +121,14 @@ class Writer:
 
 
 def commit(
-    run: str,
+    run: RunFolder,
     snapshot: Snapshot,
     dims: Mapping[str, int],
     lineage: Mapping[str, Any],
     check_lease: Callable[[], None],
 ) -> Checkpoint:
     """Writes `checkpoints/step-…` of a run; it exists from the moment its manifest is written, which is last."""
-    folder = storage.join(run, "checkpoints", f"step-{snapshot.step:08d}")
+    folder = run.checkpoint_url(f"step-{snapshot.step:08d}")
     contiguous = {name: tensor.contiguous() for name, tensor in snapshot.weights.items()}
     files = {
         MODEL: safetensors.torch.save(contiguous, {"dims": json.dumps(dict(dims))}),
@@ -156,26 +161,26 @@ def _of_validation(snapshot: Snapshot) -> dict[str, bytes]:
     return {VALIDATION: to_parquet(snapshot.validation), **others}
 
 
-def _write_history(run: str, history: Sequence[Mapping[str, Any]]) -> tuple[FileEntry, ...]:
+def _write_history(run: RunFolder, history: Sequence[Mapping[str, Any]]) -> tuple[FileEntry, ...]:
     # Before the manifest: a run with its last checkpoint is finished.
     if not history:
         return ()
     lines = "".join(f"{json.dumps(row)}\n" for row in history)
     files = {LINES: lines.encode(), EPOCHS: pd.DataFrame(history).to_csv(index=False).encode()}
-    return tuple(write_files(storage.join(run, "metrics"), files))
+    return tuple(write_files(run.metrics, files))
 
 
-def prune(run: str, keep: int, resumed_from: str | None) -> None:
+def prune(run: RunFolder, keep: int, resumed_from: str | None) -> None:
     """Removes committed checkpoints but the `keep` newest, the best and the one resumed from: each manifest first.
 
     The newest that a validation has confirmed stays too: those after it may come from a training that has diverged.
     What a kill has left of one that is older than the newest goes as well.
     """
-    found = committed(run)
+    found = run.checkpoints()
     if not found:
         return
     kept = {checkpoint.url for checkpoint in [*found[-keep:], *_validated(found), best_of(found)]} | {resumed_from}
-    for url in storage.ls(storage.join(run, "checkpoints")):
+    for url in storage.ls(run.at("checkpoints")):
         if url not in kept and url < found[-1].url:
             try:
                 storage.remove(storage.join(url, MANIFEST))
@@ -189,24 +194,24 @@ def _validated(found: Sequence[Checkpoint]) -> list[Checkpoint]:
     return [made for made in found if made.manifest.epoch < found[-1].manifest.epoch][-1:]
 
 
-def forget_after(run: str, url: str | None) -> None:
+def forget_after(run: RunFolder, url: str | None) -> None:
     """Removes the manifests of the checkpoints after this one, or of all: `newest` found them damaged.
 
     They would count as the newest, for pruning and for whether the run gets on.
     """
-    for checkpoint in committed(run):
+    for checkpoint in run.checkpoints():
         if url is None or checkpoint.url > url:
             storage.remove(storage.join(checkpoint.url, MANIFEST))
 
 
-def newest(run: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
+def newest(run: RunFolder) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
     """The newest committed checkpoint that can be resumed from, with its weights and its state.
 
     The state also has "validated", what the weights compute of the validation rows, as a `Fit` has it.
 
     One that is damaged, or not finite, is named in the log and passed over.
     """
-    for checkpoint in reversed(committed(run)):
+    for checkpoint in reversed(run.checkpoints()):
         try:
             weights = safetensors.torch.load(read_file(checkpoint, MODEL))
             state = torch.load(io.BytesIO(read_file(checkpoint, STATE)), map_location="cpu", weights_only=True)

@@ -14,8 +14,7 @@ from pydantic import PositiveInt, TypeAdapter
 
 from fusion import log, storage
 from fusion.errors import DataError
-from fusion.records import schemas
-from fusion.records.schemas import CheckpointManifest, EnsembleRecord, FileEntry, Manifest
+from fusion.records.schemas import CheckpointManifest, FileEntry
 
 MANIFEST: Final = "MANIFEST.json"
 MODEL: Final = "model.safetensors"
@@ -50,11 +49,6 @@ class Checkpoint:
         return storage.base(self.url)
 
     @property
-    def run(self) -> str:
-        """The folder of its run."""
-        return self.url.rpartition("/checkpoints/")[0]
-
-    @property
     def model_sha256(self) -> str:
         return self.manifest.sha256_of(MODEL)
 
@@ -76,95 +70,12 @@ def entries(files: Mapping[str, bytes]) -> list[FileEntry]:
     return [FileEntry(name, len(data), storage.sha256(data)) for name, data in files.items()]
 
 
-def committed(run: str) -> list[Checkpoint]:
-    """All checkpoints of a run that have a manifest, oldest first; a damaged one is named in the log and left out."""
-    found = [_checkpoint(folder) for folder in storage.ls(storage.join(run, "checkpoints"))]
-    return [checkpoint for checkpoint in found if checkpoint is not None]
-
-
-def _checkpoint(folder: str) -> Checkpoint | None:
-    manifest = schemas.read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
-    if manifest is None:
-        return None
-    if manifest.name != storage.base(folder):
-        log.warning(event="checkpoint_damaged", checkpoint=folder, reason=f"its manifest is of {manifest.name}")
-        return None
-    return Checkpoint(folder, manifest)
-
-
-def split_digest(run: str) -> str:
-    """sha256 of a run's `split.parquet`; empty if it is gone: such a run compares with no other."""
-    content = storage.read_if_exists(storage.join(run, SPLIT))
-    return "" if content is None else storage.sha256(content)
-
-
-def validated(run: str) -> list[Checkpoint]:
-    """The committed checkpoints of a run whose validation SMAPE is known, oldest first."""
-    return [checkpoint for checkpoint in committed(run) if checkpoint.manifest.smape is not None]
-
-
-def best(run: str, named: str = "") -> Checkpoint:
-    """The committed checkpoint with the lowest validation SMAPE, the newest of equals.
-
-    Args:
-        named: a checkpoint that was it when the run finished. If it still stands, there is no need to look at all.
-
-    Raises:
-        DataError: the run has none.
-    """
-    last = _checkpoint(storage.join(run, "checkpoints", named)) if named else None
-    if last is not None and last.manifest.finished and last.manifest.smape is not None:
-        return last
-    found = validated(run)
-    if not found:
-        raise DataError(
-            f"{run} has no committed checkpoint", "let its training finish, or name another run with --run-dir"
-        )
-    return best_of(found)
-
-
 def best_of(found: Sequence[Checkpoint]) -> Checkpoint:
     """The one of the end of the training; before that, the one with the lowest validation SMAPE, the newest of equals.
 
     With a schedule to the end, the last weights are kept and not those of the luckiest epoch.
     """
     return min(reversed(found), key=lambda checkpoint: (not checkpoint.manifest.finished, checkpoint.smape))
-
-
-def read_ensemble(folder: str) -> EnsembleRecord:
-    """What the ensemble in this folder is made of, verified against its manifest.
-
-    Raises:
-        DataError: it is not committed, or damaged.
-    """
-    content = read_of_ensemble(folder, ENSEMBLE)
-    if content is None:
-        raise _damaged_ensemble(storage.join(folder, ENSEMBLE))
-    return schemas.parse(EnsembleRecord, content, storage.join(folder, ENSEMBLE))
-
-
-def read_of_ensemble(folder: str, name: str) -> bytes | None:
-    """A file of an ensemble, verified; None if its manifest names none of that name.
-
-    Raises:
-        DataError: the ensemble is not committed, or the file is damaged.
-    """
-    url, manifest = storage.join(folder, name), schemas.read(Manifest, storage.join(folder, MANIFEST))
-    if manifest is None:
-        raise DataError(
-            f"{folder} has no {MANIFEST}: this ensemble was not completed",
-            "run the same `python -m fusion.ensemble` command again, which completes it",
-        )
-    if not manifest.sha256_of(name):
-        return None
-    content = storage.read(url)
-    if storage.sha256(content) != manifest.sha256_of(name):
-        raise _damaged_ensemble(url)
-    return content
-
-
-def _damaged_ensemble(url: str) -> DataError:
-    return DataError(f"{url} is damaged: it is not what its manifest says", "make another ensemble of the same runs")
 
 
 def dims_in(model: bytes) -> dict[str, int]:

@@ -21,6 +21,7 @@ from fusion import storage
 from fusion.errors import DataError
 from fusion.nn.neighbours import Memory, bands_of
 from fusion.records.manifests import MEMORY
+from fusion.records.run import RunFolder
 
 _COMPONENTS = "components."
 _ROWS = {"keys": np.float16, "folds": np.int64, "groups": np.int64}
@@ -102,7 +103,7 @@ def _check(found: Remembered) -> None:
         raise ValueError("a key, a price or a weight is not finite")
 
 
-def read(run: str, sha256: str = "") -> Remembered:
+def read(run: RunFolder, sha256: str = "") -> Remembered:
     """The memory of a run.
 
     Args:
@@ -111,7 +112,7 @@ def read(run: str, sha256: str = "") -> Remembered:
     Raises:
         DataError: there is none, or it is damaged.
     """
-    url = storage.join(run, MEMORY)
+    url = run.at(MEMORY)
     content = storage.read(url)
     if sha256 not in ("", storage.sha256(content)):
         raise DataError(

@@ -9,9 +9,10 @@ import pandas as pd
 from fusion import storage
 from fusion.errors import DataError
 from fusion.records.manifests import SPLIT
+from fusion.records.run import RunFolder
 
 
-def read_split(run: str, sha256: str = "") -> pd.DataFrame:
+def read_split(run: RunFolder, sha256: str = "") -> pd.DataFrame:
     """sample_id (str), side, group and, with folds that all validate, fold of every row, as `to_parquet` wrote them.
 
     Args:
@@ -20,7 +21,7 @@ def read_split(run: str, sha256: str = "") -> pd.DataFrame:
     Raises:
         DataError: there is none, or it is damaged.
     """
-    url = storage.join(run, SPLIT)
+    url = run.at(SPLIT)
     content = storage.read(url)
     remedy = "restore it, or train under another --run-id"
     if sha256 not in ("", storage.sha256(content)):

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from fusion import log, storage
+from fusion import log
 from fusion.config import PredictConfig
 from fusion.data.tables import places_of
 from fusion.errors import DataError
 from fusion.metrics import compute_smape, readable
 from fusion.records import schemas
-from fusion.records.schemas import Night, RunFacts
+from fusion.records.run import RunFolder
+from fusion.records.schemas import Night
 from fusion.submissions.fingerprints import Look, agreements_with_chance, compared
 from fusion.submissions.submission import Last, Origin
 
@@ -153,7 +154,7 @@ def about_prices(
         yield Finding(f"{what}: the model, or the embeddings, tell them not apart", True)
     if last is not None:
         yield from _against_last(settings, prices, smape, last, origin)
-    yield from _against_training(settings, prices, origin.run)
+    yield from _against_training(settings, prices, RunFolder(origin.run))
 
 
 def _against_last(
@@ -227,8 +228,8 @@ def remembered(prices: pd.Series, last: Last | None, day: str, model_sha256: str
     return nights
 
 
-def _against_training(settings: PredictConfig, prices: pd.Series, run: str) -> Iterator[Finding]:
-    facts = schemas.read(RunFacts, storage.join(run, "run.json"))
+def _against_training(settings: PredictConfig, prices: pd.Series, run: RunFolder) -> Iterator[Finding]:
+    facts = run.facts()
     if facts and facts.price_quartiles:  # runs of earlier versions have none
         limit = settings.max_training_drift
         yield from _drift(prices, facts.price_quartiles, limit, "the training prices'", "--max-training-drift")

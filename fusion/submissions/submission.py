@@ -21,6 +21,7 @@ from fusion.errors import DivergedError
 from fusion.records import manifests, pointers, schemas
 from fusion.records.manifests import FINGERPRINTS, INTERVALS, MANIFEST, SUBMISSION
 from fusion.records.provenance import code_digest
+from fusion.records.run import RunFolder
 from fusion.records.schemas import SCHEMA, Night, SubmissionManifest, SubmissionPointer, seal
 
 C = TypeVar("C", bound=RunConfig)
@@ -90,7 +91,7 @@ class Last:
 
 
 def origin_of(
-    run: str,
+    run: RunFolder,
     chosen: manifests.Checkpoint,
     config: RunConfig,
     data: str,
@@ -105,7 +106,7 @@ def origin_of(
     found = found or find_inputs(data, split, config.bindings())
     table = table_sha256(found.table)
     return Origin(
-        run,
+        run.url,
         chosen.name,
         chosen.model_sha256,
         data,

@@ -15,9 +15,9 @@ from fusion.config import PredictConfig, RunConfig
 from fusion.data.inputs import find_inputs
 from fusion.errors import DataError
 from fusion.records import best_run, pointers, schemas
+from fusion.records.find_run import data_of, open_run
 from fusion.records.manifests import MANIFEST, SUBMISSION
 from fusion.records.provenance import code_digest
-from fusion.records.runs import data_of, open_run
 from fusion.records.schemas import SubmissionManifest, SubmissionPointer, seal
 from fusion.submissions import submission
 

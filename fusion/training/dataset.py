@@ -31,11 +31,11 @@ from fusion.features.fitted import (
     write_features,
 )
 from fusion.features.rows import with_features
-from fusion.records import manifests
 from fusion.records.intervals import category_column, category_of
 from fusion.records.manifests import SPLIT
-from fusion.records.runs import describe_run, run_url
+from fusion.records.run import FACTS, RunFolder
 from fusion.records.split import read_split, to_parquet
+from fusion.records.start import describe_run
 from fusion.training.trainer import TrainingData
 
 # Times the median price. Catalogs from screws to machines stay within it; 99999999 and 1e308 do not.
@@ -96,14 +96,14 @@ def _split(
     quartiles = np.quantile(table.prices, [0.25, 0.5, 0.75]).tolist()
     rows = [table.digest(), storage.sha256(groups.astype(np.int64).tobytes())]
     rows += [storage.sha256(row_hashes(columns).tobytes())] if columns else []
-    run = run_url(config)
-    url = storage.join(run, SPLIT)
+    run = RunFolder.of(config)
+    url = run.at(SPLIT)
     split = None if storage.exists(url) else split_rows(table, groups, config)
     computed = _computed_dims(config, table, columns, split)
     describe_run(config, digest([*rows, store.digest()]), store.dims | computed, quartiles, place.size)
     if split is not None:
         storage.write(url, to_parquet(split))
-    made = manifests.committed(run)
+    made = run.checkpoints()
     split = read_split(run, made[-1].manifest.split_sha256 if made else "")
     if not pd.Index(split["sample_id"]).equals(table.ids):  # describe_run has found the data to be the same
         raise DataError(f"{url} lists other rows than train.csv, or in another order", "train under another --run-id")
@@ -120,17 +120,17 @@ def _computed_dims(config: RunConfig, table: Table, columns: Columns, split: pd.
     """
     if not has_features(config):
         return {}
-    if split is None or storage.exists(storage.join(run_url(config), "run.json")):
+    if split is None or storage.exists(RunFolder.of(config).at(FACTS)):
         return _features(config).dims
     trains = (split["side"] == "train").to_numpy(bool) | ("fold" in split)
     features = fit_features(config, columns, table.prices, trains, stop_if_asked)
-    write_features(run_url(config), features)
+    write_features(RunFolder.of(config), features)
     return features.dims
 
 
 def _features(config: RunConfig) -> Features:
-    made = manifests.committed(run_url(config))
-    return read_features(run_url(config), made[-1].manifest.features_sha256 if made else "")
+    made = RunFolder.of(config).checkpoints()
+    return read_features(RunFolder.of(config), made[-1].manifest.features_sha256 if made else "")
 
 
 def statistics(data: TrainingData, role: str) -> tuple[Tensor, Tensor]:

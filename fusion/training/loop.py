@@ -16,9 +16,11 @@ from fusion.distributed.watchdog import Watchdog, watched
 from fusion.distributed.world import World, world
 from fusion.prediction.predict import BuildNetwork, C, make_model
 from fusion.records import manifests
+from fusion.records.attempts import Lease, attempt, end_of, record_end
 from fusion.records.best_run import point_to_run
 from fusion.records.manifests import MODEL
-from fusion.records.runs import Lease, attempt, end_of, record_end, run_url, start_run
+from fusion.records.run import RunFolder
+from fusion.records.start import start_run
 from fusion.training.dataset import read_data, statistics
 from fusion.training.memory_build import remember
 from fusion.training.pace import Pace, seconds_left, standing
@@ -39,9 +41,9 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
         log.configure(config.name(), place.rank, place.size)
         smape = place.on_main(lambda: _smape_if_finished(config))
         if smape is not None:
-            log.info(event="finished_before", folder=run_url(config), smape=smape, hint=_next_commands(config))
+            log.info(event="finished_before", folder=RunFolder.of(config), smape=smape, hint=_next_commands(config))
             return
-        with attempt(run_url(config)) if place.is_main else nullcontext() as lease:
+        with attempt(RunFolder.of(config)) if place.is_main else nullcontext() as lease:
             record = None if lease is None else lambda error: record_end(lease, end_of(error))
             with recorded_by(record):
                 _train(config, build_network, place, lease)
@@ -49,7 +51,7 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
 
 def _smape_if_finished(config: RunConfig) -> float | None:
     start_run(config)
-    for made in reversed(manifests.committed(run_url(config))):
+    for made in reversed(RunFolder.of(config).checkpoints()):
         if made.manifest.finished and manifests.is_whole(made, MODEL):  # a damaged one is made again
             point_to_run(config, made)  # a run may have been killed before it did
             return made.smape

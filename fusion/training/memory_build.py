@@ -20,10 +20,10 @@ from fusion.distributed.world import World
 from fusion.loss_functions import SMAPELoss
 from fusion.nn.neighbours import Candidates, CandidateTable, Memory, band_weights, bands_of
 from fusion.nn.price_model import PriceModel
-from fusion.records import manifests, memory
+from fusion.records import memory
 from fusion.records.manifests import MEMORY
 from fusion.records.memory import Remembered, log_prices_of
-from fusion.records.runs import run_url
+from fusion.records.run import RunFolder
 from fusion.training.trainer import TrainingData, mixed
 
 CHUNK = 1024  # rows whose neighbours are looked for at a time
@@ -42,7 +42,7 @@ def remember(config: RunConfig, model: PriceModel, data: TrainingData, place: Wo
     """
     if not config.components:
         return data
-    started, run = time.monotonic(), run_url(config)
+    started, run = time.monotonic(), RunFolder.of(config)
     kept = place.on_main(lambda: _kept(run))
     components = kept[0] if kept else place.on_main(lambda: _all_components(model, data))
     model.set_components(components)
@@ -56,18 +56,18 @@ def remember(config: RunConfig, model: PriceModel, data: TrainingData, place: Wo
     model.set_search_weights(weights)
     if kept is None:
         everything = Remembered(data.all_ids, data.all_prices, remembered, components, weights)
-        place.on_main(lambda: storage.write(storage.join(run, MEMORY), memory.to_bytes(everything)))
+        place.on_main(lambda: storage.write(run.at(MEMORY), memory.to_bytes(everything)))
     table = _table(config, model, trained, place)
     seconds = time.monotonic() - started
     log.info(event="neighbours", rows=len(table.rows), candidates=table.rows.shape[1], seconds=seconds)
     return replace(data, store=replace(data.store, candidates=table))
 
 
-def _kept(run: str) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
+def _kept(run: RunFolder) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
     """Components and weights of the run's memory, if it has one."""
-    if not storage.exists(storage.join(run, MEMORY)):
+    if not storage.exists(run.at(MEMORY)):
         return None
-    made = manifests.committed(run)
+    made = run.checkpoints()
     found = memory.read(run, made[-1].manifest.memory_sha256 if made else "")
     return found.components, found.weights
 

@@ -17,10 +17,11 @@ from fusion.features.rows import compared
 from fusion.metrics import compute_smape
 from fusion.prediction.predict import validation_digest
 from fusion.records import checkpoint, manifests, schemas
+from fusion.records.attempts import Lease
 from fusion.records.best_run import point_to_run
 from fusion.records.manifests import FEATURES, MEMORY, SPLIT
 from fusion.records.provenance import code_digest
-from fusion.records.runs import Lease, run_url
+from fusion.records.run import FACTS, RunFolder
 from fusion.records.schemas import RunFacts
 from fusion.submissions.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
 from fusion.training.trainer import Fit, TrainingData
@@ -31,21 +32,21 @@ class Saver:
 
     def __init__(self, config: RunConfig, fit: Fit, lease: Lease | None) -> None:
         self.config, self.fit, self.place = config, fit, fit.place
-        self.run, self.started = run_url(config), time.monotonic()
+        self.run, self.started = RunFolder.of(config), time.monotonic()
         self.saved_at, self.saved_step = self.started, 0
         self.blocked, self.warned = 0.0, False
         self.writer: checkpoint.Writer | None = None
         if lease is not None:
-            url = storage.join(self.run, "run.json")
+            url = self.run.at(FACTS)
             content = storage.read(url)
             facts = schemas.parse(RunFacts, content, url)
             lineage = {key: getattr(facts, key) for key in ("config_sha256", "data_sha256", "revision")}
             lineage["run_sha256"] = storage.sha256(content)
-            lineage["split_sha256"] = storage.sha256(storage.read(storage.join(self.run, SPLIT)))
-            computed = storage.read_if_exists(storage.join(self.run, FEATURES)) if has_features(config) else None
+            lineage["split_sha256"] = storage.sha256(storage.read(self.run.at(SPLIT)))
+            computed = storage.read_if_exists(self.run.at(FEATURES)) if has_features(config) else None
             lineage["features_sha256"] = "" if computed is None else storage.sha256(computed)
             if config.neighbours:
-                lineage["memory_sha256"] = storage.sha256(storage.read(storage.join(self.run, MEMORY)))
+                lineage["memory_sha256"] = storage.sha256(storage.read(self.run.at(MEMORY)))
             lineage["code_sha256"] = code_digest("training")
             lineage["agreement"] = _agreement(fit)
             lineage["validation_sha256"] = validation_digest(fit.data.store, fit.data.validation, fit.data.prices)
@@ -131,7 +132,7 @@ class Saver:
 
     def _finish(self) -> None:
         # Nothing is left to commit when an earlier attempt's last manifest arrived after this one had looked for it.
-        made = self._save(wait=True) or manifests.committed(self.run)[-1]
+        made = self._save(wait=True) or self.run.checkpoints()[-1]
         point_to_run(self.config, made)
         seconds = time.monotonic() - self.started
         log.info(event="finished", checkpoint=made.url, **_outcome(self.fit), blocked=self.blocked / seconds)

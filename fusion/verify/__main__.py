@@ -26,6 +26,7 @@ from fusion.command import guarded
 from fusion.environment import variable
 from fusion.errors import DataError, ExitCode, Parser, filled, seconds, visible
 from fusion.records.manifests import MANIFEST
+from fusion.records.run import CONFIG, FACTS, RunFolder
 from fusion.verify.checkpoint import check_checkpoint
 from fusion.verify.ensemble import check_ensemble, is_ensemble
 from fusion.verify.findings import Finding, Report, read
@@ -58,8 +59,8 @@ def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = l
         check_ensemble(report, url)
     elif manifest is not None:
         check_checkpoint(report, url)
-    elif any(storage.exists(storage.join(url, name)) for name in ("config.json", "run.json")):
-        check_run(report, url)
+    elif any(storage.exists(storage.join(url, name)) for name in (CONFIG, FACTS)):
+        check_run(report, RunFolder(url))
     elif not url.endswith(".json") and is_output(url):
         check_output(report, url, data)
     else:

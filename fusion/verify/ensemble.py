@@ -10,6 +10,7 @@ import numpy as np
 from fusion import storage
 from fusion.metrics import compute_smape
 from fusion.records.manifests import ENSEMBLE, INTERVALS, MANIFEST, MODEL, PULLED, VALIDATION
+from fusion.records.run import FACTS
 from fusion.records.schemas import (
     ENSEMBLE_VARIANT,
     CheckpointManifest,
@@ -35,9 +36,9 @@ def check_ensemble(report: Report, folder: str) -> None:
     if not storage.exists(storage.join(folder, MANIFEST)):
         report.note(f"{storage.base(folder)}: not committed, so it does not count")
         return
-    manifest, contents = check_files(report, folder, Manifest, {ENSEMBLE, "run.json", VALIDATION})
+    manifest, contents = check_files(report, folder, Manifest, {ENSEMBLE, FACTS, VALIDATION})
     record = parsed(report, ENSEMBLE, contents.get(ENSEMBLE), EnsembleRecord)
-    facts = parsed(report, "run.json", contents.get("run.json"), RunFacts)
+    facts = parsed(report, FACTS, contents.get(FACTS), RunFacts)
     if manifest is None or record is None or facts is None:
         return
     if storage.base(folder.rpartition("/")[0]) == "runs":  # and not of a copy that lies elsewhere

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fusion import storage
 from fusion.metrics import compute_smape
 from fusion.records.manifests import ABLATION, EPOCHS, LINES, MANIFEST, MODEL
+from fusion.records.run import RunFolder
 from fusion.records.schemas import AblationRecord, CheckpointManifest, MetricsManifest, RunFacts
 from fusion.verify.findings import Report, check_files, first_line, parsed, read, some
 
@@ -24,7 +25,7 @@ TOLERANCE = 1e-6
 
 def check_metrics(
     report: Report,
-    run: str,
+    run: RunFolder,
     facts: RunFacts | None,
     checkpoints: Mapping[str, CheckpointManifest],
     validating: set[str] | None,
@@ -35,7 +36,7 @@ def check_metrics(
         checkpoints: of the run, by name.
         validating: ids of the rows that validate; None: unknown.
     """
-    folder, part = storage.join(run, "metrics"), Report(place=report.place)
+    folder, part = run.metrics, Report(place=report.place)
     before = read(storage.join(folder, MANIFEST))
     if before is None:
         _check_unfinished(report, run)
@@ -52,10 +53,10 @@ def check_metrics(
 
 
 def check_ablation(
-    report: Report, run: str, facts: RunFacts | None, checkpoints: Mapping[str, CheckpointManifest]
+    report: Report, run: RunFolder, facts: RunFacts | None, checkpoints: Mapping[str, CheckpointManifest]
 ) -> None:
     """Checks what an ablation has written into the run, if there is any: it is of this run, and its figures add up."""
-    content = read(storage.join(run, "metrics", ABLATION))
+    content = read(run.at("metrics", ABLATION))
     if content is None:
         return
     record = parsed(report, f"metrics/{ABLATION}", content, AblationRecord)
@@ -72,10 +73,10 @@ def check_ablation(
         report.bad(f"metrics/{ABLATION}: sum of the Shapley values", worth, total)
 
 
-def _check_unfinished(report: Report, run: str) -> None:
+def _check_unfinished(report: Report, run: RunFolder) -> None:
     """Files without a manifest are those of an evaluation that runs or was killed: its parts lie in the run then."""
-    names = {storage.base(url) for url in storage.ls(storage.join(run, "metrics"))} - {LINES, EPOCHS, ABLATION}
-    if names and storage.ls(storage.join(run, "parts")):
+    names = {storage.base(url) for url in storage.ls(run.metrics)} - {LINES, EPOCHS, ABLATION}
+    if names and storage.ls(run.parts):
         report.note("metrics: an evaluation is not complete; run it again")
     elif names & FILES:
         report.bad(f"metrics/{MANIFEST}", f"one beside {some(list(names))}", "no such file")
@@ -83,7 +84,7 @@ def _check_unfinished(report: Report, run: str) -> None:
 
 def _check_lineage(
     report: Report,
-    run: str,
+    run: RunFolder,
     manifest: MetricsManifest,
     facts: RunFacts | None,
     checkpoints: Mapping[str, CheckpointManifest],
@@ -96,7 +97,7 @@ def _check_lineage(
         report.expect(f"metrics: model_sha256 of {name}", made.sha256_of(MODEL), manifest.model_sha256)
     elif made is None and name < max(checkpoints, default=""):
         report.note(f"metrics: of {name}, which is no longer kept; evaluate again")
-    elif made is None and not storage.exists(storage.join(run, "checkpoints", name, MANIFEST)):
+    elif made is None and not storage.exists(run.at("checkpoints", name, MANIFEST)):
         report.bad("metrics: checkpoint", some(list(checkpoints)), name)
 
 

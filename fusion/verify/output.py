@@ -11,6 +11,7 @@ from fusion import storage
 from fusion.errors import ExitCode
 from fusion.records.best_run import SERVED, best_of_kind
 from fusion.records.manifests import MANIFEST, PULLED
+from fusion.records.run import RunFolder
 from fusion.records.schemas import ENSEMBLE_VARIANT, RunPointer, SubmissionManifest, validated
 from fusion.verify.ensemble import check_ensemble, is_ensemble, record_in
 from fusion.verify.findings import Report, read
@@ -49,7 +50,7 @@ def _check_runs(report: Report, url: str) -> dict[str, CheckedRun]:
             if is_ensemble(folder, read(storage.join(folder, MANIFEST))):
                 check_ensemble(report, folder)
             else:
-                runs[storage.base(folder)] = check_run(report, folder)
+                runs[storage.base(folder)] = check_run(report, RunFolder(folder))
     return runs
 
 

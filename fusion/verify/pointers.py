@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from fusion import storage
 from fusion.records.manifests import ENSEMBLE, MANIFEST
+from fusion.records.run import FACTS, RunFolder
 from fusion.records.schemas import CheckpointManifest, PointerPlace, RunFacts, RunPointer, SubmissionPointer, validated
 from fusion.verify.ensemble import check_ensemble, record_in
 from fusion.verify.findings import Report, parsed, read
@@ -29,8 +30,11 @@ def check_pointer(report: Report, url: str, data: str | None) -> None:
     if rest.startswith("runs/"):
         pointer = check_run_pointer(report, url)
         if pointer is not None:
-            check = check_ensemble if pointer.checkpoint == ENSEMBLE else check_run
-            check(report, storage.join(output, "runs", pointer.run_id))
+            run = RunFolder.named(output, pointer.run_id)
+            if pointer.checkpoint == ENSEMBLE:
+                check_ensemble(report, run.url)
+            else:
+                check_run(report, run)
     else:
         target = check_submission_pointer(report, url)
         if target is not None:
@@ -42,14 +46,14 @@ def check_run_pointer(report: Report, url: str) -> RunPointer | None:
     pointer = _parse(report, url, RunPointer)
     if pointer is None:
         return None
-    run = storage.join(url.rpartition(POINTERS)[0], "runs", pointer.run_id)
-    facts = _read(RunFacts, storage.join(run, "run.json"))
+    run = RunFolder.named(url.rpartition(POINTERS)[0], pointer.run_id)
+    facts = _read(RunFacts, run.at(FACTS))
     if facts is not None:
         report.expect(f"{_name(url)}: variant of {pointer.run_id}", _name(url).split("/")[2], facts.variant)
     if pointer.checkpoint == ENSEMBLE:
-        _compare_ensemble(report, _name(url), pointer, run)
+        _compare_ensemble(report, _name(url), pointer, run.url)
         return pointer
-    made = _read(CheckpointManifest, storage.join(run, "checkpoints", pointer.checkpoint, MANIFEST))
+    made = _read(CheckpointManifest, run.at("checkpoints", pointer.checkpoint, MANIFEST))
     what = f"{_name(url)}: smape of {pointer.checkpoint} in {pointer.run_id}"
     if made is None:
         report.bad(what, pointer.smape, "no such checkpoint")

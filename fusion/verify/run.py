@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fusion import storage
 from fusion.errors import DataError, ExitCode
 from fusion.records.manifests import FEATURES, LINES, MANIFEST, MEMORY, PULLED, SPLIT
-from fusion.records.runs import config_digest
+from fusion.records.run import CONFIG, EXIT, FACTS, LEASE, START, RunFolder, config_digest
 from fusion.records.schemas import (
     AttemptEnd,
     AttemptStart,
@@ -37,7 +37,6 @@ class CheckedRun:
     """What of a run other documents can be compared with.
 
     Attributes:
-        url: of its folder.
         facts: None: there is no `run.json`, or it is damaged.
         run_sha256, split_sha256, features_sha256, memory_sha256: of the bytes of `run.json`, `split.parquet`,
             `features.safetensors` and `memory.safetensors`; empty: there is none.
@@ -48,7 +47,7 @@ class CheckedRun:
         ends: how its attempts ended, by number.
     """
 
-    url: str
+    folder: RunFolder
     facts: RunFacts | None
     run_sha256: str
     split_sha256: str
@@ -69,51 +68,51 @@ class CheckedRun:
         return self.ends[max(self.ends)] if self.ends else None
 
 
-def check_run(report: Report, url: str) -> CheckedRun:
+def check_run(report: Report, run: RunFolder) -> CheckedRun:
     """Checks all of a run's folder."""
-    pulled = _check_pulled(report, url)
-    facts, run_sha256 = _check_settings(report, url)
-    content = read(storage.join(url, SPLIT))
+    pulled = _check_pulled(report, run)
+    facts, run_sha256 = _check_settings(report, run)
+    content = read(run.at(SPLIT))
     n_wrong = report.n_wrong
-    validating = _check_split(report, content, expected=_is_trained(url))
+    validating = _check_split(report, content, expected=_is_trained(run))
     whole_split = content if report.n_wrong == n_wrong else None  # with a damaged one nothing else is compared
     split_sha256 = "" if content is None else storage.sha256(content)
-    features_sha256 = _check_features(report, url, facts)
-    memory_sha256 = _check_memory(report, url, whole_split, facts)
+    features_sha256 = _check_features(report, run, facts)
+    memory_sha256 = _check_memory(report, run, whole_split, facts)
     digests = (run_sha256, split_sha256, features_sha256, memory_sha256)
-    run = CheckedRun(url, facts, *digests, validating, pulled, [], {}, {})
-    run.ends.update(_check_attempts(report, run))  # before the checkpoints: an end names one that is committed
-    _check_checkpoints(report, run)
-    _check_ends(report, run)
-    _check_history(report, run)
-    check_metrics(report, url, facts, run.checkpoints, validating)
-    check_ablation(report, url, facts, run.checkpoints)
-    return run
+    checked = CheckedRun(run, facts, *digests, validating, pulled, [], {}, {})
+    checked.ends.update(_check_attempts(report, checked))  # before the checkpoints: an end names one that is committed
+    _check_checkpoints(report, checked)
+    _check_ends(report, checked)
+    _check_history(report, checked)
+    check_metrics(report, run, facts, checked.checkpoints, validating)
+    check_ablation(report, run, facts, checked.checkpoints)
+    return checked
 
 
-def _check_pulled(report: Report, url: str) -> tuple[str, ...] | None:
-    content = read(storage.join(url, PULLED))
+def _check_pulled(report: Report, run: RunFolder) -> tuple[str, ...] | None:
+    content = read(run.at(PULLED))
     marker = None if content is None else parsed(report, PULLED, content, Pulled)
     return marker.left_out if marker else None
 
 
-def _is_trained(url: str) -> bool:
+def _is_trained(run: RunFolder) -> bool:
     """Whether a checkpoint was begun: all that a run is started with was written before."""
-    return bool(storage.ls(storage.join(url, "checkpoints")))
+    return bool(storage.ls(run.at("checkpoints")))
 
 
-def _check_settings(report: Report, url: str) -> tuple[RunFacts | None, str]:
+def _check_settings(report: Report, run: RunFolder) -> tuple[RunFacts | None, str]:
     """`config.json` and `run.json`: the latter's facts and the sha256 of its bytes."""
-    settings, content = read(storage.join(url, "config.json")), read(storage.join(url, "run.json"))
-    config = parsed(report, "config.json", settings, DataOfRun, sealed=False)
-    if content is None and not _is_trained(url) and not storage.exists(storage.join(url, SPLIT)):
+    settings, content = read(run.at(CONFIG)), read(run.at(FACTS))
+    config = parsed(report, CONFIG, settings, DataOfRun, sealed=False)
+    if content is None and not _is_trained(run) and not storage.exists(run.at(SPLIT)):
         report.note("run.json: not written yet; no attempt has read its data")
         return None, ""
-    facts = parsed(report, "run.json", content, RunFacts)
+    facts = parsed(report, FACTS, content, RunFacts)
     if facts is None:
         return None, ""
-    if storage.base(url.rpartition("/")[0]) == "runs":  # and not of a copy that lies elsewhere
-        report.expect("run.json: run_id", storage.base(url), facts.run_id)
+    if storage.base(run.url.rpartition("/")[0]) == "runs":  # and not of a copy that lies elsewhere
+        report.expect("run.json: run_id", run.run_id, facts.run_id)
     if settings and config:
         _compare_settings(report, settings, facts)
     return facts, storage.sha256(content or b"")
@@ -153,11 +152,11 @@ def _check_split(report: Report, data: bytes | None, *, expected: bool) -> set[s
     return {sample_id for sample_id, side in zip(ids, split["side"], strict=True) if side == "validation"}
 
 
-def _check_features(report: Report, url: str, facts: RunFacts | None) -> str:
+def _check_features(report: Report, run: RunFolder, facts: RunFacts | None) -> str:
     """sha256 of `features.safetensors`; empty if there is none."""
     from fusion.features.fitted import from_bytes
 
-    content = read(storage.join(url, FEATURES))
+    content = read(run.at(FEATURES))
     if content is None:
         return ""
     try:
@@ -170,9 +169,9 @@ def _check_features(report: Report, url: str, facts: RunFacts | None) -> str:
     return storage.sha256(content)
 
 
-def _check_memory(report: Report, url: str, split: bytes | None, facts: RunFacts | None) -> str:
+def _check_memory(report: Report, run: RunFolder, split: bytes | None, facts: RunFacts | None) -> str:
     """sha256 of `memory.safetensors`; empty if there is none."""
-    content = read(storage.join(url, MEMORY))
+    content = read(run.at(MEMORY))
     if content is None:
         return ""
     check_memory(report, content, split, facts)
@@ -181,7 +180,7 @@ def _check_memory(report: Report, url: str, split: bytes | None, facts: RunFacts
 
 def _check_attempts(report: Report, run: CheckedRun) -> dict[int, AttemptEnd]:
     """How the attempts ended, by number; one that was killed, or still runs, has no end."""
-    folders = {storage.base(folder): folder for folder in storage.ls(storage.join(run.url, "attempts"))}
+    folders = {storage.base(folder): folder for folder in storage.ls(run.folder.at("attempts"))}
     numbers = sorted(int(name) for name in folders if name.isdigit())
     _check_lease(report, run, numbers)
     ends = {number: _check_attempt(report, folders[str(number)], number) for number in numbers}
@@ -189,13 +188,13 @@ def _check_attempts(report: Report, run: CheckedRun) -> dict[int, AttemptEnd]:
 
 
 def _check_lease(report: Report, run: CheckedRun, numbers: list[int]) -> None:
-    content = read(storage.join(run.url, "lease.json"))  # after the list of attempts: each takes the lease first
-    if content is None and "lease.json" in (run.left_out or ()):
+    content = read(run.folder.at(LEASE))  # after the list of attempts: each takes the lease first
+    if content is None and LEASE in (run.left_out or ()):
         return
     if content is None and not numbers:
         report.note("no attempt has begun")
         return
-    lease = parsed(report, "lease.json", content, LeaseRecord)
+    lease = parsed(report, LEASE, content, LeaseRecord)
     if lease is not None and numbers and lease.attempt < numbers[-1]:
         report.bad("lease.json: attempt", f"at least {numbers[-1]}, as in attempts/", lease.attempt)
 
@@ -203,10 +202,10 @@ def _check_lease(report: Report, run: CheckedRun, numbers: list[int]) -> None:
 def _check_attempt(report: Report, folder: str, number: int) -> AttemptEnd | None:
     if not storage.ls(folder):
         return None  # on a file system, of an attempt that was killed while it wrote its first file
-    start = parsed(report, f"attempts/{number}/start.json", read(storage.join(folder, "start.json")), AttemptStart)
+    start = parsed(report, f"attempts/{number}/start.json", read(storage.join(folder, START)), AttemptStart)
     if start is not None:
         report.expect(f"attempts/{number}/start.json: attempt", number, start.attempt)
-    content = read(storage.join(folder, "exit.json"))
+    content = read(storage.join(folder, EXIT))
     if content is None:
         report.note(f"attempts/{number}: has not ended, or was killed")
         return None
@@ -220,7 +219,7 @@ def _check_attempt(report: Report, folder: str, number: int) -> AttemptEnd | Non
 
 def _check_checkpoints(report: Report, run: CheckedRun) -> None:
     """Adds to the run what is committed."""
-    folders = storage.ls(storage.join(run.url, "checkpoints"))
+    folders = storage.ls(run.folder.at("checkpoints"))
     for folder in folders:
         if storage.exists(storage.join(folder, MANIFEST)):
             _check_checkpoint_of_run(report, folder, run)
@@ -242,7 +241,7 @@ def _check_uncommitted(report: Report, folder: str, run: CheckedRun) -> None:
 
 def _is_newest(run: CheckedRun) -> bool:
     """Whether what was the newest checkpoint still is: the next one prunes, and this looks later than that lists."""
-    folders = storage.ls(storage.join(run.url, "checkpoints"))
+    folders = storage.ls(run.folder.at("checkpoints"))
     later = [folder for folder in folders if storage.base(folder) > run.committed[-1]]
     return not any(storage.exists(storage.join(folder, MANIFEST)) for folder in later)
 
@@ -262,7 +261,7 @@ def _check_checkpoint_of_run(report: Report, folder: str, run: CheckedRun) -> No
 
 
 def _check_lineage(report: Report, name: str, manifest: CheckpointManifest, run: CheckedRun) -> None:
-    files = {"split_sha256": SPLIT, "run_sha256": "run.json", "features_sha256": FEATURES, "memory_sha256": MEMORY}
+    files = {"split_sha256": SPLIT, "run_sha256": FACTS, "features_sha256": FEATURES, "memory_sha256": MEMORY}
     for key, file in files.items():
         stated, found = getattr(manifest, key), getattr(run, key)
         if stated and found:
@@ -294,21 +293,21 @@ def _check_history(report: Report, run: CheckedRun) -> None:
         return
     check = check_content if newest.finished else check_beginning
     for entry in newest.history:
-        content = read(storage.join(run.url, "metrics", entry.key))
+        content = read(run.folder.at("metrics", entry.key))
         check(report, f"metrics/{entry.key}", entry, content)
         if entry.key == LINES and content is not None and storage.sha256(content[: entry.bytes]) == entry.sha256:
             rows = [json.loads(line) for line in content[: entry.bytes].splitlines()]
             report.expect(f"{newest.name}: epochs of {LINES}", len(rows), newest.epoch)
             smapes = [row["smape"] for row in rows]
-            kept = _kept_smape(run.url, smapes)
+            kept = _kept_smape(run.folder, smapes)
             if kept is not None:
                 report.expect(f"{newest.name}: {kept[0]} smape of {LINES}", kept[1], newest.smape)
 
 
-def _kept_smape(url: str, smapes: list[float]) -> tuple[str, float] | None:
+def _kept_smape(run: RunFolder, smapes: list[float]) -> tuple[str, float] | None:
     """Which epoch's weights are kept, and its SMAPE; None: config.json is damaged, which has a check of its own."""
     try:
-        settings = json.loads(read(storage.join(url, "config.json")) or b"")
+        settings = json.loads(read(run.at(CONFIG)) or b"")
     except ValueError:
         return None
     is_last = isinstance(settings, dict) and settings.get("schedule") == "cosine"

@@ -13,6 +13,7 @@ from fusion import storage
 from fusion.data.inputs import find_table, table_sha256
 from fusion.errors import CredentialsError, DataError
 from fusion.records.manifests import ENSEMBLE, MANIFEST, MODEL, PREDICTIONS, SUBMISSION
+from fusion.records.run import CONFIG, RunFolder
 from fusion.records.schemas import CheckpointManifest, DataOfRun, EnsembleRecord, SubmissionManifest, read_required
 from fusion.submissions.submission import plain
 from fusion.verify.findings import Report, check_files, check_once, first_line, parsed, some
@@ -134,7 +135,7 @@ def _compare_ids(report: Report, ids: list[str], manifest: SubmissionManifest, d
 
 
 def _data_of(run: str) -> str:
-    return read_required(DataOfRun, storage.join(run, "config.json")).data
+    return read_required(DataOfRun, RunFolder(run).at(CONFIG)).data
 
 
 def _difference(wanted: Sequence[str], ids: Sequence[str]) -> str:
@@ -148,7 +149,7 @@ def _compare_model(report: Report, manifest: SubmissionManifest) -> None:
     if manifest.checkpoint == ENSEMBLE:
         _compare_ensemble(report, manifest)
         return
-    folder = storage.join(manifest.run, "checkpoints", manifest.checkpoint)
+    folder = RunFolder(manifest.run).checkpoint_url(manifest.checkpoint)
     try:
         data = storage.read_if_exists(storage.join(folder, MANIFEST))
     except _NOT_READABLE as error:
@@ -164,7 +165,7 @@ def _compare_model(report: Report, manifest: SubmissionManifest) -> None:
 
 def _compare_ensemble(report: Report, manifest: SubmissionManifest) -> None:
     try:
-        data = storage.read_if_exists(storage.join(manifest.run, ENSEMBLE))
+        data = storage.read_if_exists(RunFolder(manifest.run).at(ENSEMBLE))
     except _NOT_READABLE as error:
         report.note(f"ensemble not compared: {first_line(error)}")
         return

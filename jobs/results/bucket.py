@@ -15,7 +15,8 @@ from typing import TypeVar
 from fusion import storage
 from fusion.errors import DataError, ExitCode
 from fusion.records import pointers
-from fusion.records.manifests import ENSEMBLE, MANIFEST, Checkpoint, best_of, read_ensemble
+from fusion.records.manifests import ENSEMBLE, MANIFEST, Checkpoint, best_of
+from fusion.records.run import FACTS, LEASE, RunFolder
 from fusion.records.schemas import (
     AttemptEnd,
     AttemptStart,
@@ -34,7 +35,6 @@ U = TypeVar("U")
 
 Listing = Mapping[str, Entry]  # by the path below a folder
 
-LEASE = "lease.json"
 # Documents read at a time: s3fs keeps ten connections by default, so more would only wait.
 N_THREADS = 10
 # A running training commits every minute unless --checkpoint-seconds says otherwise, and ends itself after 10 minutes
@@ -136,7 +136,7 @@ def _describe_ensemble(root: str, run_id: str, listing: Listing, sign: str) -> R
     if MANIFEST not in listing:
         return Run(run_id, "ensemble", last_sign=sign, error="it was not completed: make it again")
     try:
-        record, facts = read_ensemble(url), _read_listed(RunFacts, url, "run.json", listing)
+        record, facts = RunFolder(url).ensemble(), _read_listed(RunFacts, url, FACTS, listing)
     except DataError as error:
         return Run(run_id, "ensemble", last_sign=sign, error=error.message)
     started, rows = facts.started if facts else "", record.rows_sha256[:12]
@@ -145,7 +145,7 @@ def _describe_ensemble(root: str, run_id: str, listing: Listing, sign: str) -> R
 
 def _read_run(url: str, listing: Listing) -> Run:
     attempt = max((int(name) for name in _by_folder(_below(listing, "attempts"), 1) if name.isdecimal()), default=1)
-    facts = _read_listed(RunFacts, url, "run.json", listing)  # none: it never read its data
+    facts = _read_listed(RunFacts, url, FACTS, listing)  # none: it never read its data
     end = _read_listed(AttemptEnd, url, f"attempts/{attempt}/exit.json", listing)
     begun = facts or _read_listed(AttemptStart, url, f"attempts/{attempt}/start.json", listing)
     best = best_checkpoint(url, listing)

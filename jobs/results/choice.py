@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 
 from fusion import storage
 from fusion.errors import DataError, UsageError
+from fusion.records.find_run import no_run
 from fusion.records.manifests import ENSEMBLE, FEATURES, MANIFEST, MEMORY, PULLED, SPLIT, STATE, Checkpoint
-from fusion.records.runs import no_run
+from fusion.records.run import LEASE
 from fusion.records.schemas import (
     CheckpointManifest,
     FileEntry,
@@ -22,7 +23,7 @@ from fusion.records.schemas import (
     parse,
     seal,
 )
-from jobs.results.bucket import LEASE, Listing, best_checkpoint, current_of
+from jobs.results.bucket import Listing, best_checkpoint, current_of
 from jobs.results.transfer import Item, Plan
 
 POINTERS = ("latest", "best")

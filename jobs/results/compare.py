@@ -14,8 +14,7 @@ from typing import Any
 
 from fusion import storage
 from fusion.errors import UsageError
-from fusion.records.manifests import split_digest, validated
-from fusion.records.run_summary import damaged, differing, settings_of, variant_of
+from fusion.records.run import RunFolder, damaged, differing
 
 NAMES = {"by", "group"}
 WHERE = {"output", "run_id"}  # different for any two runs
@@ -45,41 +44,46 @@ class Comparison:
     same_rows: bool
 
 
-def compare(runs: Sequence[str], metric: str = "smape") -> Comparison:
-    """Compares runs, given by their URLs.
+def compare(runs: Sequence[RunFolder], metric: str = "smape") -> Comparison:
+    """Compares runs.
 
     Raises:
         DataError: a run lacks its settings, or they are damaged.
         UsageError: there is no such metric.
     """
-    settings = [settings_of(run) for run in runs]
+    settings = [run.settings() for run in runs]
     metrics = [_groups(run, metric) for run in runs]
     evaluated = [groups for groups in metrics if groups]
     groups = dict.fromkeys(key for one in evaluated for key in one)
     return Comparison(
-        [storage.base(run) for run in runs],
-        [variant_of(run) for run in runs],
+        [run.run_id for run in runs],
+        [_variant(run) for run in runs],
         [_smape(run) for run in runs],
         differing(settings, WHERE),
         metric,
         {key: [one.get(key) for one in metrics] for key in groups} if len(evaluated) > 1 else {},
-        [storage.base(run) for run, found in zip(runs, metrics, strict=True) if not found],
+        [run.run_id for run, found in zip(runs, metrics, strict=True) if not found],
         _same_rows(runs),
     )
 
 
-def _smape(run: str) -> float | None:
-    return min((checkpoint.smape for checkpoint in validated(run)), default=None)
+def _variant(run: RunFolder) -> str:
+    facts = run.facts()
+    return facts.variant if facts else ""  # it never read its data
 
 
-def _same_rows(runs: Sequence[str]) -> bool:
-    digests = {split_digest(run) for run in runs}
+def _smape(run: RunFolder) -> float | None:
+    return min((checkpoint.smape for checkpoint in run.validated()), default=None)
+
+
+def _same_rows(runs: Sequence[RunFolder]) -> bool:
+    digests = {run.split_digest() for run in runs}
     return len(digests) == 1 and "" not in digests
 
 
-def _groups(run: str, metric: str) -> dict[tuple[str, str], float | None]:
+def _groups(run: RunFolder, metric: str) -> dict[tuple[str, str], float | None]:
     """(by, group) to the metric; empty when the run has not been evaluated."""
-    url = storage.join(run, "metrics", "groups.csv")
+    url = run.at("metrics", "groups.csv")
     data = storage.read_if_exists(url)
     if data is None:
         return {}

@@ -17,7 +17,7 @@ from fusion.all_embeddings import evaluate_by_groups, train
 from fusion.compare.standard_errors import clustered_mean
 from fusion.demo.catalog import generate
 from fusion.metrics import row_smape
-from fusion.records import manifests
+from fusion.records.run import RunFolder
 from fusion.verify.__main__ import verify
 from tests.conftest import DIMS, SMALL, run_command
 from tests.verify.test_verify_everything import is_found, mutations
@@ -58,7 +58,7 @@ def test_all_sets_are_asked_and_add_up(made: Path) -> None:
     found = record(made)
     assert len(found["sets"]) == 16
     assert found["sets"]["none"] == found["nothing"] and found["sets"][" ".join(ROLES)] == found["everything"]
-    best = manifests.best(str(made / "output/runs/r"))
+    best = RunFolder(str(made / "output/runs/r")).best()
     assert found["everything"] == pytest.approx(best.smape, rel=1e-6) and found["checkpoint"] == best.name
     assert sum(one["shapley"]["mean"] for one in found["sources"]) == pytest.approx(
         found["nothing"] - found["everything"]
@@ -75,7 +75,7 @@ def test_members_are_asked_about_rows_that_they_held_out(copied: Path) -> None:
     assert train.main(["--data", str(copied / "data"), *where, *small, "--folds", "2"]) == 0
     assert ablation.main(where) == 0
     found = json.loads((copied / "output/runs/folds/metrics/ablation.json").read_text())
-    assert found["everything"] == pytest.approx(manifests.best(str(copied / "output/runs/folds")).smape, rel=1e-5)
+    assert found["everything"] == pytest.approx(RunFolder(str(copied / "output/runs/folds")).best().smape, rel=1e-5)
     assert found["rows"] == len(pd.read_csv(copied / "data/train.csv"))
 
 
@@ -92,7 +92,7 @@ def test_a_hidden_source_is_as_one_that_rows_lack(copied: Path) -> None:
     assert summary["smape"] == pytest.approx(without["without"], rel=1e-6)
     rows = pd.read_parquet(copied / "output/runs/r/metrics/predictions.parquet").set_index("sample_id")
     split = pd.read_parquet(copied / "output/runs/r/split.parquet").set_index("sample_id")
-    before = pd.read_parquet(Path(manifests.best(str(copied / "output/runs/r")).url, "validation.parquet")).set_index(
+    before = pd.read_parquet(Path(RunFolder(str(copied / "output/runs/r")).best().url, "validation.parquet")).set_index(
         "sample_id"
     )
     errors = [row_smape(one["price"], one["predicted"]) for one in (rows, before.loc[rows.index])]

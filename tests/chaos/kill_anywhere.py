@@ -43,6 +43,7 @@ from fusion.ablation import __main__ as ablation
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.prediction import resumable
 from fusion.records import manifests
+from fusion.records.run import RunFolder
 from fusion.verify.__main__ import verify
 from fusion.verify.output import is_output
 from tests.chaos.boundaries import ALL, Boundary, arm
@@ -184,7 +185,7 @@ def _published(output: str) -> dict[str, bytes]:
     current = json.loads(storage.read(f"{output}/pointers/submissions/test/current.json"))["submission"]
     epochs = pd.read_csv(io.BytesIO(storage.read(f"{run}/metrics/epochs.csv"))).drop(columns="seconds")
     return {
-        "model": manifests.read_file(manifests.best(run), manifests.MODEL),
+        "model": manifests.read_file(RunFolder(run).best(), manifests.MODEL),
         "epochs": epochs.to_csv().encode(),
         "metrics": storage.read(f"{run}/metrics/{manifests.MANIFEST}"),
         "ablation": storage.read(f"{run}/metrics/{manifests.ABLATION}"),

@@ -19,6 +19,7 @@ from fusion import storage
 from fusion.all_embeddings import predict_test, train
 from fusion.errors import UnreachableError
 from fusion.records import manifests
+from fusion.records.run import RunFolder
 from fusion.storage import backend
 from tests.conftest import BUCKET, SMALL, run_command, upload
 from tests.fault_proxy import RESETS, Fault, FaultProxy, Request, always, at_random, once, outage
@@ -142,7 +143,7 @@ def undisturbed(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     where = ["--output", str(output)]
     assert train.main([*where, "--data", str(catalog), *FLAGS]) == 0
     assert predict_test.main([*where, "--run-id", "r", "--date", DATE]) == 0
-    model = manifests.committed(str(output / "runs/r"))[-1].url
+    model = RunFolder(str(output / "runs/r")).checkpoints()[-1].url
     return Path(model, manifests.MODEL).read_bytes(), next(output.rglob("submission.csv")).read_bytes()
 
 
@@ -242,13 +243,13 @@ def test_a_flipped_bit_in_the_store(
     place.proxy.plan = once(lambda request: is_commit(request) and next(n_commits) == 2, always(Fault.DENIED))
     assert place.train() == 77
     place.proxy.plan = None
-    newest = manifests.committed(place.run)[-1]
+    newest = RunFolder(place.run).checkpoints()[-1]
     _flip(storage.join(newest.url, manifests.MODEL))
     capsys.readouterr()
     assert place.train() == 0
     said = capsys.readouterr().err
     assert f"event=checkpoint_damaged checkpoint={newest.url}" in said
-    best = manifests.best(place.run)
+    best = RunFolder(place.run).best()
     assert place.predict() == 0
     assert place.results() == undisturbed
     (submission,) = (key for key in place.objects() if key.endswith("submission.csv"))

@@ -17,7 +17,7 @@ from fusion.compare.standard_errors import clustered_mean
 from fusion.errors import DataError
 from fusion.metrics import row_smape
 from fusion.qwen_clip import evaluate_by_groups, predict_test, train
-from fusion.records import manifests
+from fusion.records.run import RunFolder
 from fusion.records.schemas import seal
 from tests.conftest import SMALL
 
@@ -62,13 +62,13 @@ def fails(output: str, capsys: Capture, *runs: str) -> str:
 def test_figures_are_those_of_the_rows(output: str, capsys: Capture) -> None:
     found = compared(output, capsys, "a", "b")
     runs = {run["name"]: run for run in found["runs"]}  # type: ignore[attr-defined]
-    frames = {name: scored(f"{output}/runs/{name}").rows for name in ("a", "b")}
+    frames = {name: scored(RunFolder(f"{output}/runs/{name}")).rows for name in ("a", "b")}
     errors = {name: row_smape(rows["price"], rows["predicted"]) for name, rows in frames.items()}
     groups = frames["a"]["group"].to_numpy()
     assert found["rows"] == len(groups) == 101 and found["groups"] == len(set(groups)) < 101
     for name, run in runs.items():
         assert run["smape"] == asdict(clustered_mean(errors[name], groups))
-        assert run["smape"]["mean"] == pytest.approx(manifests.best(f"{output}/runs/{name}").smape)
+        assert run["smape"]["mean"] == pytest.approx(RunFolder(f"{output}/runs/{name}").best().smape)
     best, other = sorted(runs, key=lambda name: errors[name].mean())
     assert [run["name"] for run in found["runs"]] == [best, other]  # type: ignore[attr-defined]
     assert runs[best]["to_best"] is None
@@ -90,7 +90,7 @@ def test_a_run_of_other_rows_is_set_apart(output: str, capsys: Capture) -> None:
 def test_enough_shared_rows_are_compared(output: str, capsys: Capture) -> None:
     found = compared(output, capsys, "half", "half-other-seed")
     (run,), (other,) = found["runs"], found["apart"]  # type: ignore[misc]
-    mine, others = (scored(f"{output}/runs/{one['name']}").rows for one in (run, other))
+    mine, others = (scored(RunFolder(f"{output}/runs/{one['name']}")).rows for one in (run, other))
     ids = mine.index.intersection(others.index)
     assert other["shared"] == len(ids) >= 100
     errors = [row_smape(rows.loc[ids, "price"], rows.loc[ids, "predicted"]) for rows in (others, mine)]
@@ -132,22 +132,22 @@ def test_what_is_no_run(output: str, capsys: Capture) -> None:
 
 def test_a_run_of_an_earlier_version_needs_an_evaluation(output: str, capsys: Capture) -> None:
     folder = next(Path(output).glob("runs/b/checkpoints/*/MANIFEST.json"))
-    whole, before = folder.read_bytes(), scored(f"{output}/runs/b").rows
+    whole, before = folder.read_bytes(), scored(RunFolder(f"{output}/runs/b")).rows
     manifest = json.loads(whole)
     files = [one for one in manifest["files"] if one["key"] != "validation.parquet"]
     folder.write_bytes(seal(manifest | {"files": files}))
     try:
         with pytest.raises(DataError, match="does not keep what it predicted for its validation rows") as caught:
-            scored(f"{output}/runs/b")
+            scored(RunFolder(f"{output}/runs/b"))
         command = f"`python -m fusion.qwen_clip.evaluate_by_groups --output {output} --run-id b`"
         assert caught.value.remedy == f"evaluate it first: {command}"
         assert evaluate_by_groups.main(["--output", output, "--run-id", "b"]) == 0
-        after = scored(f"{output}/runs/b").rows
+        after = scored(RunFolder(f"{output}/runs/b")).rows
         pd.testing.assert_frame_equal(before[after.columns], after, rtol=1e-6)
         predictions = Path(output, "runs/b/metrics/predictions.parquet")
         storage.write(str(predictions), predictions.read_bytes()[:-1])
         with pytest.raises(DataError, match="does not keep"):
-            scored(f"{output}/runs/b")
+            scored(RunFolder(f"{output}/runs/b"))
     finally:
         folder.write_bytes(whole)
 

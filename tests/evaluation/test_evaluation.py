@@ -19,8 +19,9 @@ from fusion.evaluation.evaluate import _columns_of_report, _predictions, _replac
 from fusion.evaluation.groups import BIN_NAMES, RANGE_NAMES, Evaluation, evaluate, price_bins
 from fusion.metrics import bootstrap_interval, compute_metrics, row_smape
 from fusion.records import pointers
+from fusion.records.attempts import take_lease
 from fusion.records.manifests import Checkpoint
-from fusion.records.runs import take_lease
+from fusion.records.run import RunFolder
 from fusion.records.schemas import RunPointer
 
 
@@ -190,7 +191,7 @@ def test_races_are_not_fought_for_ever(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UnreachableError):
         pointers.move(str(tmp_path), "runs", "v", "best", target=RunPointer("r", "c", 1.0))
     with pytest.raises(UnreachableError):
-        take_lease(str(tmp_path))
+        take_lease(RunFolder(str(tmp_path)))
 
 
 @pytest.mark.parametrize("as_trained", [True, False, None])

@@ -37,6 +37,7 @@ from fusion.features.fitted import (
 from fusion.features.terms import KINDS, Terms, chars, fields, words
 from fusion.metrics import compute_smape
 from fusion.records import manifests, pointers
+from fusion.records.run import RunFolder
 from fusion.records.schemas import RunPointer
 from tests.conftest import DIMS, SMALL, run_command
 
@@ -198,9 +199,9 @@ def test_features_survive_their_bytes() -> None:
 def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "features.safetensors").write_bytes(content)
     with pytest.raises(DataError, match=r"features\.safetensors is damaged"):
-        read_features(str(tmp_path))
+        read_features(RunFolder(str(tmp_path)))
     with pytest.raises(DataError, match="is not the one that the run was trained with"):
-        read_features(str(tmp_path), "0" * 64)
+        read_features(RunFolder(str(tmp_path)), "0" * 64)
 
 
 def test_hashes_tell_rows_apart() -> None:
@@ -285,7 +286,7 @@ def best(output: Path) -> tuple[Path, manifests.Checkpoint]:
     pointer = pointers.read(RunPointer, str(output), "runs", "all_embeddings", "best")
     assert pointer is not None
     run = output / "runs" / pointer.run_id
-    return run, manifests.best(str(run))
+    return run, RunFolder(str(run)).best()
 
 
 def test_a_run_with_computed_sources(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,7 +294,7 @@ def test_a_run_with_computed_sources(catalog: Path, tmp_path: Path, capsys: pyte
     assert train.main(["--data", str(catalog), *where, *SMALL, "--epochs", "2", *WITH_FEATURES]) == 0
     run, checkpoint = best(tmp_path)
     assert checkpoint.manifest.features_sha256
-    roles = list(read_features(str(run), checkpoint.manifest.features_sha256).dims)
+    roles = list(read_features(RunFolder(str(run)), checkpoint.manifest.features_sha256).dims)
     assert roles == ["text_words", "text_chars", "text_numbers", "columns"], "its texts have no lines with labels"
     assert evaluate_by_groups.main([*where, "--by", "category"]) == 0
     assert predict_test.main(where) == 0

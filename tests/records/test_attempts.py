@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fusion.records.runs import attempt
+from fusion.records.attempts import attempt
+from fusion.records.run import RunFolder
 
 GLOO = "[pair.cc:553] Connection closed by peer [10.0.0.7]:52400. This is typically caused by a remote worker crashing."
 
@@ -22,7 +23,7 @@ GLOO = "[pair.cc:553] Connection closed by peer [10.0.0.7]:52400. This is typica
     ],
 )
 def test_another_ranks_end_is_no_bug_of_this_one(error: Exception, code: int, tmp_path: Path) -> None:
-    with pytest.raises(type(error)), attempt(str(tmp_path)):
+    with pytest.raises(type(error)), attempt(RunFolder(str(tmp_path))):
         raise error
     end = json.loads((tmp_path / "attempts" / "1" / "exit.json").read_text())
     assert (end["code"], end["error"].endswith(f"{type(error).__name__}: {error}")) == (code, True)

@@ -12,8 +12,8 @@ from fusion.config import ReadRunConfig
 from fusion.errors import DataError
 from fusion.records import pointers
 from fusion.records.best_run import point_to_run, served
+from fusion.records.find_run import open_run
 from fusion.records.manifests import Checkpoint
-from fusion.records.runs import open_run
 from fusion.records.schemas import CheckpointManifest, RunPointer
 
 VARIANT = Config.variant

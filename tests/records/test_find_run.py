@@ -9,7 +9,7 @@ import pytest
 from fusion.config import ReadRunConfig
 from fusion.errors import DataError
 from fusion.qwen_clip.config import Config
-from fusion.records.runs import data_of, open_run
+from fusion.records.find_run import data_of, open_run
 from tests.made_runs import make_run
 
 

@@ -31,6 +31,7 @@ from fusion.records.intervals import (
     is_within,
     tier_names,
 )
+from fusion.records.run import RunFolder
 from fusion.records.schemas import Intervals, parse, seal
 from fusion.records.validation import validation_of
 from fusion.verify.__main__ import verify
@@ -196,7 +197,7 @@ def output(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def best(output: Path) -> manifests.Checkpoint:
-    return manifests.best(str(output / "runs/r"))
+    return RunFolder(str(output / "runs/r")).best()
 
 
 def test_a_checkpoint_has_the_intervals_of_its_validation_rows(output: Path) -> None:

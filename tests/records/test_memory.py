@@ -14,6 +14,7 @@ from fusion.errors import DataError
 from fusion.nn.neighbours import Memory, bands_of
 from fusion.records import memory
 from fusion.records.memory import Remembered, from_bytes, log_prices_of, read, to_bytes
+from fusion.records.run import RunFolder
 
 N_ROWS = 7
 
@@ -74,15 +75,15 @@ def test_damage_is_named(damage: str, tmp_path: Path) -> None:
     }[damage]
     storage.write(str(tmp_path / "memory.safetensors"), changed)
     with pytest.raises(DataError, match=r"memory\.safetensors is damaged: ") as caught:
-        read(str(tmp_path))
+        read(RunFolder(str(tmp_path)))
     assert "--run-id" in caught.value.remedy and "fusion.verify" in caught.value.remedy
 
 
 def test_another_memory_than_that_of_the_training_is_refused(tmp_path: Path) -> None:
     content = to_bytes(remembered())
     storage.write(str(tmp_path / "memory.safetensors"), content)
-    assert is_same(read(str(tmp_path), storage.sha256(content)), remembered())
+    assert is_same(read(RunFolder(str(tmp_path)), storage.sha256(content)), remembered())
     with pytest.raises(DataError, match="is not the one that the run was trained with"):
-        read(str(tmp_path), "0" * 64)
+        read(RunFolder(str(tmp_path)), "0" * 64)
     with pytest.raises(DataError, match="does not exist"):
-        memory.read(str(tmp_path / "other"))
+        memory.read(RunFolder(str(tmp_path / "other")))

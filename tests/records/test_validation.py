@@ -13,6 +13,7 @@ from fusion.all_embeddings import evaluate_by_groups, train
 from fusion.errors import DataError
 from fusion.metrics import compute_smape
 from fusion.records import checkpoint, manifests
+from fusion.records.run import RunFolder
 from fusion.records.validation import from_parquet, has_validation, to_parquet, validation_of
 from tests.conftest import SMALL
 from tests.documents import edit
@@ -41,7 +42,7 @@ def run(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_validated_checkpoint_has_the_predictions_of_its_weights(run: Path) -> None:
-    found = manifests.committed(str(run))
+    found = RunFolder(str(run)).checkpoints()
     history = [json.loads(line)["smape"] for line in (run / "metrics/train.jsonl").read_text().splitlines()]
     assert min(history) < history[-1], "the last epoch is not the best"
     for made in found:
@@ -53,19 +54,19 @@ def test_each_validated_checkpoint_has_the_predictions_of_its_weights(run: Path)
 
 
 def test_an_evaluation_finds_the_same_prices(run: Path) -> None:
-    ours = validation_of(manifests.best(str(run))).drop(columns=["category", "spread"], errors="ignore")
+    ours = validation_of(RunFolder(str(run)).best()).drop(columns=["category", "spread"], errors="ignore")
     theirs = pd.read_parquet(run / "metrics/predictions.parquet")[list(ours)]
     pd.testing.assert_frame_equal(ours, theirs, rtol=1e-6)
     assert ours["sample_id"].is_monotonic_increasing
 
 
 def test_the_same_rows_are_the_same_bytes(run: Path) -> None:
-    rows = validation_of(manifests.best(str(run)))
+    rows = validation_of(RunFolder(str(run)).best())
     assert to_parquet(rows) == to_parquet(from_parquet(to_parquet(rows)))
 
 
 def test_a_checkpoint_without_them_is_one_of_an_earlier_version(run: Path, tmp_path: Path) -> None:
-    made = manifests.best(str(run))
+    made = RunFolder(str(run)).best()
     files = [entry for entry in made.manifest.files if entry.key != manifests.VALIDATION]
     earlier = manifests.Checkpoint(made.url, dataclasses.replace(made.manifest, files=files))
     with pytest.raises(DataError, match=r"has no validation\.parquet") as caught:
@@ -80,10 +81,10 @@ def test_rows_that_are_no_rows_are_damage(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_from_a_checkpoint_of_an_earlier_version(run: Path) -> None:
-    found = checkpoint.newest(str(run))
+    found = checkpoint.newest(RunFolder(str(run)))
     assert found is not None and found[2]["validated"] is not None
     folder = Path(found[0].url)
     files = [dataclasses.asdict(entry) for entry in found[0].manifest.files if entry.key != manifests.VALIDATION]
     edit(folder / "MANIFEST.json", files=files)
-    again = checkpoint.newest(str(run))
+    again = checkpoint.newest(RunFolder(str(run)))
     assert again is not None and again[0].url == found[0].url and again[2]["validated"] is None

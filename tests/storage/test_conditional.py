@@ -13,7 +13,8 @@ import pytest
 
 from fusion import storage
 from fusion.errors import ConfigError
-from fusion.records.runs import take_lease
+from fusion.records.attempts import take_lease
+from fusion.records.run import RunFolder
 from fusion.storage import backend
 from jobs import doctor
 from tests.plain_s3 import BUCKET, PlainS3
@@ -55,7 +56,7 @@ def works_for_one_writer(place: str) -> None:
     assert storage.replace(url, b"2", held[1]) and not storage.replace(url, b"3", held[1])
     assert storage.read(url) == b"2"
     run = storage.join(place, "run")
-    assert [take_lease(run).attempt, take_lease(run).attempt] == [1, 2]
+    assert [take_lease(RunFolder(run)).attempt, take_lease(RunFolder(run)).attempt] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from fusion.config import PredictConfig
 from fusion.data.tables import read_table
 from fusion.errors import DataError
 from fusion.records import pointers
+from fusion.records.find_run import open_run
 from fusion.records.manifests import SUBMISSION
-from fusion.records.runs import open_run
 from fusion.records.schemas import SubmissionPointer
 from fusion.submissions import submission
 from fusion.verify.__main__ import verify

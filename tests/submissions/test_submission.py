@@ -20,6 +20,7 @@ from fusion.all_embeddings.config import Config
 from fusion.config import PredictConfig
 from fusion.data import embeddings
 from fusion.records import manifests, pointers
+from fusion.records.run import RunFolder
 from fusion.records.schemas import RunPointer, SubmissionPointer, seal
 from fusion.submissions import submission, unchanged
 from fusion.verify.__main__ import verify
@@ -154,7 +155,7 @@ def all_alike(place: Path) -> None:
 
 def a_model_of_nan(place: Path) -> None:
     """A committed checkpoint, by its hashes whole, whose weights are not finite."""
-    made = manifests.best(str(place / "output/runs/r"))
+    made = RunFolder(str(place / "output/runs/r")).best()
     path = Path(made.url, manifests.MODEL)
     header = json.loads(path.read_bytes()[8:][: int.from_bytes(path.read_bytes()[:8], "little")])
     tensors = {name: tensor * float("nan") for name, tensor in safetensors.torch.load_file(path).items()}
@@ -313,7 +314,7 @@ def test_input_that_is_written_while_it_is_read_is_not_predicted(
 
 
 def test_a_damaged_checkpoint_is_left_out(place: Path, night: Night, capsys: pytest.CaptureFixture[str]) -> None:
-    best = manifests.best(str(place / "output/runs/r"))
+    best = RunFolder(str(place / "output/runs/r")).best()
     made = Path(best.url)
     shutil.copytree(made, made.with_name("step-00000001"))
     (made.with_name("step-00000001") / "MANIFEST.json").write_text('{"schema": 1')

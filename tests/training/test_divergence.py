@@ -16,6 +16,7 @@ from fusion import storage
 from fusion.all_embeddings import train
 from fusion.data.tables import Table
 from fusion.records import checkpoint, manifests
+from fusion.records.run import RunFolder
 from fusion.records.schemas import CheckpointManifest
 from fusion.training import trainer
 from fusion.training.dataset import warn_of_extreme_prices
@@ -60,12 +61,12 @@ def test_a_state_that_is_not_finite_is_never_committed(
     said = capsys.readouterr().err
     assert "not finite at step 35, in epoch 1" in said
     assert "event=committed" in said and "smape=inf" not in said  # not known before the first validation
-    assert [made.manifest.step for made in manifests.committed(run)] == [25, 30]
+    assert [made.manifest.step for made in RunFolder(run).checkpoints()] == [25, 30]
     assert train.main(flags(catalog, tmp_path)) == 0  # on a healthy machine
     said = capsys.readouterr().err
     assert "event=resumed" in said
     assert "best_epoch=1/1" in said.splitlines()[-1] and "median_price_smape=" in said.splitlines()[-1]
-    assert manifests.committed(run)[-1].manifest.finished
+    assert RunFolder(run).checkpoints()[-1].manifest.finished
 
 
 def test_a_state_that_is_not_finite_is_never_resumed_from(
@@ -78,7 +79,7 @@ def test_a_state_that_is_not_finite_is_never_resumed_from(
         patch.setattr(trainer, "not_finite", lambda *_: None)
         patch.setattr(Fit, "share_loss", lambda self, *flags: self.place.sum(flags))
         assert train.main([*flags(catalog, tmp_path), "--keep", "9"]) == 70
-    assert manifests.committed(run)[-1].manifest.step > BROKEN_FROM
+    assert RunFolder(run).checkpoints()[-1].manifest.step > BROKEN_FROM
     capsys.readouterr()
     assert train.main(flags(catalog, tmp_path)) == 0
     said = capsys.readouterr().err
@@ -90,8 +91,8 @@ def test_the_newest_validated_checkpoint_is_kept(tmp_path: Path) -> None:
     for step, epoch, smape in ((10, 1, 40.0), (20, 2, 50.0), (30, 2, 50.0), (40, 3, 60.0), (50, 3, 60.0)):
         manifest = CheckpointManifest(1, [], step, epoch, smape, False, "0" * 64, "0" * 64, "")
         storage.write(str(tmp_path / f"checkpoints/step-{step:08d}/MANIFEST.json"), storage.as_json(asdict(manifest)))
-    checkpoint.prune(str(tmp_path), keep=1, resumed_from=None)
-    assert [made.manifest.step for made in manifests.committed(str(tmp_path))] == [10, 30, 50]
+    checkpoint.prune(RunFolder(str(tmp_path)), keep=1, resumed_from=None)
+    assert [made.manifest.step for made in RunFolder(str(tmp_path)).checkpoints()] == [10, 30, 50]
 
 
 def test_a_state_of_another_version_is_refused(
@@ -102,7 +103,7 @@ def test_a_state_of_another_version_is_refused(
         assert train.main(flags(catalog, tmp_path)) == 70
     newest = checkpoint.newest
 
-    def older(run: str) -> tuple[manifests.Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
+    def older(run: RunFolder) -> tuple[manifests.Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
         found = newest(run)
         assert found is not None
         found[2]["weights"].pop("target_median")

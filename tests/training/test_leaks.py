@@ -15,6 +15,7 @@ import pytest
 from fusion.all_embeddings import train
 from fusion.metrics import row_smape
 from fusion.records import manifests
+from fusion.records.run import RunFolder
 from fusion.records.validation import validation_of
 from tests.conftest import SMALL
 
@@ -25,7 +26,7 @@ LUCK = 3.0  # standard errors: what chance alone exceeds in one of 700 trials
 def trained(data: Path, output: Path, *more: str) -> manifests.Checkpoint:
     flags = ["--data", str(data), "--output", str(output), "--run-id", "r", *SMALL, "--epochs", "6"]
     assert train.main([*flags, *more]) == 0
-    return manifests.best(str(output / "runs/r"))
+    return RunFolder(str(output / "runs/r")).best()
 
 
 def gain(made: manifests.Checkpoint) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import pytest
 
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.demo.catalog import generate
-from fusion.records import manifests
+from fusion.records.run import RunFolder
 from fusion.records.validation import validation_of
 from fusion.submissions.predictions import from_parquet
 from fusion.training.trainer import SIMILARITY_LR, Fit
@@ -32,7 +32,7 @@ def test_an_evaluation_gives_the_validation_of_the_training(recipe: str, catalog
     """What was found before the training, and what evaluation searches, are the same neighbours."""
     flags = ["--data", str(catalog), "--output", str(tmp_path), "--run-id", "r", *SMALL, "--epochs", "2"]
     assert train.main([*flags, *RECIPES[recipe]]) == 0
-    (*_, made) = manifests.committed(str(tmp_path / "runs/r"))
+    (*_, made) = RunFolder(str(tmp_path / "runs/r")).checkpoints()
     assert evaluate_by_groups.main(["--output", str(tmp_path), "--run-id", "r", "--device", "cpu"]) == 0
     metrics = tmp_path / "runs/r/metrics"
     assert json.loads((metrics / "summary.json").read_text())["smape"] == pytest.approx(made.smape, rel=1e-6)
@@ -100,7 +100,7 @@ def test_more_neighbours_are_asked_for_than_there_are_rows(tmp_path: Path) -> No
     evaluated, predicted = used(tmp_path / "data", tmp_path / "output", *more)
     for prices in (evaluated["predicted"], predicted["price"]):
         assert np.isfinite(prices).all() and (prices > 0).all()
-    (*_, made) = manifests.committed(str(tmp_path / "output/runs/r"))
+    (*_, made) = RunFolder(str(tmp_path / "output/runs/r")).checkpoints()
     trained = validation_of(made).set_index("sample_id")["predicted"]
     found = evaluated.set_index("sample_id")["predicted"]
     pd.testing.assert_series_equal(found, trained.loc[found.index], rtol=1e-5)

@@ -19,7 +19,8 @@ from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.errors import SupersededError, UnreachableError
 from fusion.records import checkpoint, manifests, pointers
-from fusion.records.runs import take_lease
+from fusion.records.attempts import take_lease
+from fusion.records.run import RunFolder
 from fusion.records.schemas import FileEntry, RunPointer
 from fusion.verify import __main__ as verify
 from tests.chaos.boundaries import ALL, KINDS, Boundary
@@ -35,11 +36,11 @@ def flags(catalog: Path | str, output: Path | str, *more: str) -> list[str]:
 
 
 def model_bytes(output: Path) -> bytes:
-    return manifests.read_file(manifests.best(str(output / "runs" / "r")), manifests.MODEL)
+    return manifests.read_file(RunFolder(str(output / "runs" / "r")).best(), manifests.MODEL)
 
 
 def validation_bytes(output: Path) -> bytes:
-    return manifests.read_file(manifests.best(str(output / "runs" / "r")), manifests.VALIDATION)
+    return manifests.read_file(RunFolder(str(output / "runs" / "r")).best(), manifests.VALIDATION)
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +152,13 @@ def test_a_finished_run_that_is_damaged_is_made_again(
     name: str, catalog: Path, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    last = manifests.committed(str(tmp_path / "runs/r"))[-1]
+    last = RunFolder(str(tmp_path / "runs/r")).checkpoints()[-1]
     damaged(Path(last.url, name))
     if name == manifests.MODEL:
         assert predict_test.main(["--output", str(tmp_path), "--device", "cpu"]) == 65
         assert "start the training of this run again, which writes it again" in capsys.readouterr().err
     assert train.main(flags(catalog, tmp_path)) == 0
-    again = manifests.committed(str(tmp_path / "runs/r"))[-1]
+    again = RunFolder(str(tmp_path / "runs/r")).checkpoints()[-1]
     assert again.url == last.url and again.manifest.finished
     assert verify.main([str(tmp_path / "runs/r")]) == 0
     assert model_bytes(tmp_path) == model_bytes(undisturbed)
@@ -170,10 +171,10 @@ def test_a_step_that_was_passed_over_is_committed_anew(
 ) -> None:
     stopped_at(monkeypatch, 12)
     assert train.main(flags(catalog, tmp_path)) == 75
-    stopped = manifests.committed(str(tmp_path / "runs/r"))[-1]
+    stopped = RunFolder(str(tmp_path / "runs/r")).checkpoints()[-1]
     damaged(Path(stopped.url, manifests.STATE))
     assert train.main(flags(catalog, tmp_path)) == 75
-    assert manifests.committed(str(tmp_path / "runs/r"))[-1].url == stopped.url
+    assert RunFolder(str(tmp_path / "runs/r")).checkpoints()[-1].url == stopped.url
     assert verify.main([str(tmp_path / "runs/r")]) == 0
 
 
@@ -183,13 +184,13 @@ def test_what_follows_a_damaged_checkpoint_is_kept(
     with monkeypatch.context() as patch:
         stopped_at(patch, 12)
         assert train.main(flags(catalog, tmp_path, "--keep", "3")) == 75
-    made = manifests.committed(str(tmp_path / "runs/r"))
+    made = RunFolder(str(tmp_path / "runs/r")).checkpoints()
     assert [one.manifest.step for one in made] == [6, 9, 12]
     for one in made[1:]:
         damaged(Path(one.url, manifests.STATE))
     stopped_at(monkeypatch, 7)
     assert train.main(flags(catalog, tmp_path, "--keep", "1")) == 75
-    assert manifests.committed(str(tmp_path / "runs/r"))[-1].manifest.step == 7
+    assert RunFolder(str(tmp_path / "runs/r")).checkpoints()[-1].manifest.step == 7
     assert json.loads((tmp_path / "runs/r/attempts/2/exit.json").read_text())["step"] == 7
 
 
@@ -290,7 +291,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     with monkeypatch.context() as patch:
         stopped_at(patch, 12)
         assert train.main(flags(catalog, tmp_path)) == 75
-    newest = manifests.committed(str(tmp_path / "runs/r"))[-1]
+    newest = RunFolder(str(tmp_path / "runs/r")).checkpoints()[-1]
     state = Path(newest.url, manifests.STATE)
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
@@ -310,20 +311,20 @@ def test_an_older_attempt_cannot_publish(catalog: Path, tmp_path: Path, monkeypa
     """While this attempt trains, another one takes the lease."""
     original = checkpoint.commit
 
-    def commit(run: str, *arguments: object) -> manifests.Checkpoint:
-        take_lease(run)
+    def commit(run: RunFolder, *arguments: object) -> manifests.Checkpoint:
+        take_lease(RunFolder(run))
         return original(run, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(checkpoint, "commit", commit)
     assert train.main(flags(catalog, tmp_path)) == 78
-    assert manifests.committed(str(tmp_path / "runs/r")) == []
+    assert RunFolder(str(tmp_path / "runs/r")).checkpoints() == []
     assert not (tmp_path / "pointers").exists()
 
 
 def test_the_lease_belongs_to_the_newest(bucket: str) -> None:
-    first = take_lease(f"{bucket}/run")
+    first = take_lease(RunFolder(f"{bucket}/run"))
     first.check()
-    second = take_lease(f"{bucket}/run")
+    second = take_lease(RunFolder(f"{bucket}/run"))
     assert (first.attempt, second.attempt) == (1, 2)
     second.check()
     with pytest.raises(SupersededError, match="attempt 2 of this run began while this one, 1"):
@@ -341,7 +342,7 @@ def test_two_jobs_at_once(catalog: Path, tmp_path: Path, undisturbed: Path) -> N
 
 def test_retention_keeps_the_newest_and_the_best(catalog: Path, tmp_path: Path) -> None:
     assert train.main(flags(catalog, tmp_path, "--keep", "1", "--checkpoint-steps", "1")) == 0
-    left = manifests.committed(str(tmp_path / "runs/r"))
+    left = RunFolder(str(tmp_path / "runs/r")).checkpoints()
     assert 1 <= len(left) <= 2
     assert left[-1].manifest.finished
     folders = {path.name for path in (tmp_path / "runs/r/checkpoints").iterdir()}
@@ -379,7 +380,7 @@ def test_a_real_signal_ends_with_75_and_a_checkpoint(number: signal.Signals, cat
     command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags(catalog, tmp_path, "--epochs", "10000")]
     command += ["--patience", "10000"]
     job = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not manifests.committed(str(tmp_path / "runs/r")):
+    while not RunFolder(str(tmp_path / "runs/r")).checkpoints():
         time.sleep(0.05)
         assert job.poll() is None
     started = time.monotonic()
@@ -387,7 +388,7 @@ def test_a_real_signal_ends_with_75_and_a_checkpoint(number: signal.Signals, cat
     assert job.wait(30) == 75
     assert time.monotonic() - started < 10
     end = json.loads((tmp_path / "runs/r/attempts/1/exit.json").read_text())
-    assert end["step"] == manifests.committed(str(tmp_path / "runs/r"))[-1].manifest.step
+    assert end["step"] == RunFolder(str(tmp_path / "runs/r")).checkpoints()[-1].manifest.step
 
 
 SLOW_TO_SAVE = """

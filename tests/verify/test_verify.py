@@ -19,6 +19,7 @@ import safetensors.numpy
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.records import manifests
+from fusion.records.run import RunFolder
 from fusion.verify.__main__ import main
 from tests.conftest import SMALL, run_command, upload
 from tests.documents import edit
@@ -47,7 +48,7 @@ def output(made: Path, tmp_path: Path) -> Path:
 
 
 def newest(output: Path) -> Path:
-    return Path(manifests.committed(str(output / "runs/r"))[-1].url)
+    return Path(RunFolder(str(output / "runs/r")).checkpoints()[-1].url)
 
 
 def submission(output: Path) -> Path:
@@ -322,7 +323,7 @@ def test_the_ids_can_be_those_of_other_data(catalog: Path, output: Path, capsys:
 
 
 def test_a_checkpoint_that_is_pruned_meanwhile(output: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    original, gone = storage.read, Path(manifests.committed(str(output / "runs/r"))[0].url)
+    original, gone = storage.read, Path(RunFolder(str(output / "runs/r")).checkpoints()[0].url)
     assert gone != newest(output)
 
     def read(url: str) -> bytes:
@@ -385,7 +386,7 @@ def test_a_pointer_that_was_copied(output: Path, capsys: Capture) -> None:
 
 def test_a_smape_that_the_training_never_had(output: Path, capsys: Capture) -> None:
     """It decides which model is served; whoever changes it with our own functions is found all the same."""
-    smape = manifests.committed(str(output / "runs/r"))[-1].smape
+    smape = RunFolder(str(output / "runs/r")).checkpoints()[-1].smape
     edit(newest(output) / "MANIFEST.json", smape=1.0)
     recomputed, of_history = wrong_lines(capsys, output / "runs/r")
     assert "validation.parquet: smape of the manifest, recomputed: expected " in recomputed
@@ -452,7 +453,7 @@ def test_what_an_earlier_version_wrote(output: Path, capsys: Capture) -> None:
     assert wrong_lines(capsys, output, code=0) == []
     assert main([str(output)]) == 0
     assert "note runs/r: run.json: an earlier version wrote it" in capsys.readouterr().out
-    assert manifests.committed(str(output / "runs/r"))
+    assert RunFolder(str(output / "runs/r")).checkpoints()
     where = ["--output", str(output), "--run-id", "r"]
     assert evaluate_by_groups.main(where) == 0
     assert predict_test.main([*where, "--date", "2026-01-04"]) == 0
@@ -489,6 +490,8 @@ def test_a_silent_store_and_refused_credentials(bucket: str, monkeypatch: pytest
 def test_the_command_loads_no_torch(made: Path) -> None:
     done = run_command("fusion.verify", f"{made}/{POINTER}")
     assert done.code == 0 and done.out.endswith("\nOK\n") and not done.err
-    program = "import sys, fusion.verify as v; code = v.main(sys.argv[1:]); sys.exit(code or 'torch' in sys.modules)"
+    program = (
+        "import sys, fusion.verify.__main__ as v; code = v.main(sys.argv[1:]); sys.exit(code or 'torch' in sys.modules)"
+    )
     command = [sys.executable, "-c", program, str(made / "runs/r")]
     assert subprocess.run(command, check=False, capture_output=True).returncode == 0

@@ -1,0 +1,99 @@
+"""Finds the run that a command uses: by its folder, by its id, or the one that its variant is served by."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from fusion import storage
+from fusion.command.settings import from_json
+from fusion.config import ReadRunConfig, RunConfig
+from fusion.errors import ConfigError, DataError
+from fusion.records import manifests
+from fusion.records.best_run import pointed_to
+from fusion.records.run import CONFIG, RunFolder, config_digest
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def _find_run(settings: ReadRunConfig, variant: str) -> tuple[RunFolder, str]:
+    """Folder of the run to use: `--run-dir`, else `--run-id`, else the one of the variant that is served.
+
+    And the name of the checkpoint to use, if it is known without a look at them all.
+    """
+    if settings.run_dir:
+        return RunFolder(settings.run_dir.rstrip("/")), ""
+    if settings.run_id:
+        return RunFolder.named(settings.output, settings.run_id), ""
+    best = pointed_to(settings.output, variant)
+    if best is None:
+        raise _no_finished_run(settings.output, variant)
+    return RunFolder.named(settings.output, best.run_id), best.checkpoint
+
+
+def _no_finished_run(output: str, variant: str) -> DataError:
+    return DataError(
+        f"no finished run of {variant} under {output}",
+        f"train one with `python -m fusion.{variant}.train`, or name one with --run-dir",
+    )
+
+
+def no_run(output: str, run_id: str) -> DataError:
+    """The error that there is no run of this id, with the nearest that exists."""
+    known = {storage.base(url) for url in storage.ls(storage.join(output, "runs"))} - {run_id}
+    near = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(run_id, sorted(known), n=1))
+    return DataError(
+        f"no run {run_id} under {output}", f"{near}`python jobs/pull.py runs --output {output}` lists what is there"
+    )
+
+
+def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[RunFolder, C, manifests.Checkpoint]:
+    """Folder of the run to use, the settings it was started with, and its best checkpoint.
+
+    Raises:
+        DataError: there is no such run, or its config is not the one that the checkpoint was trained with.
+        ConfigError: it belongs to another variant.
+    """
+    run, named = _find_run(settings, config_class.variant)
+    url = run.at(CONFIG)
+    content = storage.read(url) if settings.run_dir else storage.read_if_exists(url)
+    if content is None and not settings.run_id:  # the run that is pointed to was deleted
+        raise _no_finished_run(settings.output, config_class.variant)
+    _check_variant(run, config_class.variant)
+    if content is None:
+        raise no_run(settings.output, run.run_id)
+    config = from_json(config_class, content, url)
+    best = run.best(named)
+    if config_digest(json.loads(content)) != best.manifest.config_sha256:
+        raise DataError(
+            f"{url} has other settings than {best.name} was trained with",
+            "restore it, or name another run with --run-id",
+        )
+    return run, config, best
+
+
+def data_of(settings: ReadRunConfig, of_run: str) -> str:
+    """Where the input is: `--data`, else `of_run`, where the run had it.
+
+    Raises:
+        DataError: the run had it in a folder that is not here.
+    """
+    if settings.data:
+        return settings.data
+    if "://" not in of_run and not Path(of_run).is_dir():
+        relative = "" if Path(of_run).is_absolute() else ", as seen from where its training was started"
+        raise DataError(
+            f"the run's data are in the folder {of_run}{relative}, and here is none", "name the folder with --data"
+        )
+    return of_run
+
+
+def _check_variant(run: RunFolder, variant: str) -> None:
+    facts = run.facts_if_whole()
+    if facts is not None and facts.variant != variant:
+        raise ConfigError(
+            f"run {run.run_id} is of {facts.variant}, and this command is of {variant}",
+            f"use the commands of that variant, such as python -m fusion.{facts.variant}.predict_test",
+        )

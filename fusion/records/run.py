@@ -1,0 +1,244 @@
+"""The folder of a run in a bucket: where each of its files lies, and what they say.
+
+    runs/<run id>/
+        config.json               its settings, written first
+        run.json                  what it is made from: digests of data and code, dimensions, versions
+        lease.json                the attempt that may write
+        attempts/<n>/             start.json, exit.json and log.txt of each attempt
+        split.parquet             which rows trained and which validate
+        memory.safetensors        the labelled rows that the model looks up neighbours in
+        features.safetensors      how sources are computed from the tables
+        checkpoints/step-<n>/     weights, training state, validation predictions; committed by MANIFEST.json
+        metrics/                  the history of the training, an evaluation by groups, an ablation
+        parts/                    chunks of an evaluation or an ablation that is not finished
+
+An ensemble has such a folder too, with `ensemble.json` and MANIFEST.json in place of settings and checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from fusion import log, storage
+from fusion.config import HOW, RunConfig, digest
+from fusion.errors import DataError
+from fusion.records import schemas
+from fusion.records.manifests import ENSEMBLE, MANIFEST, SPLIT, Checkpoint, best_of
+from fusion.records.schemas import AttemptEnd, AttemptStart, CheckpointManifest, EnsembleRecord, Manifest, RunFacts
+
+CONFIG: Final = "config.json"
+FACTS: Final = "run.json"
+LEASE: Final = "lease.json"
+START: Final = "start.json"
+EXIT: Final = "exit.json"
+LOG: Final = "log.txt"
+
+_PARAMETERS = re.compile(r"\bevent=start\b.*\bparameters=(\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class RunFolder:
+    """A run, by the URL of its folder, without a slash at its end.
+
+    It holds no state: each method reads the bucket. Documents that may be missing are None; damaged ones raise
+    `DataError`, but for the methods that say otherwise.
+    """
+
+    url: str
+
+    @classmethod
+    def named(cls, output: str, run_id: str) -> RunFolder:
+        return cls(storage.join(output, "runs", run_id))
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunFolder:
+        """The folder of the run that these settings start."""
+        return cls.named(config.output, config.name())
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> RunFolder:
+        return cls(checkpoint.url.rpartition("/checkpoints/")[0])
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def run_id(self) -> str:
+        return storage.base(self.url)
+
+    def at(self, *names: str) -> str:
+        """URL of a file or folder of this run: `run.at("metrics", "groups.csv")`."""
+        return storage.join(self.url, *names)
+
+    @property
+    def metrics(self) -> str:
+        return self.at("metrics")
+
+    @property
+    def parts(self) -> str:
+        return self.at("parts")
+
+    def checkpoint_url(self, name: str) -> str:
+        return self.at("checkpoints", name)
+
+    def attempt_url(self, number: int | str) -> str:
+        return self.at("attempts", str(number))
+
+    def exists(self) -> bool:
+        """Whether there is a run or an ensemble here."""
+        return any(storage.exists(self.at(name)) for name in (CONFIG, ENSEMBLE))
+
+    def facts(self) -> RunFacts | None:
+        """`run.json`; None for a run that never read its data."""
+        return schemas.read(RunFacts, self.at(FACTS))
+
+    def facts_if_whole(self) -> RunFacts | None:
+        """As `facts`; a damaged document is named in the log and counts as missing."""
+        return schemas.read_if_whole(RunFacts, self.at(FACTS), "run_damaged")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings in `config.json`, sections as dotted keys: `sources.clip_image`.
+
+        Raises:
+            DataError: there are none, or they are damaged.
+        """
+        url = self.at(CONFIG)
+        try:
+            values = json.loads(storage.read(url))
+        except ValueError as error:
+            raise damaged(url, str(error)) from error
+        if not isinstance(values, dict):
+            raise damaged(url, f"expected an object with settings, found {values!r:.80}")
+        return dict(_flat(values))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """All checkpoints that have a manifest, oldest first; damaged ones are named in the log and left out."""
+        found = [_checkpoint(folder) for folder in storage.ls(self.at("checkpoints"))]
+        return [checkpoint for checkpoint in found if checkpoint is not None]
+
+    def validated(self) -> list[Checkpoint]:
+        """The checkpoints whose validation SMAPE is known, oldest first."""
+        return [checkpoint for checkpoint in self.checkpoints() if checkpoint.manifest.smape is not None]
+
+    def best(self, named: str = "") -> Checkpoint:
+        """The checkpoint that evaluations and predictions use, see `manifests.best_of`.
+
+        Args:
+            named: the checkpoint that was it when the run finished; if it still stands, no other is looked at.
+
+        Raises:
+            DataError: the run has none.
+        """
+        last = _checkpoint(self.checkpoint_url(named)) if named else None
+        if last is not None and last.manifest.finished and last.manifest.smape is not None:
+            return last
+        found = self.validated()
+        if not found:
+            raise DataError(
+                f"{self} has no committed checkpoint", "let its training finish, or name another run with --run-dir"
+            )
+        return best_of(found)
+
+    def split_digest(self) -> str:
+        """sha256 of `split.parquet`; empty if it is gone: such a run compares with no other."""
+        content = storage.read_if_exists(self.at(SPLIT))
+        return "" if content is None else storage.sha256(content)
+
+    def ensemble(self) -> EnsembleRecord:
+        """What the ensemble in this folder is made of, verified against its manifest.
+
+        Raises:
+            DataError: it is not committed, or damaged.
+        """
+        content = self.ensemble_file(ENSEMBLE)
+        if content is None:
+            raise _damaged_ensemble(self.at(ENSEMBLE))
+        return schemas.parse(EnsembleRecord, content, self.at(ENSEMBLE))
+
+    def ensemble_file(self, name: str) -> bytes | None:
+        """A file of the ensemble in this folder, verified; None if its manifest does not list it.
+
+        Raises:
+            DataError: the ensemble is not committed, or the file is damaged.
+        """
+        url, manifest = self.at(name), schemas.read(Manifest, self.at(MANIFEST))
+        if manifest is None:
+            raise DataError(
+                f"{self} has no {MANIFEST}: this ensemble was not completed",
+                "run the same `python -m fusion.ensemble` command again, which completes it",
+            )
+        if not manifest.sha256_of(name):
+            return None
+        content = storage.read(url)
+        if storage.sha256(content) != manifest.sha256_of(name):
+            raise _damaged_ensemble(url)
+        return content
+
+    def n_parameters(self) -> int | None:
+        """Parameters of the model, as the log of the training has them; None where no log says so."""
+        for folder in storage.ls(self.at("attempts")):
+            content = storage.read_if_exists(storage.join(folder, LOG))
+            found = _PARAMETERS.search(content.decode(errors="replace")) if content else None
+            if found:
+                return int(found[1])
+        return None
+
+    def minutes(self) -> float | None:
+        """Minutes that all attempts took. Those that were killed do not count: they did not record their end."""
+        minutes = [_minutes(folder) for folder in storage.ls(self.at("attempts"))]
+        known = [one for one in minutes if one is not None]
+        return sum(known) if known else None
+
+
+def config_digest(settings: Mapping[str, Any]) -> str:
+    """sha256 of the settings that decide what a run computes, wherever its data lie."""
+    return digest({key: value for key, value in settings.items() if key not in HOW | {"data"}})
+
+
+def differing(settings: Sequence[Mapping[str, Any]], without: set[str]) -> dict[str, list[Any]]:
+    """Settings that differ, each with one value per run; None where a run's variant has no such setting."""
+    keys = dict.fromkeys(key for one in settings for key in one if key not in without)
+    found = {key: [one.get(key) for one in settings] for key in keys}
+    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+
+
+def damaged(url: str, cause: str) -> DataError:
+    return DataError(
+        f"{url} is damaged: {cause}", "compare other runs; `python -m fusion.verify URL` says what else is"
+    )
+
+
+def _damaged_ensemble(url: str) -> DataError:
+    return DataError(f"{url} is damaged: it is not what its manifest says", "make another ensemble of the same runs")
+
+
+def _checkpoint(folder: str) -> Checkpoint | None:
+    manifest = schemas.read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
+    if manifest is None:
+        return None
+    if manifest.name != storage.base(folder):
+        log.warning(event="checkpoint_damaged", checkpoint=folder, reason=f"its manifest is of {manifest.name}")
+        return None
+    return Checkpoint(folder, manifest)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _minutes(attempt: str) -> float | None:
+    start = schemas.read_if_whole(AttemptStart, storage.join(attempt, START), "attempt_damaged")
+    end = schemas.read_if_whole(AttemptEnd, storage.join(attempt, EXIT), "attempt_damaged")
+    if start is None or end is None:
+        return None
+    began, ended = (datetime.fromisoformat(one) for one in (start.started, end.ended))
+    return (ended - began).total_seconds() / 60

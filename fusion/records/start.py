@@ -1,0 +1,85 @@
+"""The start of a run: its settings and, once its data are read, what it is made from. Both are written once."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+
+from fusion import __version__, storage
+from fusion.command.settings import from_json, to_json
+from fusion.config import HOW, RunConfig
+from fusion.errors import ConfigError, DataError
+from fusion.records import schemas
+from fusion.records.provenance import code_digest, revision
+from fusion.records.run import CONFIG, FACTS, RunFolder, config_digest
+
+
+def start_run(config: RunConfig) -> None:
+    """Writes `config.json`, the first thing a run writes.
+
+    Raises:
+        ConfigError: the run exists with other settings, or exists at all and --fresh was given.
+    """
+    url = RunFolder.of(config).at(CONFIG)
+    if not storage.exists(url):
+        storage.write(url, to_json(config).encode())
+        return
+    if config.fresh:
+        raise ConfigError(
+            f"run {config.name()} exists in {config.output}", "choose another --run-id, or leave out --fresh"
+        )
+    before, now = asdict(from_json(type(config), storage.read(url), url)), asdict(config)
+    changed = [key for key in now if key not in HOW | {"data"} and before[key] != now[key]]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"run {config.name()} exists with {key}={before[key]!r}, now it is {now[key]!r}",
+            "give this run another --run-id, or the settings it was started with",
+        )
+    if not storage.exists(RunFolder.of(config).at(FACTS)):
+        storage.write(url, to_json(config).encode())  # it never read its data: perhaps --data was wrong
+
+
+def describe_run(
+    config: RunConfig, data_digest: str, dims: Mapping[str, int], quartiles: Sequence[float], world_size: int
+) -> None:
+    """Writes `run.json`: what this run was made from and with; an existing one must be of the same data.
+
+    Args:
+        quartiles: of the prices, in dollars; predictions far from them are not published.
+
+    Raises:
+        DataError: the data are not those that the run was started with.
+    """
+    url = RunFolder.of(config).at(FACTS)
+    before = RunFolder.of(config).facts()
+    if before is not None:
+        if before.data_sha256 != data_digest:
+            raise DataError(
+                f"the data have changed since run {config.name()} began: sha256 {data_digest[:12]}, "
+                f"was {before.data_sha256[:12]}",
+                "train on the new data under another --run-id",
+            )
+        return
+    facts = {
+        "run_id": config.name(),
+        "variant": config.variant,
+        "config_sha256": config_digest(asdict(config)),
+        "config_json_sha256": storage.sha256(storage.read(RunFolder.of(config).at(CONFIG))),
+        "code_sha256": code_digest("training"),
+        "data_sha256": data_digest,
+        "dims": dict(dims),
+        "price_quartiles": list(quartiles),
+        "world_size": world_size,
+        "revision": revision(),
+        "versions": {
+            "fusion": __version__,
+            "python": platform.python_version(),
+            "torch": metadata.version("torch"),
+            "numpy": metadata.version("numpy"),
+        },
+        "started": schemas.now(),
+    }
+    storage.write(url, schemas.seal(facts))

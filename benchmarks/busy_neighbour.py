@@ -24,7 +24,8 @@ from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
 from fusion.distributed.world import world
 from fusion.data.row_store import RowStore
-from fusion.training.trainer import Fit, TrainingData
+from fusion.training.trainer import Fit
+from fusion.training.dataset import TrainingData
 from fusion.prediction.predict import make_model
 
 DIMS = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}

@@ -2,6 +2,7 @@
 
 from fusion.metrics import compute_metrics, compute_smape
 from fusion.records.portable import load_checkpoint, save_checkpoint
-from fusion.training.trainer import EarlyStopping, set_seed
+from fusion.training.early_stopping import EarlyStopping
+from fusion.training.seeds import set_seed
 
 __all__ = ["EarlyStopping", "compute_metrics", "compute_smape", "load_checkpoint", "save_checkpoint", "set_seed"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -36,10 +36,38 @@ from fusion.records.manifests import SPLIT
 from fusion.records.run import FACTS, RunFolder
 from fusion.records.split import read_split, to_parquet
 from fusion.records.start import describe_run
-from fusion.training.trainer import TrainingData
 
 # Times the median price. Catalogs from screws to machines stay within it; 99999999 and 1e308 do not.
 EXTREME_PRICE = 1e6
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Rows to train on and to validate on.
+
+    Attributes:
+        targets: [N] log1p(price), float32.
+        train, validation: positions in the store, int64. Rows without any embedding are not trained on.
+        prices: [n_validation] dollars, float64.
+        ids: [n_validation] sample ids.
+        category: [n_validation] text, named after its column; None: there is no such column, or this is not rank 0.
+        all_ids: [N] sample ids.
+        all_prices: [N] dollars, float64.
+        folds: [N] part of the split that each row is in; -1: it is in none.
+        groups: [N] group of near-duplicates.
+    """
+
+    store: RowStore
+    targets: Tensor
+    train: Tensor
+    validation: Tensor
+    prices: np.ndarray
+    ids: pd.Index
+    category: pd.Series | None
+    all_ids: pd.Index
+    all_prices: np.ndarray
+    folds: Tensor
+    groups: Tensor
 
 
 def read_data(config: RunConfig, place: World) -> TrainingData:

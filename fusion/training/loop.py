@@ -25,7 +25,8 @@ from fusion.training.dataset import read_data, statistics
 from fusion.training.memory_build import remember
 from fusion.training.pace import Pace, seconds_left, standing
 from fusion.training.saver import Saver, baseline
-from fusion.training.trainer import Fit, set_seed
+from fusion.training.seeds import set_seed
+from fusion.training.trainer import Fit
 
 
 def train(config: C, build_network: BuildNetwork[C]) -> None:

@@ -24,7 +24,8 @@ from fusion.records import memory
 from fusion.records.manifests import MEMORY
 from fusion.records.memory import Remembered, log_prices_of
 from fusion.records.run import RunFolder
-from fusion.training.trainer import TrainingData, mixed
+from fusion.training.dataset import TrainingData
+from fusion.training.seeds import mixed
 
 CHUNK = 1024  # rows whose neighbours are looked for at a time
 SAMPLE = 20_000  # rows that components are made of, at most

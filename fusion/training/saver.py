@@ -24,7 +24,8 @@ from fusion.records.provenance import code_digest
 from fusion.records.run import FACTS, RunFolder
 from fusion.records.schemas import RunFacts
 from fusion.submissions.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
-from fusion.training.trainer import Fit, TrainingData
+from fusion.training.dataset import TrainingData
+from fusion.training.trainer import Fit
 
 
 class Saver:

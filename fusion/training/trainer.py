@@ -6,21 +6,16 @@ nothing of an iterator or a random generator needs to be remembered, and any num
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fusion.config import RunConfig
-from fusion.data.row_store import RowStore
 from fusion.distributed.world import World
 from fusion.errors import DivergedError
 from fusion.loss_functions import get_loss_function
@@ -31,71 +26,15 @@ from fusion.prediction.predict import predict_rows, pricing
 from fusion.prediction.resumable import Arrays, with_beats
 from fusion.records.checkpoint import Snapshot, not_finite
 from fusion.records.validation import validation_frame
+from fusion.training.dataset import TrainingData
+from fusion.training.early_stopping import EarlyStopping
+from fusion.training.seeds import mixed
 
 AGREE_STEPS = 10  # steps between two moments at which the ranks add up their losses and may stop or save
 
 SIMILARITY_LR = 20.0  # times the learning rate: that of the weights of similarities
 
 Beat = Callable[[], None]  # tells the watchdog that this rank gets on
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Rows to train on and to validate on.
-
-    Attributes:
-        targets: [N] log1p(price), float32.
-        train, validation: positions in the store, int64. Rows without any embedding are not trained on.
-        prices: [n_validation] dollars, float64.
-        ids: [n_validation] sample ids.
-        category: [n_validation] text, named after its column; None: there is no such column, or this is not rank 0.
-        all_ids: [N] sample ids.
-        all_prices: [N] dollars, float64.
-        folds: [N] part of the split that each row is in; -1: it is in none.
-        groups: [N] group of near-duplicates.
-    """
-
-    store: RowStore
-    targets: Tensor
-    train: Tensor
-    validation: Tensor
-    prices: np.ndarray
-    ids: pd.Index
-    category: pd.Series | None
-    all_ids: pd.Index
-    all_prices: np.ndarray
-    folds: Tensor
-    groups: Tensor
-
-
-class EarlyStopping:
-    """Called with the score of each epoch; true when `patience` epochs in a row were not better by `min_delta`.
-
-    >>> stop = EarlyStopping(patience=2)
-    >>> [stop(score) for score in (3.0, 2.0, 2.5, 2.0)]
-    [False, False, False, True]
-    """
-
-    def __init__(self, patience: int = 7, min_delta: float = 0, mode: str = "min") -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode is {mode!r}, expected 'min' or 'max'")
-        self.patience, self.min_delta, self.mode = patience, min_delta, mode
-        self.best: float | None = None
-        self.n_worse = 0
-
-    def __call__(self, score: float) -> bool:
-        if not math.isfinite(score):
-            raise DivergedError(f"the score is {score}", "look for the first epoch whose loss is not finite")
-        gain = 0.0 if self.best is None else (self.best - score if self.mode == "min" else score - self.best)
-        if self.best is None or gain > self.min_delta:
-            self.best, self.n_worse = score, 0
-        else:
-            self.n_worse += 1
-        return self.n_worse >= self.patience
-
-    @property
-    def stopped(self) -> bool:
-        return self.n_worse >= self.patience
 
 
 class Fit:
@@ -316,15 +255,3 @@ def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copy(inner) for key, inner in value.items()}
     return [_copy(inner) for inner in value] if isinstance(value, list) else value
-
-
-def set_seed(seed: int) -> None:
-    """Seeds Python, NumPy and torch on all devices."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def mixed(*parts: object) -> int:
-    """A seed of 32 bits that is another for any other parts."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")

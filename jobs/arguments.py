@@ -1,4 +1,4 @@
-"""What the commands of `jobs/` have in common in how they read flags and variables."""
+"""Checks of command-line arguments that all commands of `jobs/` share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fusion.errors import ConfigError
 
 
 def refuse_empty(given: argparse.Namespace) -> None:
-    """Raises ConfigError for a flag without a value, as `--output "$BUCKET"` is where BUCKET is not set."""
+    """Raises ConfigError for a flag with an empty value, such as `--output "$BUCKET"` where BUCKET is not set."""
     for name, value in vars(given).items():
         if value == "":
             flag = f"--{name.replace('_', '-')}"

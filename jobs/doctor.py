@@ -1,11 +1,11 @@
-"""Looks at everything a job needs before it runs: the store, credentials, data, machine, libraries and GPUs.
+"""Checks everything that a job needs before it runs: the store, credentials, data, machine, libraries and GPUs.
 
     python jobs/doctor.py --data s3://bucket/data --output s3://bucket/output --variant all_embeddings
 
-One line for each check: ok, warn or fail, what was found, and what to do about it. Settings come from the environment,
-as the job's own would. It writes one object below --output and removes it again, and loads no torch into this process.
-The exit code is 0 when nothing fails, else that of the worst failure: 77 credentials, 78 settings or machine, 65 data,
-70 a check that broke, 69 a store that does not answer.
+Prints one line per check: ok, warn or fail, what was found, and how to fix it. Settings come from the same environment
+variables that the job would read. The command writes one object below --output and removes it again. The exit code is 0
+when no check fails, else that of the worst failure: 77 credentials, 78 settings or machine, 65 data, 70 a bug in a
+check, 69 a store that does not answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ try:
     from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds, visible
     from jobs.arguments import refuse_empty
     from jobs.checks import machine, store
-    from jobs.checks.findings import Check, Finding, Job, fail, read_settings, warn
+    from jobs.checks.findings import Check, Finding, PlannedJob, fail, read_settings, warn
     from jobs.schedulers.description import config_class
 except ImportError as wrong_python:
     if __name__ != "__main__":
@@ -32,50 +32,58 @@ except ImportError as wrong_python:
     print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
     sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
-# What waiting may cure comes last: a scheduler may try 69 again, and must not where something else is wrong as well.
+# UNREACHABLE comes last: schedulers retry a job that ends with 69, and a retry cannot help where another check failed
+# as well. The others are in the order in which a user should fix them.
 WORST_FIRST = (ExitCode.CREDENTIALS, ExitCode.CONFIG, ExitCode.DATA, ExitCode.BUG, ExitCode.UNREACHABLE)
 SOURCES = "--sources."
 
 CHECKS = (
-    Check("settings", "FUSION_… variables hold what is allowed", store.settings),
-    Check("credentials", "there are some, and how long they live", store.credentials),
+    Check("settings", "FUSION_… variables hold valid values", store.settings),
+    Check("credentials", "there are credentials for S3, and when they expire", store.credentials),
     Check("store", "the store of --output answers", store.store),
-    Check("clock", "this clock is the store's", store.clock),
-    Check("data", "train.csv, test.csv and the sources are there", store.data, needs="settings"),
+    Check("clock", "this machine's clock agrees with the store's", store.clock),
+    Check("data", "train.csv, test.csv and the sources exist", store.data, needs="settings"),
     Check("writable", "an object can be written, read and removed", store.writable, needs="store"),
-    Check("conditions", "the store refuses what two writers must not do", store.conditions, needs="writable"),
-    Check("libraries", "Python and libraries are new enough", machine.libraries),
-    Check("gpus", "GPUs and driver, by nvidia-smi", machine.gpus, needs="settings"),
+    Check("conditions", "the store supports conditional writes", store.conditions, needs="writable"),
+    Check("libraries", "Python and the libraries have supported versions", machine.libraries),
+    Check("gpus", "GPUs and driver, from nvidia-smi", machine.gpus, needs="settings"),
     Check("torch", "torch loads, and finds GPUs and NCCL", machine.torch, needs="settings"),
     Check("memory", "limits on memory and open files", machine.memory),
     Check("shm", "/dev/shm is large enough for NCCL, and fits the memory limit", machine.shared_memory),
     Check("folders", "temporary files and caches can be written", machine.folders),
     Check("names", "host names resolve", machine.names),
-    Check("cluster", "what runs this, and how long it still may", machine.cluster),
+    Check("cluster", "which scheduler runs this, and the time that is left", machine.cluster),
     Check("grace", "training's grace period fits the launcher's", machine.grace, needs="settings"),
 )
 
 
-def examine(job: Job, checks: Sequence[Check], say: Callable[[str, Finding], None]) -> dict[str, Finding]:
-    """What every check found, by its name; `say` gets each as it is found."""
+def examine(job: PlannedJob, checks: Sequence[Check], say: Callable[[str, Finding], None]) -> dict[str, Finding]:
+    """Runs the checks in order; returns the findings by the name of the check.
+
+    Args:
+        say: called with each finding as soon as it is there.
+    """
     findings: dict[str, Finding] = {}
-    missed: set[str] = set()  # failed or skipped
+    unavailable: set[str] = set()  # names of checks that failed or were skipped
     for check in checks:
-        if check.needs in missed:
+        is_skipped = check.needs in unavailable
+        if is_skipped:
             finding: Finding | None = warn(f"skipped: needs check {check.needs}", f"see check {check.needs}")
         else:
-            finding = look(check, job)
-        if finding is not None:
-            missed |= {check.name} if check.needs in missed or finding.verdict == "fail" else set()
-            findings[check.name] = finding
-            say(check.name, finding)
+            finding = run_check(check, job)
+        if finding is None:
+            continue
+        if is_skipped or finding.verdict == "fail":
+            unavailable.add(check.name)
+        findings[check.name] = finding
+        say(check.name, finding)
     return findings
 
 
-def look(check: Check, job: Job) -> Finding | None:
-    """What the check found; its own failure to find anything is a finding too."""
+def run_check(check: Check, job: PlannedJob) -> Finding | None:
+    """What the check found. An exception in the check becomes a failure too, with exit code 70 if it is unexpected."""
     try:
-        return check.look(job)
+        return check.run(job)
     except FusionError as error:
         return fail(error.message, error.remedy, ExitCode(error.code))
     except Exception as error:
@@ -83,9 +91,11 @@ def look(check: Check, job: Job) -> Finding | None:
 
 
 def worst(findings: Sequence[Finding]) -> ExitCode:
-    """The exit code of the worst failure; 0 when there is none."""
+    """The exit code of the worst failure; 0 when no check failed, and 70 for a code that WORST_FIRST does not list."""
     codes = {finding.code for finding in findings if finding.verdict == "fail"}
-    return next((code for code in WORST_FIRST if code in codes), ExitCode.BUG if codes else ExitCode.DONE)
+    if not codes:
+        return ExitCode.DONE
+    return next((code for code in WORST_FIRST if code in codes), ExitCode.BUG)
 
 
 def _print(name: str, finding: Finding) -> None:
@@ -107,27 +117,27 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", metavar="URL", help="bucket or folder of the input (default: FUSION_DATA, else data)")
     add("--output", metavar="URL", help="bucket or folder of the output (default: FUSION_OUTPUT, else output)")
-    add("--variant", metavar="NAME", help="qwen_clip or all_embeddings: also look for its sources")
+    add("--variant", metavar="NAME", help="qwen_clip or all_embeddings: also check that its sources exist")
     add(f"{SOURCES}ROLE", metavar="NAME", action="append",
-        help="source of a role of the --variant, as in training: --sources.clip-image cnn")  # fmt: skip
+        help="source for a role of the --variant, as in training: --sources.clip-image cnn")  # fmt: skip
     add("--store-timeout", metavar="S", type=seconds, default=variable("FUSION_STORE_TIMEOUT") or "5",
-        help="seconds to retry a store that does not answer (default: 5)")  # fmt: skip
+        help="seconds for which to retry a store that does not answer (default: 5)")  # fmt: skip
     add(
         "--only",
         metavar="CHECK",
         nargs="+",
         choices=[check.name for check in CHECKS],
-        help="not all of the checks below",
+        help="run these checks alone",
     )
-    add("--json", action="store_true", help="JSON instead of lines")
+    add("--json", action="store_true", help="print JSON instead of lines")
     return parser
 
 
-def _read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Job]:
-    """The flags, and the job that they and the environment describe.
+def _read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, PlannedJob]:
+    """Parses the flags; returns them, and the job that they and the environment describe.
 
     Raises:
-        UsageError: a flag, a variant or a role that does not exist.
+        UsageError: a flag, a variant or a role does not exist.
     """
     parser = _parser()
     given, unknown = parser.parse_known_args(argv)
@@ -136,9 +146,11 @@ def _read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Job]:
     if unknown and not unknown[0].startswith(SOURCES):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if unknown and not given.variant:
-        raise UsageError(f"{unknown[0]} is of a role, and roles are of a variant", "name it: --variant all_embeddings")
+        raise UsageError(
+            f"{unknown[0]} names the source of a role, and roles need a variant", "add --variant all_embeddings"
+        )
     if given.variant:
-        config_class(given.variant, "train")  # is there one?
+        config_class(given.variant, "train")  # raises UsageError if there is no such variant
     typed = {"--output": given.output, "--data": given.data}
     flags = (*(word for name, value in typed.items() if value for word in (name, value)), *unknown)
     try:
@@ -146,10 +158,12 @@ def _read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Job]:
         output, data = settings.output, settings.data
     except UsageError:
         raise
-    except FusionError:  # the check of the settings says what is wrong with them
+    except (
+        FusionError
+    ):  # The check `settings` reports it; the other checks go on with what can be read without parsing.
         output = given.output or variable("FUSION_OUTPUT") or "output"
         data = given.data or variable("FUSION_DATA") or "data"
-    return given, Job(output, data, given.variant, flags)
+    return given, PlannedJob(output, data, given.variant, flags)
 
 
 def _job(argv: Sequence[str] | None) -> ExitCode:
@@ -166,7 +180,7 @@ def _job(argv: Sequence[str] | None) -> ExitCode:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with `argv`; gives its exit code. `--help` raises SystemExit, as argparse does."""
+    """Runs the command with `argv`; returns its exit code. `--help` raises SystemExit, as argparse does."""
     try:
         return guarded(lambda: _job(argv))
     except KeyboardInterrupt:

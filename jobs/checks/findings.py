@@ -1,4 +1,4 @@
-"""What a check of `doctor.py` came to, and what it may ask about the job."""
+"""The types of `doctor.py`: a check, the job that it checks for, and the finding that it returns."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from jobs.schedulers.description import config_class
 
 
 @dataclass(frozen=True)
-class Job:
-    """The job that is about to run.
+class PlannedJob:
+    """The job that the checks are made for.
 
     Attributes:
-        variant: whose sources the data must have; None: any.
-        flags: settings as they were typed: --output, --data, --sources.ROLE.
+        output, data: URLs or folders.
+        variant: the model variant whose sources the data must have; None accepts any sources.
+        flags: the flags as typed on the command line: --output, --data, --sources.ROLE.
     """
 
     output: str
@@ -30,16 +31,23 @@ class Job:
 
     @property
     def settings(self) -> RunConfig:
-        """Settings of the job's variant, or those that all variants share.
+        """The training settings of the job's variant; without a variant, those that all variants share.
 
         Raises:
-            ConfigError: a variable, or the file that FUSION_CONFIG names, holds what is not allowed.
+            ConfigError: a FUSION_… variable, or the file that FUSION_CONFIG names, holds an invalid value.
         """
         return read_settings(self.variant, self.flags)
 
 
 def read_settings(variant: str | None, flags: Sequence[str]) -> RunConfig:
-    """What these flags and the environment set, of a variant or of what all share; read once, as it may warn."""
+    """The training settings that result from these flags and the environment.
+
+    Equal arguments and an equal environment are parsed once: parsing may log a warning, which several checks would
+    repeat otherwise.
+
+    Args:
+        variant: None reads the settings that all variants share.
+    """
     environment = sorted(item for item in os.environ.items() if item[0].startswith("FUSION_"))
     return _read_settings(variant, tuple(flags), tuple(environment))
 
@@ -52,11 +60,12 @@ def _read_settings(variant: str | None, flags: tuple[str, ...], environment: tup
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
+    """The result of one check: one line of the report.
 
     Attributes:
-        remedy: what to do; empty when all is well.
-        code: the exit code that a job would end with, of a failure.
+        found: what the check found, in words.
+        remedy: what the user can do about it; empty when the verdict is ok.
+        code: for a failure, the exit code that a job would end with.
     """
 
     verdict: Literal["ok", "warn", "fail"]
@@ -67,17 +76,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to look at.
+    """One check of `doctor.py`.
 
     Attributes:
-        about: what it looks at, for `--help`.
-        look: None when there is nothing to look at here.
-        needs: name of an earlier check; if that failed, this one could not say anything.
+        about: what it checks, for `--help`.
+        run: makes the check; returns None when it does not apply here.
+        needs: name of an earlier check; when that failed or was skipped, this one is skipped.
     """
 
     name: str
     about: str
-    look: Callable[[Job], Finding | None]
+    run: Callable[[PlannedJob], Finding | None]
     needs: str = ""
 
 
@@ -94,7 +103,7 @@ def fail(found: str, remedy: str, code: ExitCode) -> Finding:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes for people.
+    """A number of bytes as text, in MiB or GiB.
 
     >>> [size(n) for n in (0, 67108864, 25769803776, 1e20)]
     ['0 MiB', '64 MiB', '24.0 GiB', '93132257461.5 GiB']

@@ -1,4 +1,4 @@
-"""Checks of the machine: memory, folders, limits, libraries, GPUs, and how the nodes of a job find one another."""
+"""Checks of the machine: memory, folders, limits, libraries, GPUs, and whether the nodes of a job find each other."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ import fusion
 from fusion.environment import variable
 from fusion.errors import ExitCode
 from fusion.storage.scratch import temporary_folder
-from jobs.checks.findings import Finding, Job, fail, ok, size, warn
+from jobs.checks.findings import Finding, PlannedJob, fail, ok, size, warn
 
 SHM = Path("/dev/shm")
-LITTLE = 2**30  # bytes; less is worth a word
-FEW_FILES = 1024
-TORCH_TIMEOUT = 120.0  # seconds; it loads in 5, in 60 from a cold network disk
-SOON = 600  # seconds
-LAUNCHER_GRACE = 60.0  # seconds that fusion.launch gives its ranks by default
+# 1 GiB, for /dev/shm and for temporary folders: NCCL takes tens of MiB in /dev/shm per GPU of a node, and caches of
+# compiled kernels take hundreds. With less a job may still run, so less is a warning.
+MIN_FREE_BYTES = 2**30
+# The usual soft limit on Linux. Ten threads that fetch, connections between ranks and Parquet readers stay far below
+# it; with a lower limit a job may end with "Too many open files".
+MIN_OPEN_FILES = 1024
+TORCH_TIMEOUT = 120.0  # seconds; loading torch takes 5, and 60 from a cold network disk
+SOON = 600  # seconds; a Slurm job with less time left than this gets a warning
+LAUNCHER_GRACE = 60.0  # seconds; the default of fusion.launch --grace, which a test compares with this
 CACHES = ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR")
-_ASK_TORCH = """
+_PROBE_TORCH = """
 import json, torch
 cuda = torch.cuda.is_available()
 nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda and torch.distributed.is_nccl_available() else None
@@ -41,14 +45,15 @@ print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.device_count
 """
 
 
-def libraries(_: Job) -> Finding:
-    """Whether Python and every library are of a version that Fusion supports."""
+def libraries(_: PlannedJob) -> Finding:
+    """Checks that Python and every library have a version that Fusion supports."""
     try:
         about = metadata.metadata("fusion")
     except metadata.PackageNotFoundError:
         folder = Path(fusion.__file__).parents[1]
         return ok(
-            f"fusion {fusion.__version__} runs from {folder}, not installed: versions of libraries are not compared"
+            f"fusion {fusion.__version__} runs from {folder} without being installed, so that the required versions of "
+            "libraries are not known"
         )
     needed = [Requirement(text) for text in metadata.requires("fusion") or ()]
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
@@ -56,7 +61,7 @@ def libraries(_: Job) -> Finding:
     python = _mismatch("Python", SpecifierSet(about["Requires-Python"] or ""), platform.python_version())
     wrong = [python, *wrong] if python else wrong
     if wrong:
-        to_do = "install Fusion again where it runs: `pip install .`"
+        to_do = "install Fusion again in this environment: `pip install .`"
         return fail("; ".join(wrong), to_do, ExitCode.CONFIG)
     return ok(f"fusion {about['Version']}, Python {platform.python_version()}, {len(needed)} libraries as required")
 
@@ -74,8 +79,8 @@ def _mismatch(name: str, needed: SpecifierSet, found: str | None) -> str:
     return "" if needed.contains(found, prereleases=True) else f"{name} is {found}, expected {needed}"
 
 
-def gpus(job: Job) -> Finding | None:
-    """The GPUs and their driver, as nvidia-smi tells."""
+def gpus(job: PlannedJob) -> Finding | None:
+    """Checks the GPUs and their driver by means of nvidia-smi; does not apply where the job uses the CPU."""
     device = job.settings.device
     if device == "cpu":
         return None
@@ -88,22 +93,33 @@ def gpus(job: Job) -> Finding | None:
             f"no GPU, and FUSION_DEVICE is {device}", "ask for a GPU, or set FUSION_DEVICE=cpu", ExitCode.CONFIG
         )
     if not listed:
-        return warn("no GPU: the job computes on the CPU", "ask the cluster for a GPU, or say FUSION_DEVICE=cpu")
+        return warn("no GPU: the job computes on the CPU", "ask the cluster for a GPU, or set FUSION_DEVICE=cpu")
     names = sorted({one["name"] for one in listed})
     found = f"{len(listed)} x {' and '.join(names)}, driver {listed[0]['driver_version']}"
-    busy = [f"GPU {one['index']} has {one['memory.used']} of {one['memory.total']} MiB in use" for one in listed if
-            _is_busy(one["memory.used"], one["memory.total"])]  # fmt: skip
-    return warn(f"{found}; {', '.join(busy)}", "see `nvidia-smi` for whose it is") if busy else ok(found)
+    busy = [
+        f"GPU {one['index']} has {one['memory.used']} of {one['memory.total']} MiB in use"
+        for one in listed
+        if _is_busy(one["memory.used"], one["memory.total"])
+    ]
+    if busy:
+        return warn(f"{found}; {', '.join(busy)}", "see which processes use it: `nvidia-smi`")
+    return ok(found)
 
 
 def _is_busy(used: str, total: str) -> bool:
-    """Whether more than a tenth of the memory, in MiB, is in use: an idle GPU holds some hundred MiB."""
-    numbers = used.replace(".", "").isdecimal() and total.replace(".", "").isdecimal()
-    return numbers and float(used) > 0.1 * float(total)  # "[N/A]" where memory is shared with the CPU
+    """Whether another process seems to use the GPU: more than a tenth of its memory is in use.
+
+    The driver itself holds some hundred MiB of an idle GPU, which is below a tenth of any GPU with 8 GiB or more.
+
+    Args:
+        used, total: memory in MiB as nvidia-smi prints it; "[N/A]" where a GPU shares the memory of the CPU.
+    """
+    are_numbers = used.replace(".", "").isdecimal() and total.replace(".", "").isdecimal()
+    return are_numbers and float(used) > 0.1 * float(total)
 
 
 def _nvidia_smi() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU; raises ValueError when that is no table."""
+    """One row per GPU, empty where there is no nvidia-smi; raises ValueError when its output is not such a table."""
     if not shutil.which("nvidia-smi"):
         return []
     names = ["index", "name", "driver_version", "memory.used", "memory.total"]
@@ -111,74 +127,85 @@ def _nvidia_smi() -> list[dict[str, str]]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     rows = [line.split(", ") for line in done.stdout.splitlines() if line]
     if any(len(row) != len(names) for row in rows):
-        raise ValueError(f"it says {done.stdout.splitlines()[0]!r}")
+        raise ValueError(f"it printed {done.stdout.splitlines()[0]!r}")
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _has_gpus() -> bool:
     try:
         return bool(_nvidia_smi())
-    except (OSError, subprocess.SubprocessError, ValueError):  # the check of the GPUs says what is wrong
+    except (OSError, subprocess.SubprocessError, ValueError):  # which the check `gpus` reports
         return False
 
 
-def torch(job: Job) -> Finding:
-    """Whether torch finds the GPUs, and which NCCL it brings. Another process loads it, not this one."""
+def torch(job: PlannedJob) -> Finding:
+    """Checks that torch loads and finds the GPUs, and reports its NCCL. A subprocess loads torch, with a timeout."""
     if not find_spec("torch"):
-        return warn("torch is not installed: of Fusion, only jobs/ works here", "install it where jobs run")
-    command = [sys.executable, "-c", _ASK_TORCH]
+        return warn("torch is not installed: only the commands of jobs/ work here", "install torch where jobs run")
+    command = [sys.executable, "-c", _PROBE_TORCH]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TORCH_TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
-        to_do = "look at the disk that it lies on, and at the driver: `nvidia-smi`"
+        to_do = "check the disk that torch is installed on, and the driver: `nvidia-smi`"
         return fail(f"torch did not load within {TORCH_TIMEOUT:g} s", to_do, ExitCode.CONFIG)
     if done.returncode:
         cause = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return fail(f"torch cannot be loaded ({cause})", "install it again", ExitCode.CONFIG)
+        return fail(f"torch cannot be loaded ({cause})", "install torch again", ExitCode.CONFIG)
     version, cuda, n_devices, nccl = json.loads(done.stdout)
     if not n_devices and job.settings.device != "cpu" and _has_gpus():
-        to_do = "install a build of torch for this driver, or a driver for this build"
+        to_do = "install a build of torch for this driver, or a newer driver"
         return fail(f"torch {version} (CUDA {cuda}) finds none of the GPUs", to_do, ExitCode.CONFIG)
-    return ok(f"torch {version}, " + (f"CUDA {cuda}, NCCL {nccl}, {n_devices} GPUs" if n_devices else "on the CPU"))
+    if not n_devices:
+        return ok(f"torch {version}, on the CPU")
+    return ok(f"torch {version}, CUDA {cuda}, NCCL {nccl}, {n_devices} GPUs")
 
 
-def shared_memory(_: Job) -> Finding:
-    """The size of /dev/shm, through which NCCL moves data between the GPUs of a node, and whether it can be written."""
+def shared_memory(_: PlannedJob) -> Finding:
+    """Checks the size of /dev/shm, through which NCCL moves data between the GPUs of a node, and that it is writable.
+
+    On Kubernetes a memory-backed emptyDir counts towards the memory limit of the pod, so that one as large as the limit
+    would let the pod run out of memory before the folder is full.
+    """
     to_do = "mount a larger one: a memory-backed emptyDir on Kubernetes, --shm-size=1g with Docker or Podman"
     if not SHM.is_dir():
         return warn(f"there is no {SHM}", to_do)
     if cause := _write_error(SHM):
-        to_do = "mount one that this user can write: NCCL, and the ranks of a node, share data there"
+        to_do = "mount one that this user can write: NCCL and the ranks of a node share data there"
         return warn(f"{SHM} cannot be written ({cause})", to_do)
     total, _used, free = shutil.disk_usage(SHM)
     found, limit = f"{SHM} has {size(total)}, {size(free)} free", memory_limit()
-    if total < LITTLE or free < total / 10:
+    if total < MIN_FREE_BYTES or free < total / 10:  # nearly full: another job of this node may have left files there
         return warn(found, to_do)
     if limit and total >= limit:
         return warn(
-            f"{found}; the memory limit, which it counts towards, is {size(limit)}", "give it a sizeLimit below"
+            f"{found}; the memory limit, which it counts towards, is {size(limit)}", "give it a smaller sizeLimit"
         )
     return ok(found)
 
 
-def memory(_: Job) -> Finding:
-    """What memory this job may use, and how many files it may open."""
+def memory(_: PlannedJob) -> Finding:
+    """Reports how much memory this job may use, and warns if it may open few files."""
     limit, total = memory_limit(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     n_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     found = f"{size(limit)} by the cgroup's limit" if limit else f"{size(total)}, no limit by a cgroup"
     found += f"; {n_files} open files"
-    if 0 <= n_files < FEW_FILES:
-        return warn(found, f"allow {FEW_FILES} open files or more: `ulimit -n`")
+    if 0 <= n_files < MIN_OPEN_FILES:
+        return warn(found, f"allow {MIN_OPEN_FILES} open files or more: `ulimit -n`")
     return ok(found)
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """Bytes that the cgroup of this process allows; None for no limit."""
+    """The smallest memory limit, in bytes, of the cgroups that this process is in (version 2, then 1); None: no limit.
+
+    Args:
+        root: another root of the file system, for tests.
+    """
     group = next((line for line in _text(root / "proc/self/cgroup").splitlines() if line.startswith("0::/")), "0::/")
     parents = [Path(group[4:]), *Path(group[4:]).parents]
     files = [root / "sys/fs/cgroup" / folder / "memory.max" for folder in parents]
     limits = [_text(file).strip() for file in [*files, root / "sys/fs/cgroup/memory/memory.limit_in_bytes"]]
-    found = [int(limit) for limit in limits if limit.isdecimal() and int(limit) < 2**60]  # cgroup 1: huge for none
+    # Without a limit, version 2 says "max", and version 1 a number near 2**63.
+    found = [int(limit) for limit in limits if limit.isdecimal() and int(limit) < 2**60]
     return min(found, default=None)
 
 
@@ -189,17 +216,19 @@ def _text(path: Path) -> str:
         return ""
 
 
-def folders(_: Job) -> Finding:
-    """Whether temporary files and caches can be written, and have room."""
+def folders(_: PlannedJob) -> Finding:
+    """Checks that temporary files and caches can be written, and that there is space for them."""
     free: dict[str, int] = {}
     for name, folder in {"TMPDIR": temporary_folder(), **_caches()}.items():
-        there = _nearest(Path(folder).absolute())
+        there = _nearest_existing(Path(folder).absolute())
         if cause := _write_error(there):
-            to_do = f"mount a writable volume there, or set {name} to one"
+            to_do = f"mount a writable volume there, or set {name} to a folder that can be written"
             return fail(f"{folder} ({name}) cannot be written: {cause}", to_do, ExitCode.CONFIG)
         free[folder] = shutil.disk_usage(there).free
     found = ", ".join(f"{folder} {size(n_bytes)} free" for folder, n_bytes in free.items())
-    return warn(found, "make room: compiled kernels and logs need some") if min(free.values()) < LITTLE else ok(found)
+    if min(free.values()) < MIN_FREE_BYTES:
+        return warn(found, "free some space: compiled kernels and logs need it")
+    return ok(found)
 
 
 def _caches() -> dict[str, str]:
@@ -207,7 +236,7 @@ def _caches() -> dict[str, str]:
 
 
 def _write_error(folder: Path) -> str:
-    """Why no file can be written there; empty when one can."""
+    """Why no file can be written to the folder; empty when one can."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"probe")
@@ -216,14 +245,14 @@ def _write_error(folder: Path) -> str:
     return ""
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder, or the part of its path that exists."""
-    # Not Path.exists, which raises where this user may not look, as below another's HOME.
+def _nearest_existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    # os.path.exists, because Path.exists raises PermissionError below folders of other users.
     return next(parent for parent in [folder, *folder.parents] if os.path.exists(parent))
 
 
-def names(_: Job) -> Finding:
-    """Whether this machine's name, and that of the first node, resolve."""
+def names(_: PlannedJob) -> Finding:
+    """Checks that the names of this machine and of the first node resolve."""
     own, master = socket.gethostname(), variable("MASTER_ADDR", "PET_MASTER_ADDR")
     if n_nodes() > 1 and not master and not variable("SLURM_STEP_NODELIST"):
         to_do = "set MASTER_ADDR to the name of node 0"
@@ -231,6 +260,7 @@ def names(_: Job) -> Finding:
     if master and not _resolves(master):
         to_do = "use a name that every node resolves, such as the pod's of a headless Service"
         return fail(f"MASTER_ADDR {master} does not resolve", to_do, ExitCode.CONFIG)
+    # Only a warning: a job on one node connects to 127.0.0.1.
     if not _resolves(own):
         return warn(f"this machine's own name {own} does not resolve", f"add `127.0.0.1 {own}` to /etc/hosts")
     return ok(f"{own} resolves" + (f", and so does MASTER_ADDR {master}" if master else ""))
@@ -243,8 +273,8 @@ def _resolves(name: str) -> bool:
         return False
 
 
-def cluster(_: Job) -> Finding:
-    """What runs this job, and how long it still may."""
+def cluster(_: PlannedJob) -> Finding:
+    """Reports which scheduler runs this job, and warns when Slurm ends it soon."""
     env = os.environ
     if "SLURM_JOB_ID" in env:
         return _slurm(env)
@@ -266,17 +296,19 @@ def _slurm(env: Mapping[str, str]) -> Finding:
 
 
 def n_nodes() -> int:
+    """The number of nodes of this job, from the variables of torchrun (PET_NNODES) or Slurm; 1 without them."""
     text = variable("PET_NNODES", "SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES") or "1"
     return int(text) if text.isdecimal() else 1
 
 
-def grace(job: Job) -> Finding:
-    """Whether training counts on more time for a stop than its launcher gives."""
+def grace(job: PlannedJob) -> Finding:
+    """Checks that training does not plan to take longer for a stop than its launcher allows (see FUSION_GRACE)."""
     seconds = job.settings.grace
     if seconds > LAUNCHER_GRACE:
         found = f"FUSION_GRACE is {seconds:g} s, and fusion.launch kills its ranks after {LAUNCHER_GRACE:g} s"
         to_do = (
-            f"leave it out, or start fusion.launch with --grace {seconds:g} and have the cluster wait longer than that"
+            f"unset FUSION_GRACE, or start fusion.launch with --grace {seconds:g} and let the cluster wait longer than "
+            "that before it kills the job"
         )
         return warn(found, to_do)
-    return ok(f"training counts on {seconds:g} s from a stop signal on, fusion.launch gives it {LAUNCHER_GRACE:g} s")
+    return ok(f"training takes at most {seconds:g} s to stop, and fusion.launch allows {LAUNCHER_GRACE:g} s")

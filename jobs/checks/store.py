@@ -1,4 +1,7 @@
-"""Checks of the store: does it answer, may this job read and write there, for how long, and do its rules hold."""
+"""Checks of the store: that it answers, that this job may read and write there and how long its credentials last.
+
+Also checked are what lies there (the data) and what the store supports (conditional writes).
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,16 @@ from fusion import storage
 from fusion.data.inputs import find_sources, find_table, source_names
 from fusion.errors import DataError, ExitCode
 from fusion.storage import backend
-from jobs.checks.findings import Finding, Job, fail, ok, warn
+from jobs.checks.findings import Finding, PlannedJob, fail, ok, warn
 
-REFUSED_AFTER = timedelta(minutes=15)  # S3 refuses signatures of a clock that is further off
-NOTABLE = timedelta(seconds=30)
-SOON = timedelta(minutes=15)
-WHERE = ("data", "output")  # settings that other checks name
+MAX_SKEW = timedelta(minutes=15)  # S3 refuses requests that were signed by a clock that is off by more than this
+NOTABLE_SKEW = timedelta(seconds=30)  # a clock that is set by NTP is off by less than a second: this one is not
+SOON = timedelta(minutes=15)  # credentials that expire earlier will expire in the middle of most jobs
+SHOWN_ELSEWHERE = ("data", "output")  # settings that other checks print
 
 
-def credentials(job: Job) -> Finding | None:
-    """Who this job is to S3, and for how long."""
+def credentials(job: PlannedJob) -> Finding | None:
+    """Checks that there are credentials for S3, and when they expire; does not apply without an S3 bucket."""
     if not _buckets(job):
         return None
     if fsspec.config.conf.get("s3", {}).get("key"):
@@ -37,10 +40,10 @@ def credentials(job: Job) -> Finding | None:
         found = get_session().get_credentials()
         if found is None:
             return _no_credentials("the AWS provider chain finds none")
-        token = found.get_frozen_credentials().token  # refreshes those that can be
-    except (BotoCoreError, RuntimeError, OSError, ValueError) as error:  # RuntimeError: refreshed, and still expired
+        token = found.get_frozen_credentials().token  # which refreshes them where botocore can
+    except (BotoCoreError, RuntimeError, OSError, ValueError) as error:  # RuntimeError: expired even after a refresh
         return _no_credentials(f"{type(error).__name__}: {error}".splitlines()[0])
-    return _life(found.method, getattr(found, "_expiry_time", None), bool(token))
+    return _describe_lifetime(found.method, getattr(found, "_expiry_time", None), bool(token))
 
 
 def _no_credentials(cause: str) -> Finding:
@@ -48,17 +51,24 @@ def _no_credentials(cause: str) -> Finding:
     return fail(f"no usable credentials: {cause}", to_do, ExitCode.CREDENTIALS)
 
 
-def _life(method: str, expiry: datetime | None, has_token: bool) -> Finding:
+def _describe_lifetime(method: str, expiry: datetime | None, has_token: bool) -> Finding:
+    """The finding for credentials that exist.
+
+    Args:
+        method: where botocore found them, such as env, shared-credentials-file, assume-role.
+        has_token: whether they are temporary, which a session token shows.
+    """
     if expiry is None and has_token:
         to_do = "set AWS_CREDENTIAL_EXPIRATION beside AWS_SESSION_TOKEN, or give the job a role that renews itself"
         return warn(f"from {method}: a session token that does not say when it expires", to_do)
     if expiry is None:
         return ok(f"from {method}: they do not expire")
     left = expiry - datetime.now(UTC)
-    renewed = method not in ("env", "explicit")
+    renewed = method not in ("env", "explicit")  # botocore renews what it got from any other provider
     found = f"from {method}: valid for {_minutes(left)}"
     if left < SOON and not renewed:
-        return warn(found, "sign in again before a long job; it ends with 77 when they expire, and goes on afterwards")
+        to_do = "sign in again before a long job: it ends with 77 when they expire, and continues when started again"
+        return warn(found, to_do)
     return ok(f"{found}, then renewed" if renewed else found)
 
 
@@ -67,33 +77,36 @@ def _minutes(span: timedelta) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-def store(job: Job) -> Finding:
-    """Whether the store of the output answers, and lets this job look."""
+def store(job: PlannedJob) -> Finding:
+    """Checks that the store of the output answers, and lets this job list objects."""
     started = time.monotonic()
     storage.ls(job.output)
     return ok(f"{job.output} answers in {1000 * (time.monotonic() - started):.0f} ms")
 
 
-def clock(job: Job) -> Finding | None:
-    """Whether this machine's clock is that of the store."""
+def clock(job: PlannedJob) -> Finding | None:
+    """Compares this machine's clock with the store's; does not apply without an S3 bucket."""
     buckets = _buckets(job)
     if not buckets:
         return None
     skew = storage.retrying(f"s3://{buckets[0]}", lambda: _skew(buckets[0]))
     if skew is None:
-        return warn("the store does not say what time it is", "compare the clock of this machine yourself: `date -u`")
+        return warn("the store sends no Date header", "check the clock of this machine yourself: `date -u`")
     ahead = f"{abs(skew).total_seconds():.0f} s {'ahead of' if skew > timedelta() else 'behind'} the store's"
-    if abs(skew) > REFUSED_AFTER:
+    if abs(skew) > MAX_SKEW:
         return fail(
-            f"this clock is {ahead}, and S3 refuses requests from 900 s on", "set the clock (NTP)", ExitCode.CONFIG
+            f"this clock is {ahead}, and S3 refuses requests above 900 s", "set the clock (NTP)", ExitCode.CONFIG
         )
-    if abs(skew) > NOTABLE:
-        return warn(f"this clock is {ahead}", "set the clock (NTP); S3 refuses requests from 900 s on")
+    if abs(skew) > NOTABLE_SKEW:
+        return warn(f"this clock is {ahead}", "set the clock (NTP); S3 refuses requests above 900 s")
     return ok(f"this clock is {ahead}")
 
 
 def _skew(bucket: str) -> timedelta | None:
-    """This clock less the Date of an answer to an unsigned request: whatever else it says, it comes from the store."""
+    """This machine's clock minus the Date header of the store; None without that header.
+
+    The request is unsigned, so that neither missing credentials nor a wrong clock matter: an error has a Date as well.
+    """
     from botocore import UNSIGNED
     from botocore.config import Config
     from botocore.exceptions import ClientError
@@ -108,25 +121,26 @@ def _skew(bucket: str) -> timedelta | None:
         answer = client.head_bucket(Bucket=bucket)
     except ClientError as error:
         answer = error.response
-    here = before + (datetime.now(UTC) - before) / 2
+    here = before + (datetime.now(UTC) - before) / 2  # the store wrote its Date about half-way through the request
     headers = answer["ResponseMetadata"]["HTTPHeaders"]
     return here - parsedate_to_datetime(headers["date"]) if "date" in headers else None
 
 
-def _buckets(job: Job) -> list[str]:
+def _buckets(job: PlannedJob) -> list[str]:
+    """Names of the S3 buckets of output and data."""
     urls = [re.fullmatch(r"s3a?://([^/]+).*", url) for url in (job.output, job.data)]
     return [found[1] for found in urls if found]
 
 
-def data(job: Job) -> Finding:
-    """Whether the tables and the embeddings are there."""
+def data(job: PlannedJob) -> Finding:
+    """Checks that the tables and the embeddings exist."""
     bindings = job.settings.bindings() if job.variant else {}
     find_table(job.data, "train")
     train, test = source_names(job.data, "train"), source_names(job.data, "test")
     missing = {role: name for role, name in bindings.items() if name not in train}
     if missing or not train:
         return _without_sources(job, missing, train)
-    find_sources(job.data, "train", bindings)  # each once
+    find_sources(job.data, "train", bindings)  # raises DataError where a source exists both as a file and as a folder
     needed = set(bindings.values()) or train
     lacking = ([] if _has_test(job) else ["test.csv"]) + sorted(needed - test)
     if lacking:
@@ -134,15 +148,21 @@ def data(job: Job) -> Finding:
     return ok(f"{job.data} has train, test, and for both {', '.join(sorted(needed))}")
 
 
-def _without_sources(job: Job, missing: dict[str, str], there: set[str]) -> Finding:
+def _without_sources(job: PlannedJob, missing: dict[str, str], there: set[str]) -> Finding:
+    """The failure for sources that do not exist.
+
+    Args:
+        missing: names of sources by role.
+        there: names of the sources that exist.
+    """
     lacks = " and no ".join(sorted(missing.values())) or "sources"
     flags = " ".join(f"--sources.{role.replace('_', '-')} NAME" for role in missing)
-    remedy = f"add them, or name those that are there: {flags}" if there else "add them: README.md says how"
+    remedy = f"add them, or name those that are there: {flags}" if there else "add them; see README.md"
     found = f"{job.data}/embeddings/train has no {lacks}; it has {', '.join(sorted(there)) or 'nothing'}"
     return fail(found, remedy, ExitCode.DATA)
 
 
-def _has_test(job: Job) -> bool:
+def _has_test(job: PlannedJob) -> bool:
     try:
         find_table(job.data, "test")
     except DataError:
@@ -150,44 +170,46 @@ def _has_test(job: Job) -> bool:
     return True
 
 
-def writable(job: Job) -> Finding:
-    """Whether an object can be written below the output, read back, and removed."""
+def writable(job: PlannedJob) -> Finding:
+    """Checks that an object can be written below the output, read back, and removed."""
     url, content = storage.join(job.output, f".probe-{uuid.uuid4().hex}"), b"probe"
     try:
         storage.write(url, content)
         found = storage.read(url)
         storage.remove(url)
     except OSError as error:
-        return fail(f"{job.output} cannot be written ({error})", "make room, or name another --output", ExitCode.CONFIG)
+        to_do = "free some space, or give another --output"
+        return fail(f"{job.output} cannot be written ({error})", to_do, ExitCode.CONFIG)
     if found != content:
-        return fail(f"{url} was written as {content!r} and is read as {found!r}", "use another store", ExitCode.DATA)
+        return fail(f"{url} was written as {content!r} and read as {found!r}", "use another store", ExitCode.DATA)
     if storage.exists(url):
-        return fail(f"{url} was removed and is still there", "allow this job to delete objects", ExitCode.CREDENTIALS)
+        return fail(f"{url} still exists after its removal", "allow this job to delete objects", ExitCode.CREDENTIALS)
     return ok(f"wrote, read and removed an object below {job.output}")
 
 
-def conditions(job: Job) -> Finding:
-    """Whether two attempts at one run are kept apart: the store refuses writes whose condition does not hold."""
+def conditions(job: PlannedJob) -> Finding:
+    """Checks that the store supports conditional writes, which keep two jobs from writing to one run at a time."""
     if not storage.honours_conditions(job.output):
         missing = "conditional writes"
-    elif backend.is_lacking(job.output, "locks"):  # of a file system, whose conditions they are
+    elif backend.is_lacking(job.output, "locks"):  # file systems: conditional writes are made of file locks there
         missing = "locks"
     else:
-        return ok("the store refuses writes whose condition does not hold")
-    to_do = "never run two jobs with one --run-id at a time, or use a store that has them"
-    return warn(f"the store has no {missing}: nothing keeps two attempts at a run apart", to_do)
+        return ok("the store supports conditional writes")
+    to_do = "never run two jobs with the same --run-id at the same time, or use a store that supports them"
+    return warn(f"the store has no {missing}: two jobs could write to one run at the same time", to_do)
 
 
-def settings(job: Job) -> Finding:
-    """Whether what is set is allowed."""
+def settings(job: PlannedJob) -> Finding:
+    """Checks that the settings are valid, and reports those that differ from the defaults."""
     found = job.settings
-    usual = asdict(type(found)())
-    settings = {key: value for key, value in asdict(found).items() if key not in WHERE}
-    changed = [text for key, value in settings.items() for text in _changed(key, usual[key], value)]
+    defaults = asdict(type(found)())
+    settings = {key: value for key, value in asdict(found).items() if key not in SHOWN_ELSEWHERE}
+    changed = [text for key, value in settings.items() for text in _changed(key, defaults[key], value)]
     return ok(f"{job.variant or 'settings of all variants'}: {', '.join(changed) or 'nothing but defaults'}")
 
 
-def _changed(key: str, usual: Any, value: Any) -> list[str]:
+def _changed(key: str, default: Any, value: Any) -> list[str]:
+    """`key value` for each value that differs from its default; keys of nested settings are joined by dots."""
     if isinstance(value, dict):
-        return [text for name in value for text in _changed(f"{key}.{name}", usual[name], value[name])]
-    return [] if value == usual else [f"{key} {value}"]
+        return [text for name in value for text in _changed(f"{key}.{name}", default[name], value[name])]
+    return [] if value == default else [f"{key} {value}"]

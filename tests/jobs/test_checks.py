@@ -1,4 +1,4 @@
-"""Checks of `doctor.py` that need no store: in this process, on folders."""
+"""Checks of `doctor.py` that need no object store; the data lies in folders, and the command runs in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobs.checks import machine
-from jobs.checks.findings import Check, Finding, Job
+from jobs.checks.findings import Check, Finding, PlannedJob
 from jobs.doctor import main
 from tests.conftest import Done
 from tests.services import require
@@ -28,7 +28,7 @@ def doctor(*flags: str) -> Done:
 
 
 def process(*flags: str, mount: str) -> subprocess.CompletedProcess[str]:
-    """The command where root has mounted something first."""
+    """Runs the command in a mount namespace of its own, after the shell command `mount`."""
     require(os.geteuid() == 0, "root, to mount folders")
     command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "-", sys.executable, "jobs/doctor.py", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -36,7 +36,7 @@ def process(*flags: str, mount: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Files of the right names, which doctor does not open."""
+    """Empty files with the right names: doctor does not open them."""
     for split in ("train", "test"):
         (tmp_path / "data" / "embeddings" / split).mkdir(parents=True)
         (tmp_path / "data" / f"{split}.csv").touch()
@@ -45,7 +45,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_sources_of_other_names(data: Path) -> None:
+def test_a_missing_source_is_named_with_the_flag_that_fixes_it(data: Path) -> None:
     flags = ["--only", "settings", "data", "--data", str(data), "--variant", "qwen_clip"]
     lacking = doctor(*flags)
     assert lacking.code == 65 and "has no clip_image; it has cnn, qwen_text" in lacking.out
@@ -60,7 +60,9 @@ def test_sources_of_other_names(data: Path) -> None:
     assert doctor(*flags, "--source.clip-image", "cnn").code == 64
 
 
-def test_settings_that_a_file_names(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_come_from_the_file_that_fusion_config_names(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "my.toml"
     file.write_text(f'data = "{data}"\nlr = 0.1\n')
     monkeypatch.setenv("FUSION_CONFIG", str(file))
@@ -68,13 +70,13 @@ def test_settings_that_a_file_names(data: Path, tmp_path: Path, monkeypatch: pyt
     assert found.code == 0 and "lr 0.1" in found.out and f"{data} has train, test" in found.out
 
 
-def test_a_misspelt_variable_is_named_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warns_once_of_a_misspelt_variable(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSION_EPOCH", "3")
     found = doctor("--data", str(data), "--only", "settings", "data", "gpus", "grace")
     assert found.err.count("did_you_mean=FUSION_EPOCHS") == 1
 
 
-def test_empty_variables_and_empty_flags(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variables_are_unset_and_empty_flags_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(data.parent)
     for name in ("FUSION_DATA", "FUSION_OUTPUT", "FUSION_STORE_TIMEOUT"):
         monkeypatch.setenv(name, "")
@@ -84,13 +86,13 @@ def test_empty_variables_and_empty_flags(data: Path, monkeypatch: pytest.MonkeyP
     assert (refused.code, refused.err.splitlines()[0]) == (78, "error: --output is empty")
 
 
-def test_text_of_the_data_does_not_drive_the_terminal(data: Path) -> None:
+def test_control_characters_in_file_names_are_escaped(data: Path) -> None:
     (data / "embeddings" / "train" / "\x1b[2J[b].parquet").touch()
     found = doctor("--data", str(data), "--variant", "qwen_clip", "--only", "data")
     assert "\x1b" not in found.out and r"\x1b[2J[b]" in found.out
 
 
-def test_shared_memory_that_is_read_only() -> None:
+def test_warns_of_a_read_only_dev_shm() -> None:
     done = process(
         "--only", "shm", mount="mount -o remount,ro,bind /dev/shm /dev/shm || mount -t tmpfs -o ro t /dev/shm"
     )
@@ -105,7 +107,9 @@ def test_shared_memory_that_is_read_only() -> None:
         ("echo 'No devices were found'", "fail gpus         nvidia-smi does not work"),
     ],
 )
-def test_what_nvidia_smi_may_say(says: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusual_output_of_nvidia_smi_is_understood(
+    says: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{says}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -113,15 +117,15 @@ def test_what_nvidia_smi_may_say(says: str, expected: str, tmp_path: Path, monke
     assert expected in found.out, found.out
 
 
-def test_a_torch_that_does_not_load_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_that_loads_too_slowly_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "TORCH_TIMEOUT", 0.01)
     found = doctor("--only", "torch")
     assert found.code == 78 and "torch did not load within 0.01 s" in found.out
     assert json.loads(doctor("--only", "torch", "--json").out)[0]["code"] == 78
 
 
-def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: Job) -> Finding:
+def test_ctrl_c_prints_an_error_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: PlannedJob) -> Finding:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("jobs.doctor.CHECKS", (Check("store", "", interrupted),))
@@ -129,18 +133,18 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.code, found.err) == (130, "error: interrupted\nhint: run the same command again\n")
 
 
-def test_a_cache_whose_path_cannot_even_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_folder_that_cannot_be_examined_is_not_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", f"/tmp/{'x' * 300}")  # as HOME=/root is to another user
     found = doctor("--only", "folders")
     assert found.code != 70 and "broke" not in found.out, found.out
 
 
-def test_data_that_names_a_file(data: Path) -> None:
+def test_a_file_given_as_data_is_refused_with_its_folder_as_hint(data: Path) -> None:
     found = doctor("--only", "data", "--data", str(data / "train.csv"))
     assert found.code == 65 and f"hint: --data {data}\n" in found.out
 
 
-def test_what_is_no_source_of_its_own(data: Path) -> None:
+def test_hidden_files_are_ignored_and_a_source_that_exists_twice_is_refused(data: Path) -> None:
     train = data / "embeddings" / "train"
     for name in ("_SUCCESS", "._cnn.parquet", ".hidden.parquet", "notes.txt"):
         (train / name).touch()

@@ -1,4 +1,4 @@
-"""Each thing that can be wrong before a run is made to be wrong, and found, with its exit code."""
+"""Breaks each thing that `doctor.py` checks, and expects its finding and exit code."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from fusion import storage
 from fusion.errors import ExitCode
 from fusion.launch import launcher
 from jobs.checks import machine
-from jobs.checks.findings import Check, Job, fail, ok
-from jobs.doctor import CHECKS, look, worst
+from jobs.checks.findings import Check, PlannedJob, fail, ok
+from jobs.doctor import CHECKS, run_check, worst
 from jobs.doctor import main as doctor_main
 from tests.conftest import BUCKET, upload
 from tests.fault_proxy import Fault, FaultProxy, _Exchange
@@ -40,7 +40,7 @@ Found = dict[str, dict[str, Any]]
 
 
 def doctor(*flags: str, **env: str) -> tuple[int, Found]:
-    """The command, in this process: its exit code, and what each check found."""
+    """Runs the command in this process; returns its exit code, and what each check found."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with patch.dict(os.environ, env), redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
         code = doctor_main([*flags, "--json"])
@@ -63,7 +63,7 @@ def process(*flags: str, wrap: tuple[str, ...] = (), **env: str) -> subprocess.C
 
 @pytest.fixture
 def place(bucket: str, catalog: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A catalog in a bucket, and an output beside it, as the environment says it."""
+    """A bucket with a catalog, which FUSION_DATA names, and an output beside it, which FUSION_OUTPUT names."""
     upload(catalog, f"{bucket}/data")
     monkeypatch.setenv("FUSION_DATA", f"{bucket}/data")
     monkeypatch.setenv("FUSION_OUTPUT", f"{bucket}/out")
@@ -76,7 +76,7 @@ def keys(url: str) -> list[str]:
     return [entry["Key"] for entry in boto3.client("s3").list_objects_v2(Bucket=BUCKET, Prefix=prefix)["Contents"]]
 
 
-def test_all_is_well(place: str) -> None:
+def test_all_checks_pass(place: str) -> None:
     before = keys(place)
     done = process("--variant", "all_embeddings", FUSION_DEVICE="cpu")
     assert (done.returncode, done.stderr) == (0, "")
@@ -97,13 +97,13 @@ def test_help_names_every_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean --output?" in capsys.readouterr().err
 
 
-def test_checks_are_in_order() -> None:
+def test_checks_come_after_those_they_need() -> None:
     names = [check.name for check in CHECKS]
     assert len(set(names)) == len(names)
     assert all(names.index(check.needs) < names.index(check.name) for check in CHECKS if check.needs)
 
 
-def test_nobody_answers(place: str, s3: S3Server) -> None:
+def test_a_store_that_does_not_answer_skips_the_checks_that_need_it(place: str, s3: S3Server) -> None:
     proxy = FaultProxy(s3.endpoint)
     proxy.stop()
     flags = ["--only", "store", "clock", "data", "writable", "conditions"]
@@ -114,7 +114,7 @@ def test_nobody_answers(place: str, s3: S3Server) -> None:
     assert found["writable"]["found"] == "skipped: needs check store"
 
 
-def test_a_proxy_that_is_dead(place: str) -> None:
+def test_a_dead_proxy_is_an_unreachable_store(place: str) -> None:
     flags = ["--only", "store", "clock", "data"]
     code, found = doctor(*flags, HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
     assert (code, [one["code"] for one in found.values()]) == (69, [69] * 3), found
@@ -139,7 +139,7 @@ def test_a_proxy_that_is_dead(place: str) -> None:
     ],
     ids=["wrong secret", "reader", "no bucket", "no folder", "no data", "epochs", "grace", "no file"],
 )
-def test_what_the_store_and_the_settings_refuse(
+def test_wrong_settings_and_permissions_fail_with_their_exit_codes(
     env: dict[str, str], failing: str, code: int, expected: str, place: str
 ) -> None:
     flags = ["--only", "settings", "store", "data", "writable", "conditions", "grace"]
@@ -150,7 +150,7 @@ def test_what_the_store_and_the_settings_refuse(
     assert not [key for key in keys(place) if ".probe" in key]
 
 
-def test_an_output_that_is_read_only(tmp_path: Path) -> None:
+def test_a_read_only_output_fails(tmp_path: Path) -> None:
     require(os.geteuid() == 0, "root, to mount a read-only folder")
     mount = f'mount -t tmpfs -o ro tmpfs {tmp_path} && exec "$@"'
     flags = ["--only", "writable", "--output", str(tmp_path / "out")]
@@ -159,7 +159,7 @@ def test_an_output_that_is_read_only(tmp_path: Path) -> None:
     assert f"no access to {tmp_path}/out/" in done.stdout and "Read-only file system" in done.stdout
 
 
-def test_data_that_lacks_something(catalog: Path, place: str) -> None:
+def test_missing_tables_and_sources_are_named(catalog: Path, place: str) -> None:
     flags = ["--variant", "all_embeddings"]
     assert only("data", *flags)[:2] == (0, "ok")
     storage.remove(f"{place}/data/embeddings/test/clip_image.parquet")
@@ -183,13 +183,13 @@ def test_data_that_lacks_something(catalog: Path, place: str) -> None:
         (["--store-timeout", "soon"], "--store-timeout: invalid seconds value: 'soon'"),
     ],
 )
-def test_usage(flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_invalid_flags(flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor_main(flags) == 64
     assert expected in capsys.readouterr().err.splitlines()[0]
 
 
 class Careless(MemoryFileSystem):  # type: ignore[misc]
-    """A store that takes no notice of conditions, as some S3 clones do."""
+    """A store that ignores the conditions of conditional writes, as some S3 clones do."""
 
     protocol = "careless"
     store: ClassVar[dict[str, Any]] = {}
@@ -199,16 +199,16 @@ class Careless(MemoryFileSystem):  # type: ignore[misc]
         super().pipe_file(path, value)
 
 
-def test_a_store_without_conditions(tmp_path: Path) -> None:
+def test_warns_of_a_store_without_conditional_writes(tmp_path: Path) -> None:
     fsspec.register_implementation("careless", Careless, clobber=True)
     assert only("conditions", FUSION_OUTPUT="careless://out")[:2] == (0, "warn")
-    assert only("conditions", FUSION_OUTPUT="memory://out")[:2] == (0, "warn")  # it replaces what has changed since
+    assert only("conditions", FUSION_OUTPUT="memory://out")[:2] == (0, "warn")  # it has no If-Match
     assert only("conditions", FUSION_OUTPUT=str(tmp_path))[:2] == (0, "ok")
     assert Careless.store == {}
 
 
 class LateExchange(_Exchange):
-    """Answers with the Date of another clock."""
+    """Replaces the Date header of answers by that of a clock that is ahead."""
 
     ahead: ClassVar[timedelta] = timedelta()
 
@@ -222,12 +222,14 @@ class LateExchange(_Exchange):
     ("minutes", "code", "verdict", "expected"),
     [
         (0, 0, "ok", "0 s"),
-        (-20, 78, "fail", r"1(199|20\d) s ahead of"),  # dates of HTTP are whole seconds
+        (-20, 78, "fail", r"1(199|20\d) s ahead of"),  # a Date header has whole seconds
         (20, 78, "fail", "s behind"),
         (1, 0, "warn", "s behind"),
     ],
 )
-def test_a_wrong_clock(minutes: int, code: int, verdict: str, expected: str, place: str, s3: S3Server) -> None:
+def test_a_clock_that_differs_from_the_stores_is_found(
+    minutes: int, code: int, verdict: str, expected: str, place: str, s3: S3Server
+) -> None:
     proxy = FaultProxy(s3.endpoint)
     proxy.RequestHandlerClass = LateExchange
     with patch.object(LateExchange, "ahead", timedelta(minutes=minutes)):
@@ -239,7 +241,7 @@ def test_a_wrong_clock(minutes: int, code: int, verdict: str, expected: str, pla
 
 @pytest.fixture
 def profile(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A profile whose credentials a command prints, as sign-in tools arrange it; tests write what it prints."""
+    """The file that the credential_process of the AWS profile prints; tests write credentials into it."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     printed = tmp_path / "credentials.json"
@@ -259,7 +261,7 @@ def in_minutes(minutes: int) -> str:
     return (datetime.now(UTC) + timedelta(minutes=minutes)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def test_credentials_of_a_process(profile: Path) -> None:
+def test_credentials_from_a_credential_process(profile: Path) -> None:
     code, verdict, found = only("credentials")
     assert (code, verdict) == (77, "fail") and "No such file" in found
     prints(profile)
@@ -271,7 +273,7 @@ def test_credentials_of_a_process(profile: Path) -> None:
     assert (code, verdict) == (77, "fail") and "expired" in found
 
 
-def test_credentials_of_the_environment(profile: Path) -> None:
+def test_credentials_from_the_environment(profile: Path) -> None:
     keys = {"AWS_ACCESS_KEY_ID": "rwkey", "AWS_SECRET_ACCESS_KEY": "rwsecret"}
     assert only("credentials", **keys) == (0, "ok", "from env: they do not expire")
     token = {**keys, "AWS_SESSION_TOKEN": "t"}
@@ -282,13 +284,13 @@ def test_credentials_of_the_environment(profile: Path) -> None:
     assert only("credentials", **token, AWS_CREDENTIAL_EXPIRATION=in_minutes(-5))[0] == 77
 
 
-def test_a_profile_that_does_not_exist(profile: Path) -> None:
+def test_a_missing_profile_ends_with_77(profile: Path) -> None:
     code, found = doctor("--only", "credentials", "store", "clock", "data", AWS_PROFILE="nope")
     assert code == 77
     assert {name: one["code"] for name, one in found.items()} == dict.fromkeys(found, 77)
 
 
-def test_no_credentials_at_all(profile: Path) -> None:
+def test_missing_credentials_end_with_77(profile: Path) -> None:
     code, verdict, found = only("credentials", AWS_CONFIG_FILE=str(profile))
     assert (code, verdict) == (77, "fail") and "finds none" in found
     assert doctor("--only", "credentials", "clock", FUSION_DATA="data", FUSION_OUTPUT="output") == (0, {})
@@ -300,14 +302,14 @@ def dist_info(folder: Path, name: str, version: str) -> None:
     (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def test_a_library_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_library_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert only("libraries")[:2] == (0, "ok")
     dist_info(tmp_path, "tenacity", "1.2")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert only("libraries") == (78, "fail", "tenacity is 1.2, expected >=8.3")
 
 
-def test_code_that_runs_from_a_folder_as_in_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_is_not_installed_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
 
@@ -315,7 +317,7 @@ def test_code_that_runs_from_a_folder_as_in_the_image(monkeypatch: pytest.Monkey
     assert only("libraries")[:2] == (0, "ok")
 
 
-def test_a_library_and_a_python_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_and_an_old_python_are_both_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dist_info(tmp_path, "fusion", "9.9")
     with next(tmp_path.glob("*/METADATA")).open("a") as file:
         file.write('Requires-Python: >=3.99\nRequires-Dist: nosuchlib>=1\nRequires-Dist: pip>=999; extra == "test"\n')
@@ -327,7 +329,7 @@ def test_a_library_and_a_python_that_are_missing(tmp_path: Path, monkeypatch: py
 
 @pytest.fixture
 def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where an `nvidia-smi` is found first."""
+    """A path that comes first in PATH, for a script in place of `nvidia-smi`."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return tmp_path / "nvidia-smi"
 
@@ -337,7 +339,7 @@ def says(smi: Path, script: str) -> None:
     smi.chmod(0o755)
 
 
-def test_gpus(smi: Path) -> None:
+def test_gpus_are_described_and_busy_ones_named(smi: Path) -> None:
     free = "0, NVIDIA H100 80GB HBM3, 570.86.15, 4, 81559"
     says(smi, f"echo '{free}'; echo '1{free[1:]}'")
     assert only("gpus") == (0, "ok", "2 x NVIDIA H100 80GB HBM3, driver 570.86.15")
@@ -348,27 +350,27 @@ def test_gpus(smi: Path) -> None:
     assert doctor("--only", "gpus", FUSION_DEVICE="cpu") == (0, {})
 
 
-def test_no_gpu() -> None:
+def test_no_gpu_is_a_warning_unless_the_device_is_cuda() -> None:
     if machine._nvidia_smi():
         pytest.skip("this machine has GPUs")
     assert only("gpus")[:2] == (0, "warn")
     assert only("gpus", FUSION_DEVICE="cuda")[::2] == (78, "no GPU, and FUSION_DEVICE is cuda")
 
 
-def test_torch_that_finds_no_gpu(smi: Path) -> None:
+def test_torch_that_finds_no_gpu_fails_where_nvidia_smi_finds_one(smi: Path) -> None:
     says(smi, "echo '0, NVIDIA L4, 550.54, 0, 23034'")
     code, verdict, found = only("torch", CUDA_VISIBLE_DEVICES="")
     assert (code, verdict) == (78, "fail") and "finds none of the GPUs" in found
 
 
-def test_torch_that_is_broken_or_missing(tmp_path: Path) -> None:
+def test_torch_that_cannot_be_loaded_fails(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')\n")
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = process("--only", "torch", PYTHONPATH=path)
     assert done.returncode == 78 and "torch cannot be loaded (ImportError: libcudart.so.12" in done.stdout
 
 
-def test_little_shared_memory() -> None:
+def test_warns_of_a_small_dev_shm() -> None:
     require(os.geteuid() == 0, "root, to mount a small /dev/shm")
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     done = process("--only", "shm", wrap=("unshare", "-m", "sh", "-c", mount, "-"))
@@ -376,7 +378,7 @@ def test_little_shared_memory() -> None:
     assert re.match(r"warn shm +/dev/shm has 64 MiB, 64 MiB free\n +hint: mount a larger one", done.stdout)
 
 
-def test_a_name_that_does_not_resolve() -> None:
+def test_warns_when_the_own_host_name_does_not_resolve() -> None:
     require(os.geteuid() == 0, "root, to rename the machine")
     rename = 'printf nowhere-fusion > /proc/sys/kernel/hostname && exec "$@"'
     done = process("--only", "names", wrap=("unshare", "-u", "sh", "-c", rename, "-"))
@@ -384,7 +386,7 @@ def test_a_name_that_does_not_resolve() -> None:
     assert "warn names        this machine's own name nowhere-fusion does not resolve" in done.stdout
 
 
-def test_names_of_other_nodes() -> None:
+def test_master_addr_must_be_set_and_resolve() -> None:
     assert only("names", MASTER_ADDR="127.0.0.1")[1:] == ("ok", f"{os.uname().nodename} resolves, and so does "
         "MASTER_ADDR 127.0.0.1")  # fmt: skip
     code, verdict, found = only("names", MASTER_ADDR="node0.nowhere.invalid")
@@ -392,18 +394,19 @@ def test_names_of_other_nodes() -> None:
     assert only("names", PET_NNODES="2")[::2] == (78, "2 nodes, and MASTER_ADDR is not set")
 
 
-def test_few_open_files() -> None:
+def test_warns_of_a_low_limit_on_open_files() -> None:
     done = process("--only", "memory", wrap=("sh", "-c", 'ulimit -n 256 && exec "$@"', "-"))
     assert done.returncode == 0 and done.stdout.startswith("warn memory") and "256 open files" in done.stdout
 
 
 def limit(root: Path, path: str, content: str) -> Path:
+    """Writes a file below a root folder, such as one of a cgroup; returns the root."""
     (root / path).parent.mkdir(parents=True, exist_ok=True)
     (root / path).write_text(content)
     return root
 
 
-def test_memory_limits(tmp_path: Path) -> None:
+def test_memory_limits_of_both_versions_of_cgroups(tmp_path: Path) -> None:
     assert machine.memory_limit(tmp_path) is None
     second = limit(tmp_path / "2", "proc/self/cgroup", "0::/kubepods/pod1\n")
     limit(second, "sys/fs/cgroup/kubepods/pod1/memory.max", "max\n")
@@ -416,21 +419,21 @@ def test_memory_limits(tmp_path: Path) -> None:
     assert machine.memory_limit(first) == 2**32
 
 
-def test_shared_memory_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warns_of_a_dev_shm_larger_than_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory_limit", lambda: 2**28)
-    monkeypatch.setattr(machine, "LITTLE", 0)
+    monkeypatch.setattr(machine, "MIN_FREE_BYTES", 0)
     code, verdict, found = only("shm")
     assert (code, verdict) == (0, "warn") and "which it counts towards, is 256 MiB" in found
 
 
-def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
     assert only("folders", TRITON_CACHE_DIR=str(tmp_path / "new" / "triton"))[:2] == (0, "ok")
     assert not (tmp_path / "new").exists()
     code, verdict, found = only("folders", TRITON_CACHE_DIR="/proc/triton")
     assert (code, verdict) == (78, "fail") and "/proc/triton (TRITON_CACHE_DIR) cannot be written" in found
 
 
-def test_clusters() -> None:
+def test_the_scheduler_is_named_with_the_time_that_is_left() -> None:
     slurm = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2"}
     end = int(time.time()) + 7230
     assert only("cluster", **slurm, SLURM_JOB_END_TIME=str(end))[1:] == (
@@ -442,13 +445,13 @@ def test_clusters() -> None:
     assert "alone" in only("cluster")[2]
 
 
-def test_grace() -> None:
+def test_warns_of_a_grace_period_longer_than_the_launchers() -> None:
     assert launcher._parser().get_default("grace") == machine.LAUNCHER_GRACE
     assert only("grace")[1] == "ok"
     assert only("grace", KUBERNETES_SERVICE_HOST="10.0.0.1")[1] == "ok"
     assert only("grace", FUSION_GRACE="15")[1:] == (
         "ok",
-        "training counts on 15 s from a stop signal on, fusion.launch gives it 60 s",
+        "training takes at most 15 s to stop, and fusion.launch allows 60 s",
     )
     assert only("grace", FUSION_GRACE="120")[1:] == (
         "warn",
@@ -456,13 +459,13 @@ def test_grace() -> None:
     )
 
 
-def test_a_check_that_breaks() -> None:
-    finding = look(Check("x", "", lambda job: ok(job.nothing)), Job("", ""))  # type: ignore[attr-defined]
+def test_an_exception_in_a_check_is_a_failure_with_70() -> None:
+    finding = run_check(Check("x", "", lambda job: ok(job.nothing)), PlannedJob("", ""))  # type: ignore[attr-defined]
     assert finding is not None and (finding.verdict, finding.code) == ("fail", 70)
-    assert "this check broke: AttributeError: 'Job' object has no attribute 'nothing'" in finding.found
+    assert "this check broke: AttributeError: 'PlannedJob' object has no attribute 'nothing'" in finding.found
 
 
-def test_the_worst_failure_counts() -> None:
+def test_the_exit_code_is_that_of_the_worst_failure() -> None:
     codes = [ExitCode.UNREACHABLE, ExitCode.BUG, ExitCode.DATA, ExitCode.CONFIG, ExitCode.CREDENTIALS]
     for i, code in enumerate(codes):
         assert worst([ok(""), *(fail("", "", one) for one in codes[: i + 1])]) == code

@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from fusion import storage
 from fusion.data.embeddings import load
 from fusion.data.tables import read_table
-from fusion.distributed.world import world
+from fusion.distributed.world import join_world
 from fusion.metrics import bootstrap_interval, row_smape
 
 CLOSE = (0.8, 0.9, 0.95)
@@ -37,8 +37,8 @@ def main() -> None:
     config = json.loads(storage.read(storage.join(options.run, "config.json")))
     data = options.data or config["data"]
     table = read_table(data, "train", priced=True, drop_bad_prices=True)
-    with world("cpu") as place:
-        store = load(data, "train", config["sources"], table.ids, place)
+    with join_world("cpu") as world:
+        store = load(data, "train", config["sources"], table.ids, world)
     split = _parquet(options.run, "split.parquet").set_index("sample_id").loc[table.ids]
     ours = _parquet(options.run, "metrics/predictions.parquet").set_index("sample_id")
     training, validation = (split["side"] == side for side in ("train", "validation"))

@@ -22,7 +22,7 @@ import sys, time
 import numpy as np, pandas as pd, torch
 from fusion.all_embeddings.config import Config
 from fusion.all_embeddings.model import build_network
-from fusion.distributed.world import world
+from fusion.distributed.world import join_world
 from fusion.data.row_store import RowStore
 from fusion.training.trainer import Fit
 from fusion.training.dataset import TrainingData
@@ -35,12 +35,12 @@ values = {role: torch.randn(ROWS + VALIDATION, dim) for role, dim in DIMS.items(
 present = {role: torch.ones(ROWS + VALIDATION, dtype=torch.bool) for role in DIMS}
 config = Config(recipe="published")
 rows, targets = torch.arange(ROWS + VALIDATION), torch.rand(ROWS + VALIDATION) * 5
-with world("cpu") as place:
+with join_world("cpu") as world:
     prices, ids = np.full(VALIDATION, 9.0), pd.RangeIndex(VALIDATION).astype("str")
     folds, all_prices, all_ids = (rows < ROWS).long(), np.expm1(targets.numpy()), rows.numpy().astype(str)
     store = RowStore(values, present, folds=folds, groups=rows)
     data = TrainingData(store, targets, rows[:ROWS], rows[ROWS:], prices, ids, None, all_ids, all_prices, folds, rows)
-    fit = Fit(config, make_model(config, build_network, DIMS), data, place)
+    fit = Fit(config, make_model(config, build_network, DIMS), data, world)
     seconds = []
     fit.model.train()
     for batch in fit._batches() * (int(sys.argv[1]) // 5 + 1):

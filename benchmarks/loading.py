@@ -21,7 +21,7 @@ DIMS = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text
 READ = """
 import sys, time
 import pandas as pd
-from fusion.distributed.world import world
+from fusion.distributed.world import join_world
 from fusion.data.embeddings import load
 
 def peak():
@@ -30,10 +30,10 @@ def peak():
 
 names = sys.argv[3].split(",")
 ids = pd.Index([str(i) for i in range(int(sys.argv[2]))])
-with world("cpu") as place:
-    load(sys.argv[1], "train", {"a": "tiny"}, ids[:1], place)
+with join_world("cpu") as world:
+    load(sys.argv[1], "train", {"a": "tiny"}, ids[:1], world)
     before, start = peak(), time.perf_counter()
-    store = load(sys.argv[1], "train", dict(zip(names, names)), ids, place)
+    store = load(sys.argv[1], "train", dict(zip(names, names)), ids, world)
     seconds, size = time.perf_counter() - start, sum(v.nbytes for v in store.values.values())
     rate, beyond = size / 1e6 / seconds, (peak() - before) / size
     print(f"{size / 1e6:.0f} MB in {seconds:.2f} s: {rate:.0f} MB/s, peak {beyond:.2f}x")

@@ -52,7 +52,7 @@ from fusion.training import dataset
 from fusion.evaluation import evaluate
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.all_embeddings.config import Config
-from fusion.distributed.world import world
+from fusion.distributed.world import join_world
 from fusion.command.settings import parse
 from fusion.records.start import start_run
 
@@ -62,9 +62,9 @@ def peak():
 
 def read(flags):
     config = parse(Config, flags, prog="scale", description=None)
-    with world("cpu") as place:
-        place.on_main(lambda: start_run(config))
-        training_data.read_data(config, place)
+    with join_world("cpu") as world:
+        world.on_main(lambda: start_run(config))
+        dataset.read_data(config, world)
     return 0
 
 stage, flags = sys.argv[1], sys.argv[2:]
@@ -158,9 +158,9 @@ def run(stage: str, flags: list[str], n_ranks: int) -> Measured:
 
 
 def _start(stage: str, flags: list[str], rank: int, n_ranks: int, port: int) -> subprocess.Popen[str]:
-    place = {"RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n_ranks}
-    place |= {"MASTER_PORT": port}
-    environment = os.environ | {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    variables = {"RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n_ranks}
+    variables |= {"MASTER_PORT": port}
+    environment = os.environ | {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, "-c", WORKER, stage, *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -1,6 +1,6 @@
 """Fusion: price prediction from the embeddings of several encoders, trained as a batch job.
 
-The names below are what users import. They load on first use, so that `--help` does not wait for torch.
+Users import the names in `_EXPORTS`. Each loads on first use, so that `--help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# Public name -> module below `fusion` that defines it.
 _EXPORTS = {
     "RunConfig": "config",
     "train": "training",
@@ -20,8 +21,8 @@ _EXPORTS = {
     "get_loss_function": "loss_functions",
     "compute_smape": "metrics",
     "compute_metrics": "metrics",
-    "EarlyStopping": "fitting",
-    "set_seed": "fitting",
+    "EarlyStopping": "training.early_stopping",
+    "set_seed": "training.seeds",
     "save_checkpoint": "records.portable",
     "load_checkpoint": "records.portable",
     "pointers": "records.pointers",
@@ -30,16 +31,18 @@ __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 (names, spread from the ta
 
 
 def _refuse_wrong_python() -> None:
-    """Ends `python -m fusion.…` of a Python without Fusion's libraries in two lines, instead of a traceback.
+    """Exits with a two-line message if `python -m fusion.…` runs in a Python that lacks Fusion's dependencies.
 
-    Python looks for the module with `-m` as the program's name, and imports this package for that.
+    Without this check, the user would see a traceback. While Python looks for the module to run, it imports this
+    package and sets `sys.argv[0]` to "-m", which tells this case from an ordinary import.
     """
     is_ours = sys.argv[:1] == ["-m"] and any(word.startswith("fusion.") for word in getattr(sys, "orig_argv", ()))
+    # Two direct dependencies that every command imports first; if they are missing, so are the others.
     missing = [name for name in ("fsspec", "pydantic") if is_ours and find_spec(name) is None]
     if missing:
         print(f"error: No module named {missing[0]!r} for {sys.executable}", file=sys.stderr)
         print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
-        sys.exit(78)  # ExitCode.CONFIG; a module imported here is imported by all
+        sys.exit(78)  # ExitCode.CONFIG, as a literal: this module imports nothing of Fusion, to stay fast to import
 
 
 _refuse_wrong_python()

@@ -1,13 +1,14 @@
-"""Settings of each command: frozen, validated dataclasses, which `fusion.command.settings` fills.
+"""The settings of each command, as frozen and validated dataclasses.
 
-A variant adds its sources and the shape of its model in its own `config.py`.
+`fusion.command.settings` fills them from flags, environment variables and a file. Each variant subclasses `RunConfig`
+in its own `config.py` and adds its sources and the sizes of its hidden layers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import date, datetime
@@ -18,10 +19,11 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-# Settings that say where and how a run is computed, not what it computes.
+# Settings that change where and how a run is computed, but not its result. They are left out of the digest that names
+# a run, and may differ when a run is resumed.
 HOW = {"output", "run_id", "device", "store_timeout", "grace", "stall_timeout", "fresh"}
 HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep", "promote"}
-# Setting, its value, and the settings that do nothing with that value.
+# (setting, value, other settings that have no effect when the first setting has this value)
 UNUSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("model", "concat", ("n_heads", "n_experts")),
     ("schedule", "cosine", ("lr_patience", "lr_factor", "min_lr")),
@@ -31,15 +33,18 @@ UNUSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 
 C = TypeVar("C")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-RUN_ID = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # a name that Kubernetes takes, too
+RUN_ID = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # also a valid Kubernetes name (an RFC 1123 label)
 A_RUN_ID = "at most 63 small letters, digits and hyphens, such as my-run-1"
 
 
 def setting(default: Any, help: str, group: str, expected: str = "", **constraints: Any) -> Any:
-    """A field of a config: its default, its help with the unit, the heading it stands under, its allowed range.
+    """A field of a config.
 
     Args:
-        expected: what a `pattern` allows, in words.
+        help: what `--help` says about it, with the unit.
+        group: the heading of `--help` under which it is listed.
+        expected: what its `pattern` allows, in words, for error messages.
+        constraints: the allowed range, as keyword arguments of pydantic's `Field`.
     """
     return Field(default, description=help, json_schema_extra={"group": group, "expected": expected}, **constraints)
 
@@ -61,7 +66,11 @@ LossName = Literal[
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StoreConfig:
-    """What every command needs: where things are, and how long to wait for them."""
+    """Settings that every command has: where runs are stored, and how long to wait for the store.
+
+    Attributes:
+        variant: name of the package that the settings belong to; empty where it is not known yet.
+    """
 
     variant: ClassVar[str] = ""
 
@@ -79,20 +88,21 @@ class StoreConfig:
     store_timeout: float = setting(60.0, "seconds to retry a store that does not answer", "machine", ge=0)
 
     def without_effect(self) -> str:
-        """What was given and changes nothing because of another setting, in words; empty if there is none.
+        """Says which given setting has no effect because of another one; empty if all of them have an effect.
 
-        It is asked of what a user gives, and not of the settings of a run that exists. A value that is the default is
-        never named: config.json holds every default.
+        Only called for settings that a user gives, not for those that were read from a run. A setting that has its
+        default value counts as not given, because a run's config.json, which may be passed as `--config`, contains
+        all defaults.
         """
         return ""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig(StoreConfig):
-    """Settings of a training run that all variants share; the defaults are the recipe that scored best.
+    """Settings of a training run that all variants share. The defaults are the recipe that scored best.
 
     Attributes:
-        published: what `--recipe published` sets otherwise; a variant adds its own.
+        published: the values that `--recipe published` uses instead of the defaults; each variant adds more.
     """
 
     published: ClassVar[Mapping[str, Any]] = {
@@ -119,7 +129,7 @@ class RunConfig(StoreConfig):
     )
     group_column: str | None = setting(None, "column whose equal values must stay on one side of the split", "data")
     interval_by: str | None = setting(
-        None, "column whose values have intervals of their own; by default category, if there is one", "data"
+        None, "column for whose values prediction intervals differ; by default category, if there is one", "data"
     )
     validate_after: tuple[str, str] | None = setting(
         None,
@@ -127,34 +137,36 @@ class RunConfig(StoreConfig):
         "data",
     )
     features: tuple[Literal["text"], ...] = setting(
-        (), "further sources computed from the tables; text: words and quantities of the text column", "data"
+        (), "further sources to compute from the tables; text: words and quantities of the text column", "data"
     )
-    columns: tuple[str, ...] = setting((), "columns of train.csv and test.csv that are one more source", "data")
+    columns: tuple[str, ...] = setting((), "columns of train.csv and test.csv to use as one more source", "data")
     max_missing: float = setting(
-        0.05, "largest share of rows a source may lack before the run refuses", "data", ge=0, le=1
+        0.05, "largest share of rows that a source may lack; above it, the run fails", "data", ge=0, le=1
     )
     drop_bad_prices: bool = setting(False, "drop rows whose price is missing, NaN, zero or negative", "data")
     val_fraction: float = setting(0.2, "share of the rows that validate", "data", gt=0, lt=1)
     folds: int | None = setting(
         None, "number of folds, each of which some members hold out; replaces --val-fraction", "data", ge=2
     )
-    fold: int | None = setting(None, "the only one of the --folds that validates, from 0; by default all", "data", ge=0)
+    fold: int | None = setting(None, "the only one of the --folds to hold out, from 0; by default all", "data", ge=0)
 
     recipe: Literal["best", "published"] = setting(
-        "best", "best: defaults that scored best; published: those of the published models, without neighbours", "model"
+        "best", "best: defaults that scored best; published: those of the published models, no neighbours", "model"
     )
-    seeds: int = setting(1, "members of each fold that differ in their first weights", "model", ge=1)
+    seeds: int = setting(1, "members per fold, which differ in their initial weights", "model", ge=1)
     neighbours: int = setting(
-        128, "training rows that each row is compared with, the most similar ones; 0: none", "model", ge=0
+        128, "number of most similar training rows that each row is compared with; 0: none", "model", ge=0
     )
-    neighbour_dropout: float = setting(0.3, "share of these hidden from a row in training", "model", ge=0, lt=1)
+    neighbour_dropout: float = setting(
+        0.3, "share of the neighbours hidden from a row in training", "model", ge=0, lt=1
+    )
     components: int = setting(
-        256, "principal components that each source is brought to; 0: all as it is", "model", ge=0
+        256, "principal components that each source is projected on; 0: no projection", "model", ge=0
     )
     model: Literal["concat", "fusion"] = setting(
         "concat", "concat: a plain network; fusion: attention and mixture of experts", "model"
     )
-    width: int = setting(192, "features that each source is brought to", "model", ge=1)
+    width: int = setting(192, "features that each source is mapped to", "model", ge=1)
     n_heads: int = setting(8, "attention heads", "model", ge=1)
     n_experts: int = setting(3, "experts in the mixture", "model", ge=1)
     dropout: float = setting(0.5, "share of features dropped in training", "model", ge=0, lt=1)
@@ -164,7 +176,7 @@ class RunConfig(StoreConfig):
 
     loss: LossName = setting("smape", "loss to minimise, see fusion/loss_functions.py", "training")
     epochs: int = setting(20, "passes over the training rows, at most", "training", ge=1)
-    batch_size: int = setting(256, "rows a step, over all ranks together", "training", ge=1)
+    batch_size: int = setting(256, "rows per step, over all ranks together", "training", ge=1)
     lr: float = setting(2e-3, "learning rate of AdamW", "training", gt=0)
     schedule: Literal["cosine", "plateau"] = setting(
         "cosine", "cosine: the learning rate falls to 0 over --epochs; plateau: when progress stalls", "training"
@@ -180,25 +192,25 @@ class RunConfig(StoreConfig):
     )
     seed: int = setting(41, "seed of the split, the weights, the row order and dropout", "training", ge=0, lt=2**32)
     checkpoint_seconds: float = setting(60.0, "seconds between checkpoints, at most one in flight", "stopping", ge=0)
-    checkpoint_steps: int = setting(0, "steps between checkpoints; 0 goes by time alone", "stopping", ge=0)
-    keep: int = setting(2, "committed checkpoints that a run keeps", "stopping", ge=1)
-    grace: float = setting(
-        60.0, "seconds that the cluster gives between its stop signal and the kill", "stopping", gt=0
-    )
+    checkpoint_steps: int = setting(0, "steps between checkpoints; 0: by time alone", "stopping", ge=0)
+    keep: int = setting(2, "number of committed checkpoints that a run keeps", "stopping", ge=1)
+    grace: float = setting(60.0, "seconds between the cluster's stop signal and its kill", "stopping", gt=0)
     stall_timeout: float = setting(
         600.0,
-        "seconds without a step after which a rank dumps its stacks and ends with 124; 0: never",
+        "seconds without a step after which a rank dumps its stacks and exits with 124; 0: never",
         "stopping",
         ge=0,
     )
-    promote: bool = setting(False, "predict with this run from now on, whatever data others had", "training")
-    fresh: bool = setting(False, "refuse to go on with a run that exists", "stopping")
+    promote: bool = setting(
+        False, "serve this run from now on, even if another run was trained on other data", "training"
+    )
+    fresh: bool = setting(False, "fail if the run exists, instead of resuming it", "stopping")
     precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the training step", "machine")
 
     @model_validator(mode="before")
     @classmethod
     def _of_recipe(cls, values: Any) -> Any:
-        """What was given, before what `--recipe` says."""
+        """Fills in the values of `--recipe published`; explicitly given values take precedence."""
         given = values.kwargs if isinstance(values, ArgsKwargs) else values
         if not isinstance(given, Mapping) or given.get("recipe") != "published":
             return values
@@ -209,33 +221,33 @@ class RunConfig(StoreConfig):
             raise ValueError(f"--fold is {self.fold}, expected one of 0..{self.folds - 1} for --folds {self.folds}")
         bound = [name for name in asdict(self).get("sources", {}).values() if "{fold}" in name]
         if self.folds is None and (self.fold or bound):
-            given = f"--fold is {self.fold}" if self.fold else f"the source {bound[0]!r} names a fold"
-            raise ValueError(f"{given}, and there are no --folds")
+            given = f"--fold is {self.fold}" if self.fold else f"the source {bound[0]!r} contains {{fold}}"
+            raise ValueError(f"{given}, but --folds is not given")
         if self.validate_after is not None:
             self._check_validate_after(*self.validate_after)
         if taken := {"sample_id", "price"}.intersection(self.columns):
-            raise ValueError(f"--columns names {min(taken)}, which says what a row is and not what it is like")
+            raise ValueError(f"--columns names {min(taken)}, which is the row's id or target and cannot be an input")
         if len(set(self.columns)) < len(self.columns) or len(set(self.features)) < len(self.features):
-            raise ValueError("--columns or --features names one thing twice")
+            raise ValueError("--columns or --features lists the same name twice")
         if self.folds is not None and self.fold is None and bound:
-            raise ValueError(f"the source {bound[0]!r} names a fold, so --fold must say which of the --folds validates")
+            raise ValueError(f"the source {bound[0]!r} contains {{fold}}, so --fold must select one of the --folds")
         if self.neighbours and not self.components:
-            raise ValueError("--neighbours are found by --components, which are 0")
+            raise ValueError("--neighbours needs principal components, but --components is 0")
         if self.width % self.n_heads:
-            raise ValueError(f"--width {self.width} cannot be divided into --n-heads {self.n_heads}")
+            raise ValueError(f"--width {self.width} is not divisible by --n-heads {self.n_heads}")
 
     def without_effect(self) -> str:
         for setting_name, value, unused in UNUSED:
             given = [name for name in unused if self._is_given(name)]
             if getattr(self, setting_name) == value and given:
                 flag = given[0].replace("_", "-")
-                return f"--{flag} is given, and --{setting_name} {value} has none"
+                return f"--{flag} has no effect with --{setting_name} {value}"
         if self.val_fraction != type(self).val_fraction and (self.folds is not None or self.validate_after is not None):
-            return f"--val-fraction is given, and --{'folds' if self.folds else 'validate-after'} replaces it"
+            return f"--val-fraction has no effect with --{'folds' if self.folds else 'validate-after'}"
         return ""
 
     def _is_given(self, name: str) -> bool:
-        """Whether the setting is neither its default nor what the recipe says."""
+        """Whether the setting differs both from its default and from the recipe's value."""
         usual = [getattr(type(self), name)]
         if self.recipe == "published":
             usual.append(self.published.get(name))
@@ -246,28 +258,32 @@ class RunConfig(StoreConfig):
             datetime.fromisoformat(day)
         except ValueError as error:
             expected = "a date or timestamp such as 2026-01-31 or 2026-01-31T12:00+02:00"
-            raise ValueError(f"--validate-after {column!r} names the date {day!r}, expected {expected}") from error
+            raise ValueError(f"--validate-after {column!r} has the date {day!r}, expected {expected}") from error
         if self.folds is not None:
-            raise ValueError("--folds and --validate-after both say which rows validate")
+            raise ValueError("--folds and --validate-after exclude each other: both choose the validation rows")
         if column in (self.text_column, self.group_column):
             other = "text" if column == self.text_column else "group"
-            raise ValueError(f"--validate-after and --{other}-column both name the column {column!r}")
+            raise ValueError(f"--validate-after and --{other}-column both use the column {column!r}")
 
     def held_out(self) -> tuple[int, ...]:
-        """For each member, the part of the split that it does not train on; 0 where there are no folds."""
-        parts = range(self.folds) if self.folds is not None and self.fold is None else (self.fold or 0,)
+        """For each member of the ensemble, the part of the split that it does not train on; 0 without folds."""
+        if self.folds is not None and self.fold is None:
+            parts: Iterable[int] = range(self.folds)
+        else:
+            parts = (self.fold or 0,)
         return tuple(part for part in parts for _ in range(self.seeds))
 
     def bindings(self) -> dict[str, str]:
         """Role to name of the source bound to it, in the model's order.
 
-        `{fold}` in a name stands for the fold: an encoder tuned on prices needs one set of embeddings a fold, made
-        without the rows that validate there, or validation reports what the encoder remembers.
+        `{fold}` in a name is replaced by `--fold`. Use it for an encoder that was fine-tuned on prices: it needs one
+        set of embeddings per fold, made by an encoder that never saw that fold's validation rows. Otherwise prices
+        leak into the validation score.
         """
         return {role: name.replace("{fold}", str(self.fold)) for role, name in asdict(self)["sources"].items()}
 
     def name(self) -> str:
-        """The run's id: as given, else the variant and a digest of all settings that change the result."""
+        """The run's id: `--run-id`, else the variant and a digest of all settings that change the result."""
         if self.run_id:
             return self.run_id
         settings = {key: value for key, value in asdict(self).items() if key not in HOW}
@@ -276,10 +292,10 @@ class RunConfig(StoreConfig):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ReadRunConfig(StoreConfig):
-    """Settings of a command that uses a finished run; everything else comes from that run."""
+    """Settings of a command that uses a finished run. All other settings are those that the run was trained with."""
 
     run_id: str | None = setting(
-        None, "name of the run to use; by default the variant's best under --output", "where", A_RUN_ID, pattern=RUN_ID
+        None, "name of the run to use; by default the variant's best in --output", "where", A_RUN_ID, pattern=RUN_ID
     )
     run_dir: str | None = setting(None, "folder of the run to use, in place of --run-id", "where")
     data: str | None = setting(None, "bucket or folder of the input; by default the run's", "where")
@@ -287,7 +303,7 @@ class ReadRunConfig(StoreConfig):
     def without_effect(self) -> str:
         name = (self.run_dir or "").rstrip("/").rpartition("/")[2]
         if self.run_dir and self.run_id and name != self.run_id:
-            return f"--run-dir names the run {name}, and --run-id names {self.run_id}"
+            return f"--run-dir is the run {name}, but --run-id is {self.run_id}"
         return ""
 
 
@@ -295,7 +311,7 @@ class ReadRunConfig(StoreConfig):
 class EvaluateConfig(ReadRunConfig):
     by: tuple[str, ...] = setting((), "columns of train.csv to group by, besides prices and presence", "evaluation")
     other_data: bool = setting(
-        False, "evaluate although prices or embeddings are not those of the training, and say so", "evaluation"
+        False, "evaluate even if prices or embeddings differ from those of the training; the log says so", "evaluation"
     )
 
 
@@ -303,40 +319,42 @@ class EvaluateConfig(ReadRunConfig):
 class AblateConfig(ReadRunConfig):
     run_id: str | None = setting(None, "name of the run to use", "where", A_RUN_ID, pattern=RUN_ID)
     other_data: bool = setting(
-        False, "ablate although prices or embeddings are not those of the training, and say so", "evaluation"
+        False, "ablate even if prices or embeddings differ from those of the training; the log says so", "evaluation"
     )
 
     def __post_init__(self) -> None:
         if not self.run_id and not self.run_dir:
-            raise ValueError("neither --run-id nor --run-dir names a run")
+            raise ValueError("neither --run-id nor --run-dir is given")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PredictConfig(ReadRunConfig):
     name: str = setting(
         "test",
-        "name that the submission is published under",
+        "name under which the submission is published",
         "submission",
         "at most 100 letters, digits, dots, hyphens and underscores, such as my-prices",
         pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$",
-        max_length=100,  # it names a folder, and file systems end at 255 bytes
+        max_length=100,  # it becomes the name of a folder; file systems allow 255 bytes
     )
     max_missing: float | None = setting(
         None,
-        "largest share of rows a source may lack before nothing is predicted; by default the run's",
+        "largest share of rows that a source may lack; above it, nothing is predicted; by default the run's",
         "submission",
         ge=0,
         le=1,
     )
-    date: str | None = setting(None, "logical date YYYY-MM-DD; by default today in --time-zone", "submission")
-    time_zone: str = setting("UTC", "time zone of today, such as Europe/Berlin", "submission")
+    date: str | None = setting(
+        None, "date of the submission, YYYY-MM-DD; by default today in --time-zone", "submission"
+    )
+    time_zone: str = setting("UTC", "time zone that decides which day is today, such as Europe/Berlin", "submission")
     min_rows: float = setting(
         0.8, "smallest number of rows, as a share of the last submission's", "submission", ge=0, le=1
     )
     max_change: float | None = setting(
         None,
-        "largest SMAPE between prices of the same products in this submission and the last, in %; by default 0.4 of "
-        "what shuffled prices would give, 0.6 when the model is another one",
+        "largest SMAPE between prices of the same products in this submission and the last, in %; by default 0.4 "
+        "times that of shuffled prices, or 0.6 times if the model has changed",
         "submission",
         ge=0,
     )
@@ -359,7 +377,7 @@ class PredictConfig(ReadRunConfig):
         raise ValueError(f"--date is {self.date!r}, expected a day as YYYY-MM-DD")
 
     def day(self) -> str:
-        """The logical date, YYYY-MM-DD."""
+        """The date of the submission, YYYY-MM-DD: `--date`, or today in `--time-zone`."""
         return self.date or datetime.now(ZoneInfo(self.time_zone)).date().isoformat()
 
 

@@ -1,4 +1,4 @@
-"""What the environment tells a process: settings, where an empty variable is unset, and which of the ranks it is."""
+"""Environment variables: reading them (an empty one counts as unset), this process's rank, and library defaults."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import dataclass
 
 from fusion.errors import ConfigError
 
-# What libraries read when torch loads them. An OpenMP thread that waits for the others looks 300,000 times before it
-# sleeps (GNU), or spins for 200 ms (Intel, LLVM): beside one busy process, even of the lowest priority, a step takes
-# ten times longer, see benchmarks/busy_neighbour.py. On a machine of one's own, 1,000 looks cost up to a fifth of a
-# step of 0.3 s, and mostly nothing that can be measured.
-# Warnings of torch's C++ are about names and sockets, in a format of their own, and nothing a user could act on.
+# Defaults for variables that libraries read when torch loads them.
+# GOMP_SPINCOUNT, KMP_BLOCKTIME: by default, an OpenMP thread that waits for the other threads polls 300,000 times (GNU)
+# or for 200 ms (Intel, LLVM) before it sleeps. If another process uses one of the cores, even at the lowest priority,
+# a training step then takes ten times as long (measured by benchmarks/busy_neighbour.py). On an otherwise idle machine,
+# the shorter wait of 1,000 polls mostly costs nothing measurable, and at worst a fifth of a step of 0.3 s.
+# TORCH_CPP_LOG_LEVEL: the warnings of torch's C++ code concern host names and sockets. They do not follow our log
+# format, and users can do nothing about them.
 LIBRARIES = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+# The variables that set how OpenMP threads wait.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-MEETING = ("MASTER_ADDR", "MASTER_PORT")
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def variable(*names: str) -> str | None:
@@ -25,22 +28,22 @@ def variable(*names: str) -> str | None:
 
 
 def for_libraries() -> dict[str, str]:
-    """`LIBRARIES`, without what the user has decided: who sets one way of waiting decides on all of them."""
+    """`LIBRARIES` without the variables that the user has set. If one of `WAITING` is set, all three are left out."""
     own = WAITING if variable(*WAITING) else ()
     return {name: value for name, value in LIBRARIES.items() if name not in own and not variable(name)}
 
 
 def prepare_libraries() -> None:
-    """Sets `for_libraries` for this process; to be called before torch loads."""
+    """Sets the variables of `for_libraries` in this process. Call it before torch is imported."""
     os.environ.update(for_libraries())
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which of the ranks a process is, among all and among those of its node.
+class RankVariables:
+    """This process's rank and the number of ranks, among all ranks and among those of its node.
 
     Attributes:
-        ignored: variables of ranks that are set although no group can be made of them.
+        ignored: names of variables that are set, but have no effect because others of `RANKS` are not.
     """
 
     rank: int = 0
@@ -50,11 +53,11 @@ class Place:
     ignored: tuple[str, ...] = ()
 
 
-def place() -> Place:
-    """This process's place as its launcher (`fusion.launch`, torchrun, srun) has set it, or alone.
+def rank_variables() -> RankVariables:
+    """The variables of `RANKS` as the launcher (`fusion.launch`, torchrun, srun) has set them; else one single rank.
 
-    Clusters and notebooks leave some of these variables where nobody launches ranks: those of an incomplete set count
-    for nothing.
+    Clusters and notebooks sometimes set a few of these variables although there is only one process. So if RANK or
+    WORLD_SIZE is missing, the others are ignored.
 
     Raises:
         ConfigError: the variables contradict each other.
@@ -63,18 +66,18 @@ def place() -> Place:
     _expect_below(numbers, "RANK", "WORLD_SIZE")
     _expect_below(numbers, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "RANK" not in numbers or "WORLD_SIZE" not in numbers:
-        return Place(ignored=tuple(numbers))
+        return RankVariables(ignored=tuple(numbers))
     if numbers["WORLD_SIZE"] == 1:
-        return Place()
+        return RankVariables()
     _check_complete(numbers)
     local_rank, local_size = numbers.get("LOCAL_RANK", 0), numbers.get("LOCAL_WORLD_SIZE", 1)
-    return Place(numbers["RANK"], numbers["WORLD_SIZE"], local_rank, local_size)
+    return RankVariables(numbers["RANK"], numbers["WORLD_SIZE"], local_rank, local_size)
 
 
 def rank() -> int:
-    """As in `place`; 0 where the variables contradict each other, so that one process at least says so."""
+    """This process's rank; 0 if the variables contradict each other, so that at least one process prints the error."""
     try:
-        return place().rank
+        return rank_variables().rank
     except ConfigError:
         return 0
 
@@ -95,7 +98,7 @@ def _expect_below(numbers: dict[str, int], name: str, limit: str) -> None:
 
 def _check_complete(numbers: dict[str, int]) -> None:
     given = f"RANK is {numbers['RANK']} and WORLD_SIZE is {numbers['WORLD_SIZE']}"
-    absent = [name for name in MEETING if not variable(name)]
+    absent = [name for name in RENDEZVOUS if not variable(name)]
     if ("LOCAL_RANK" in numbers) != ("LOCAL_WORLD_SIZE" in numbers):
         absent += [name for name in RANKS if name not in numbers]
     if absent:
@@ -103,4 +106,6 @@ def _check_complete(numbers: dict[str, int]) -> None:
 
 
 def _wrong(message: str) -> ConfigError:
-    return ConfigError(message, "start ranks with python -m fusion.launch, or unset RANK, WORLD_SIZE and LOCAL_RANK")
+    return ConfigError(
+        message, "start the ranks with python -m fusion.launch, or unset RANK, WORLD_SIZE and LOCAL_RANK"
+    )

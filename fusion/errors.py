@@ -1,6 +1,7 @@
-"""What can go wrong for a user, each with its exit code, and how a command ends with it.
+"""The errors that a user can cause or fix, each with its exit code, and the argument parser that raises them.
 
-A user error carries two lines: what is wrong, and what to do about it. All else is a bug and keeps its traceback.
+A `FusionError` is printed as two lines: what is wrong, and what to do about it. Any other exception is a bug, and is
+printed with its traceback.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
-# What torch says in a rank that waits for one which is gone.
+# Matches the messages that torch raises in a rank that communicates with a rank whose process has died.
 LOST_PEER = re.compile("connection (closed|reset)|broken pipe|remote process|ncclRemoteError", re.IGNORECASE)
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every command, after sysexits.h where it has one."""
+    """Exit codes of every command. Codes from 64 to 78 have the meaning of sysexits.h; `timeout` ends with 124, too."""
 
     DONE = 0
     USAGE = 64
@@ -32,7 +33,7 @@ class ExitCode(IntEnum):
 
 
 def visible(text: str) -> str:
-    """The text with control characters written out: what a file or a bucket says must not drive the terminal.
+    """The text with control characters escaped, so that texts from files or buckets cannot control the terminal.
 
     >>> print(visible("a\x1b[2J"))
     a\\x1b[2J
@@ -41,7 +42,7 @@ def visible(text: str) -> str:
 
 
 class FusionError(Exception):
-    """An error with an exit code, one line for what is wrong and one for what to do.
+    """An error with an exit code, one line that says what is wrong, and one that says what to do.
 
     >>> print(DataError("train.csv has no column 'price'", "add the column").report())
     error: train.csv has no column 'price'
@@ -51,7 +52,7 @@ class FusionError(Exception):
     code = ExitCode.BUG
 
     def __init__(self, message: str, remedy: str) -> None:
-        super().__init__(message, remedy)  # both, so that the error survives pickling between ranks
+        super().__init__(message, remedy)  # with both arguments, pickle can rebuild the error on another rank
         self.message, self.remedy = (visible(" ".join(text.splitlines())) for text in (message, remedy))
 
     def __str__(self) -> str:
@@ -62,12 +63,12 @@ class FusionError(Exception):
 
 
 class UsageError(FusionError):
-    """A flag or argument that no command knows."""
+    """A flag or argument that the command does not know."""
 
     code = ExitCode.USAGE
 
 
-# What other tools call flags of ours: too far from them to be found by their letters.
+# Names that other tools give to some of our flags, and that are spelt too differently for `difflib` to match them.
 SYNONYMS = {
     "--learning-rate": "--lr",
     "--learning_rate": "--lr",
@@ -82,19 +83,24 @@ SYNONYMS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags of a command; what it does not understand is a `UsageError`, with the nearest flag that exists.
+    """An argument parser that raises `UsageError`, with the most similar flag, instead of exiting.
 
     Attributes:
-        example: what follows the command's name in a typical call, shown where something required is missing.
+        example: the arguments of a typical call, shown when a required argument is missing.
     """
 
     example = ""
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
+        # argparse only gives its message; the first word in it that looks like a flag is the wrong one.
         wrong = next((word.split("=")[0].rstrip(":") for word in message.split() if word.startswith("--")), "")
-        near = [SYNONYMS[wrong]] if SYNONYMS.get(wrong) in known else difflib.get_close_matches(wrong, known, n=1)
-        near = [] if wrong in known else near
+        if wrong in known:  # the flag is right, so its value is wrong
+            near = []
+        elif SYNONYMS.get(wrong) in known:
+            near = [SYNONYMS[wrong]]
+        else:
+            near = difflib.get_close_matches(wrong, known, n=1)
         remedy = f"did you mean {near[0]}? " if near else ""
         if self.example and "required" in message:
             remedy = f"for example `{self.prog} {self.example}`; "
@@ -102,7 +108,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def filled(flag: str) -> Callable[[str], str]:
-    """Type of a flag or argument that must not be empty: an empty URL would mean the root folder."""
+    """An argparse type for a flag that must not be empty, because an empty URL would mean the root folder."""
 
     def check(text: str) -> str:
         if not text:
@@ -113,55 +119,55 @@ def filled(flag: str) -> Callable[[str], str]:
 
 
 def seconds(text: str) -> float:
-    """Type of a flag that is a time."""
+    """An argparse type for a flag that is a number of seconds."""
     if not 0 <= float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"is {text}, expected 0 or more")
     return float(text)
 
 
 class DataError(FusionError):
-    """Input that cannot be used as it is: a file, a column, a value, a missing object."""
+    """Input that cannot be used: a missing or damaged object, a missing column, a wrong value."""
 
     code = ExitCode.DATA
 
 
 class UnreachableError(FusionError):
-    """The store did not answer, also after retries."""
+    """The store did not answer, even after retries."""
 
     code = ExitCode.UNREACHABLE
 
 
 class CredentialsError(FusionError):
-    """The store answered, and refused: no, wrong or expired credentials, or no permission."""
+    """The store refused: credentials are missing, wrong or expired, or lack a permission."""
 
     code = ExitCode.CREDENTIALS
 
 
 class ConfigError(FusionError):
-    """A known setting with a value that is not allowed, or that contradicts another."""
+    """A setting has a value that is not allowed, or that contradicts another setting."""
 
     code = ExitCode.CONFIG
 
 
 class StopRequested(FusionError):
-    """Stopped on request, with everything that was done committed."""
+    """The command stopped on request, after it committed what it had done; running it again continues."""
 
     code = ExitCode.STOPPED
 
 
 class StalledError(FusionError):
-    """A rank made no progress for too long."""
+    """A rank made no progress for longer than the stall timeout."""
 
     code = ExitCode.STALLED
 
 
 class SupersededError(FusionError):
-    """A newer attempt at the same run has begun: this one may publish nothing more."""
+    """A newer attempt at the same run has started, so this one must not publish anything more."""
 
     code = ExitCode.CONFIG
 
 
 class DivergedError(FusionError):
-    """A loss or metric that is not finite: nothing that follows could be trusted."""
+    """A loss or metric is not finite, so no later result could be trusted."""
 
     code = ExitCode.BUG

@@ -1,7 +1,9 @@
-"""One line an event: `2026-01-02T03:04:05Z info run=… rank=0/8 epoch=3 step=1200/8000 loss=…`, flushed, on stderr.
+"""Structured log on stderr, with one flushed line per event.
 
-A terminal gets short lines instead, `12:34:56 warning slow_store seconds=…` in colour, and a progress bar. Rank 0 says
-everything, other ranks only warnings. What was said is kept in full, so that a run can store its log.
+A line is `2026-01-02T03:04:05Z info run=… rank=0/8 epoch=3 step=1200/8000 loss=…`.
+On a terminal, lines are shorter and coloured, such as `12:34:56 warning slow_store seconds=…`, and there is a progress
+bar. Rank 0 logs everything, the other ranks only warnings and errors. All full lines are kept in memory, so that a run
+can store its log.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import IO, Protocol, cast
 
 from fusion.streams import Unfailing
 
-# Escape sequences that every terminal with colours knows (ECMA-48): yellow, red, and back to normal.
+# Escape sequences of ECMA-48, which all colour terminals support: yellow, red, and reset.
 COLOURS = {"warning": "\x1b[33m", "error": "\x1b[31m"}
 NO_COLOUR = "\x1b[0m"
 
@@ -34,7 +36,7 @@ _context = _Context()
 
 
 def configure(run: str, rank: int, world_size: int) -> None:
-    """Says whose lines these are from now on."""
+    """Sets the run and rank that all later lines name."""
     _context.run, _context.rank, _context.world_size = run, rank, world_size
 
 
@@ -53,20 +55,22 @@ def error(**fields: object) -> None:
 
 class Show(Protocol):
     def __call__(self, done: int, label: str | None = None) -> None:
-        """Moves the bar, and changes what it says."""
+        """Moves the bar to `done`, and changes its label if one is given."""
 
 
 def _show_nothing(done: int, label: str | None = None) -> None:
-    """For other ranks, and where there is no terminal."""
+    """A `Show` for ranks other than 0, and for output that is not a terminal."""
 
 
 @contextmanager
 def progress(label: str, total: int, *, done: int = 0, estimates: bool = True) -> Iterator[Show]:
-    """A bar on rank 0's terminal, below the log and gone at the end, to be moved on; elsewhere nothing.
+    """Shows a progress bar on rank 0's terminal, below the log, until the block ends; elsewhere does nothing.
+
+    Yields a function that moves the bar.
 
     Args:
-        done: how much of `total` was done before this process began.
-        estimates: the bar adds the share done and the time left; otherwise the label says it all.
+        done: how much of `total` was done before this process started.
+        estimates: whether the bar also shows the share done and the time left; if not, only the label.
     """
     if _context.rank or not sys.stderr.isatty():
         yield _show_nothing
@@ -87,7 +91,7 @@ def progress(label: str, total: int, *, done: int = 0, estimates: bool = True) -
 
 
 def text() -> str:
-    """All lines of this process so far."""
+    """All lines that this process has logged so far."""
     return "".join(f"{line}\n" for line in _context.lines)
 
 
@@ -97,7 +101,7 @@ def _emit(level: str, fields: dict[str, object]) -> None:
     _context.lines.append(line)
     stream = Unfailing(sys.stderr)
     shown = _short_line(now, level, fields) if stream.isatty() else line
-    stream.write(f"{shown}\n")  # in one piece, unlike print: the ranks of a node share the stream
+    stream.write(f"{shown}\n")  # one write, unlike print: the ranks of a node share the stream, and lines must not mix
     stream.flush()
 
 
@@ -107,7 +111,7 @@ def _full_line(now: datetime, level: str, fields: dict[str, object]) -> str:
 
 
 def _short_line(now: datetime, level: str, fields: dict[str, object]) -> str:
-    """For a person at a terminal: the local time, and the event's name in front of its facts."""
+    """The line for a terminal: local time, level, event name, and the other fields."""
     facts = dict(fields)
     event = [_format(facts.pop("event"))] if "event" in facts else []
     if _context.world_size > 1:
@@ -116,7 +120,7 @@ def _short_line(now: datetime, level: str, fields: dict[str, object]) -> str:
 
 
 def _coloured(level: str) -> str:
-    """The level in its colour, unless NO_COLOR (no-color.org) or a terminal without colours forbids it."""
+    """The level in its colour, unless NO_COLOR is set (no-color.org) or the terminal has no colours."""
     colour = COLOURS.get(level)
     if colour is None or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return level

@@ -1,11 +1,11 @@
-"""The losses, each reachable by its name from the config: `get_loss_function("weighted_smape")`.
+"""The loss functions, by name: `get_loss_function("weighted_smape")`.
 
-All of them are the plain mean over rows of a term that depends on that row alone, so any split of a batch, over ranks
-or over steps, gives the same loss. All compute in float32, and any finite model output in any dtype has a finite loss
-and gradient; a NaN stays a NaN.
+Each loss is the mean over rows of a term that depends on that row alone, so splitting a batch over ranks or over steps
+does not change it. All compute in float32. A finite model output of any dtype has a finite loss and gradient; a NaN
+stays NaN.
 
-SMAPE is written in log prices: `|p - a| / ((a + p) / 2) = 2 tanh(|log p - log a| / 2)` for positive prices, which can
-neither overflow nor divide by zero.
+SMAPE is computed from log prices: for positive prices, `|p - a| / ((a + p) / 2) = 2 tanh(|log p - log a| / 2)`. This
+form can neither overflow nor divide by zero.
 
 >>> loss = get_loss_function("smape")
 >>> round(float(loss(torch.log1p(torch.tensor([110.0])), torch.log1p(torch.tensor([90.0])))), 3)
@@ -25,20 +25,21 @@ from torch import Tensor, nn
 
 from fusion.errors import ConfigError
 
-PRICE_FLOOR = 0.01  # dollars; below it log(price) goes on as a straight line, and a negative price still has a gradient
-LARGEST_PRICE = 1e9  # dollars; beyond it predictions count as this, so that squares and weights stay inside float32
-LARGEST_LOG = 1e4  # the same for log1p(price)
-CHEAP, DEAR = 5.0, 200.0  # dollars, between which the delta of adaptive Huber falls
-DOUBLED_ABOVE = 100.0  # dollars, above which weighted Huber counts twice
-PRICE_TIERS = ((0, 10), (5, 8), (10, 6), (30, 4), (60, 2), (200, 1))  # (from this many dollars on, weight)
-EDGE_TOLERANCE = 1e-6  # relative; what log1p and back in float32 may move a price that lies on an edge
+PRICE_FLOOR = 0.01  # dollars; below it, log(price) continues as a straight line, so that every price has a gradient
+LARGEST_PRICE = 1e9  # dollars; larger predictions are clamped, so that squares times weights stay finite in float32
+LARGEST_LOG = 1e4  # the same limit for predictions of log1p(price)
+# Constants of the losses that weigh rows by their price:
+CHEAP, DEAR = 5.0, 200.0  # dollars; between them, the delta of adaptive Huber changes
+DOUBLED_ABOVE = 100.0  # dollars; above, weighted Huber counts rows twice
+PRICE_TIERS = ((0, 10), (5, 8), (10, 6), (30, 4), (60, 2), (200, 1))  # (lowest price in dollars, weight)
+EDGE_TOLERANCE = 1e-6  # relative; log1p and expm1 in float32 may move a price at the edge of a tier by so much
 
 
 class RowLoss(nn.Module):
-    """The mean over rows of a term for each row.
+    """Base class: the mean over rows of a term for each row, which subclasses define in `_terms`.
 
-    Shape: prediction `[B]`, target `[B]`, both `log1p(price)`, or with `predict_log=False` prices in dollars; result a
-    scalar. ValueError if the shapes are others: `[B]` against `[B, 1]` would broadcast to `[B, B]`.
+    Shape: prediction `[B]`, target `[B]`, both `log1p(price)`, or prices in dollars with `predict_log=False`; the
+    result is a scalar. ValueError for other shapes, because `[B]` with `[B, 1]` would broadcast to `[B, B]`.
     """
 
     n_outputs = 1
@@ -52,13 +53,16 @@ class RowLoss(nn.Module):
         return self.rows(prediction, target).mean()
 
     def rows(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The term of each row, shape `[B]`, float32: sum these to accumulate a loss over several batches."""
+        """The term of each row, shape `[B]`, float32. To accumulate a loss over several batches, sum these."""
         self._check_shapes(prediction, target)
         bound = LARGEST_LOG if self.predict_log else LARGEST_PRICE
         return self._terms(_bounded(prediction, bound), _bounded(target, bound))
 
     def measure_in(self, unit: float) -> None:
-        """Lowers the floor of prices to that of prices in this unit: dollars, unless they are far below one."""
+        """Scales the floor of prices by `unit`, in dollars.
+
+        The unit is 1 except for catalogs whose prices are far below a dollar (see `PriceModel`).
+        """
         for part in self.modules():
             if isinstance(part, RowLoss):
                 part.floor = PRICE_FLOOR * unit
@@ -80,9 +84,9 @@ class RowLoss(nn.Module):
         return target.clamp(self.floor, LARGEST_PRICE)
 
     def _log_price(self, value: Tensor) -> Tensor:
-        """log(price) above the floor; below it a line of slope 1 per unit, so that the gradient never dies."""
+        """log(price) above the floor, and a straight line below it, so that the gradient is never 0."""
         above = value.clamp(min=math.log1p(self.floor) if self.predict_log else self.floor)
-        # log(expm1(z)) without computing exp(z), which overflows at z = 88.7.
+        # With z = log1p(price), log(price) = log(expm1(z)), written here without exp(z), which overflows at z = 88.7.
         log_price = above + torch.log(-torch.expm1(-above)) if self.predict_log else torch.log(above)
         return log_price + (value - above) * (PRICE_FLOOR / self.floor)
 
@@ -105,7 +109,7 @@ class MAELoss(RowLoss):
 
 
 class HuberLoss(RowLoss):
-    """Half the squared error up to `delta`, linear beyond; Huber (1964). `delta` is in the unit of the prediction."""
+    """Half the squared error up to `delta`, linear above it; Huber (1964). `delta` has the unit of the prediction."""
 
     def __init__(self, delta: float = 1.0, *, predict_log: bool = True) -> None:
         super().__init__(predict_log=predict_log)
@@ -116,7 +120,7 @@ class HuberLoss(RowLoss):
 
 
 class WeightedHuberLoss(HuberLoss):
-    """Huber times the square root of the true price, and times 2 above $100."""
+    """Huber times the square root of the true price; times 2 for prices above $100."""
 
     def _terms(self, prediction: Tensor, target: Tensor) -> Tensor:
         price = self._price(target)
@@ -125,7 +129,10 @@ class WeightedHuberLoss(HuberLoss):
 
 
 class AdaptiveHuberLoss(RowLoss):
-    """Huber whose delta goes from `delta_cheap` at a true price of $5 to `delta_dear` at $200, even in log(price)."""
+    """Huber whose delta depends on the true price.
+
+    Delta goes from `delta_cheap` at $5 to `delta_dear` at $200, linearly in log(price), and is constant outside.
+    """
 
     def __init__(self, delta_cheap: float = 2.0, delta_dear: float = 0.5, *, predict_log: bool = True) -> None:
         super().__init__(predict_log=predict_log)
@@ -142,11 +149,11 @@ class AdaptiveHuberLoss(RowLoss):
 
 
 class QuantileHuberLoss(RowLoss):
-    """Estimates quantiles: the pinball loss, rounded off within `delta` of the target; Dabney et al. (2018), eq. 10.
+    """The pinball loss, which estimates quantiles, smoothed within `delta` of the target; Dabney et al. (2018), eq. 10.
 
-    Shape: prediction `[B]` for one quantile, `[B, Q]` for Q, one column for each in the given order; target `[B]`. A
-    row's term is the mean over its quantiles. `delta` is in the unit of the prediction, and small: a large one
-    estimates expectiles.
+    Shape: prediction `[B]` for one quantile, or `[B, Q]` with a column per quantile in the given order; target `[B]`. A
+    row's term is the mean over the quantiles. `delta` has the unit of the prediction and should be small, because a
+    large one estimates expectiles instead of quantiles.
     """
 
     def __init__(self, quantiles: Sequence[float] = (0.5,), delta: float = 0.01, *, predict_log: bool = True) -> None:
@@ -174,10 +181,11 @@ class QuantileHuberLoss(RowLoss):
 
 
 class SMAPELoss(RowLoss):
-    """SMAPE in percent, for prices from a cent up.
+    """SMAPE in percent, for prices of at least a cent.
 
-    Its slope fades as sech²(log error / 2), so a far row would stay where it is. Beyond a log error of `tail` (2: a
-    factor of 7.4, SMAPE 152) the loss goes on along its tangent instead; `tail=None` is SMAPE as it is.
+    The gradient of SMAPE vanishes for large errors, as sech²(log error / 2), so rows with large errors would hardly be
+    learned. For log errors above `tail`, the loss therefore continues along its tangent. The default of 2 is a factor
+    of 7.4 between prediction and price, or a SMAPE of 152. `tail=None` gives the exact SMAPE.
     """
 
     def __init__(self, tail: float | None = 2.0, *, predict_log: bool = True) -> None:
@@ -189,9 +197,10 @@ class SMAPELoss(RowLoss):
 
 
 class WeightedSMAPELoss(SMAPELoss):
-    """SMAPE times the weight of the tier of the true price; divided by the number of rows, not by the sum of weights.
+    """SMAPE times a weight that depends on the tier of the true price.
 
-    `tiers` are pairs (from this many dollars on, weight), rising, the first from 0.
+    The mean divides by the number of rows, not by the sum of weights. `tiers` are pairs (lowest price of the tier in
+    dollars, weight), in ascending order, the first from 0.
     """
 
     edges: Tensor
@@ -219,9 +228,9 @@ class WeightedSMAPELoss(SMAPELoss):
 
 
 class FocalSMAPELoss(SMAPELoss):
-    """SMAPE, with its tail, times `(SMAPE / 200) ** gamma`: easy rows count less; Lin et al. (2017), "Focal loss".
+    """SMAPE times `(SMAPE / 200) ** gamma`, so that easy rows count less; Lin et al. (2017), "Focal loss".
 
-    The factor is part of the function, not a constant to the gradient, so the gradient is that of the reported value.
+    The SMAPE has a linear `tail`, as in `SMAPELoss`; the factor does not. The gradient flows through the factor, too.
     """
 
     def __init__(self, gamma: float = 2.0, tail: float | None = 2.0, *, predict_log: bool = True) -> None:
@@ -253,7 +262,7 @@ class HybridFocalSMAPELoss(RowLoss):
 
 
 class FocalHuberLoss(HuberLoss):
-    """Huber times `(SMAPE / 200) ** gamma`: easy rows count less. The factor takes part in the gradient."""
+    """Huber times `(SMAPE / 200) ** gamma`, so that easy rows count less. The gradient includes the factor's."""
 
     def __init__(self, gamma: float = 2.0, delta: float = 1.0, *, predict_log: bool = True) -> None:
         super().__init__(delta, predict_log=predict_log)
@@ -279,10 +288,14 @@ LOSSES: dict[str, type[RowLoss]] = {
 
 
 def get_loss_function(config: str | Mapping[str, Any] | object) -> RowLoss:
-    """The loss that a config asks for: a name, a mapping `{"name": ..., **options}`, or an object with one as `.loss`.
+    """The loss that a config names.
 
-    ConfigError for a name or an option that does not exist, for a value that is not allowed, and for several quantiles:
-    a model predicts one price a row, so several are for code that builds `QuantileHuberLoss` itself.
+    Args:
+        config: a name, a mapping `{"name": ..., **options}`, or an object whose attribute `loss` is either.
+
+    Raises:
+        ConfigError: unknown name or option, a value that is not allowed, or several quantiles. A model predicts one
+            price per row; for several quantiles, build `QuantileHuberLoss` directly.
     """
     name, options = _name_and_options(config)
     if name not in LOSSES:
@@ -296,7 +309,8 @@ def get_loss_function(config: str | Mapping[str, Any] | object) -> RowLoss:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"loss {name!r} cannot be built: {error}", f"correct the options {options}") from error
     if loss.n_outputs > 1:
-        raise ConfigError(f"loss {name!r} needs {loss.n_outputs} predictions a row, a model makes 1", "use 1 quantile")
+        message = f"loss {name!r} needs {loss.n_outputs} predictions per row, but a model makes 1"
+        raise ConfigError(message, "use 1 quantile")
     return loss
 
 
@@ -318,14 +332,14 @@ def _unknown(what: str, given: str, allowed: Iterable[str]) -> ConfigError:
 
 
 def _number(name: str, value: float, low: float = 0.0, high: float = 1e6) -> float:
-    """A checked option. The limits keep every product of options, weights and errors inside float32."""
+    """A checked option. The limits keep every product of options, weights and errors finite in float32."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError(f"{name} must be a number from {low:g} to {high:g}, however: {value!r}")
     return float(value)
 
 
 class _Bounded(torch.autograd.Function):
-    """Limits a value to float32 within ±bound and lets the gradient through, so that a far row is still pulled back."""
+    """Clamps a value to ±bound in float32, but passes the gradient through, so that rows at the bound still learn."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, bound: float) -> Tensor:
@@ -344,14 +358,14 @@ def _bounded(value: Tensor, bound: float) -> Tensor:
 
 
 def _huber(error: Tensor, delta: float | Tensor) -> Tensor:
-    """error²/2 up to delta, delta * (|error| - delta/2) beyond. Unlike torch's, with a delta for each row."""
+    """error²/2 up to delta, and delta * (|error| - delta/2) above. Unlike torch's, it allows a delta per row."""
     size = error.abs()
     near = size.clamp(max=delta)
     return near * (size - near / 2)
 
 
 def _smape(log_error: Tensor, tail: float | None) -> Tensor:
-    """SMAPE in percent from |log p - log a|, along its tangent beyond `tail`."""
+    """SMAPE in percent from |log p - log a|; along its tangent where that is more than `tail`."""
     if tail is None:
         return 200 * torch.tanh(log_error / 2)
     near = log_error.clamp(max=tail)
@@ -361,5 +375,5 @@ def _smape(log_error: Tensor, tail: float | None) -> Tensor:
 
 def _focal_factor(log_error: Tensor, gamma: float) -> Tensor:
     """(SMAPE / 200) ** gamma, from 0 to 1."""
-    # Away from 0, where the gradient of a power below 1 is infinite.
+    # Not 0, where a power below 1 has an infinite gradient.
     return torch.tanh(log_error / 2).clamp(min=1e-12) ** gamma

@@ -1,8 +1,8 @@
-"""The metrics that training, evaluation and reports share: one formula for each, in one place.
+"""The metrics that training, evaluation and reports share.
 
-Every function takes lists, NumPy arrays and torch tensors of any real dtype, and computes in float64. Shapes have to
-agree: `[N]` against `[N, 1]` is an error, because NumPy would broadcast the two to `[N, N]`. A NaN in the input gives a
-NaN metric.
+Every function takes lists, NumPy arrays or torch tensors of any real dtype, and computes in float64. Shapes must be
+equal: `[N]` with `[N, 1]` is an error, because NumPy would broadcast the two to `[N, N]`. A NaN in the input makes the
+metric NaN.
 """
 
 from __future__ import annotations
@@ -14,40 +14,45 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-# Rows above which an interval is computed and not resampled. The mean of 5000 errors, each 0 to 200%, is normally
-# distributed but for a skewness of 0.02; resampling 2 million rows a thousand times takes half a minute per grouping.
+# Above this number of rows, an interval is computed from the normal distribution instead of by resampling. The mean of
+# 5000 errors, each between 0 and 200%, is close to normal (its skewness is about 0.02), and resampling 2 million rows a
+# thousand times would take half a minute per grouping.
 BOOTSTRAP_ROWS = 5000
-BOOTSTRAP_VALUES = 50_000  # resampled at a time: little memory, and few calls for many small groups
-# From here on cents say nothing, and below it two decimals say nothing: 0.004 would be "0.00".
+# Values resampled per NumPy call: few enough to need little memory, many enough that small groups need few calls.
+BOOTSTRAP_VALUES = 50_000
+# `readable` shows no decimals from LARGE on, where they do not matter, and two significant digits below TINY, where two
+# decimals would show too little: 0.004 would be "0.00".
 LARGE, TINY = 1000, 0.1
-_EPSILON = float(np.finfo(np.float64).eps)  # the smallest true value that scikit-learn's MAPE divides by
+_EPSILON = float(np.finfo(np.float64).eps)  # scikit-learn's MAPE divides by this where the true value is smaller
 
 
 def row_smape(y_true: object, y_pred: object) -> FloatArray:
-    """SMAPE of each row in percent, 0 to 200, shape `[N]`: `100 * |p - a| / ((|a| + |p|) / 2)`, where 0/0 counts as 0.
+    """SMAPE of each row in percent, 0 to 200, shape `[N]`: `100 * |p - a| / ((|a| + |p|) / 2)`, with 0/0 as 0.
 
     Makridakis (1993), "Accuracy measures: theoretical and practical concerns". ValueError if the shapes differ.
     """
     true, pred = _aligned(y_true, y_pred)
-    # A power of two changes no digit, and brings 1e300 and 1e-300 to where sums neither overflow nor underflow.
+    # Scaling by a power of two is exact. It brings values such as 1e300 or 1e-300 near 1, where sums neither overflow
+    # nor underflow.
     _, exponent = np.frexp(np.maximum(np.abs(true), np.abs(pred)))
     true, pred = np.ldexp(true, -exponent), np.ldexp(pred, -exponent)
     total = np.abs(true) + np.abs(pred)
-    with np.errstate(invalid="ignore"):  # an infinite price has no SMAPE: NaN, without a warning
+    with np.errstate(invalid="ignore"):  # the SMAPE of an infinite price is NaN, without a warning
         smape: FloatArray = np.divide(200 * np.abs(pred - true), total, out=np.zeros_like(total), where=total != 0)
     return smape
 
 
 def compute_smape(y_true: object, y_pred: object) -> float:
-    """The mean of `row_smape` in percent, 0 to 200. ValueError if the shapes differ or there are no rows."""
+    """The mean of `row_smape`, in percent. ValueError if the shapes differ or there are no rows."""
     return float(_required(row_smape(y_true, y_pred)).mean())
 
 
 def compute_metrics(y_true: object, y_pred: object) -> dict[str, float]:
     """SMAPE and MAPE in percent, MAE and RMSE in the unit of the input, and R².
 
-    MAPE and R² follow scikit-learn: MAPE divides by `max(|a|, 2.2e-16)`; R² of constant true values is 1 for a perfect
-    prediction and otherwise 0, and of a single row NaN. ValueError if the shapes differ or there are no rows.
+    MAPE and R² follow scikit-learn: MAPE divides by `max(|a|, 2.2e-16)`. If all true values are equal, R² is 1 for a
+    perfect prediction and 0 otherwise; for a single row it is NaN. ValueError if the shapes differ or there are no
+    rows.
     """
     true, pred = _aligned(y_true, y_pred)
     smape = compute_smape(true, pred)
@@ -64,10 +69,10 @@ def compute_metrics(y_true: object, y_pred: object) -> dict[str, float]:
 
 
 def group_metrics(y_true: object, y_pred: object) -> dict[str, float]:
-    """`compute_metrics`, and in the unit of the input `median_error`, `bias`, `mean_true` and `mean_pred`.
+    """`compute_metrics` plus `median_error`, `bias`, `mean_true` and `mean_pred`, in the unit of the input.
 
-    The median error is the median of |p - a|, the bias the mean of p - a. A group without rows has NaN everywhere.
-    ValueError if the shapes differ.
+    The median error is the median of |p - a|, the bias is the mean of p - a. For a group without rows, all metrics are
+    NaN. ValueError if the shapes differ.
     """
     true, pred = _aligned(y_true, y_pred)
     if true.size == 0:
@@ -89,9 +94,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (Efron, 1979) of the mean of `values`, one value per row, shape `[N]`.
 
-    Above `BOOTSTRAP_ROWS` rows it is the interval of the normal distribution, which resampling gives as well in the
-    limit. The same seed gives the same interval. No rows give (NaN, NaN). ValueError if `n_resamples` < 1 or `level` is
-    not in (0, 1).
+    Above `BOOTSTRAP_ROWS` rows, the interval is that of the normal distribution, to which the bootstrap interval
+    converges. The same seed gives the same interval. Without rows, the result is (NaN, NaN). ValueError if
+    `n_resamples` < 1 or `level` is not in (0, 1).
     """
     if n_resamples < 1 or not 0 < level < 1:
         raise ValueError(f"expected n_resamples >= 1 and 0 < level < 1, however: {n_resamples=}, {level=}")
@@ -110,7 +115,7 @@ def bootstrap_interval(
 
 
 def readable(value: float) -> str:
-    """A number for a table or a sentence: two decimals, none where it is large, two digits where it is tiny.
+    """A number as text for tables and sentences: two decimals, or none if it is large, or two digits if it is tiny.
 
     >>> [readable(value) for value in (19.99, 123456.7, 0.0, 0.000123)]
     ['19.99', '123,457', '0.00', '0.00012']
@@ -124,7 +129,7 @@ _GROUP_METRICS = ("smape", "mae", "rmse", "mape", "r2", "median_error", "bias", 
 
 
 def _as_float64(values: object) -> FloatArray:
-    if hasattr(values, "detach"):  # a tensor: recognised by what it can do, so that metrics need no torch
+    if hasattr(values, "detach"):  # a tensor; isinstance would need to import torch
         values = values.detach().cpu().double().numpy()  # NumPy has no bfloat16
     return np.asarray(values, dtype=np.float64)
 
@@ -143,13 +148,13 @@ def _required(rows: FloatArray) -> FloatArray:
 
 
 def _scaled(true: FloatArray, pred: FloatArray) -> tuple[FloatArray, FloatArray, int]:
-    """Both divided by 2**exponent, so that the largest is about 1 and its square can neither overflow nor vanish."""
+    """Both arrays divided by 2**exponent, and the exponent. The largest value is then near 1; its square is finite."""
     _, exponent = np.frexp(max(np.abs(true).max(), np.abs(pred).max()))
     return np.ldexp(true, -exponent), np.ldexp(pred, -exponent), int(exponent)
 
 
 def _mape(true: FloatArray, pred: FloatArray) -> float:
-    half_error = np.abs(pred / 2 - true / 2)  # half a difference of finite numbers is always finite
+    half_error = np.abs(pred / 2 - true / 2)  # halved first, so that the difference of finite numbers stays finite
     return float(200 * np.mean(half_error / np.maximum(np.abs(true), _EPSILON)))
 
 

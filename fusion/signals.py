@@ -1,4 +1,4 @@
-"""Stop requests: a signal sets a flag, a command reads it between steps or parts, keeps what is done, ends with 75."""
+"""Stop requests. A signal sets a flag; a command checks it between steps, commits what is done, and exits with 75."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# What Kubernetes and Slurm send before they kill, a terminal's Ctrl-C, what users of Slurm's --signal choose, and what
-# a terminal that is closed or an ssh connection that is lost sends.
+# SIGTERM: Kubernetes and Slurm send it before they kill. SIGINT: Ctrl-C. SIGUSR1, SIGUSR2: users choose them with
+# Slurm's --signal. SIGHUP: sent when a terminal is closed or an ssh connection is lost.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 _received: list[int] = []
@@ -22,7 +22,7 @@ def requested() -> bool:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Inside, a stop signal is remembered instead of killing the process; a second Ctrl-C is a KeyboardInterrupt."""
+    """Inside the block, a stop signal is only recorded; a second Ctrl-C raises KeyboardInterrupt."""
     _received.clear()
     before = catch(_remember)
     try:
@@ -33,7 +33,7 @@ def listening() -> Iterator[None]:
 
 
 def catch(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
-    """Gives every stop signal this handler, and returns those before; a SIGHUP that nohup ignores stays ignored."""
+    """Sets the handler of every stop signal, and returns the previous ones. A SIGHUP ignored by nohup stays ignored."""
     wanted = [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in wanted}
 

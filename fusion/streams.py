@@ -1,7 +1,7 @@
-"""Standard output and error that never fail: what only shows must not decide how a command ends.
+"""Standard output and error to which writing never fails, because display must not change how a command ends.
 
-A reader that has left (`| head`), a closed stream (`2>&-`), a full disk, a terminal that is gone or an encoding that
-lacks a letter: the text is lost, and the work goes on.
+If the reader has exited (`| head`), the stream is closed (`2>&-`), the disk is full, the terminal is gone or the
+encoding lacks a character, then the text is dropped and the command continues.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
-# OSError: nobody reads, no space, no terminal. ValueError: the stream is closed.
+# Errors of a write that cannot succeed. OSError: no reader, no space, no terminal. ValueError: the stream is closed.
 LOST = (OSError, ValueError)
 STDIN, STDOUT, STDERR = 0, 1, 2
 
 
 class Unfailing(io.TextIOBase):
-    """A text stream on top of `stream`; what cannot be written is dropped, and letters it lacks become `?`."""
+    """Wraps a text stream. Text that cannot be written is dropped; characters that it cannot encode become `?`."""
 
     def __init__(self, stream: IO[str] | None) -> None:
         self._stream = stream
@@ -30,7 +30,7 @@ class Unfailing(io.TextIOBase):
 
     @property
     def buffer(self) -> IO[bytes]:
-        """The bytes below; writing to them can fail."""
+        """The underlying binary stream; writing to it can fail."""
         return io.BytesIO() if self._stream is None else self._stream.buffer  # type: ignore[attr-defined]
 
     def write(self, text: str) -> int:
@@ -60,7 +60,7 @@ class Unfailing(io.TextIOBase):
 
 @contextmanager
 def unfailing() -> Iterator[None]:
-    """Inside, whatever is printed, cannot fail; nor can the flush when Python ends afterwards."""
+    """Inside the block, printing never fails, and neither does Python's flush when the process exits later."""
     if isinstance(sys.stdout, Unfailing):
         yield
         return
@@ -76,17 +76,23 @@ def unfailing() -> Iterator[None]:
 
 
 def _open_closed() -> None:
-    """Opens /dev/null in place of each closed standard stream, or the next file would get its number, and its text."""
+    """Opens /dev/null in place of each closed standard stream.
+
+    Otherwise the next file that is opened would get the stream's number, and what is printed would go into that file.
+    """
     for number in (STDIN, STDOUT, STDERR):
         try:
             os.fstat(number)
         except OSError:
             assert os.open(os.devnull, os.O_RDWR) == number, "the lowest free number is taken"
-            os.set_inheritable(number, True)  # for the processes that this one starts
+            os.set_inheritable(number, True)  # child processes need it for the same reason
 
 
 def _settle(number: int, stream: IO[str] | None) -> None:
-    """Flushes a stream; one that cannot be written goes to /dev/null, as Python's own flush would end it with 120."""
+    """Flushes a stream, and redirects it to /dev/null if that fails.
+
+    Otherwise Python's own flush at exit would fail again and change the exit code to 120.
+    """
     if stream is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""The names that users import: `from fusion.utils import set_seed, compute_smape, EarlyStopping, …`."""
+"""Public helpers in one place: `from fusion.utils import set_seed, compute_smape, EarlyStopping, …`."""
 
 from fusion.metrics import compute_metrics, compute_smape
 from fusion.records.portable import load_checkpoint, save_checkpoint

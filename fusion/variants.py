@@ -1,4 +1,4 @@
-"""The variants: packages of `fusion` with the settings of a run, a model and three commands."""
+"""Finds the variants: packages of `fusion` that contain a run's settings, a model, and three commands."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from fusion.errors import ConfigError
 
 
 def variants() -> list[str]:
-    """Names of the variants: every package of `fusion` whose module `config` has the settings of a run."""
+    """Names of the variants: every package of `fusion` whose module `config` defines a subclass of `RunConfig`."""
     names = [found.name for found in pkgutil.iter_modules(fusion.__path__) if found.ispkg]
     return [name for name in names if _has_settings(name)]
 
 
 def _has_settings(name: str) -> bool:
-    package = find_spec(f"fusion.{name}")  # imports nothing: other packages load torch, which may not be installed here
+    # find_spec does not import the package: others than variants load torch, which may not be installed here.
+    package = find_spec(f"fusion.{name}")
     folders = package.submodule_search_locations if package else None
     if "config" not in [found.name for found in pkgutil.iter_modules(folders or [])]:
         return False
@@ -29,7 +30,7 @@ def _has_settings(name: str) -> bool:
 
 
 def config_class_of(variant: str) -> type[RunConfig]:
-    """The settings of a variant's runs.
+    """The class of the settings of a variant's runs.
 
     Raises:
         ConfigError: there is no such variant.
@@ -37,13 +38,13 @@ def config_class_of(variant: str) -> type[RunConfig]:
     if variant not in variants():
         raise ConfigError(
             f"this version of fusion has no variant {variant!r}, only {', '.join(variants())}",
-            "use the version that the run was trained with, or leave the run out",
+            "use the version of fusion that the run was trained with, or leave the run out",
         )
     found: type[RunConfig] = import_module(f"fusion.{variant}.config").Config
     return found
 
 
 def network_of(variant: str) -> Callable[..., Any]:
-    """The variant's `build_network(config, dims)`; it loads torch."""
+    """The variant's `build_network(config, dims)`. Importing it loads torch."""
     build: Callable[..., Any] = import_module(f"fusion.{variant}.model").build_network
     return build

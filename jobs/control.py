@@ -24,7 +24,7 @@ from pathlib import Path
 try:
     from fusion import storage
     from fusion.command import guarded, terminal
-    from fusion.command.exit import tell
+    from fusion.command.exit import report
     from fusion.errors import ExitCode, FusionError, Parser, UsageError, visible
     from fusion.streams import unfailing
     from jobs.arguments import refuse_empty
@@ -59,7 +59,7 @@ def _list(given: argparse.Namespace) -> ExitCode:
     found.sort(key=lambda job: job.sent, reverse=True)
     _print_json(found) if given.json else _print_table(found, given.days)
     for one in failed:
-        tell(one)
+        report(one)
     return failed[0].code if failed and not found else ExitCode.DONE
 
 

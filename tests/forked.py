@@ -1,10 +1,10 @@
-"""Ranks for tests: one process imports torch and then forks a rank for each, which costs one import for all.
+"""Ranks for tests: one process imports torch and then forks all ranks, so that torch is imported only once.
 
     python -m tests.forked RANKS STALL_TIMEOUT MODULE FUNCTION
     python -m tests.forked RANKS '[["fusion.all_embeddings.train", "--data", …], …]'
 
-Every rank calls `FUNCTION(place)` inside `world("cpu")`, or runs the commands, one after the other. The exit code is
-that of the first that ends with another than 0; the others are killed soon after, as a launcher does.
+Every rank calls `FUNCTION(world)` inside `join_world("cpu")`, or runs the commands one after the other. The exit code
+is that of the first rank that fails; the others are killed soon after, as a launcher does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import cast
 
-from fusion.distributed.world import World, world
+from fusion.distributed.world import World, join_world
 from tests.s3_server import _free_ports as free_ports
 
 LOADED_BY_COMMANDS = ("fusion.training.loop", "fusion.evaluation.evaluate", "fusion.submissions.submission")
@@ -50,8 +50,8 @@ def _function(module: str, name: str, stall_timeout: float) -> Callable[[], int]
     function = getattr(import_module(module), name)
 
     def action() -> int:
-        with world("cpu", stall_timeout) as place:
-            function(place)
+        with join_world("cpu", stall_timeout) as world:
+            function(world)
         return 0
 
     return action

@@ -142,25 +142,25 @@ def test_a_config_is_frozen_and_validated() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "concat", "--n-heads", "4"], "--n-heads is given, and --model concat has none"),
-        (["--model", "concat", "--n-experts", "5"], "--n-experts is given, and --model concat has none"),
-        (["--lr-patience", "5"], "--lr-patience is given, and --schedule cosine has none"),
-        (["--lr-factor", "0.1"], "--lr-factor is given, and --schedule cosine has none"),
-        (["--min-lr", "0.1"], "--min-lr is given, and --schedule cosine has none"),
-        (["--schedule", "plateau", "--warmup", "0.1"], "--warmup is given, and --schedule plateau has none"),
-        (["--recipe", "published", "--warmup", "0.1"], "--warmup is given, and --schedule plateau has none"),
+        (["--model", "concat", "--n-heads", "4"], "--n-heads has no effect with --model concat"),
+        (["--model", "concat", "--n-experts", "5"], "--n-experts has no effect with --model concat"),
+        (["--lr-patience", "5"], "--lr-patience has no effect with --schedule cosine"),
+        (["--lr-factor", "0.1"], "--lr-factor has no effect with --schedule cosine"),
+        (["--min-lr", "0.1"], "--min-lr has no effect with --schedule cosine"),
+        (["--schedule", "plateau", "--warmup", "0.1"], "--warmup has no effect with --schedule plateau"),
+        (["--recipe", "published", "--warmup", "0.1"], "--warmup has no effect with --schedule plateau"),
         (
             ["--neighbours", "0", "--neighbour-dropout", "0.1"],
-            "--neighbour-dropout is given, and --neighbours 0 has none",
+            "--neighbour-dropout has no effect with --neighbours 0",
         ),
         (
             ["--recipe", "published", "--neighbour-dropout", "0.1"],
-            "--neighbour-dropout is given, and --neighbours 0 has none",
+            "--neighbour-dropout has no effect with --neighbours 0",
         ),
-        (["--folds", "5", "--val-fraction", "0.1"], "--val-fraction is given, and --folds replaces it"),
+        (["--folds", "5", "--val-fraction", "0.1"], "--val-fraction has no effect with --folds"),
         (
             ["--validate-after", "created", "2026-01-31", "--val-fraction", "0.1"],
-            "--val-fraction is given, and --validate-after replaces it",
+            "--val-fraction has no effect with --validate-after",
         ),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_setting_that_cannot_take_effect_is_an_error(flags: list[str], message
         as_flags(Config, flags, prog="")
 
 
-def test_a_default_that_cannot_take_effect_is_none(tmp_path: Path) -> None:
+def test_a_default_without_effect_is_no_error(tmp_path: Path) -> None:
     config = read("--model", "concat", "--folds", "5")
     (tmp_path / "config.json").write_text(to_json(config))
     assert read("--config", str(tmp_path / "config.json")) == config, "which holds every default"
@@ -199,15 +199,13 @@ def test_what_a_recipe_says_is_not_what_was_given(flags: list[str], tmp_path: Pa
     assert read("--config", str(tmp_path / "config.json")) == config
 
 
-def test_two_runs_are_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_two_different_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSION_RUN_ID", "old")
     for settings in (EvaluateConfig, PredictConfig):
         assert parse(settings, ["--run-dir", "out/runs/old/"], prog="", description="").run_id == "old"
         with pytest.raises(ConfigError) as caught:
             parse(settings, ["--run-dir", "out/runs/new"], prog="", description="")
-        assert caught.value.message == (
-            "--run-dir names the run new, and --run-id names old; --run-id is in the environment"
-        )
+        assert caught.value.message == ("--run-dir is the run new, but --run-id is old; --run-id is in the environment")
 
 
 def test_a_config_file_that_is_missing_is_named_by_its_flag(tmp_path: Path) -> None:
@@ -303,25 +301,25 @@ def test_all_commands_take_an_empty_variable_for_unset(monkeypatch: pytest.Monke
         ("--clip nan", "--clip is 'nan': input should be a finite number", "give --clip an allowed value"),
         ("--seed 4294967296", "--seed is '4294967296': input should be less than", "give --seed an allowed value"),
         ("--hidden 8 0", "--hidden is '0': input should be greater than 0", "give --hidden an allowed value"),
-        ("--fold 3", "--fold is 3, and there are no --folds", "change --fold or --folds"),
-        ("--sources.qwen-text a_{fold}", "the source 'a_{fold}' names a fold, and there are no", "change --folds"),
+        ("--fold 3", "--fold is 3, but --folds is not given", "change --fold or --folds"),
+        ("--sources.qwen-text a_{fold}", "the source 'a_{fold}' contains {fold}, but --folds is not", "change --folds"),
         (
             "--validate-after created 31.01.2026",
-            "--validate-after 'created' names the date '31.01.2026', expected a date or timestamp such as 2026-01-31",
+            "--validate-after 'created' has the date '31.01.2026', expected a date or timestamp such as 2026-01-31",
             "change --validate-after",
         ),
         (
             "--validate-after created 2026-01-31 --folds 5",
-            "--folds and --validate-after both say which rows validate",
+            "--folds and --validate-after exclude each other",
             "change --folds or --validate-after",
         ),
         (
             "--validate-after created 2026-01-31 --group-column created",
-            "--validate-after and --group-column both name the column 'created'",
+            "--validate-after and --group-column both use the column 'created'",
             "change --validate-after or --group-column",
         ),
         ("--device gpu", "--device is 'gpu': expected auto, cpu, cuda or cuda:0", "give --device an allowed value"),
-        ("--width 9", "--width 9 cannot be divided into --n-heads 8", "change --width or --n-heads"),
+        ("--width 9", "--width 9 is not divisible by --n-heads 8", "change --width or --n-heads"),
     ],
 )
 def test_a_value_that_cannot_work_is_named(flags: str, message: str, remedy: str) -> None:
@@ -355,7 +353,7 @@ def test_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("lr: 0.1\n")
     with pytest.raises(ConfigError) as raised:
         read("--config", str(tmp_path / "settings.yaml"))
-    assert raised.value.remedy.startswith("YAML is not read")
+    assert raised.value.remedy.startswith("YAML is not supported")
 
 
 def test_the_usual_name_of_a_flag_is_understood() -> None:

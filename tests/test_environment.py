@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from fusion.environment import LIBRARIES, MEETING, RANKS, WAITING, Place, for_libraries, place, rank, variable
+from fusion.environment import (
+    LIBRARIES,
+    RANKS,
+    RENDEZVOUS,
+    WAITING,
+    RankVariables,
+    for_libraries,
+    rank,
+    rank_variables,
+    variable,
+)
 from fusion.errors import ConfigError, ExitCode
 
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -15,7 +25,7 @@ MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    for name in (*RANKS, *MEETING):
+    for name in (*RANKS, *RENDEZVOUS):
         monkeypatch.delenv(name, raising=False)
     for name, value in request.param.items():
         monkeypatch.setenv(name, value)
@@ -31,27 +41,27 @@ def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, Place()),
-        (MASTER, Place()),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Place()),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **MASTER}, Place()),
-        ({"RANK": "3", "WORLD_SIZE": "4", **MASTER}, Place(3, 4)),
+        ({}, RankVariables()),
+        (MASTER, RankVariables()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, RankVariables()),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **MASTER}, RankVariables()),
+        ({"RANK": "3", "WORLD_SIZE": "4", **MASTER}, RankVariables(3, 4)),
         (
             {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MASTER},
-            Place(3, 4, 1, 2),
+            RankVariables(3, 4, 1, 2),
         ),
-        ({"WORLD_SIZE": "4"}, Place(ignored=("WORLD_SIZE",))),
-        ({"WORLD_SIZE": "", "RANK": ""}, Place()),
-        ({"RANK": "3", **MASTER}, Place(ignored=("RANK",))),
-        ({"RANK": "3", "WORLD_SIZE": ""}, Place(ignored=("RANK",))),
-        ({"LOCAL_RANK": "1"}, Place(ignored=("LOCAL_RANK",))),
-        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, Place(ignored=("WORLD_SIZE", "LOCAL_RANK"))),
+        ({"WORLD_SIZE": "4"}, RankVariables(ignored=("WORLD_SIZE",))),
+        ({"WORLD_SIZE": "", "RANK": ""}, RankVariables()),
+        ({"RANK": "3", **MASTER}, RankVariables(ignored=("RANK",))),
+        ({"RANK": "3", "WORLD_SIZE": ""}, RankVariables(ignored=("RANK",))),
+        ({"LOCAL_RANK": "1"}, RankVariables(ignored=("LOCAL_RANK",))),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, RankVariables(ignored=("WORLD_SIZE", "LOCAL_RANK"))),
     ],
     indirect=["given"],
 )
 @pytest.mark.usefixtures("given")
-def test_the_variables_are_complete_or_count_for_nothing(expected: Place) -> None:
-    assert place() == expected
+def test_variables_of_ranks_are_used_or_ignored_together(expected: RankVariables) -> None:
+    assert rank_variables() == expected
     assert rank() == expected.rank
 
 
@@ -73,12 +83,12 @@ def test_the_variables_are_complete_or_count_for_nothing(expected: Place) -> Non
 @pytest.mark.usefixtures("given")
 def test_a_contradiction_is_named(message: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        place()
+        rank_variables()
     assert message in raised.value.message
     assert rank() == 0
 
 
-def test_what_the_user_has_set_for_libraries_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_set_by_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in {*LIBRARIES, *WAITING}:
         monkeypatch.delenv(name, raising=False)
     assert for_libraries() == LIBRARIES
@@ -90,7 +100,7 @@ def test_what_the_user_has_set_for_libraries_stays(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("launcher", [(), ("fusion.launch", "--nproc-per-node=1")])
 @pytest.mark.parametrize(("own", "used"), [("", "1000"), ("5", "5")])
-def test_openmp_waits_as_the_command_has_it(launcher: tuple[str, ...], own: str, used: str) -> None:
+def test_commands_set_how_openmp_threads_wait(launcher: tuple[str, ...], own: str, used: str) -> None:
     command = ["-m", *launcher, "fusion.all_embeddings.train", "--data", "/nowhere"]
     clean = {name: value for name, value in os.environ.items() if name not in WAITING}
     environment = {**clean, "GOMP_SPINCOUNT": own, "OMP_DISPLAY_ENV": "VERBOSE"}
@@ -99,7 +109,7 @@ def test_openmp_waits_as_the_command_has_it(launcher: tuple[str, ...], own: str,
 
 
 @pytest.mark.parametrize("module", ["fusion.verify", "fusion.qwen_clip.train", "fusion.launch"])
-def test_a_python_without_the_libraries_is_named_in_two_lines(module: str) -> None:
+def test_a_python_without_dependencies_gets_a_two_line_error(module: str) -> None:
     command = [sys.executable, "-S", "-m", module]  # -S: no installed packages
     root = Path(__file__).parents[1]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, cwd=root)

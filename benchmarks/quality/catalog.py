@@ -15,7 +15,7 @@ from fusion.data.embeddings import load
 from fusion.data.row_store import RowStore
 from fusion.data.splits import split_rows
 from fusion.data.tables import Table, read_table
-from fusion.distributed.world import world
+from fusion.distributed.world import join_world
 from fusion.errors import ConfigError
 
 
@@ -64,8 +64,8 @@ def read_catalog(config: RunConfig, sources: Mapping[str, str], *, with_text: bo
             "leave it out of --sources",
         )
     table = read_table(config.data, "train", priced=True, drop_bad_prices=config.drop_bad_prices)
-    with world("cpu") as place:
-        store = load(config.data, "train", sources, table.ids, place, max_missing=config.max_missing)
+    with join_world("cpu") as world:
+        store = load(config.data, "train", sources, table.ids, world, max_missing=config.max_missing)
     groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
     texts = _texts(table, config) if with_text else []
     key = digest([table.digest(), store.digest(), _sha256(groups), config.folds, config.seed])

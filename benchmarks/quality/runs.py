@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.quality.catalog import Catalog
 from benchmarks.quality.predictions import Prediction
 from fusion.compare.out_of_fold import Scored, find_run, scored, stacked
-from fusion.data.tables import places_of
+from fusion.data.tables import positions_of
 from fusion.errors import DataError
 
 
@@ -26,7 +26,7 @@ def read_runs(runs: Sequence[str], output: str, catalog: Catalog) -> list[Predic
 
 
 def _prediction(run: Scored, catalog: Catalog) -> Prediction:
-    places, logs = places_of(run.rows.index, catalog.ids), np.full(len(catalog.ids), np.nan)
+    places, logs = positions_of(run.rows.index, catalog.ids), np.full(len(catalog.ids), np.nan)
     remedy = "name the data that the run was trained on with --data, and its --folds and --seed"
     if (places < 0).any():
         n_unknown = int((places < 0).sum())

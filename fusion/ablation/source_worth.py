@@ -16,7 +16,7 @@ from fusion.compare.standard_errors import Estimate, IntArray, clustered_mean
 from fusion.config import AblateConfig, RunConfig
 from fusion.data.embeddings import load
 from fusion.data.tables import Table
-from fusion.distributed.world import World, held, world
+from fusion.distributed.world import World, held, join_world
 from fusion.errors import DataError
 from fusion.evaluation.evaluate import as_validated, is_as_trained, validation_rows
 from fusion.features.fitted import columns_of
@@ -62,7 +62,7 @@ def ablate(settings: AblateConfig) -> None:
         DataError: as `evaluate_by_groups`.
         StopRequested: a signal came; the parts that are done are kept.
     """
-    with world(settings.device) as place:
+    with join_world(settings.device) as place:
         variant = place.on_main(lambda: _variant(settings))
         config_class, build = config_class_of(variant), network_of(variant)
         run, config, chosen, data = open_run(settings, config_class, place)

@@ -1,4 +1,4 @@
-"""How a command runs: its settings, its job, and how it ends."""
+"""Runs a command: reads its settings, does its job, and turns errors into exit codes."""
 
 from fusion.command.job import guarded, run
 

@@ -1,4 +1,4 @@
-"""How a rank reports the error that ends it, and how it leaves when only the end of its process helps."""
+"""How a rank reports the error that ends it, and how it exits while other threads of it hang."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from typing import NoReturn
 from fusion import environment
 from fusion.errors import FusionError
 
-RECORD_SECONDS = 5.0  # the store may be what hangs; a commit record takes less than one
+# Longest time to wait for `exit.json` to be written to the store. The write usually takes less than a second, but the
+# store may be the very thing that hangs; then the process exits without the record.
+RECORD_SECONDS = 5.0
 
-Record = Callable[[FusionError], None]
+Record = Callable[[FusionError], None]  # writes to the run's folder how the attempt ended
 
 _records: list[Record] = []
 
 
 @contextmanager
 def recorded_by(record: Record | None) -> Iterator[None]:
-    """Inside, `record` keeps how this attempt ended if `leave` ends it; None where another rank does."""
+    """Inside the block, `leave` calls `record` before it exits; None on ranks that do not record."""
     added = [] if record is None else [record]
     _records.extend(added)
     try:
@@ -34,26 +36,28 @@ def recorded_by(record: Record | None) -> Iterator[None]:
 
 
 def leave(error: FusionError) -> NoReturn:
-    """Reports and records the error, and ends the process with its code, whatever its other threads wait for."""
-    tell(error)
-    record = _records[-1] if _records else _let_another_record
+    """Reports and records the error, and exits with its code even if other threads of the process hang."""
+    report(error)
+    record = _records[-1] if _records else _wait_for_another_rank_to_record
     recording = threading.Thread(target=record, args=(error,), daemon=True)
     recording.start()
     recording.join(RECORD_SECONDS)
-    os._exit(error.code)  # nothing else gets out of a collective operation that waits for a dead rank
+    # The main thread may be inside a collective operation that waits for a dead rank. Nothing else interrupts that.
+    os._exit(error.code)
 
 
-def _let_another_record(_: FusionError) -> None:
-    time.sleep(RECORD_SECONDS)  # the launcher ends all ranks soon after the first has left
+def _wait_for_another_rank_to_record(_: FusionError) -> None:
+    # The launcher kills all ranks soon after the first one exits. Waiting gives rank 0 time to write the record.
+    time.sleep(RECORD_SECONDS)
 
 
-def tell(error: FusionError, trace: str = "") -> None:
-    """To the launcher that started this rank, which says it once; without one, on standard error."""
+def report(error: FusionError, trace: str = "") -> None:
+    """Hands the error to the launcher, which prints it once for all ranks; without a launcher, prints it here."""
     rank, folder = environment.rank(), environment.variable("FUSION_EXIT_DIR")
     if folder:
-        told = {"code": error.code, "error": error.message, "hint": error.remedy, "time": time.time()}
-        with suppress(OSError):  # a full disk: then say it here
-            Path(folder, f"{rank}.json").write_text(json.dumps(told | {"traceback": trace}))
+        ending = {"code": error.code, "error": error.message, "hint": error.remedy, "time": time.time()}
+        with suppress(OSError):  # such as a full disk: then the error is printed below
+            Path(folder, f"{rank}.json").write_text(json.dumps(ending | {"traceback": trace}))
             return
     if trace or folder or rank == 0:  # user errors hit every rank; only rank 0 prints
         print(f"{trace}{error.report()}", file=sys.stderr, flush=True)

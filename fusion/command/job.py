@@ -1,4 +1,4 @@
-"""How every command runs: parse settings, do the job, and turn an error into two lines and an exit code."""
+"""Runs a command: parses its settings, does its job, and turns an error into two lines and an exit code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from fusion import signals, storage
-from fusion.command.exit import tell
+from fusion.command.exit import report
 from fusion.command.settings import parse
 from fusion.config import StoreConfig
 from fusion.environment import prepare_libraries
@@ -20,7 +20,13 @@ C = TypeVar("C", bound=StoreConfig)
 
 
 def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | None, *, module: str, doc: str) -> int:
-    """Exit code of `job` with the settings in `argv`, the environment and the config file."""
+    """Runs `job` with the settings from flags, environment and config file, and returns the exit code.
+
+    Args:
+        argv: the flags; None for those of this process.
+        module: name of the command, as in `python -m module`.
+        doc: what `--help` says at its beginning.
+    """
 
     def parsed_job() -> ExitCode:
         config = parse(config_class, argv, prog=f"python -m {module}", description=doc)
@@ -33,15 +39,16 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
     with unfailing():
         try:
             return guarded(parsed_job)
-        except KeyboardInterrupt:  # a second Ctrl-C, or one before the job listens
+        except KeyboardInterrupt:  # a second Ctrl-C, or one before `signals.listening`
             print(FusionError("interrupted", "run the same command again").report(), file=sys.stderr)
             return 128 + signal.SIGINT
 
 
 def guarded(job: Callable[[], int]) -> int:
-    """Exit code of `job`; what it prints cannot fail.
+    """Runs `job` and returns its exit code; what it prints cannot fail.
 
-    A `FusionError` prints what is wrong and what to do. Anything else is a bug: its traceback, and 70.
+    A `FusionError` is printed as an error and a hint, and gives its own exit code. Any other exception is a bug: it is
+    printed with its traceback, and the exit code is 70.
     """
     with unfailing():
         return _guarded(job)
@@ -51,9 +58,9 @@ def _guarded(job: Callable[[], int]) -> int:
     try:
         return job()
     except FusionError as error:
-        tell(error)
+        report(error)
         return error.code
     except Exception as error:
         message = f"this is a bug in fusion: {type(error).__name__}: {error}"
-        tell(FusionError(message, "report it with the log of the run"), traceback.format_exc())
+        report(FusionError(message, "report it with the log of the run"), traceback.format_exc())
         return ExitCode.BUG

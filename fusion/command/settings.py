@@ -1,7 +1,8 @@
-"""How settings are given: by flags, environment, a file and defaults, in this order; and how a run's are kept.
+"""Reads settings from flags, environment variables, a file and defaults, and reads and writes a run's `config.json`.
 
-Every field of `fusion.config` is a flag (`batch_size` is `--batch-size`), an environment variable
-(`FUSION_BATCH_SIZE`) and a key of the `--config` file.
+Every field of a config class in `fusion.config` is a flag (`batch_size` is `--batch-size`), an environment variable
+(`FUSION_BATCH_SIZE`) and a key of the `--config` file. If several of them set it, the flag counts, then the variable,
+then the file.
 """
 
 from __future__ import annotations
@@ -23,9 +24,14 @@ from fusion.config import EvaluateConfig, PredictConfig, RunConfig, StoreConfig
 from fusion.environment import rank, variable
 from fusion.errors import ConfigError, DataError, Parser
 
-# The headings of --help, in their order.
+# The headings of --help, in the order in which they are shown.
 GROUPS = ("where", "sources", "data", "model", "training", "evaluation", "submission", "stopping", "machine")
-MOST_IN_METAVAR = 3  # more names to choose from are listed in the flag's help
+# Up to so many choices are shown right after the flag (`--model concat|fusion`); more are listed in the flag's help,
+# where they do not widen the column of flags.
+MOST_IN_METAVAR = 3
+# How similar (by difflib, 0 to 1) an unknown variable must be to a known one to count as misspelt. Variables that
+# belong to other tools may start with FUSION_, too, so this is stricter than difflib's 0.6.
+MISSPELT = 0.85
 
 C = TypeVar("C")
 
@@ -35,10 +41,13 @@ def to_json(config: RunConfig) -> str:
 
 
 def from_json(config_class: type[C], text: str | bytes, origin: str) -> C:
-    """The config that `to_json` wrote, of this version or an earlier one; a key it does not know is an error.
+    """The config that this version or an earlier one wrote with `to_json`.
+
+    Args:
+        origin: URL of the text, for messages.
 
     Raises:
-        ConfigError: naming the file, the key and what is allowed.
+        ConfigError: a key is unknown, or a value is not allowed; names the file, the key and what is allowed.
     """
     flags = _flags(config_class)
     try:
@@ -46,14 +55,14 @@ def from_json(config_class: type[C], text: str | bytes, origin: str) -> C:
         flat = _flatten(values)
     except (ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{origin} is no JSON with settings: {error}", "use another run, or restore the file"
+            f"{origin} is not a JSON file of settings: {error}", "use another run, or restore the file"
         ) from error
     _check_keys(origin, flat, flags)
     return _validate(config_class, _of_any_version(values), dict.fromkeys(flags, f"in {origin}"))
 
 
 def _of_any_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Earlier versions knew the published recipe alone, and called what has no folds fold 0."""
+    """Adapts the settings of earlier versions, which only had the published recipe, and wrote fold 0 without folds."""
     if "recipe" in values:
         return values
     fold = values.get("fold") if values.get("folds") is not None else None
@@ -61,11 +70,14 @@ def _of_any_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:
-    """Settings from flags, else environment, else the `--config` file, else defaults.
+    """The settings from flags, environment, `--config` file and defaults.
+
+    Args:
+        prog, description: of the command, for `--help`.
 
     Raises:
-        UsageError: an unknown flag, with the nearest one that exists.
-        ConfigError: a value out of range, with where it came from and what is allowed.
+        UsageError: a flag is unknown; names the most similar one.
+        ConfigError: a value is not allowed; says where it was set, and what is allowed.
     """
     flags = _flags(config_class)
     values, origins = _collect(flags, argv, prog, description)
@@ -74,7 +86,7 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
 
 
 def _given(config_class: type[C], values: Mapping[str, Any], origins: Mapping[str, str]) -> C:
-    """As `_validate`, for what a user gives: a setting that cannot take effect is an error."""
+    """As `_validate`, for settings that a user gives: one that has no effect is an error, too."""
     config = _validate(config_class, values, origins)
     reason = config.without_effect() if isinstance(config, StoreConfig) else ""
     if reason:
@@ -89,21 +101,21 @@ def _flags_in(text: str) -> list[str]:
 
 
 def _warn_of_misspelt(flags: Mapping[str, Any]) -> None:
-    """Variables are shared by all commands, so one that this command does not know is no error."""
+    """Warns of variables `FUSION_…` that resemble a known one. It is no error: all commands share the variables."""
     known = {key.replace(".", "_").upper() for one in (RunConfig, EvaluateConfig, PredictConfig) for key in _flags(one)}
     known |= {key.replace(".", "_").upper() for key in flags}
     given = {name.removeprefix("FUSION_") for name in os.environ if name.startswith("FUSION_")}
     for name in sorted(given - known):
-        near = difflib.get_close_matches(name, known, 1, 0.85)
+        near = difflib.get_close_matches(name, known, 1, MISSPELT)
         if near and rank() == 0:
             log.warning(event="unknown_variable", name=f"FUSION_{name}", did_you_mean=f"FUSION_{near[0]}")
 
 
 def as_flags(config_class: type[Any], argv: Sequence[str] | None = None, *, prog: str) -> list[str]:
-    """What is set anywhere, as flags alone: with them, neither a file nor the environment can change it later.
+    """All settings that are given anywhere, as flags: a later command with them needs no file and no environment.
 
     Raises:
-        UsageError, ConfigError: as `parse`.
+        UsageError, ConfigError: as for `parse`.
     """
     flags = _flags(config_class)
     values, origins = _collect(flags, argv, prog, "")
@@ -123,7 +135,7 @@ def _words(key: str, value: Any) -> list[str]:
 def _collect(
     flags: Mapping[str, Any], argv: Sequence[str] | None, prog: str, description: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What is set by key, the first of flag, environment and file, and where each was found."""
+    """Key to value of what is set by flag, environment or file, in this order, and key to where it was set."""
     given = vars(_parser(flags, prog, description).parse_args(argv))
     file = given.pop("config", None) or variable("FUSION_CONFIG")
     values: dict[str, Any] = {}
@@ -187,7 +199,7 @@ def _argument(key: str, field: Any) -> dict[str, Any]:
 
 
 def _tuple_length(kind: Any) -> int | None:
-    """Number of values of a tuple, or of `tuple[…] | None`; 0 for any number; None: it is no tuple."""
+    """Number of values of a tuple type or `tuple[…] | None`; 0: any number; None: the type is not a tuple."""
     kind = next((inner for inner in (kind, *get_args(kind)) if get_origin(inner) is tuple), None)
     if kind is None:
         return None
@@ -195,13 +207,13 @@ def _tuple_length(kind: Any) -> int | None:
 
 
 def _element(kind: Any) -> Any:
-    """int of `int`, `int | None`, `tuple[int, ...]` and `tuple[PositiveInt, ...]`."""
+    """The type of a single value: int for `int`, `int | None`, `tuple[int, ...]` and `tuple[PositiveInt, ...]`."""
     element = next(iter(get_args(kind)), kind)
     return next(iter(get_args(element)), element)
 
 
 def _flags(config_class: type[Any]) -> dict[str, Any]:
-    """Dotted key to field, nested dataclasses opened up: `sources.clip_image`."""
+    """Key to field. The fields of a nested dataclass have dotted keys, such as `sources.clip_image`."""
     hints = get_type_hints(config_class)
     flags: dict[str, Any] = {}
     for name, field in config_class.__pydantic_fields__.items():
@@ -231,8 +243,8 @@ def _read_file(url: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         values = _flatten(loaded)
     except (ValueError, AttributeError) as error:
         is_yaml = url.endswith((".yaml", ".yml"))
-        remedy = "YAML is not read: write `lr = 0.1` into a .toml file" if is_yaml else "correct the file"
-        raise ConfigError(f"{url} is neither JSON nor TOML with settings: {error}", remedy) from error
+        remedy = "YAML is not supported: write `lr = 0.1` into a .toml file" if is_yaml else "correct the file"
+        raise ConfigError(f"{url} is not a JSON or TOML file of settings: {error}", remedy) from error
     _check_keys(url, values, flags)
     return values
 
@@ -242,7 +254,7 @@ def _check_keys(origin: str, values: Mapping[str, Any], flags: Mapping[str, Any]
         if key not in flags:
             near = difflib.get_close_matches(key, flags, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(flags)}"
-            raise ConfigError(f"{origin} sets {key!r}, which is no setting here", hint)
+            raise ConfigError(f"{origin} sets {key!r}, which is not a setting of this command", hint)
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,13 +265,17 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nest(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_flatten`; also splits texts from the environment or a file into tuples."""
     nested: dict[str, Any] = {}
     for key, value in values.items():
         length = _tuple_length(flags[key].annotation) if key in flags else None
         if length is not None and isinstance(value, str):
-            value = value.rsplit(",", length - 1)  # the first may have commas where their number is known
+            # A tuple of known length is split from the right, so that its first value may contain commas, as the name
+            # of a column may. With length 0 (any number), this splits at every comma.
+            value = value.rsplit(",", length - 1)
         section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
+        target = nested.setdefault(section, {}) if section else nested
+        target[name] = value
     return nested
 
 

@@ -1,6 +1,7 @@
-"""Tables on standard output, of text that a user's data, a bucket or a cluster holds.
+"""Tables on standard output.
 
-It is shown, never obeyed: markup is off, and control characters are written out.
+Their text comes from users' data, buckets or clusters and is not trusted, so rich's markup is off and control
+characters are escaped.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from rich.text import Text
 
 from fusion.errors import visible
 
-WIDEST = 10_000  # columns: no limit
-MIN_WIDTH = 80  # columns for the titles, which are no part of a table's own width
+WIDEST = 10_000  # columns; in effect no limit
+MIN_WIDTH = 80  # columns; a title may be wider than its table, and rich would wrap it at the table's width
 
 
 def table(title: str, *headings: str, numbers: Collection[str] = ()) -> Table:
-    """An empty table; the columns of `numbers` are aligned on the right."""
+    """A table without rows; the columns with the headings `numbers` are right-aligned."""
     made = Table(title=text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
     for heading in headings:
-        # Never wrapped: half of an id cannot be copied.
+        # Cells are never wrapped, so that ids can be copied.
         made.add_column(text(heading), justify="right" if heading in numbers else "left", no_wrap=True)
     return made
 
@@ -32,7 +33,7 @@ def add(to: Table, *cells: str, style: str | None = None) -> None:
 
 
 def width(of: Table) -> int:
-    """Columns that it takes to show all of it."""
+    """Columns of the terminal that the whole table needs."""
     return Console(width=WIDEST).measure(of).maximum
 
 

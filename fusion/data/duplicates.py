@@ -1,4 +1,4 @@
-"""Near-duplicates of a table: rows that share a text, a vector of a source or the value of a column."""
+"""Finds near-duplicates in a table: rows with the same text, the same vector in a source, or the same column value."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from scipy.sparse.csgraph import connected_components
 from fusion import log
 from fusion.config import RunConfig
 from fusion.data.tables import Table
-from fusion.data.text_hashes import mixed, text_hashes
+from fusion.data.text_hashes import mix_bits, text_hashes
 
-PLACEHOLDER_ROWS = 50  # a text or vector that more rows share says "no image" or "no text", not "the same product"
-TEXT_COLUMN = "catalog_content"  # the one that is used where the settings name none
-CHUNK_NUMBERS = 1 << 19  # numbers hashed at a time: with what is computed of them, 16 MiB
-# Names that a column of texts often has, to be pointed out where the table has none of the usual name.
+# A text or vector that more rows share is a placeholder, such as "no image", and does not make rows near-duplicates.
+# Variants and re-listings of one product are rarely so many; if they are, `--group-column` keeps them together.
+PLACEHOLDER_ROWS = 50
+TEXT_COLUMN = "catalog_content"  # the text column if `--text-column` is not given
+CHUNK_NUMBERS = 1 << 19  # numbers hashed at a time; they and the intermediate results take 16 MiB
+# Common names of text columns; the hint suggests one of them if the table has no TEXT_COLUMN.
 LIKELY_TEXTS = ("title", "text", "name", "description", "product_name", "item_name", "content")
 
 
 def near_duplicate_groups(table: Table, vectors: Mapping[str, np.ndarray], config: RunConfig) -> np.ndarray:
-    """[N] group of each row: rows connected by an equal text, vector or `--group-column` value share one.
+    """[N] group of each row. Rows with an equal text, vector or `--group-column` value are in one group, transitively.
 
-    Groups are numbered in the order of their first row.
+    The groups are the connected components of a bipartite graph between rows and shared values. They are numbered in
+    the order of their first row.
 
     Args:
-        table: N rows, with the columns `compared_columns(config)`, or their hashes, where the file has them.
-        vectors: role to [N, D_role]; rows of zeros are missing.
+        table: N rows, with those of the columns `compared_columns(config)` that the file has, or with their hashes.
+        vectors: role to [N, D_role]; rows of zeros are missing embeddings.
 
     Raises:
         DataError: a column that the settings name does not exist.
@@ -48,14 +51,14 @@ def near_duplicate_groups(table: Table, vectors: Mapping[str, np.ndarray], confi
 
 
 def compared_columns(config: RunConfig) -> list[str]:
-    """Columns of the table that decide which rows are near-duplicates."""
+    """Names of the table's columns whose equal values make rows near-duplicates."""
     return [config.text_column or TEXT_COLUMN, *([config.group_column] if config.group_column else [])]
 
 
 def _shared_values(
     table: Table, vectors: Mapping[str, np.ndarray], config: RunConfig
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows that share a value with others, and a label of that value."""
+    """For each column and source: the rows that share a value with other rows, and a label of that value for each."""
     if config.group_column is not None:
         column = table.column(config.group_column, "--group-column")
         yield _shared(_text_labels(column), config.group_column, largest=len(table))
@@ -74,14 +77,14 @@ def _texts(table: Table, config: RunConfig) -> pd.Series | None:
     likely = [name for name in table.columns if name.lower() in LIKELY_TEXTS]
     log.warning(
         event="texts_not_compared",
-        reason=f"{table.name} has no column {TEXT_COLUMN!r}, so products with equal texts may be on both sides",
+        reason=f"{table.name} has no column {TEXT_COLUMN!r}, so rows with equal texts may be split between both sides",
         hint=f"name the column with --text-column {likely[0] if likely else 'NAME'}",
     )
     return None
 
 
 def _shared(labels: np.ndarray, name: str, largest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose label others have too, but not more than `largest`, and these labels; -1 is no label."""
+    """The rows whose label at least 2 and at most `largest` rows have, and their labels. A label of -1 is none."""
     counts = np.bincount(labels[labels >= 0])
     if (counts > largest).any():
         log.info(event="placeholder", column=name, rows=int(counts[counts > largest].sum()))
@@ -91,31 +94,31 @@ def _shared(labels: np.ndarray, name: str, largest: int) -> tuple[np.ndarray, np
 
 
 def _text_labels(values: pd.Series) -> np.ndarray:
-    """[N] the same number for equal values, without space around them; -1 where no other row has the value, or none.
+    """[N] a label for each value, equal for values that are equal after trimming; -1 for unique and missing values.
 
     Args:
-        values: texts, or what `read_table` kept of them: their hashes.
+        values: texts, or their hashes where `read_table` only kept these.
     """
     hashes = values.to_numpy() if values.dtype == np.uint64 else text_hashes(pa.array(values))
     return _labels(hashes)
 
 
 def _labels(hashes: np.ndarray) -> np.ndarray:
-    """[N] the same number for equal hashes [N] uint64, in their order; -1 for 0 and for those that are unique.
+    """[N] a label for each hash [N] uint64, ascending with the hash; -1 for the hash 0 and for unique hashes.
 
-    Sorting takes a copy of the hashes; a hash table of them would take five times as much, at random places.
+    This sorts a copy of the hashes. A hash table would need five times the memory, with random access.
     """
     ordered = np.sort(hashes)
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     repeated = repeated[repeated > 0]
     if not len(repeated):
         return np.full(len(hashes), -1)
-    place = np.searchsorted(repeated, hashes).clip(max=len(repeated) - 1)
-    return np.where(repeated[place] == hashes, place, -1)
+    label = np.searchsorted(repeated, hashes).clip(max=len(repeated) - 1)
+    return np.where(repeated[label] == hashes, label, -1)
 
 
 def vector_labels(vectors: np.ndarray) -> np.ndarray:
-    """[N] the same number for rows [N, D] with the same bytes; -1 for rows of zeros and for those that are unique."""
+    """[N] a label for each row of [N, D], equal for rows of equal bytes; -1 for rows of zeros and for unique rows."""
     if not vectors.size:
         return np.full(len(vectors), -1)
     labels = _labels(_row_hashes(vectors))
@@ -124,24 +127,28 @@ def vector_labels(vectors: np.ndarray) -> np.ndarray:
     np.minimum.at(first, labels[shared], shared)
     for rows in _chunks(shared, vectors.shape[1]):
         is_other = (vectors[rows] != vectors[first[labels[rows]]]).any(axis=1)
-        # Two vectors of one hash: at 10 million rows once in thousands of tables. One of them then counts as unique.
+        # Different vectors with the same hash occur in one of thousands of tables of 10 million rows. One of the two
+        # then counts as unique.
         labels[rows[is_other]] = -1
     return labels
 
 
 def _row_hashes(vectors: np.ndarray) -> np.ndarray:
-    """[N] uint64 of the bytes of each row: multilinear hashing (Carter and Wegman, 1979); 0 for rows of zeros."""
+    """[N] uint64 hash of the bytes of each row, by multilinear hashing (Carter and Wegman, 1979); 0 for rows of zeros.
+
+    Hashes of other rows have their lowest bit set, so that they are not 0.
+    """
     n_rows, dim = vectors.shape
     weights = np.random.default_rng(0).integers(0, 2**64, dim, np.uint64) | np.uint64(1)
     hashes = np.zeros(n_rows, np.uint64)
     for rows in _chunks(np.arange(n_rows), dim):
         chunk = np.ascontiguousarray(vectors[rows[0] : rows[-1] + 1])
-        words = mixed(chunk.view(f"u{chunk.dtype.itemsize}").astype(np.uint64))
+        words = mix_bits(chunk.view(f"u{chunk.dtype.itemsize}").astype(np.uint64))
         found = (words * weights).sum(axis=1, dtype=np.uint64)
         hashes[rows] = np.where(chunk.any(axis=1), found | np.uint64(1), 0)
     return hashes
 
 
 def _chunks(rows: np.ndarray, dim: int) -> list[np.ndarray]:
-    """Consecutive parts of `rows`, each of about `CHUNK_NUMBERS` numbers; none for no rows."""
+    """`rows` in consecutive chunks, each with about `CHUNK_NUMBERS` numbers; an empty list without rows."""
     return np.array_split(rows, -(-len(rows) * dim // CHUNK_NUMBERS)) if len(rows) else []

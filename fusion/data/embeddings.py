@@ -1,8 +1,9 @@
-"""Embeddings of a split as rows aligned by `sample_id`, streamed in one pass into contiguous tensors.
+"""Loads the embeddings of a split in one pass into one contiguous tensor per role, with rows aligned by `sample_id`.
 
-Rank 0 learns how long the vectors of each source are. Then the ranks of a node read disjoint files and row groups in
-parallel, straight into one tensor per role that they share, so each vector is read once per node. Last, rank 0 judges
-the ids that its node has seen: which occur twice, and which are missing.
+1. Rank 0 finds the files of each source and the length of its vectors.
+2. The ranks of each node read disjoint files and row groups in parallel, straight into tensors that they share. So
+   each vector is read once per node.
+3. Rank 0 checks the ids that the ranks of its node have read: which occur twice, and which are missing.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from fusion.distributed.world import World
 from fusion.errors import DataError, StopRequested, UnreachableError
 from fusion.storage import Entry
 
-N_THREADS = 4
-N_COMPARED = 1000  # rows that are compared to see whether two sources are the same
-LOOK = 0.5  # seconds between two moments at which the ranks tell one another of errors and stop requests
+N_THREADS = 4  # of each rank; reading waits for the store more than for the CPU
+N_COMPARED = 1000  # rows that are compared to find out whether two sources have the same vectors
+CHECK_SECONDS = 0.5  # while reading, time between two exchanges of errors and stop requests among the ranks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a source before it is read.
+    """What is known about a source before its vectors are read.
 
     Attributes:
-        source: what messages call it.
+        source: its description in messages.
     """
 
     role: str
@@ -53,7 +54,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Target:
-    """Where the vectors of a role go: values [N, D], and whether a row [N] is present, or has a vector of zeros."""
+    """The arrays that the vectors of a role are read into.
+
+    Attributes:
+        values: [N, D] vectors.
+        present: [N] bool; the row has a usable vector.
+        zeros: [N] bool; the row's vector is all zeros, which counts as missing.
+    """
 
     values: np.ndarray
     present: np.ndarray
@@ -71,17 +78,17 @@ def load(
     partial: bool = False,
     sources: Sources | None = None,
 ) -> RowStore:
-    """Embeddings of the rows `ids`, in this order.
+    """Loads the embeddings of the rows `ids`, in this order. Every rank calls this.
 
     Args:
         bindings: role to the name of its source.
         max_missing: largest share of the rows that a source may lack.
-        partial: `ids` are only some of the table's, so that others in a source are no surprise.
-        sources: role to its files, if they were looked for before.
+        partial: whether `ids` are only some of the table's ids; then other ids in a source are not logged.
+        sources: role to its files, if they are already known.
 
     Raises:
-        DataError: a source that is missing, unreadable, inconsistent, or lacks too many rows; ids that occur twice.
-        UnreachableError: a source was written meanwhile.
+        DataError: a source is missing, unreadable, inconsistent, or lacks too many rows, or an id occurs twice.
+        UnreachableError: a source was written while it was read.
         StopRequested: one of the ranks was asked to stop.
     """
     world.together(stop_if_asked)
@@ -97,10 +104,11 @@ def load(
     found = _fill(plans, rows, targets, kept, world)
     if world.on_main(lambda: find_sources(data, split, bindings)) != files:
         raise UnreachableError(
-            f"embeddings of {split} in {data} were written while they were read", "run it again once they are complete"
+            f"embeddings of {split} in {data} changed while they were read", "run it again once they are complete"
         )
     store = RowStore(values, present)
-    read = world.gather_on_main(found if world.rank == world.local_rank else {})  # each node reads all, one's suffice
+    # Every node reads everything, so the ids from one node suffice: those of the first node, where rank == local_rank.
+    read = world.gather_on_main(found if world.rank == world.local_rank else {})
 
     def report() -> None:
         everything = _checked(plans, read, rows, max_missing)
@@ -111,7 +119,7 @@ def load(
 
 
 def stop_if_asked() -> None:
-    """Raises StopRequested when this rank was asked to stop before anything was done."""
+    """Raises StopRequested if this rank was asked to stop. For phases that have nothing to commit."""
     if signals.requested():
         message = "stopped on request while the input was read; nothing was done yet"
         raise StopRequested(message, "run the same command again")
@@ -133,7 +141,7 @@ def _parts_of(entry: Entry) -> list[Part]:
 
 
 def _first_kind(source: str, n_files: int, parts: Iterable[Part], kept: dict[str, bytes]) -> Kind:
-    """The kind of the first vectors there are; the small files it took stay in `kept`, and are not fetched again."""
+    """The kind of the source's first vectors. Small files that were fetched for this stay in `kept`, for later."""
     for part in parts:
         stop_if_asked()
         content = content_of(part)
@@ -148,7 +156,7 @@ def _first_kind(source: str, n_files: int, parts: Iterable[Part], kept: dict[str
 def _fill(
     plans: Sequence[Plan], rows: Rows, targets: Mapping[str, Target], kept: dict[str, bytes], world: World
 ) -> dict[str, Found]:
-    """Reads this rank's share of all parts into the targets; the ids that it has seen, by role."""
+    """Reads this rank's share of all parts into the targets, and returns the ids that it has read, by role."""
     tasks = [(plan, part) for plan in plans for part in plan.parts][world.local_rank :: world.local_size]
     given_up = threading.Event()
 
@@ -159,7 +167,8 @@ def _fill(
         return storage.retrying(part.url, lambda: _read_part(part, plan.kind, content, rows, target, given_up))
 
     def is_reading() -> bool:
-        done, left = wait(reading, LOOK, FIRST_EXCEPTION)
+        """Waits for some time. Raises the first error of a reader, and whether this rank was asked to stop."""
+        done, left = wait(reading, CHECK_SECONDS, FIRST_EXCEPTION)
         for part in done:
             part.result()
         stop_if_asked()
@@ -168,7 +177,7 @@ def _fill(
     with ThreadPoolExecutor(N_THREADS) as pool:
         reading = [pool.submit(read, task) for task in tasks]
         try:
-            while any(world.exchange(world.together(is_reading))):
+            while any(world.exchange(world.together(is_reading))):  # an error on one rank is raised on all
                 pass
         finally:
             given_up.set()
@@ -180,7 +189,7 @@ def _fill(
 def _read_part(
     part: Part, kind: Kind, content: bytes | None, rows: Rows, target: Target, given_up: threading.Event
 ) -> Found:
-    if given_up.is_set():  # before a retry
+    if given_up.is_set():  # before the first try or a retry
         return Found.joined([])
     with open_part(part, kind, content) as (ids, batches):
         found = rows.find(ids)
@@ -192,10 +201,10 @@ def _read_part(
 
 
 def _store(vectors: np.ndarray, rows: np.ndarray, target: Target) -> None:
-    """Puts vectors [M, D] into the rows [M] of a target; what is not finite, or all zeros, stays missing there."""
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and counts as not finite
+    """Writes vectors [M, D] into the rows [M] of a target. Vectors that are not finite or all zeros stay missing."""
+    with np.errstate(over="ignore"):  # a float64 too large for float32 becomes inf, and counts as not finite
         vectors = vectors.astype(target.values.dtype, copy=False)
-    known, empty = rows != NO_ROW, ~vectors.any(1)  # extractors write zeros where there was no image or text
+    known, empty = rows != NO_ROW, ~vectors.any(1)  # many extractors write zeros where there was no image or text
     good = known & ~empty & np.isfinite(vectors).all(1)
     target.values[rows[good]] = vectors if good.all() else vectors[good]
     target.present[rows[good]] = True
@@ -205,7 +214,7 @@ def _store(vectors: np.ndarray, rows: np.ndarray, target: Target) -> None:
 def _checked(
     plans: Iterable[Plan], read: Iterable[Mapping[str, Found]], rows: Rows, max_missing: float
 ) -> dict[str, Found]:
-    """The ids of each source, by role, from those that each rank has seen."""
+    """Joins what the ranks have read into all ids of each source, by role, and checks them."""
     everything = {plan.role: Found.joined([seen[plan.role] for seen in read if seen]) for plan in plans}
     for plan in plans:
         check_ids(plan.role, plan.source, everything[plan.role], rows, max_missing)
@@ -241,13 +250,13 @@ def _report(
                 f"complete the source, or accept more than {max_missing:.0%} missing rows with --max-missing",
             )
     _warn_of_equal_sources(bindings, store)
-    none = int((~store.any_present()).sum())
-    if none:
-        log.warning(event="rows_without_any_embedding", rows=none, predicted="the training median")
+    n_empty = int((~store.any_present()).sum())
+    if n_empty:
+        log.warning(event="rows_without_any_embedding", rows=n_empty, predicted="the training median")
 
 
 def _warn_of_equal_sources(bindings: Mapping[str, str], store: RowStore) -> None:
-    """Warns of roles that have the same vectors: a source bound twice, or two files with the same content."""
+    """Warns if two roles have the same vectors: one source bound to both, or two files with the same content."""
     for first, second in combinations(store.values, 2):
         if store.dims[first] != store.dims[second]:
             continue

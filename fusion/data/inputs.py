@@ -1,4 +1,4 @@
-"""Which objects the rows of a split come from, and a digest that changes when one of them does."""
+"""Finds the objects that a split is read from, and computes a digest that changes when one of them changes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Sources = Mapping[str, tuple[Entry, ...]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one look at the bucket showed: equal to a later one as long as nothing was written.
+    """The objects of a split, from one listing. Two listings are equal as long as no object was written in between.
 
     Attributes:
-        table: `test.csv` or its like, or the parts of a folder `test.parquet`.
+        table: the file `test.csv` or `test.parquet` (or of another split), or the files in a folder `test.parquet`.
         sources: role to the Parquet files of the source bound to it.
     """
 
@@ -28,42 +28,44 @@ class Inputs:
     sources: Sources
 
     def version(self) -> str:
-        """A digest that changes when any of these objects is written, told from the listings alone."""
+        """A digest that changes when any of these objects is written. It needs no data beside the listings."""
         return digest([[entry.version for entry in self.table], self.sources_digest()])
 
     def sources_digest(self) -> str:
-        """sha256 over the versions of all source files, which a listing tells without their vectors."""
+        """sha256 of the versions of all source files. Listings contain the versions, so no vector is read."""
         return digest({role: [entry.version for entry in files] for role, files in self.sources.items()})
 
 
 def find_inputs(data: str, split: str, bindings: Mapping[str, str]) -> Inputs:
-    """Finds the table and all source files in two listings, of up to 1,000 objects per request.
+    """Finds the table and all source files, with two listings of up to 1,000 objects per request.
 
     Args:
         bindings: role to the name of its source.
 
     Raises:
-        DataError: the table or a source does not exist, or there are two that could be meant.
+        DataError: the table or a source does not exist, or a source exists both as a file and as a folder.
     """
     return Inputs(find_table(data, split), find_sources(data, split, bindings))
 
 
 def find_sources(data: str, split: str, bindings: Mapping[str, str]) -> Sources:
-    """As `find_inputs`, without the table."""
+    """The source files of `find_inputs`, without the table."""
     found = storage.find(storage.join(data, "embeddings", split))
     return {role: _files(data, split, role, name, found) for role, name in bindings.items()}
 
 
 def source_names(data: str, split: str) -> set[str]:
-    """Names of all sources of a split that have a Parquet file."""
+    """Names of all sources of a split."""
     return _names(storage.find(storage.join(data, "embeddings", split)))
 
 
 def find_table(data: str, split: str) -> tuple[Entry, ...]:
-    """`train.csv` or `test.csv`, or its Parquet: one file, or the parts of a folder, as Spark writes them.
+    """The files of a split's table: `train.csv`, else `train.parquet`, else the files in a folder of that name.
+
+    Spark writes such folders.
 
     Raises:
-        DataError: there is neither.
+        DataError: none of them exists.
     """
     there = {storage.base(entry.url): entry for entry in storage.entries(data)}
     for name in (f"{split}.csv", f"{split}{_PARQUET}"):
@@ -77,13 +79,13 @@ def find_table(data: str, split: str) -> tuple[Entry, ...]:
 
 
 def table_sha256(files: tuple[Entry, ...]) -> str:
-    """sha256 of a table's file, or over those of its parts."""
+    """sha256 of a table's file; of several files, a digest of their sha256."""
     parts = [storage.sha256(storage.read(entry.url)) for entry in files]
     return parts[0] if len(parts) == 1 else digest(parts)
 
 
 def _below(folder: str) -> dict[str, Entry]:
-    """What is directly in a folder, by its path from the folder above."""
+    """The entries directly in a folder, by `<name of the folder>/<name of the entry>`."""
     name = storage.base(folder.rstrip("/"))
     return {f"{name}/{storage.base(entry.url)}": entry for entry in storage.entries(folder)}
 
@@ -96,21 +98,21 @@ def _no_table(data: str, split: str, there: list[str]) -> DataError:
     holds = ", ".join(there[:10]) or "nothing"
     return DataError(
         f"neither {csv} nor {split}{_PARQUET} exists; {data} holds {holds}",
-        "--data must name the folder that holds it, such as --data s3://my-bucket/data; "
-        "`python -m fusion.demo` makes one to try, demo/data",
+        "name the folder that holds it, such as --data s3://my-bucket/data; "
+        "`python -m fusion.demo` makes an example in demo/data",
     )
 
 
 def _is_file(url: str) -> bool:
     parent, _, name = url.rstrip("/").rpartition("/")
-    if parent.endswith(":/"):  # a bucket is no file
+    if parent.endswith(":/"):  # the URL is a bucket
         return False
     beside = {storage.base(entry.url): entry for entry in storage.entries(parent or ".")}
     return name in beside and not beside[name].is_folder
 
 
 def _files(data: str, split: str, role: str, name: str, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
-    """The files of a source: `x.parquet`, or what is in the folder `x` or, as Spark names it, `x.parquet`."""
+    """The files of a source `x`: the file `x.parquet`, or those in a folder `x` or, as Spark names it, `x.parquet`."""
     folder = storage.join(data, "embeddings", split)
     single = found.get(f"{name}{_PARQUET}")
     folders = {of: _parts(of, found) for of in (f"{name}/", f"{name}{_PARQUET}/")}
@@ -118,21 +120,21 @@ def _files(data: str, split: str, role: str, name: str, found: Mapping[str, Entr
     choices |= {of: parts for of, parts in folders.items() if parts}
     if len(choices) > 1:
         both = " and ".join(storage.join(folder, choice) for choice in choices)
-        raise DataError(f"there are {both} for the role {role}", "remove the one that is not meant")
+        raise DataError(f"there are {both} for the role {role}", "remove the wrong one")
     if not choices:
         raise _no_source(folder, split, role, name, found)
     return next(iter(choices.values()))
 
 
 def _parts(folder: str, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
-    """Parquet files directly in a folder. Hidden ones are not data: `.x`, `_x`, and macOS' `._x`."""
+    """The Parquet files directly in a folder, without hidden ones (`.x`, `_x`, and `._x` of macOS)."""
     names = {path.removeprefix(folder): entry for path, entry in found.items() if path.startswith(folder)}
     mine = [name for name in names if name.endswith(_PARQUET) and "/" not in name and name[0] not in "._"]
     return tuple(names[name] for name in sorted(mine))
 
 
 def _names(found: Mapping[str, Entry]) -> set[str]:
-    """Of files `x.parquet`, and of folders with such files."""
+    """Names of sources: of files `x.parquet`, and of folders that contain Parquet files."""
     paths = [path.split("/") for path in found if path.endswith(_PARQUET)]
     mine = [parts for parts in paths if len(parts) in (1, 2) and all(part[0] not in "._" for part in parts)]
     return {parts[0].removesuffix(_PARQUET) for parts in mine}
@@ -147,5 +149,5 @@ def _no_source(folder: str, split: str, role: str, name: str, found: Mapping[str
     return DataError(
         f"no {storage.join(folder, name)}{_PARQUET} and no {name}/*{_PARQUET} for the role {role}; {folder} holds "
         f"{', '.join(there) or 'nothing'}",
-        near + (flag if split == "train" else "add it: the model was trained with this source"),
+        near + (flag if split == "train" else "add the source: the model was trained with it"),
     )

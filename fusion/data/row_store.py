@@ -1,4 +1,4 @@
-"""Embeddings of all rows of a split, held in memory; batches are gathered from them by row."""
+"""Holds the embeddings of all rows of a split in memory, and gathers batches of rows from them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from fusion.nn.batch import Batch
 from fusion.nn.neighbours import CandidateTable
 
-DIGEST_ROWS = 4096  # rows brought to float32 at a time
+DIGEST_ROWS = 4096  # rows converted to float32 at a time, so that a digest needs little memory
 
 
 @dataclass(frozen=True)
 class RowStore:
-    """Embeddings of N rows, resident; batches are gathered by row.
+    """Embeddings of N rows.
 
     Attributes:
         values: role to [N, D_role], float16 or float32; zeros where the role is missing.
-        present: role to [N] bool.
-        computed: roles that were computed from the table and not read.
-        origins: [N] int64, hashes of what these were computed from; None: there are none.
-        folds, groups: [N] int64, as of `Batch`.
-        candidates: of all rows, as far as they were found before.
+        present: role to [N] bool; whether the row has this role.
+        computed: roles that were computed from the table instead of read from a source.
+        origins: [N] int64 hashes of the texts and columns from which these were computed; None without such roles.
+        folds, groups: [N] int64, see `Batch`.
+        candidates: candidate neighbours of all rows, if they were searched before.
     """
 
     values: dict[str, Tensor]
@@ -48,20 +48,21 @@ class RowStore:
         rows = rows.to(next(iter(self.present.values())).device)
         inputs = {role: values.index_select(0, rows).to(device).float() for role, values in self.values.items()}
         present = {role: values.index_select(0, rows).to(device) for role, values in self.present.items()}
-        folds, groups = (
-            None if one is None else one[rows.to(one.device)].to(device) for one in (self.folds, self.groups)
-        )
+        folds, groups = _gathered(self.folds, rows, device), _gathered(self.groups, rows, device)
         return Batch(inputs, present, folds, groups, self.candidates.of(rows) if self.candidates else None)
 
     def resident_on(self, device: torch.device) -> RowStore:
-        """The same rows in the device's memory, or as they are where they would fill more than half of what is free."""
+        """The same rows in the GPU's memory, or unchanged if they would fill more than half of its free memory.
+
+        The other half is for the model, its optimizer and activations.
+        """
         n_bytes = sum(values.nbytes for values in self.values.values())
         if device.type != "cuda" or n_bytes > torch.cuda.mem_get_info(device)[0] // 2:
             return self
         return replace(self, values=_moved(self.values, device), present=_moved(self.present, device))
 
     def of_roles(self, roles: Iterable[str]) -> RowStore:
-        """The same rows with some of the roles, to be looked at."""
+        """The same rows with only these roles, and without folds, groups and candidates."""
         values, present = ({role: part[role] for role in roles} for part in (self.values, self.present))
         return RowStore(values, present)
 
@@ -70,7 +71,7 @@ class RowStore:
         return torch.stack(list(self.present.values())).any(0)
 
     def digest(self) -> str:
-        """sha256 of all values and of what is present: the same for the same rows, whatever files they came from."""
+        """sha256 of values and presence. It depends on the rows alone, not on how they are spread over files."""
         total = hashlib.sha256()
         for role in sorted(self.values):
             total.update(role.encode())
@@ -79,9 +80,10 @@ class RowStore:
         return total.hexdigest()
 
     def digest_of(self, rows: Tensor) -> str:
-        """sha256 of these rows, in their order: values as float32, whatever the files had, and what is present.
+        """sha256 of the values (as float32) and the presence of these rows, in their order.
 
-        Of what is computed, what it is computed from: another machine may round otherwise.
+        For computed roles, it covers what they were computed from instead of their values, which may be rounded
+        differently on another machine.
         """
         total = hashlib.sha256()
         if self.origins is not None:
@@ -92,6 +94,12 @@ class RowStore:
             for chunk in torch.split(rows, DIGEST_ROWS):
                 total.update(self.values[role][chunk].float().numpy().data.cast("B"))
         return total.hexdigest()
+
+
+def _gathered(values: Tensor | None, rows: Tensor, device: torch.device) -> Tensor | None:
+    if values is None:
+        return None
+    return values[rows.to(values.device)].to(device)
 
 
 def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Tensors in memory that the ranks of a node share, so that each node holds the embeddings once."""
+"""Tensors in shared memory of the ranks of a node, so that each node holds the embeddings only once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fusion.storage.scratch import temporary_folder
 
 
 def node_tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Tensor:
-    """Zeros that all ranks of a node see; every rank calls this in the same order.
+    """A tensor of zeros that all ranks of a node share. All ranks must call this in the same order.
 
     Raises:
-        ConfigError: the node has no room for them.
+        ConfigError: the node has too little memory and disk for it.
     """
     if world.local_size == 1:
         return torch.zeros(shape, dtype=dtype)
@@ -31,7 +31,7 @@ def node_tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Ten
     paths = world.exchange(f"/proc/{os.getpid()}/fd/{file.fileno()}" if file else "")
     path = paths[world.rank - world.local_rank]
     shared = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
-    world.together(lambda: None)  # all have mapped it
+    world.together(lambda: None)  # waits until all ranks have mapped the file; after that, it can be closed
     if file:
         file.close()
     return shared
@@ -39,24 +39,28 @@ def node_tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Ten
 
 def _shared_folders() -> Iterator[str]:
     yield "/dev/shm"
-    with suppress(ConfigError):  # without one, the error names what was wrong with /dev/shm
+    with suppress(ConfigError):  # without a temporary folder, the error below still names /dev/shm
         yield temporary_folder()
 
 
 def _reserved(n_bytes: int) -> IO[bytes]:
-    """A file without a name, so that nothing is left when the job dies: in memory if it fits there.
+    """An unnamed file of this size, in /dev/shm if it fits there, else in the temporary folder.
+
+    As it has no name, the kernel frees it when the job dies.
 
     Raises:
-        ConfigError: it fits nowhere.
+        ConfigError: it fits in neither.
     """
     found = []
     for folder in _shared_folders():
         try:
             room = os.statvfs(folder)
-            if n_bytes > room.f_bavail * room.f_frsize:  # reserving what there is would fill the disk for a moment
+            if (
+                n_bytes > room.f_bavail * room.f_frsize
+            ):  # without this check, a failing fallocate briefly fills the disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (its holder closes it)
-            # Reserved at once: a sparse file would end the rank by SIGBUS when the memory runs out later.
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the caller closes it)
+            # All blocks are allocated now. With a sparse file, a later lack of memory would kill the rank by SIGBUS.
             os.posix_fallocate(file.fileno(), 0, max(1, n_bytes))
             return file
         except OSError as error:

@@ -1,4 +1,7 @@
-"""The Parquet files of a source, columns `sample_id` and `embedding`, each read in parts that cost one request each."""
+"""Reads the Parquet files of a source, with columns `sample_id` and `embedding`, in parts of about one request each.
+
+A part is a small file, or a row group of a larger one.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,24 @@ from fusion import storage
 from fusion.data.table_file import id_texts
 from fusion.errors import DataError
 from fusion.storage import Entry
-from fusion.storage.errors import is_answer
+from fusion.storage.errors import is_store_error
 
-STREAM_ROWS = 512  # rows decoded at a time: stays in the cache, and needs little memory besides the tensors
-NUMPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"  # first bytes of .npy, and of .npz
-# Bytes fetched at a time: a file or a row group of at most so many in one request, a larger row group in several, so
-# that a file with one huge row group needs no more memory.
+STREAM_ROWS = 512  # rows decoded at a time; they fit in the CPU's cache and need little memory beside the tensors
+NUMPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"  # the first bytes of .npy and .npz files
+# Bytes per request. A file or row group of up to this size (4 MiB) is fetched in one request; a larger row group in
+# several, so that memory stays bounded even if a file has a single huge row group.
 STREAM_BYTES = 1 << 22
 COLUMNS = ("sample_id", "embedding")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The vectors that all files of a source have, as the first of them shows.
+    """Length and type of a source's vectors, taken from its first file that has any; all its files must match.
 
     Attributes:
         url: that file.
         dim: numbers per vector.
-        dtype: as NumPy calls it.
+        dtype: name of the NumPy dtype.
     """
 
     url: str
@@ -43,11 +46,11 @@ class Kind:
 
 @dataclass(frozen=True)
 class Part:
-    """What one reader reads: a small file, or one row group of a larger one.
+    """What one task reads: a small file, or one row group of a larger file.
 
     Attributes:
         size: bytes of the file.
-        footer: of a larger file, read before; None of a small one, which is fetched whole.
+        footer: metadata of a larger file; None for a small file, which is fetched as a whole.
     """
 
     url: str
@@ -61,10 +64,10 @@ class Part:
 
 
 def parts_of(entry: Entry) -> list[Part]:
-    """The parts of a file; one request for the footer of a larger one, none for a small one.
+    """The parts of a file. This takes one request for the footer of a larger file, and no request for a small one.
 
     Raises:
-        DataError: a larger file is no Parquet with ids and vectors.
+        DataError: a larger file is not a Parquet file with ids and vectors.
     """
     whole = Part(entry.url, entry.size)
     if whole.is_small:
@@ -79,15 +82,15 @@ def parts_of(entry: Entry) -> list[Part]:
 
 
 def content_of(part: Part) -> bytes | None:
-    """All bytes of a small file; None of a larger one."""
+    """All bytes of a small file; None for a larger one."""
     return storage.read(part.url) if part.is_small else None
 
 
 def kind_of(part: Part, content: bytes | None) -> Kind | None:
-    """What the vectors of a part's file are, by the first; None if it has none, as of a task that got no rows.
+    """Length and type of the first vector in the part's file; None if the file has no rows, as Spark may write.
 
     Raises:
-        DataError: the file is no Parquet with ids and vectors.
+        DataError: the file is not a Parquet file with ids and vectors.
     """
 
     def read() -> Kind | None:
@@ -106,13 +109,13 @@ Vectors = Iterator[tuple[np.ndarray, np.ndarray]]
 
 @contextmanager
 def open_part(part: Part, kind: Kind, content: bytes | None) -> Iterator[tuple[pa.ChunkedArray, Vectors]]:
-    """The ids [N] large_string of a part, and its vectors [M, D] that are not null with their positions [M] among them.
+    """Opens a part, and gives its ids [N] large_string and an iterator over batches of its vectors.
 
-    The vectors come batch by batch.
+    A batch consists of the vectors [M, D] that are not null, and their positions [M] among the ids.
 
     Args:
-        kind: what the vectors must be.
-        content: the file's, if it is small.
+        kind: length and type that the vectors must have.
+        content: the bytes of the file, if it is small.
 
     Raises:
         DataError: the file is damaged, lacks ids, or has vectors of another kind.
@@ -137,7 +140,7 @@ def _batches(url: str, file: pq.ParquetFile, groups: list[int], kind: Kind) -> V
 @contextmanager
 def _opened(part: Part, content: bytes | None = None) -> Iterator[pq.ParquetFile]:
     with _raw(part, content) as raw, _damage_named(part.url, raw), _parquet(raw, part.footer) as file:
-        if part.footer is None:  # the schema of one with a footer was looked at when that was read
+        if part.footer is None:  # for a part with a footer, this was checked when the footer was read
             _check_columns(part.url, file.schema_arrow)
         yield file
 
@@ -154,7 +157,7 @@ def _raw(part: Part, content: bytes | None) -> BinaryIO | pa.BufferReader:
 
 
 def _span(group: pq.RowGroupMetaData) -> tuple[int, int] | None:
-    """The range of bytes that has the ids and vectors of a row group; None if it is too large to be fetched at once."""
+    """The byte range of a row group's ids and vectors; None if it is too large for one request."""
     chunks = [group.column(number) for number in range(group.num_columns)]
     chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in COLUMNS]
     starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
@@ -165,17 +168,17 @@ def _span(group: pq.RowGroupMetaData) -> tuple[int, int] | None:
 
 @contextmanager
 def _damage_named(url: str, raw: BinaryIO | pa.BufferReader) -> Iterator[None]:
-    """Turns what pyarrow says of broken bytes into an error that names the file; what the store says passes."""
+    """Turns an error of pyarrow about damaged bytes into a DataError that names the file. Errors of the store pass."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        if is_answer(error):
+        if is_store_error(error):
             raise
         raw.seek(0)
         if raw.read(len(NUMPY_MAGIC)).startswith((NUMPY_MAGIC, ZIP_MAGIC)):
             raise DataError(f"{url} is a NumPy file", "convert it with python -m fusion.convert") from error
         reason = str(error).splitlines()[0]
-        raise DataError(f"{url} is no complete Parquet file: {reason}", "write or upload the file again") from error
+        raise DataError(f"{url} is not a complete Parquet file: {reason}", "write or upload the file again") from error
 
 
 def _check_columns(url: str, schema: pa.Schema) -> None:
@@ -198,7 +201,7 @@ def _dtype(kind: pa.DataType) -> str:
 
 
 def _dim(file: pq.ParquetFile, kind: pa.DataType) -> int | None:
-    """Length of the first vector; None if there is none."""
+    """Length of the first vector; None if there is no vector."""
     if file.metadata.num_rows == 0:
         return None
     if pa.types.is_fixed_size_list(kind):
@@ -211,7 +214,7 @@ def _dim(file: pq.ParquetFile, kind: pa.DataType) -> int | None:
 
 
 def _vectors(url: str, column: pa.Array, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
-    """[M, D] vectors that are not null, and [M] their positions in the column."""
+    """[M, D] the vectors that are not null, and [M] their positions in the column."""
     rows = np.arange(len(column))
     if column.null_count:
         rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
@@ -222,10 +225,11 @@ def _vectors(url: str, column: pa.Array, kind: Kind) -> tuple[np.ndarray, np.nda
 
 
 def _check_kind(url: str, column: pa.Array, kind: Kind) -> None:
-    """Raises a DataError with both figures unless all vectors, of which none is null, are of this kind."""
+    """Raises a DataError with the found and the expected values unless all vectors (none is null) are of this kind."""
     is_fixed = pa.types.is_fixed_size_list(column.type)
     lengths = np.array([column.type.list_size]) if is_fixed else pc.list_value_length(column).to_numpy()
     others = lengths[lengths != kind.dim]
+    # The lengths differ within this file, rather than between it and the source's first file.
     if len(others) and (url == kind.url or len(others) < len(lengths)):
         raise DataError(f"{url} has vectors of {kind.dim} and of {others[0]} numbers", "write vectors of one length")
     dim, dtype = (others[0] if len(others) else kind.dim), _dtype(column.type)

@@ -1,4 +1,4 @@
-"""Which rows the ids of a source stand for: looked up while it is read, and judged on rank 0 once all of it is read."""
+"""Maps the ids of a source to rows of the table while it is read, and checks all ids on rank 0 afterwards."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from pandas.util import hash_array
 from fusion.data.tables import report_duplicates
 from fusion.errors import DataError
 
-CHUNK_ROWS = 1 << 16  # ids hashed at a time
-N_SHOWN = 3  # ids that a message shows of each side
-NO_ROW = -1  # stands for the row of an id that the table does not have
-# Ids that are numbers are written as 7, 7.0, 007 or with spaces around them, depending on who wrote the file.
+CHUNK_ROWS = 1 << 16  # ids hashed at a time, to bound the memory of their Python objects
+N_SHOWN = 3  # example ids from each side in a message
+NO_ROW = -1  # the row of an id that the table does not have
+# Matches ids that are integers in any spelling: 7, 7.0, 007, or with spaces around. Tools differ in how they write
+# them.
 _NUMBER, _PLAIN = r"^\s*0*(\d+)(?:\.0*)?\s*$", r"\1"
 
 
 @dataclass(frozen=True)
 class Found:
-    """The ids of a part of a source, or of all of it.
+    """The rows of the ids of a part of a source, or of a whole source.
 
     Attributes:
-        rows: [N] int32, the row of each id, NO_ROW where the table lacks it.
-        unknown: large_string, the ids that the table lacks.
+        rows: [N] int32, the row of each id, or NO_ROW if the table does not have the id.
+        unknown: large_string, the ids that the table does not have.
     """
 
     rows: np.ndarray
@@ -47,10 +48,11 @@ class Found:
 
 
 class Rows:
-    """The rows that embeddings are wanted for, by their ids.
+    """An index from ids to the rows for which embeddings are loaded.
 
-    Ids are found by a hash of 64 bits and a binary search, and then compared: 16 bytes per row, where a dict would take
-    150, and no time for ids that are not asked for, where `pyarrow.compute.index_in` would hash all of them each time.
+    It is a sorted array of 64-bit hashes, which is searched by bisection; then the ids themselves are compared. It
+    needs 16 bytes per row, where a dict would need 150. `pyarrow.compute.index_in` would build its hash table of all
+    ids again in each call.
 
     Attributes:
         ids: [N] large_string, all different.
@@ -68,38 +70,38 @@ class Rows:
     def find(self, ids: pa.ChunkedArray) -> Found:
         """The rows of ids [n] large_string."""
         hashes = _hashes(ids, self._key)
-        place = np.searchsorted(self._hashes, hashes).clip(max=len(self) - 1)
-        rows = np.where(self._hashes[place] == hashes, self._order[place], NO_ROW).astype(np.int32)
+        position = np.searchsorted(self._hashes, hashes).clip(max=len(self) - 1)
+        rows = np.where(self._hashes[position] == hashes, self._order[position], NO_ROW).astype(np.int32)
         same = pc.equal(self.ids.take(pa.array(rows.clip(min=0))), ids.combine_chunks())
         rows[~same.to_numpy(zero_copy_only=False)] = NO_ROW
         return Found(rows, ids.filter(pa.array(rows == NO_ROW)).combine_chunks())
 
 
 def _distinct_hashes(ids: pa.Array) -> tuple[str, np.ndarray]:
-    """A key for the hash with which no two of the ids collide, and their hashes [N] uint64."""
+    """A key of the hash function for which the hashes of all ids differ, and these hashes [N] uint64."""
     for key in itertools.count():
         hashes = _hashes(ids, f"{key:016d}")
-        if len(np.unique(hashes)) == len(ids):  # at 10 million ids all but once in 400,000 times
+        if len(np.unique(hashes)) == len(ids):  # the first key works except for one in 400,000 tables of 10 million ids
             return f"{key:016d}", hashes
     raise AssertionError("there is always another key")
 
 
 def _hashes(ids: pa.Array | pa.ChunkedArray, key: str) -> np.ndarray:
-    """[n] uint64; the texts become Python objects, but only a slice of them at a time."""
+    """[n] uint64 hashes. pandas needs Python objects, so the ids are converted slice by slice."""
     slices = (ids.slice(start, CHUNK_ROWS) for start in range(0, len(ids), CHUNK_ROWS))
     found = [hash_array(part.to_numpy(zero_copy_only=False), hash_key=key, categorize=False) for part in slices]
     return np.concatenate([np.empty(0, np.uint64), *found])
 
 
 def check_ids(role: str, source: str, found: Found, rows: Rows, max_missing: float) -> None:
-    """Judges all ids of a source.
+    """Checks all ids of a source.
 
     Args:
-        source: what messages call it.
-        max_missing: largest share of the rows that it may lack.
+        source: its description in messages.
+        max_missing: largest share of the table's rows that it may lack.
 
     Raises:
-        DataError: ids that occur twice, or too few that the table has; the message shows ids of both sides.
+        DataError: an id occurs twice, or too many of the table's ids are missing. Then the message shows ids of both.
     """
     _check_duplicates(source, found, rows)
     n_found = len(found.known)
@@ -116,7 +118,7 @@ def check_ids(role: str, source: str, found: Found, rows: Rows, max_missing: flo
         message += f"; {n_respelled} of them differ only in their spelling"
         raise DataError(message, "write the ids in both files alike, as whole numbers or as the same text")
     if n_found == 0:
-        raise DataError(f"{message}; no id is in both", "write the same ids into the table and the source")
+        raise DataError(f"{message}; no id is in both", "use the same ids in the table and the source")
     raise DataError(
         message, f"complete the source, or accept more than {max_missing:.0%} missing rows with --max-missing"
     )
@@ -133,7 +135,7 @@ def _shown(ids: pa.Array) -> str:
 
 
 def _plain(ids: pa.Array) -> pa.Array:
-    """The ids as most would write them: without space around, and whole numbers without zeros that say nothing."""
+    """The ids without spaces around them, and integers without leading zeros or a decimal point."""
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(ids, _NUMBER, _PLAIN))
 
 

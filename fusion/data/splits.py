@@ -1,6 +1,6 @@
-"""Which rows train and which validate: stratified by price or by date, near-duplicates on one side.
+"""Splits the rows into training and validation: stratified by price, or by date, with near-duplicates on one side.
 
-The split is the same for any order of the rows.
+The split does not depend on the order of the rows.
 """
 
 from __future__ import annotations
@@ -12,30 +12,33 @@ import pyarrow.compute as pc
 
 from fusion import log
 from fusion.config import RunConfig
-from fusion.data.dates import moment, moments
+from fusion.data.dates import timestamp, timestamps
 from fusion.data.tables import Table
 from fusion.errors import DataError
 
-N_STRATA = 10
-# A group with more than this share of the smallest part's rows is placed by itself: 20 of them would fill the part.
+N_STRATA = 10  # deciles of price; small tables get fewer, so that each part has a group of every stratum
+# A group larger than this share of the smallest part counts as large and is assigned before the others. 20 such groups
+# would fill the part, so assigning them in turn like small groups could miss the wanted shares by far.
 LARGE_SHARE = 0.05
-# Share of the validating rows that may deviate, of that asked for; only large groups, or very few rows, make it more.
+# The share of validation rows may deviate by so much, relative to the wanted share, without a warning. Only large
+# groups or very few rows cause more.
 MAX_DEVIATION = 0.1
 
 
 def split_rows(table: Table, groups: np.ndarray, config: RunConfig) -> pd.DataFrame:
-    """Side of every row, the same for all rows of a group.
+    """Assigns each row to a side, the same for all rows of a group.
 
     Args:
         table: N rows with prices, sorted by id.
-        groups: [N] as of `near_duplicate_groups`.
+        groups: [N] group of near-duplicates of each row, from `near_duplicate_groups`.
 
     Returns:
-        One row per sample in the table's order: sample_id, price, group (int), side ("train", "validation" or, by date,
-        "dropped").
+        A table with one row per sample, in the order of `table`, and the columns sample_id, price, group (int) and
+        side: "train", "validation" or, in a split by date, "dropped". If every row validates in one of the folds, side
+        is "validation" for all, and there is one more column, fold.
 
     Raises:
-        DataError: fewer groups than the split needs, a column of dates that cannot be used, or no row on one side.
+        DataError: fewer groups than parts, an unusable column of dates, or no row on one side.
     """
     if config.folds is not None and config.fold is None:
         return _in_folds(table, groups, config)
@@ -58,7 +61,7 @@ def split_rows(table: Table, groups: np.ndarray, config: RunConfig) -> pd.DataFr
 
 
 def _in_folds(table: Table, groups: np.ndarray, config: RunConfig) -> pd.DataFrame:
-    """All rows validate, each by the members that hold out its fold, a column of its own."""
+    """The split in which every row validates: those members predict it that do not train on its fold."""
     folds = _parts(table, groups, config)
     log.info(event="split", rows=len(folds), folds=" ".join(map(str, np.bincount(folds))), groups=int(groups.max() + 1))
     side = pd.array(["validation"] * len(folds), "str")
@@ -66,9 +69,10 @@ def _in_folds(table: Table, groups: np.ndarray, config: RunConfig) -> pd.DataFra
 
 
 def part_of(split: pd.DataFrame, held_out: int) -> np.ndarray:
-    """[N] part of the split that each row is in: its fold; of a split by sides `held_out` for rows that validate.
+    """[N] the part of the split that each row is in.
 
-    Rows that neither train nor validate are in part -1.
+    With folds, this is the row's fold. Otherwise it is `held_out` for validation rows, another number for training
+    rows, and -1 for rows that neither train nor validate.
     """
     if "fold" in split:
         return split["fold"].to_numpy(np.int64)
@@ -77,7 +81,7 @@ def part_of(split: pd.DataFrame, held_out: int) -> np.ndarray:
 
 
 def _sides(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:
-    """[N] bool: the row validates."""
+    """[N] bool: whether the row validates."""
     shares, wanted = _shares(config)
     validates: np.ndarray = _parts(table, groups, config) == wanted
     _check_share(validates, shares[wanted], np.bincount(groups))
@@ -85,46 +89,47 @@ def _sides(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:
 
 
 def _parts(table: Table, groups: np.ndarray, config: RunConfig) -> np.ndarray:
-    """[N] part of each row. Whole groups are drawn, so that the share of rows is as asked for."""
+    """[N] part of each row. Groups are never divided, and each part gets about its share of the rows."""
     shares, _ = _shares(config)
     sizes = np.bincount(groups)
     if len(sizes) < len(shares):
         raise DataError(
             f"{len(sizes)} groups of rows cannot be split into {len(shares)} parts; rows with the same text, vector or "
             "--group-column value stay together",
-            "give more rows, or fewer --folds",
+            "add rows, or use fewer --folds",
         )
     parts: np.ndarray = draw_parts(sizes, _strata(table, groups, shares), shares, config.seed)[groups]
     return parts
 
 
 def _sides_by_date(table: Table, groups: np.ndarray, column: str, day: str) -> tuple[np.ndarray, np.ndarray]:
-    """[N] bool: the row is of that day or later and validates; [N] bool: it is earlier, and a near-duplicate of one.
+    """Two arrays [N] bool: rows that validate, and rows that are dropped.
 
-    The latter neither train nor validate: what was learned of them would be known of rows that validate.
+    Rows on or after the day validate. Earlier rows that are near-duplicates of these are dropped, because training on
+    them would leak into the validation score.
     """
-    found = moments(table.column(column, "--validate-after"), "--validate-after").to_numpy("datetime64[us]")
-    validates: np.ndarray = found >= moment(day)
+    found = timestamps(table.column(column, "--validate-after"), "--validate-after").to_numpy("datetime64[us]")
+    validates: np.ndarray = found >= timestamp(day)
     dropped: np.ndarray = np.isin(groups, groups[validates]) & ~validates
     if not validates.any() or (validates | dropped).all():
         missing = "validates" if not validates.any() else "trains"
         days = " to ".join(np.datetime_as_string([found.min(), found.max()], "D"))
         raise DataError(
-            f"no row {missing}: the {len(found)} dates in {column!r} are {days}, --validate-after names {day}",
-            "name a date between them with --validate-after",
+            f"no row {missing}: the {len(found)} dates in {column!r} are {days}, but --validate-after is {day}",
+            "give --validate-after a date between them",
         )
     return validates, dropped
 
 
 def _shares(config: RunConfig) -> tuple[np.ndarray, int]:
-    """Share of the rows of each part, and the part that validates."""
+    """The wanted share of rows of each part, and the number of the part that validates."""
     if config.folds is not None:
         return np.full(config.folds, 1 / config.folds), config.fold or 0
     return np.array([config.val_fraction, 1 - config.val_fraction]), 0
 
 
 def _strata(table: Table, groups: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """[G] quantile of each group's median price, from 0; fewer of them where there are few groups."""
+    """[G] stratum of each group: the quantile of its median price, from 0. Few groups get fewer strata."""
     prices = pd.Series(table.prices).groupby(groups).median().to_numpy()
     ranks = pd.Series(prices).rank(method="first").to_numpy() - 1
     n_strata = max(1, min(N_STRATA, int(len(prices) * shares.min())))
@@ -132,19 +137,20 @@ def _strata(table: Table, groups: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 
 def draw_parts(sizes: np.ndarray, strata: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
-    """[G] part of each group, so that each part gets its share of the rows of every stratum.
+    """[G] part of each group, chosen so that each part gets its share of the rows of every stratum.
 
-    Groups of more than a twentieth of the smallest part are placed first, the largest first, where most of a part's
-    rows are still to come. All others go to the parts in turn, ordered by stratum and size and shuffled within.
+    First, large groups (see `LARGE_SHARE`) are assigned, the largest first, each to the part that lacks the largest
+    share of its rows. Then all others are ordered by stratum and size, shuffled among equals, and dealt to the parts in
+    turn.
 
     Args:
         sizes: [G] rows of each group.
         strata: [G] stratum of each group.
-        shares: [P] share of the rows of each part; they add up to 1.
+        shares: [P] share of the rows of each part; they sum to 1.
     """
     generator = np.random.default_rng(seed)
     parts = np.zeros(len(sizes), np.int64)
-    room = shares * sizes.sum()
+    room = shares * sizes.sum()  # rows that each part still lacks
     large = sizes > max(1, LARGE_SHARE * room.min())
     for group in sorted(np.flatnonzero(large), key=lambda one: (-sizes[one], one)):
         parts[group] = _emptiest(room, shares, int(sizes[group]), generator)
@@ -156,21 +162,27 @@ def draw_parts(sizes: np.ndarray, strata: np.ndarray, shares: np.ndarray, seed: 
 
 
 def _emptiest(room: np.ndarray, shares: np.ndarray, size: int, generator: np.random.Generator) -> int:
-    """The part that lacks the largest share of its rows, of those that `size` rows fit into; else the roomiest."""
+    """The part that lacks the largest share of its rows, among the parts that have room for `size` rows.
+
+    If no part has room, the one with the most room. Ties are broken at random, in proportion to the parts' shares.
+    """
     fits = room >= size
     if not fits.any():
         return int(room.argmax())
     lacking = np.where(fits, room / shares, -np.inf)
-    best = np.flatnonzero(lacking >= lacking.max() * (1 - 1e-9))
+    best = np.flatnonzero(lacking >= lacking.max() * (1 - 1e-9))  # equal but for rounding
     return int(generator.choice(best, p=shares[best] / shares[best].sum()))
 
 
 def _in_turn(n: int, room: np.ndarray) -> np.ndarray:
-    """[n] parts in proportion to their room, evenly interleaved: of any consecutive ones each part has its share."""
+    """[n] parts, evenly interleaved in proportion to their room: any run of consecutive items has about these shares.
+
+    One part after the other takes its items evenly from those that are left.
+    """
     parts, left = np.full(n, len(room) - 1), np.arange(n)
     for part in range(len(room) - 1):
         share = room[part] / max(room[part:].sum(), 1e-9)
-        counts = np.floor(np.arange(len(left) + 1) * share + 0.5)  # how many of the first ones it gets
+        counts = np.floor(np.arange(len(left) + 1) * share + 0.5)  # how many of the first i items the part gets
         is_drawn = np.diff(counts) > 0
         parts[left[is_drawn]] = part
         left = left[~is_drawn]
@@ -178,17 +190,17 @@ def _in_turn(n: int, room: np.ndarray) -> np.ndarray:
 
 
 def _check_share(validates: np.ndarray, wanted: float, sizes: np.ndarray) -> None:
-    """Warns when large groups keep the share of the validating rows from what was asked for.
+    """Warns if the share of validation rows is far from the wanted one, because of large groups.
 
     Raises:
-        DataError: no row validates, or none trains.
+        DataError: no row validates, or no row trains.
     """
     share = float(validates.mean())
     if share in (0.0, 1.0):
         raise DataError(
             f"{len(validates)} rows in {len(sizes)} groups, the largest of {sizes.max()}, cannot be split so that "
             f"{wanted:.0%} of them validate",
-            "give more rows, another --val-fraction or fewer --folds",
+            "add rows, or use another --val-fraction or fewer --folds",
         )
     if abs(share - wanted) > MAX_DEVIATION * wanted and sizes.max() > 1:
         reason = f"rows of a group stay together, and the largest has {sizes.max()} of {len(validates)}"

@@ -1,4 +1,4 @@
-"""A table's file, CSV or Parquet, as an Arrow table: the columns that are needed, ids as text."""
+"""Parses a table's CSV or Parquet file into an Arrow table with the needed columns, and with ids as text."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ import pyarrow.parquet as pq
 from fusion.data.text_hashes import text_hashes
 from fusion.errors import DataError
 
-BLOCK_BYTES = 1 << 24  # parsed at a time; a row has to fit into one block
-SEPARATORS = ";\t|"  # what stands between columns in files that are called CSV and are none
+BLOCK_BYTES = 1 << 24  # bytes of CSV parsed at a time; pyarrow needs every row to fit into one block
+SEPARATORS = ";\t|"  # common column separators other than the comma; only to name the one that was used instead
 
-Wanted = Callable[[Sequence[str]], list[str]]
-# Names of columns, or what chooses them from the names of all columns of a file.
+Wanted = Callable[[Sequence[str]], list[str]]  # from the names of a file's columns to those to read
+# Names of columns, or a function that chooses them from the names of all columns of a file.
 Columns = Collection[str] | Callable[[Sequence[str]], Collection[str]]
 
 
 def parse_table(
     url: str, content: bytes, needed: Sequence[str], columns: Columns | None, hashed: Collection[str] = ()
 ) -> tuple[pa.Table, tuple[str, ...]]:
-    """The columns `needed`, those of `columns` and `hashed` that exist, and the names of all columns.
+    """Parses a file. Returns a table of the chosen columns, and the names of all columns of the file.
 
-    CSV is text as written: an id such as 007 stays 007, and "NA" is a text. Text is of type large_string.
+    Values in CSV stay as written: an id of 007 stays 007, and "NA" is a text. Texts have the type large_string.
 
     Args:
-        columns: all columns if None.
-        hashed: columns of which only the hashes are kept, [N] uint64 as of `text_hashes`: block by block, so that
-            their texts are never in memory together.
+        needed: columns that the file must have.
+        columns: further columns to read if the file has them; None: all.
+        hashed: columns of which only hashes are kept, [N] uint64 (see `text_hashes`). They are hashed block by block,
+            so that never all of their texts are in memory at once.
 
     Raises:
-        DataError: unreadable, a needed column is missing, or its type is of no use.
+        DataError: the file is unreadable, a needed column is missing, or its type cannot be used.
     """
     hashed = set(hashed).difference(needed)
 
@@ -96,7 +97,7 @@ def _parse_csv(content: bytes, wanted: Wanted, hashed: Collection[str]) -> tuple
 
 
 def _open_csv(content: bytes) -> pacsv.CSVStreamingReader:
-    """The file up to its first block, whose names are wanted; wrong rows are found when it is read."""
+    """Reads the file's first block, to get the names of its columns. Invalid rows are skipped; reading reports them."""
     return pacsv.open_csv(
         pa.BufferReader(content),
         read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES),
@@ -107,7 +108,7 @@ def _open_csv(content: bytes) -> pacsv.CSVStreamingReader:
 def _read_csv(content: bytes, keep: list[str], hashed: Collection[str], **header: Any) -> pa.Table:
     with pacsv.open_csv(
         pa.BufferReader(content),
-        # On one thread, an error names the row, and no blocks lie in memory read ahead.
+        # With a single thread, errors name the row, and no further blocks are read ahead into memory.
         read_options=pacsv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False, **header),
         parse_options=pacsv.ParseOptions(newlines_in_values=True),
         convert_options=pacsv.ConvertOptions(
@@ -119,7 +120,7 @@ def _read_csv(content: bytes, keep: list[str], hashed: Collection[str], **header
 
 
 def _with_hashes(block: pa.Table, hashed: Collection[str]) -> pa.Table:
-    """The block with hashes in the place of the texts of these columns."""
+    """The block, with the texts of these columns replaced by their hashes."""
     for position, name in enumerate(block.column_names):
         if name in hashed:
             block = block.set_column(position, name, pa.array(text_hashes(block.column(position))))
@@ -129,7 +130,7 @@ def _with_hashes(block: pa.Table, hashed: Collection[str]) -> pa.Table:
 def _read_with_trailing_comma(
     content: bytes, names: list[str], keep: list[str], hashed: Collection[str]
 ) -> pa.Table | None:
-    """The table if every row ends with one comma more than the header has; else None."""
+    """The table, if every row ends with an extra comma that the header lacks; else None."""
     try:
         found = _read_csv(content.lstrip(), [*keep, ""], hashed, column_names=[*names, ""], skip_rows=1)
     except pa.ArrowInvalid:
@@ -139,7 +140,7 @@ def _read_with_trailing_comma(
 
 
 def _typed(url: str, found: pa.Table, needed: Sequence[str]) -> pa.Table:
-    """Text as large_string, whose columns may be larger than 2 GiB, and ids as text."""
+    """Converts ids to text, and all texts to large_string, of which a column may be larger than 2 GiB."""
     for position, field in enumerate(found.schema):
         if field.name == "sample_id":
             found = found.set_column(position, field.name, id_texts(url, found.column(position)))
@@ -151,10 +152,10 @@ def _typed(url: str, found: pa.Table, needed: Sequence[str]) -> pa.Table:
 
 
 def id_texts(url: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Ids as large_string; nulls stay.
+    """Ids as large_string; nulls stay null.
 
     Raises:
-        DataError: they are neither whole numbers nor text.
+        DataError: the ids are neither integers nor text.
     """
     if pa.types.is_integer(column.type) or _is_text(column.type):
         return _texts(column)
@@ -168,7 +169,7 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type) or bool(pa.types.is_integer(kind.value_type))
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    # Spark and others write UTF-8 as bytes.
+    # Spark and other tools may write UTF-8 texts as binary.
     binaries = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
     return any(is_kind(kind) for is_kind in (*texts, *binaries))
 

@@ -1,6 +1,6 @@
-"""`train.csv` and `test.csv` (or Parquet): ids, prices and the columns that a command needs, checked, sorted by id.
+"""Reads and checks `train.csv` and `test.csv` (or Parquet): ids, prices and the columns that a command needs.
 
-Columns stay in Arrow's memory, where a text takes its bytes and no Python object.
+Columns are stored in Arrow's memory, where a text takes only its bytes, without a Python object.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from fusion.data.inputs import find_table
 from fusion.data.table_file import Columns, parse_table
 from fusion.errors import DataError
 
-FEW_ROWS = 500  # a fifth of them validates: with an error of 40 +- 40 a row, the mean of 100 rows is off by 4
-NO_ID = pa.array(["", "nan", "None", "<NA>"], pa.large_string())  # what writers leave for an id that is missing
+# Below this number of rows, there is a warning. A fifth of 500 rows validates; as SMAPE varies by about 40 points
+# between rows, the mean over 100 rows has a standard error of 4 points.
+FEW_ROWS = 500
+NO_ID = pa.array(["", "nan", "None", "<NA>"], pa.large_string())  # how tools write a missing id
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows sorted by `sample_id`, so that the order of the file changes nothing but the order of a submission.
+    """Rows sorted by `sample_id`, so that the order of rows in the file only matters for a submission's order.
 
     Attributes:
-        frame: one row per sample, index `sample_id` (text, as written), the columns that were asked for, and price as
-            float64 where the table has to have prices.
-        file_order: [N] positions in `frame` of the rows as the file orders them.
+        frame: one row per sample, with the index `sample_id` (text, as written), the requested columns, and price as
+            float64 if the table must have prices.
+        file_order: [N] for each row of the file, in its order, the position in `frame`.
         columns: names of all columns of the file.
-        name: of the file, for messages.
+        name: name of the file, for messages.
     """
 
     frame: pd.DataFrame
@@ -54,7 +56,7 @@ class Table:
         return self.frame["price"].to_numpy(np.float64)
 
     def digest(self) -> str:
-        """sha256 of ids and prices: the same for the same rows, whatever file they came from."""
+        """sha256 of ids and prices. It depends on the rows alone, not on the file's format or order."""
         ids = _large_string(self.ids)
         total = hashlib.sha256(pc.binary_length(ids).to_numpy().tobytes())
         _, offsets, texts = ids.buffers()
@@ -64,7 +66,7 @@ class Table:
         return total.hexdigest()
 
     def column(self, name: str, flag: str) -> pd.Series:
-        """[N] values of a column that was asked for with `flag`.
+        """[N] values of a column that the user named with `flag`.
 
         Raises:
             DataError: the file has no such column.
@@ -78,10 +80,10 @@ class Table:
         return self.frame[name]
 
 
-def places_of(ids: pd.Index, among: pd.Index) -> np.ndarray:
-    """[n] positions of these ids among others, which are there once; -1 for one that is not there.
+def positions_of(ids: pd.Index, among: pd.Index) -> np.ndarray:
+    """[n] positions of these ids in another index of distinct ids; -1 for an id that it does not contain.
 
-    What pandas does for this builds an object per id.
+    As `pd.Index.get_indexer`, which would create a Python object per id.
     """
     found = pc.index_in(_large_string(ids), value_set=_large_string(among))
     return np.asarray(found.fill_null(-1).to_numpy(), np.int64)
@@ -101,16 +103,17 @@ def read_table(
     columns: Columns | None = None,
     hashed: Collection[str] = (),
 ) -> Table:
-    """The table of a split.
+    """Reads the table of a split.
 
     Args:
-        priced: the table has to have prices.
-        columns: those to keep beside ids and prices, where the file has them; all by default.
-        hashed: those of which only hashes of the texts are kept, uint64, 0 for none (see `text_hashes`).
+        priced: whether the table must have prices.
+        drop_bad_prices: whether to drop rows without a positive price instead of failing.
+        columns: columns to keep beside ids and prices, if the file has them; all by default.
+        hashed: columns of which only hashes are kept, uint64, with 0 for a missing text (see `text_hashes`).
 
     Raises:
-        DataError: no such file, unreadable, a column missing or of an unusable type, ids empty or twice, prices missing
-            or not positive.
+        DataError: there is no such file, it is unreadable, a column is missing or has an unusable type, ids are missing
+            or occur twice, or prices are missing or not positive.
     """
     files = find_table(data, split)
     url = files[0].url if len(files) == 1 else storage.join(data, f"{split}.parquet")
@@ -122,14 +125,15 @@ def read_table(
         found = _with_prices(url, found, drop_bad_prices)
     table = _sorted(url, found, names)
     del found
-    pa.default_memory_pool().release_unused()  # else what parsing took, several times the table, stays with us
+    # Parsing needs several times the memory of the table. Without this call, the process would keep it.
+    pa.default_memory_pool().release_unused()
     return table
 
 
 def _read_parts(
     urls: Sequence[str], needed: Sequence[str], columns: Columns | None, hashed: Collection[str]
 ) -> tuple[pa.Table, tuple[str, ...]]:
-    """The rows of all files of a table, which have the same columns, and the names of these."""
+    """The rows of all files of a table, and the names of its columns, which all files must share."""
     found, names = parse_table(urls[0], storage.read(urls[0]), needed, columns, hashed)
     parts = [found]
     for url in urls[1:]:
@@ -169,16 +173,16 @@ def _index(ids: pa.Array) -> pd.Index:
 
 
 def warn_of_poor_prices(table: Table) -> None:
-    """Warns of a training table that a model can learn little from: few rows, or one price for all."""
+    """Warns of a training table from which a model can learn little: it has few rows, or a single price."""
     if len(table) < FEW_ROWS:
-        reason = "scores of so few validation rows are off by several percent by chance"
+        reason = "with so few validation rows, chance moves scores by several points"
         log.warning(event="few_rows", rows=len(table), reason=reason)
     if len(np.unique(table.prices)) == 1:
         log.warning(event="one_price", price=float(table.prices[0]), reason="every row has the same price")
 
 
 def report_duplicates(origin: str, ids: pa.Array | pa.ChunkedArray) -> None:
-    """Raises a DataError that counts and names ids that occur more than once."""
+    """Raises a DataError with the number and the first of the ids that occur more than once, if any do."""
     counts = pc.value_counts(ids)
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
@@ -189,12 +193,12 @@ def report_duplicates(origin: str, ids: pa.Array | pa.ChunkedArray) -> None:
 
 
 def _with_prices(url: str, found: pa.Table, drop: bool) -> pa.Table:
-    """The rows with a price above zero, their prices as float64."""
+    """The rows with a positive price, with prices as float64."""
     column = found["price"]
     prices = _numbers(column)
     good = np.isfinite(prices) & (prices > 0)
-    place = found.schema.get_field_index("price")
-    found = found.set_column(place, "price", pa.chunked_array([prices]))
+    position = found.schema.get_field_index("price")
+    found = found.set_column(position, "price", pa.chunked_array([prices]))
     if good.all():
         return found
     bad = np.flatnonzero(~good)
@@ -205,7 +209,7 @@ def _with_prices(url: str, found: pa.Table, drop: bool) -> pa.Table:
 
 
 def _bad_prices(url: str, ids: pa.ChunkedArray, prices: pa.ChunkedArray, n_bad: int, n_rows: int) -> tuple[str, str]:
-    """What is wrong, and what to do about it."""
+    """Message and hint for rows without a positive price."""
     shown = ", ".join(f"{one} ({price!r})" for one, price in zip(ids.to_pylist(), prices.to_pylist(), strict=True))
     message = f"{n_bad} of {n_rows} rows of {url} have no price above zero, the first: {shown}"
     if n_bad == n_rows:  # dropping them would leave nothing
@@ -214,12 +218,12 @@ def _bad_prices(url: str, ids: pa.ChunkedArray, prices: pa.ChunkedArray, n_bad: 
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """[N] float64; NaN for what is no number."""
+    """[N] float64; NaN for values that are not numbers."""
     if not pa.types.is_large_string(column.type):
         return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
     text = pc.utf8_trim_whitespace(column)
     try:
         return np.asarray(text.cast(pa.float64()).to_numpy(), np.float64)
-    except pa.ArrowInvalid:  # some are none: slower, and tells which
+    except pa.ArrowInvalid:  # some are not numbers; pandas is slower, but marks which ones
         numbers: pd.Series = pd.to_numeric(text.to_pandas(), errors="coerce")
         return np.asarray(numbers, np.float64)

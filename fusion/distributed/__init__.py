@@ -1,1 +1,1 @@
-"""The ranks of a run: their group, signs of life, and a watchdog."""
+"""Distributed training: the process group of all ranks, heartbeats between them, and a watchdog for each."""

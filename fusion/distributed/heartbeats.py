@@ -1,17 +1,17 @@
-"""Signs of life between ranks, so that a rank may work alone for as long as it takes.
+"""Heartbeats between ranks, which find ranks that are lost, however long others work alone.
 
-While rank 0 reads, splits or publishes, the others wait inside a collective operation. How long that takes depends on
-the data, so no fixed time limit is right: gloo's own would end ranks that only wait. Instead:
+While rank 0 reads, splits or publishes, the other ranks wait inside a collective operation. How long that takes depends
+on the data, so no fixed timeout of collective operations is right: gloo's would end ranks that only wait. Instead:
 
-- Every rank has a key in the group's store. A thread counts it up every few seconds, whatever the rank does meanwhile.
-- The same thread reads the counts of all ranks. A second one, which cannot hang in the network, ends this process with
-  124 when a count has not changed for the stall timeout, and names that rank.
-- Collective operations wait for days (`FOR_EVER`), and cost nothing more than before.
-- A rank whose process has died closes its connections: who waits for it gets an error at once, without the store. The
-  heartbeats find what closes nothing: a node without power or network, a process that is stopped.
+- Every rank has a counter in the group's store. A thread increments it every few seconds, whatever the rank is doing.
+- The same thread reads the counters of all ranks. A second thread, which makes no network calls and so cannot hang in
+  one, ends this process with exit code 124 if a counter has not changed for the stall timeout, and names its rank.
+- Collective operations have a timeout of a year (`NO_TIMEOUT`).
+- If a rank's process dies, its connections close, and a rank that waits for it gets an error at once, without
+  heartbeats. These find the other cases: a node that lost power or network, or a suspended process.
 
-The count says that a process lives, not that it gets on; that is the watchdog's part. A process is silent, too, while
-a library holds Python's global lock without a break. A group of one has no threads and no store.
+A heartbeat shows that a process is alive, not that it makes progress; the watchdog checks progress. Heartbeats also
+stop while a library holds Python's global interpreter lock without a break. A single rank has no threads and no store.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from fusion import log
 from fusion.command.exit import leave
 from fusion.errors import StalledError, UnreachableError
 
-FOR_EVER = timedelta(days=365)  # gloo and nccl want a number
-ARRIVAL = 600.0  # seconds for all ranks to come: nodes pull images and load torch at different speeds
-BEAT = 5.0  # seconds between two heartbeats; with 1000 ranks the store answers 400 requests a second
+NO_TIMEOUT = timedelta(days=365)  # gloo and nccl have no value for "no timeout"
+ARRIVAL_TIMEOUT = 600.0  # seconds for all ranks to join; nodes pull images and load torch at different speeds
+BEAT = 5.0  # seconds between two heartbeats; 1000 ranks then make 400 requests per second to the store
 
 
 class Heartbeats:
-    """Gives this rank's signs of life, and watches those of the others.
+    """Sends the heartbeats of this rank, and watches those of the other ranks.
 
     Args:
-        store: the group's; it is asked over a connection of its own, so that nothing else delays a heartbeat.
-        timeout: seconds of silence after which this process ends; 0: it never does.
-        end: what ends this process.
+        store: the group's store. Heartbeats use a separate connection to it, so that nothing else delays them.
+        timeout: seconds without a heartbeat of another rank after which this process ends; 0: it never does.
+        end: function that ends this process.
 
     Raises:
-        UnreachableError: not all ranks came.
+        UnreachableError: not all ranks have joined in time.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Heartbeats:
         self._store = _own_connection(store)
         self._keys = [f"{other}" for other in range(size)]
         self._counts: list[bytes] = []
-        self._silence = [0.0] * size  # seconds, of this process's own time
+        self._silence = [0.0] * size  # seconds since the last heartbeat of each rank, while this process was running
         self._beat = min(BEAT, timeout / 10) if timeout else BEAT
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._beat_until_ended, self._watch)]
@@ -62,7 +62,7 @@ class Heartbeats:
             thread.start()
 
     def stop(self) -> None:
-        """Ends both threads; a thread that hangs in the network is left behind."""
+        """Ends both threads. A thread that hangs in a network call is not waited for; it ends with the process."""
         self._ended.set()
         for thread in self._threads:
             thread.join(self._beat)
@@ -70,12 +70,12 @@ class Heartbeats:
     def _arrive(self) -> None:
         try:
             self._store.add(self._keys[self.rank], 1)
-            self._store.wait(self._keys, timedelta(seconds=ARRIVAL))
+            self._store.wait(self._keys, timedelta(seconds=ARRIVAL_TIMEOUT))
             self._counts = self._store.multi_get(self._keys)
         except DistStoreError as error:
             missing = [key for key in self._keys if not self._store.check([key])]
             raise UnreachableError(
-                f"ranks {', '.join(missing)} did not come within {ARRIVAL:.0f} s",
+                f"ranks {', '.join(missing)} did not join within {ARRIVAL_TIMEOUT:.0f} s",
                 "see their logs; start all ranks within that time",
             ) from error
 
@@ -84,14 +84,14 @@ class Heartbeats:
             while not self._ended.wait(self._beat):
                 self._store.add(self._keys[self.rank], 1)
                 self._counts = self._store.multi_get(self._keys)
-        except RuntimeError as error:  # rank 0's node, which has the store, is gone: from here on all are silent
+        except RuntimeError as error:  # the store, which is on rank 0's node, is gone; no more heartbeats arrive
             if not self._ended.is_set():
                 log.warning(event="heartbeats_lost", reason=str(error).splitlines()[0])
 
     def _watch(self) -> None:
         heard, last = self._counts, time.monotonic()
         while not self._ended.wait(self._beat):
-            # A process that was suspended, with the others or alone, has not listened meanwhile: count what it did.
+            # If this process was suspended, it could not notice heartbeats. So a pass counts for at most two beats.
             passed, last = min(time.monotonic() - last, 2 * self._beat), time.monotonic()
             counts = self._counts
             self._count_silence(passed, [old == new for old, new in zip(heard, counts, strict=True)])
@@ -102,22 +102,23 @@ class Heartbeats:
             self._silence[other] = self._silence[other] + passed if silent and other != self.rank else 0.0
         longest = max(self._silence)
         if self.timeout and longest > self.timeout:
-            # With the store gone all are silent: the first is rank 0, which has it or shares a node with it.
+            # If the store is gone, all ranks seem silent. Then `index` finds rank 0, whose node has the store.
             self._end(_stalled(self._silence.index(longest), longest))
 
 
 def _stalled(silent: int, seconds: float) -> StalledError:
     log.error(event="rank_silent", silent=silent, seconds=seconds)
     return StalledError(
-        f"rank {silent} has given no sign of life for {seconds:.0f} s",
-        "look for what happened to its node, then run the same command again",
+        f"rank {silent} has sent no heartbeat for {seconds:.0f} s",
+        "find out what happened to its node, then run the same command again",
     )
 
 
 def _own_connection(store: Store) -> Store:
     while isinstance(store, PrefixStore):
         store = store.underlying_store
-    assert isinstance(store, TCPStore), "ranks meet at a TCPStore"
+    assert isinstance(store, TCPStore), "the rendezvous of ranks uses a TCPStore"
     own = TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a launcher's store may outlive the ranks of one try
+    # The store of a launcher outlives the ranks, so the counters of each restart need names of their own.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"heartbeats/{restart}", own)

@@ -1,6 +1,6 @@
-"""The group of ranks this process belongs to: torchrun's, or a group of one.
+"""`World`: the process group that this process belongs to, and the operations that its ranks do together.
 
-Nothing else asks whether it is distributed.
+Without a launcher it is a group of one rank, so that no other code has to distinguish the two cases.
 """
 
 from __future__ import annotations
@@ -21,19 +21,24 @@ from torch.distributed.rendezvous import rendezvous
 
 from fusion import environment, log
 from fusion.distributed import transport
-from fusion.distributed.heartbeats import ARRIVAL, FOR_EVER, Heartbeats
+from fusion.distributed.heartbeats import ARRIVAL_TIMEOUT, NO_TIMEOUT, Heartbeats
 from fusion.environment import variable
 from fusion.errors import ConfigError, FusionError, UnreachableError
 
 T = TypeVar("T")
 
-INTERFACE = "GLOO_SOCKET_IFNAME"
-STALL_TIMEOUT = 600.0  # seconds, of commands that have no --stall-timeout
+INTERFACE = "GLOO_SOCKET_IFNAME"  # environment variable: the network interfaces that gloo uses
+STALL_TIMEOUT = 600.0  # seconds; for commands without --stall-timeout, the same as that flag's default
 
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place among all ranks and among those of its node, and the device it computes on."""
+    """This process's rank among all ranks and among those of its node, and the device that it computes on.
+
+    Attributes:
+        rank, size: the rank, and the number of ranks, of all nodes.
+        local_rank, local_size: the same on this node.
+    """
 
     rank: int
     size: int
@@ -46,7 +51,7 @@ class World:
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """This rank's contiguous part of `n` rows; the parts of all ranks are disjoint and cover every row once.
+        """This rank's contiguous share of `n` rows. The shares of all ranks are disjoint and cover all rows.
 
         >>> [World(rank, 3, rank, 3, torch.device("cpu")).share(8) for rank in range(3)]
         [slice(0, 2, None), slice(2, 5, None), slice(5, 8, None)]
@@ -54,35 +59,31 @@ class World:
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over all ranks, in float64: the same numbers on every rank."""
+        """Each value summed over all ranks, in float64; all ranks get the same sums."""
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=_control())
         return cast(list[float], total.tolist())
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Runs `action` on rank 0 only; its result, or its error, on every rank.
+        """Runs `action` on rank 0 only, and returns its result, or raises its error, on every rank.
 
-        The result is broadcast once; the memory of its NumPy arrays is sent as it is (see
-        `fusion.distributed.transport`).
+        The result is broadcast by `fusion.distributed.transport`, which sends NumPy arrays without pickling them.
         """
         result, failure = _tried(action) if self.is_main else (None, None)
-        answer, failed = transport.broadcast((result, _portable(failure, self.rank)), _control())
-        if failed is not None:
-            raise failure or failed
-        return cast(T, answer)
+        received, error = transport.broadcast((result, _portable(failure, self.rank)), _control())
+        if error is not None:
+            raise failure or error  # rank 0 raises the original error, with its traceback
+        return cast(T, received)
 
     def on_main_alone(self, action: Callable[[], T]) -> T | None:
-        """Result of `action` on rank 0, None on the others, to which it is not sent (see `held`).
+        """Runs `action` on rank 0 only, and returns its result there. Other ranks return None; nothing is sent to them.
 
-        An error is raised on every rank.
+        An error is raised on every rank. Use `held` to tell the type checker that this is rank 0.
         """
         return self.together(lambda: action() if self.is_main else None)
 
     def together(self, action: Callable[[], T]) -> T:
-        """Runs `action` on every rank; when it fails on one, the same error is raised on all.
-
-        Returns this rank's result.
-        """
+        """Runs `action` on every rank, and returns this rank's result. If it fails on one rank, all ranks raise."""
         result, failure = _tried(action)
         (n_failed,) = self.sum([float(failure is not None)])
         if n_failed:
@@ -93,16 +94,16 @@ class World:
     def exchange(self, value: T) -> list[T]:
         """The values of all ranks, in the order of the ranks, on every rank.
 
-        For small control values only: each is pickled, padded to the largest, and sent to all.
+        Only for small values: each is pickled, padded to the size of the largest, and sent to all ranks.
         """
-        answers: list[T | None] = [None] * self.size
-        dist.all_gather_object(answers, value, group=_control())
-        return cast(list[T], answers)
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value, group=_control())
+        return cast(list[T], values)
 
     def gather_on_main(self, value: T) -> list[T]:
-        """The values of all ranks, in the order of the ranks, on rank 0; an empty list on the others.
+        """The values of all ranks, in the order of the ranks, on rank 0; an empty list on other ranks.
 
-        For results of any size: each rank's is sent once, at its own size, arrays without a copy.
+        For values of any size: each is sent once, without padding, and its arrays are not pickled.
         """
         if self.is_main:
             return [value, *(transport.receive(rank, _control()) for rank in range(1, self.size))]
@@ -111,13 +112,13 @@ class World:
 
 
 def held(result: T | None) -> T:
-    """What `World.on_main_alone` gave, on rank 0."""
-    assert result is not None, "only rank 0 has it"
+    """The result of `World.on_main_alone`, in code that only runs on rank 0."""
+    assert result is not None, "only rank 0 has the result"
     return result
 
 
 def _control() -> dist.ProcessGroup | None:
-    # Small control messages travel over gloo, also where gradients travel over nccl.
+    """The group for values in CPU memory: gloo, even if gradients are exchanged over nccl. None: the default group."""
     return _groups.get("control")
 
 
@@ -128,53 +129,56 @@ def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
     """The result of `action`, or its error."""
     try:
         return action(), None
-    except Exception as error:  # raised on all ranks by the caller
+    except Exception as error:  # the caller raises it on all ranks
         return None, error
 
 
 def _portable(failure: Exception | None, rank: int) -> Exception | None:
+    """The error in a form that can be pickled, for other ranks."""
     if failure is None or isinstance(failure, FusionError):
         return failure
     return RuntimeError(f"rank {rank} failed: {type(failure).__name__}: {failure}")
 
 
 @contextmanager
-def world(device: str = "auto", stall_timeout: float = STALL_TIMEOUT) -> Iterator[World]:
-    """Joins torchrun's group, or makes a group of one; leaves it at the end.
+def join_world(device: str = "auto", stall_timeout: float = STALL_TIMEOUT) -> Iterator[World]:
+    """Joins the group of a launcher such as `fusion.launch` or torchrun, or creates a group of one rank.
 
-    Ranks wait for one another for as long as all of them give signs of life (see `fusion.distributed.heartbeats`).
+    Leaves the group at the end of the block. Ranks wait for each other for as long as all of them send heartbeats (see
+    `fusion.distributed.heartbeats`).
 
     Args:
-        stall_timeout: seconds without a sign of life of a rank after which the others end with 124; 0: they never do.
+        stall_timeout: seconds without a heartbeat of a rank after which the others exit with 124; 0: they never do.
 
     Raises:
-        ConfigError: a cuda device is asked for and there is none.
-        UnreachableError: not all ranks came.
+        ConfigError: `device` is cuda, but torch finds no GPU.
+        UnreachableError: not all ranks have joined in time.
     """
-    place = _place(device)
-    backend = "nccl" if place.device.type == "cuda" else "gloo"
+    world = _read_world(device)
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
     store: Store = HashStore()
     heartbeats: Heartbeats | None = None
-    if place.size > 1:
+    if world.size > 1:
         _check_interface()
-        store = _meeting_point(place)
-        heartbeats = Heartbeats(store, place.rank, place.size, stall_timeout)
+        store = _rendezvous(world)
+        heartbeats = Heartbeats(store, world.rank, world.size, stall_timeout)
     try:
-        with _group(backend, store, place):
-            yield place
-            _wait_for_all(place, heartbeats)
+        with _group(backend, store, world):
+            yield world
+            _wait_for_all(world, heartbeats)
     finally:
         if heartbeats:
             heartbeats.stop()
 
 
-def _meeting_point(place: World) -> Store:
+def _rendezvous(world: World) -> Store:
+    """The store through which the ranks find each other, once all have joined it."""
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=ARRIVAL_TIMEOUT)))
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UnreachableError(
-            f"rank {place.rank} did not meet all {place.size} ranks at {where} within {ARRIVAL:.0f} s: "
+            f"rank {world.rank} did not reach all {world.size} ranks at {where} within {ARRIVAL_TIMEOUT:.0f} s: "
             f"{str(error).splitlines()[0]}",
             "see the logs of the other ranks; start all of them within that time",
         ) from error
@@ -182,31 +186,31 @@ def _meeting_point(place: World) -> Store:
 
 
 @contextmanager
-def _group(backend: str, store: Store, place: World) -> Iterator[None]:
-    with _without_interface() if place.size == 1 else nullcontext():
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=FOR_EVER)
+def _group(backend: str, store: Store, world: World) -> Iterator[None]:
+    with _without_interface() if world.size == 1 else nullcontext():
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=NO_TIMEOUT)
     try:
         if backend == "nccl":
-            torch.cuda.set_device(place.device)
-            _groups["control"] = dist.new_group(backend="gloo", timeout=FOR_EVER)
+            torch.cuda.set_device(world.device)
+            _groups["control"] = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
         yield
     finally:
         _groups.clear()
         dist.destroy_process_group()
 
 
-def _wait_for_all(place: World, heartbeats: Heartbeats | None) -> None:
+def _wait_for_all(world: World, heartbeats: Heartbeats | None) -> None:
     dist.barrier(group=_control())
     if heartbeats:
         heartbeats.stop()
-        dist.barrier(group=_control())  # nobody asks the store of rank 0 any more
-    # gloo can abort a rank whose peer has already torn its connections down.
-    time.sleep(0.05 if place.size > 1 else 0)
+        dist.barrier(group=_control())  # after it, no rank uses the store of rank 0 any more, so that rank 0 may exit
+    # gloo can abort a rank whose peer has already closed its connections. 50 ms let all ranks leave the barrier first.
+    time.sleep(0.05 if world.size > 1 else 0)
 
 
 @contextmanager
 def _without_interface() -> Iterator[None]:
-    """A group of one talks to nobody: which network interface others of this cluster use is nothing to it."""
+    """Unsets `INTERFACE` inside the block: a single rank needs no network, and the interface may not exist here."""
     interface = os.environ.pop(INTERFACE, None)
     try:
         yield
@@ -220,21 +224,21 @@ def _check_interface() -> None:
     for name in filter(None, (variable(INTERFACE) or "").split(",")):
         if name not in there:
             raise ConfigError(
-                f"{INTERFACE} is {name}, and the network interfaces of this machine are {', '.join(there)}",
+                f"{INTERFACE} is {name}, but the network interfaces of this machine are {', '.join(there)}",
                 f"set {INTERFACE} to one of these, or unset it",
             )
 
 
-def _place(device: str) -> World:
-    found = environment.place()
+def _read_world(device: str) -> World:
+    found = environment.rank_variables()
     if found.ignored:
         log.warning(
             event="rank_variables_ignored",
             ignored=" ".join(found.ignored),
-            hint="unset them; ranks are started with python -m fusion.launch",
+            hint="unset them, or start ranks with python -m fusion.launch",
         )
     if found.local_size > 1 and ":" in device:
-        message = f"--device is {device}, and all {found.local_size} ranks of this machine would use it"
+        message = f"--device is {device}, but then all {found.local_size} ranks of this machine would share it"
         raise ConfigError(message, "use --device cuda, which gives each rank a GPU of its own")
     return World(found.rank, found.size, found.local_rank, found.local_size, _device(device, found.local_rank))
 

@@ -16,7 +16,7 @@ from fusion.data.embeddings import load
 from fusion.data.inputs import Inputs, find_inputs, find_table, table_sha256
 from fusion.data.row_store import RowStore
 from fusion.data.tables import Table, read_table
-from fusion.distributed.world import World, held, world
+from fusion.distributed.world import World, held, join_world
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
 from fusion.features.fitted import Features, columns_of
 from fusion.features.rows import compared, with_features
@@ -63,7 +63,7 @@ def predict_test(settings: PredictConfig) -> None:
         DataError: no such ensemble, a member that is gone or another, and as there.
         UnreachableError, StopRequested: as there.
     """
-    with world(settings.device) as place:
+    with join_world(settings.device) as place:
         settings = replace(settings, date=place.on_main(settings.day))
         if place.on_main(lambda: republish(settings, ENSEMBLE_VARIANT, ENSEMBLE_CODE)):
             return

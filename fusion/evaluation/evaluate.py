@@ -18,8 +18,8 @@ from fusion.config import EvaluateConfig, RunConfig
 from fusion.data.embeddings import load
 from fusion.data.row_store import RowStore
 from fusion.data.splits import part_of
-from fusion.data.tables import Table, places_of, read_table
-from fusion.distributed.world import World, held, world
+from fusion.data.tables import Table, positions_of, read_table
+from fusion.distributed.world import World, held, join_world
 from fusion.errors import DataError
 from fusion.evaluation import report
 from fusion.evaluation.groups import Evaluation, evaluate
@@ -59,7 +59,7 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
             embeddings that are not those of the training.
         StopRequested: a signal came; the parts that are done are kept.
     """
-    with world(settings.device) as place:
+    with join_world(settings.device) as place:
         run, config, chosen, data = open_run(settings, config_class, place)
         model = load_model(chosen, config, build_network, place)
         origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
@@ -193,7 +193,7 @@ def validation_rows(
     )
     for column in by:
         table.column(column, "--by")
-    places = places_of(ids, table.ids)
+    places = positions_of(ids, table.ids)
     lost = ids[places < 0]
     if len(lost):
         raise DataError(

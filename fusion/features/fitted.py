@@ -23,7 +23,7 @@ from fusion import log, storage
 from fusion.config import RunConfig
 from fusion.data.duplicates import TEXT_COLUMN
 from fusion.data.tables import Table
-from fusion.data.text_hashes import as_texts, mixed, text_hashes
+from fusion.data.text_hashes import as_texts, mix_bits, text_hashes
 from fusion.errors import DataError
 from fusion.features import columns as features_columns
 from fusion.features import numbers as features_numbers
@@ -141,8 +141,8 @@ def row_hashes(columns: Columns) -> np.ndarray:
     """[n] uint64 of all that is computed from each row."""
     total = np.zeros(len(next(iter(columns.values()))), np.uint64)
     for name in sorted(columns):
-        total = mixed(total + np.uint64(1)) ^ text_hashes(columns[name])
-    return mixed(total)
+        total = mix_bits(total + np.uint64(1)) ^ text_hashes(columns[name])
+    return mix_bits(total)
 
 
 def fit_features(

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import sparse
 
-from fusion.data.text_hashes import mixed, text_hashes
+from fusion.data.text_hashes import mix_bits, text_hashes
 
 _BETWEEN_WORDS = r"[^\pL\pN]+"
 _FIELD = r"^\s*(?P<label>[^:]{1,40}?)\s*:\s*(?P<value>\S.{0,59}?)\s*$"  # longer values are sentences, not properties
@@ -57,7 +57,7 @@ def words(texts: pa.Array) -> Terms:
     rows, tokens = _words(texts)
     hashes = text_hashes(tokens.dictionary)[tokens.indices.to_numpy()]
     is_pair = rows[1:] == rows[:-1]
-    pairs = mixed(mixed(hashes[:-1]) * _FACTOR + hashes[1:])[is_pair]
+    pairs = mix_bits(mix_bits(hashes[:-1]) * _FACTOR + hashes[1:])[is_pair]
     return _counted(np.concatenate([rows, rows[1:][is_pair]]), np.concatenate([hashes, pairs]), len(texts))
 
 
@@ -106,7 +106,7 @@ def _runs(letters: np.ndarray, row_of: np.ndarray, length: int) -> tuple[np.ndar
     hashes = np.full(int(is_within.sum()), length, np.uint64)
     for place in range(length):
         hashes = hashes * _FACTOR + windows[is_within, place]
-    return row_of[: len(windows)][is_within], mixed(mixed(hashes))
+    return row_of[: len(windows)][is_within], mix_bits(mix_bits(hashes))
 
 
 def _counted(rows: np.ndarray, hashes: np.ndarray, n_rows: int) -> Terms:

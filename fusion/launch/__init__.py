@@ -1,1 +1,1 @@
-"""Starts the ranks of a command on one node or on several: `python -m fusion.launch`."""
+"""The launcher: starts the ranks of a command on one node or on several, with `python -m fusion.launch`."""

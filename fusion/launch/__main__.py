@@ -8,6 +8,7 @@ from fusion.launch.launcher import main
 
 if __name__ == "__main__":
     code = main()
-    for number in signals.SIGNALS:  # one that comes while Python winds up would end this process in place of its code
+    # A stop signal that arrives while the interpreter shuts down would replace the exit code.
+    for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)

@@ -1,11 +1,13 @@
-"""Starts a command's ranks on this node, and ends as they ended: all of them, with their exit code and one message.
+"""Starts a command's ranks on this node, waits for all of them, and exits with their exit code and a single message.
 
-`python -m fusion.launch --nproc-per-node 4 fusion.all_embeddings.train --data s3://bucket/data --output s3://bucket/out`;
-on a CPU: `python -m fusion.launch --nproc-per-node 2 fusion.all_embeddings.train --device cpu --epochs 5 …`.
+    python -m fusion.launch --nproc-per-node 4 fusion.all_embeddings.train --data s3://bucket/data --output
+    s3://bucket/out python -m fusion.launch --nproc-per-node 2 fusion.all_embeddings.train --device cpu --epochs 5 …
+    (on a CPU)
 
-It stands where torchrun would. The ranks meet as torch's `env://` has it (RANK, WORLD_SIZE, MASTER_ADDR, …). Torch's
-elastic agent does not run them: it ends with 1 whatever code they had, signals them again when the first one leaves,
-and waits 30 s for ranks that hang. Linux only: there the kernel ends the ranks of a launcher that was killed.
+Use it in place of torchrun. It sets the same variables (RANK, WORLD_SIZE, MASTER_ADDR, …), which torch's `env://`
+reads. It differs from torchrun in three ways: torchrun exits with 1 whatever the ranks' exit codes are, signals all
+ranks again when the first one exits, and waits 30 s for ranks that hang. Linux only, because there the kernel kills the
+ranks if the launcher is killed.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from pathlib import Path
 from fusion.environment import for_libraries, prepare_libraries, variable
 from fusion.errors import ConfigError, ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.launch.processes import Ending, Group, Rank, Stop
-from fusion.launch.rendezvous import Meeting, NodesMeeting
+from fusion.launch.rendezvous import MultiNodeRendezvous, Rendezvous
 from fusion.storage.scratch import temporary_folder
 from fusion.streams import unfailing
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # the CPU limit of this container, in cgroup v2
+# Exit codes after which a restart would not help.
 FINAL = (ExitCode.DONE, ExitCode.USAGE, ExitCode.DATA, ExitCode.STOPPED, ExitCode.CREDENTIALS, ExitCode.CONFIG)
 
 
@@ -47,35 +50,35 @@ class Options:
 
 
 def launch(options: Options, stop: Stop) -> int:
-    """Exit code of the ranks of all nodes, once all of this node have ended; the cause of a failure is printed.
+    """Runs the ranks of this node. Prints the cause of a failure, and returns the exit code of all nodes together.
 
     Raises:
-        StopRequested: before any rank was started.
+        StopRequested: a stop was requested before any rank was started.
     """
     if stop.name:
-        raise StopRequested(f"asked to stop ({stop.name}) before it had begun", "run the same command again")
-    temporary_folder()  # or there is none, before a port is taken
-    meeting = _meeting(options, stop)
+        raise StopRequested(f"asked to stop ({stop.name}) before any rank was started", "run the same command again")
+    temporary_folder()  # raises a ConfigError if there is none; done first, before a port is reserved
+    rendezvous = _rendezvous(options, stop)
     for restart in range(options.max_restarts + 1):
-        ending = _attempt(options, meeting, stop, restart)
+        ending = _attempt(options, rendezvous, stop, restart)
         if ending.code in FINAL or stop.name or restart == options.max_restarts:
             break
         _say(f"{ending.report}\nrestart {restart + 1} of {options.max_restarts}: starting all ranks again")
-    ending = meeting.conclude(ending, stop)
+    ending = rendezvous.conclude(ending, stop)
     _say(ending.report)
     return ending.code
 
 
-def _meeting(options: Options, stop: Stop) -> Meeting:
+def _rendezvous(options: Options, stop: Stop) -> Rendezvous:
     if options.nnodes == 1:
-        return Meeting()
+        return Rendezvous()
     address = options.master_addr, options.master_port
-    return NodesMeeting(options.node_rank, options.nnodes, address, options.grace, stop)
+    return MultiNodeRendezvous(options.node_rank, options.nnodes, address, options.grace, stop)
 
 
-def _attempt(options: Options, meeting: Meeting, stop: Stop, restart: int) -> Ending:
+def _attempt(options: Options, rendezvous: Rendezvous, stop: Stop, restart: int) -> Ending:
     with tempfile.TemporaryDirectory(prefix="fusion-", dir=temporary_folder()) as folder:
-        shared = {**_environment(options, restart), **meeting.environment(), "FUSION_EXIT_DIR": folder}
+        shared = {**_environment(options, restart), **rendezvous.environment(), "FUSION_EXIT_DIR": folder}
         first = options.node_rank * options.nproc_per_node
         ranks = [
             Rank(first + local, options.command, {**shared, "RANK": str(first + local), "LOCAL_RANK": str(local)})
@@ -83,7 +86,7 @@ def _attempt(options: Options, meeting: Meeting, stop: Stop, restart: int) -> En
         ]
         group = Group(ranks, options.grace)
         try:
-            group.watch(stop, meeting)
+            group.watch(stop, rendezvous)
         finally:
             group.kill()
         return group.ending(Path(folder))
@@ -104,10 +107,10 @@ def _environment(options: Options, restart: int) -> dict[str, str]:
 
 
 def _n_cores() -> int:
-    """Cores that this process may use: those it may run on, and no more than the quota of its container."""
+    """The number of cores that this process may use: its CPU affinity, limited by the CPU quota of its container."""
     n_cores = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):
-        quota, period = CPU_QUOTA.read_text().split()  # of cgroup 2; "max" for none
+        quota, period = CPU_QUOTA.read_text().split()  # a quota of "max", which is no int, means no limit
         return max(1, min(n_cores, math.ceil(int(quota) / int(period))))
     return n_cores
 
@@ -124,14 +127,14 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--nproc-per-node", type=_n_ranks, help="ranks of this node: a number, gpu (one per GPU), cpu "
         "(one per core), or auto: one per GPU, or a single one without")  # fmt: skip
-    add("--nnodes", type=_number(1), help="nodes; on each of them runs one launcher")
-    add("--node-rank", type=_number(0), help="which of the nodes this is, from 0")
+    add("--nnodes", type=_number(1), help="number of nodes; each runs one launcher")
+    add("--node-rank", type=_number(0), help="number of this node, from 0")
     address = variable("MASTER_ADDR", "PET_MASTER_ADDR") or _first_host(variable("SLURM_STEP_NODELIST") or "")
     add("--master-addr", default=address, help="name or address of node 0")
-    add("--master-port", type=_number(1), help="free port of node 0; a single node finds one itself")
-    add("--rdzv-endpoint", metavar="ADDR:PORT", default="", help="the same two in one")
-    add("--max-restarts", type=_number(0), default=0, help="times that all ranks are started again when one dies; "
-        "never after codes that a retry cannot change (64, 65, 75, 77, 78)")  # fmt: skip
+    add("--master-port", type=_number(1), help="free port of node 0; with a single node, one is found automatically")
+    add("--rdzv-endpoint", metavar="ADDR:PORT", default="", help="--master-addr and --master-port in one flag")
+    add("--max-restarts", type=_number(0), default=0, help="how often all ranks are started again after one has "
+        "failed; never after exit codes that a retry cannot change (64, 65, 75, 77, 78)")  # fmt: skip
     add("--grace", type=seconds, default=60.0, help="seconds that the ranks get to end after a stop signal (SIGTERM, "
         "SIGINT, SIGHUP, SIGUSR1, SIGUSR2), which reaches them as one SIGTERM")  # fmt: skip
     add("module", help="module to run, such as fusion.all_embeddings.train")
@@ -144,7 +147,7 @@ def _n_ranks(text: str) -> int:
         return _n_cores()
     if text not in ("auto", "gpu"):
         return _number(1)(text)
-    import torch  # loads in seconds, and a number or --help does not need it
+    import torch  # takes seconds to load, and is not needed for a number or for --help
 
     if text == "gpu" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"is gpu, but torch {torch.__version__} finds none")
@@ -160,7 +163,7 @@ def _number(least: int) -> Callable[[str], int]:
     return number
 
 
-# Per option: the variables that set it where no flag does, its type, and its default.
+# For each option: the variables that set it if its flag is not given, its type, and its default.
 VARIABLES: dict[str, tuple[tuple[str, ...], Callable[[str], int], str | None]] = {
     "nproc_per_node": (("PET_NPROC_PER_NODE",), _n_ranks, "auto"),
     "nnodes": (("PET_NNODES", "SLURM_STEP_NUM_NODES"), _number(1), "1"),
@@ -185,7 +188,7 @@ def _parse(argv: Sequence[str] | None) -> Options:
 
 
 def _add_variables(given: argparse.Namespace) -> None:
-    """Fills in what no flag has set, from the variables of torchrun, Kubernetes and Slurm, else with the default."""
+    """Sets options whose flags are not given, from variables of torchrun, Kubernetes and Slurm, or by default."""
     for key, (names, kind, default) in VARIABLES.items():
         if getattr(given, key) is not None:
             continue
@@ -201,10 +204,12 @@ def _add_variables(given: argparse.Namespace) -> None:
 
 def _check_nodes(given: argparse.Namespace) -> None:
     if given.node_rank is None or given.node_rank >= given.nnodes:
-        message = f"--nnodes is {given.nnodes}, and --node-rank is {given.node_rank}"
+        message = f"--nnodes is {given.nnodes}, but --node-rank is {given.node_rank}"
         raise UsageError(message, f"give --node-rank 0..{given.nnodes - 1}; Kubernetes sets it as JOB_COMPLETION_INDEX")
     if not given.master_addr or not 0 < given.master_port < 65536:
-        message = f"--nnodes is {given.nnodes}, and node 0 is {given.master_addr or '?'}:{given.master_port}"
+        message = (
+            f"--nnodes is {given.nnodes}, but the address of node 0 is {given.master_addr or '?'}:{given.master_port}"
+        )
         raise UsageError(message, "give --master-addr and --master-port, or MASTER_ADDR and MASTER_PORT")
     if given.max_restarts:
         message = f"--max-restarts is {given.max_restarts} with --nnodes {given.nnodes}, expected 0"
@@ -229,8 +234,8 @@ def _first_host(nodes: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    stop = Stop()  # first: to count the GPUs takes seconds
-    prepare_libraries()  # the launchers of several nodes meet in a store of torch
+    stop = Stop()  # before anything slow, such as counting the GPUs, so that no stop signal is missed
+    prepare_libraries()  # with several nodes, the launcher loads torch, for its store
     with unfailing():
         return _guarded(argv, stop)
 

@@ -16,7 +16,7 @@ from fusion.data.embeddings import load
 from fusion.data.inputs import find_inputs, find_table
 from fusion.data.row_store import RowStore
 from fusion.data.tables import Table, read_table
-from fusion.distributed.world import World, held, world
+from fusion.distributed.world import World, held, join_world
 from fusion.errors import DataError, DivergedError, UnreachableError
 from fusion.features.fitted import Features, columns_of, has_features, read_features
 from fusion.features.rows import compared, with_features
@@ -134,7 +134,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         UnreachableError: the input was written meanwhile.
         StopRequested: a signal came; the parts that are done are kept.
     """
-    with world(settings.device) as place:
+    with join_world(settings.device) as place:
         settings = replace(settings, date=place.on_main(settings.day))  # one day for all ranks, also around midnight
         if place.on_main(lambda: republish(settings, config_class.variant)):
             return

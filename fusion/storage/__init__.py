@@ -1,7 +1,7 @@
-"""Whole objects by URL: `s3://…`, `gs://…`, `file:///…` or a path. Read, write atomically, list, hash.
+"""Reads, writes (atomically), lists and removes whole objects by URL: `s3://…`, `gs://…`, `file:///…` or a path.
 
-Every function tries again while the store does not answer, up to `patience` seconds, and turns what the store says
-into an error that names the URL and the cause.
+Every function retries for up to `patience()` seconds while the store is unreachable, and turns errors of the store into
+Fusion's errors, which name the URL and the cause.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _patience = 60.0
 
 
 def set_patience(seconds: float) -> None:
-    """Seconds for which a store that does not answer is asked again."""
+    """Sets for how many seconds a request is retried while the store does not answer."""
     global _patience  # noqa: PLW0603 (a process waits equally long for every store)
     _patience = seconds
 
@@ -33,17 +33,17 @@ def patience() -> float:
 
 
 def join(url: str, *parts: str) -> str:
-    """The URL of what has this path below `url`.
+    """The URL of a path below `url`.
 
     Raises:
-        ConfigError: `url` is empty, so that this would be the root folder, or misspelt.
+        ConfigError: `url` is misspelt, or is empty, which would mean the root folder.
     """
     backend.check(url)
     return "/".join([url.rstrip("/"), *parts])
 
 
 def base(url: str) -> str:
-    """The last part of a URL: a file's or a folder's own name."""
+    """The last component of a URL: the name of the file or folder itself."""
     return url.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -59,7 +59,7 @@ def read(url: str) -> bytes:
 
 
 def write(url: str, data: bytes) -> None:
-    """Writes all of the object or nothing: readers see the previous bytes or these, never a part.
+    """Writes an object atomically: readers see either the previous bytes or all of these.
 
     Raises:
         DataError, CredentialsError, UnreachableError: as for `read`.
@@ -68,7 +68,7 @@ def write(url: str, data: bytes) -> None:
 
 
 def copy(source: str, target: str) -> None:
-    """Copies an object to another place in the same store, all of it or nothing.
+    """Copies an object within a store, atomically.
 
     Raises:
         DataError, CredentialsError, UnreachableError: as for `read`.
@@ -77,15 +77,16 @@ def copy(source: str, target: str) -> None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Writes the object unless one exists; false when another one does.
+    """Writes the object unless it exists. Returns whether the object now has these bytes.
 
-    An object with the same bytes counts as written: an earlier try may have succeeded without saying so.
+    So an existing object with the same bytes counts as written: an earlier try may have succeeded although its answer
+    was lost.
     """
     return retrying(url, lambda: conditional.create(url, data)) or read_if_exists(url) == data
 
 
 def read_if_exists(url: str) -> bytes | None:
-    """The object's bytes; None when it does not exist.
+    """The object's bytes; None if it does not exist.
 
     Raises:
         DataError: there is no such bucket.
@@ -101,12 +102,12 @@ def read_if_exists(url: str) -> bytes | None:
 
 
 def read_version(url: str) -> tuple[bytes, str] | None:
-    """The object's bytes and a tag that changes with them; None when it does not exist."""
+    """The object's bytes and a tag that changes with them; None if it does not exist."""
     return retrying(url, lambda: conditional.read_version(url))
 
 
 def version_of(url: str) -> str:
-    """A tag that changes when the object is written: the store's own, of a file its size, time and inode.
+    """A tag that changes when the object is written: its ETag; for a local file, its size, time and inode.
 
     Raises:
         DataError, CredentialsError, UnreachableError: as for `read`.
@@ -115,12 +116,12 @@ def version_of(url: str) -> str:
 
 
 def replace(url: str, data: bytes, version: str) -> bool:
-    """Writes the object if it still has this version; false when somebody else was faster."""
+    """Writes the object if it still has this version. Returns whether it now has these bytes, as `create` does."""
     return retrying(url, lambda: conditional.replace(url, data, version)) or read_if_exists(url) == data
 
 
 def remove(url: str) -> None:
-    """Removes the object, or everything below the folder; nothing happens when there is none."""
+    """Removes the object, or everything below the folder, if it exists."""
 
     def rm() -> None:
         with backend.unless_absent(url):
@@ -130,14 +131,15 @@ def remove(url: str) -> None:
 
 
 def honours_conditions(folder: str) -> bool:
-    """Whether the store refuses to create an object twice and to replace one that has changed, tried on one of its own.
+    """Whether conditional writes work: tries on a temporary object whether the store rejects those that it must reject.
 
-    A store that does not cannot tell two writers of one run apart: the log says so, and one writer is assumed.
+    It must reject creating an object that exists, and replacing one that has changed since it was read. A store that
+    does not cannot keep two writers of one run apart. Then the log says so, and a single writer is assumed.
     """
     url = join(folder, f".probe-{uuid.uuid4().hex}")
     try:
         if not _are_honoured(url):
-            conditional.give_up_conditions(url, "it takes no notice of conditions on writes")
+            conditional.give_up_conditions(url, "it ignores conditions on writes")
         return conditional.has_conditions(url)
     finally:
         remove(url)
@@ -156,7 +158,7 @@ def exists(url: str) -> bool:
 
 
 def entries(url: str) -> list[Entry]:
-    """What is directly below `url`, with sizes and versions, sorted by URL; nothing when there is no such folder.
+    """The objects and folders directly below `url`, sorted by URL; an empty list if there is no such folder.
 
     Raises:
         DataError: there is no such bucket.
@@ -166,12 +168,14 @@ def entries(url: str) -> list[Entry]:
 
 
 def ls(url: str) -> list[str]:
-    """URLs directly below `url`, sorted; none when there is no such folder."""
+    """URLs directly below `url`, sorted; an empty list if there is no such folder."""
     return [entry.url for entry in entries(url)]
 
 
 def find(url: str) -> dict[str, Entry]:
-    """All objects below `url` by their path below it: one request per 1000 objects. Empty when there is no such folder.
+    """All objects below `url` at any depth, by their path below it; empty if there is no such folder.
+
+    This takes one request per 1000 objects.
 
     Raises:
         DataError: there is no such bucket.
@@ -181,19 +185,20 @@ def find(url: str) -> dict[str, Entry]:
 
 
 def open_read(url: str, size: int | None = None, span: tuple[int, int] | None = None) -> BinaryIO:
-    """A seekable file for reading parts of an object, without read-ahead; a known size saves a request.
+    """Opens a seekable file for reading parts of an object, without read-ahead.
 
     Args:
-        span: first byte, and the one after the last, of a range that is fetched in one request when it is first needed.
+        size: bytes of the object, if known; this saves a request.
+        span: start and end (exclusive) of a range of bytes that is fetched in one request when any of it is first read.
     """
     fs, path = backend.locate(url)
     is_known = size is not None and backend.is_s3(fs)
     known = {"size": size} if is_known else {}
     file = retrying(url, lambda: fs.open(path, "rb", cache_type="none", **known))
     if is_known:
-        file.details = {"name": path, "type": "file", **known}  # s3fs would ask for them before the first read
+        file.details = {"name": path, "type": "file", **known}  # otherwise s3fs requests them before the first read
     cache = getattr(file, "cache", None)
-    if cache is not None:  # not a local file: each part is asked for again by itself, not the whole from its start
+    if cache is not None:  # a remote file: wrap its requests, so that a failed one is retried by itself
         fetch = cache.fetcher
         cache.fetcher = _at_once(span, lambda start, end: retrying(url, lambda: fetch(start, end)))
     return cast(BinaryIO, file)
@@ -203,7 +208,7 @@ Fetch = Callable[[int, int], bytes]
 
 
 def _at_once(span: tuple[int, int] | None, fetch: Fetch) -> Fetch:
-    """The same, where all of the span is fetched with the first range that lies in it."""
+    """Wraps `fetch` so that the first request inside the span fetches the whole span, and later ones use it."""
     if span is None:
         return fetch
     first, last = span
@@ -218,13 +223,13 @@ def _at_once(span: tuple[int, int] | None, fetch: Fetch) -> Fetch:
 
 
 def as_json(value: object) -> bytes:
-    """JSON for people and programs to read."""
+    """Indented JSON with a final newline."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def retrying(url: str, action: Callable[[], T]) -> T:
-    """Result of `action`, tried again while the store is silent; its failure as an error that names `url`."""
+    """Runs `action`, retries it while the store does not answer, and turns its error into one that names `url`."""
     try:
-        return retry.persistently(url, action, _patience)
+        return retry.with_retries(url, action, _patience)
     except Exception as error:
         raise explained(url, error) from error

@@ -1,6 +1,7 @@
-"""URLs as stores and paths, and what every store can do: whole objects are read, written, listed and deleted.
+"""The operations that every store has: reading, writing, listing and deleting whole objects by URL.
 
-One try per call, with the errors of the store's own client; `fusion.storage` tries again and explains them.
+Each function makes a single try, and raises the errors of the store's own client; `fusion.storage` adds retries and
+explains the errors.
 """
 
 from __future__ import annotations
@@ -25,26 +26,26 @@ from fusion import log
 from fusion.errors import ConfigError
 from fusion.storage.errors import is_absence, is_no_bucket
 
-TEMPORARY = ".tmp"
-# One attempt per request: `storage.retrying` alone tries again, so that its patience is what a command waits.
+TEMPORARY = ".tmp"  # suffix of files that are being written
+# One try per request. Only `storage.retrying` retries, so that a command waits for as long as `--store-timeout` says.
 _S3 = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}}
 _S3_SCHEMES = ("s3://", "s3a://")
-# `s3:/bucket`, `s3:bucket` and `s3//bucket` would be folders of this machine.
-_SLIPPED = re.compile(r"(s3a?|gs|gcs|az|abfss?|adl)(?::/?|//+)(?!/)(.*)", re.IGNORECASE)
-_N_DELETIONS = 8  # requests at a time: S3 takes 3,500 per second, a small server some tens
-# Answers of file systems that cannot flush a file: FUSE's, or a device in the place of a file.
+# Matches misspelt URLs such as `s3:/bucket`, `s3:bucket` and `s3//bucket`, which would be taken as local paths.
+_MISSPELT = re.compile(r"(s3a?|gs|gcs|az|abfss?|adl)(?::/?|//+)(?!/)(.*)", re.IGNORECASE)
+_N_DELETIONS = 8  # parallel delete requests; S3 allows 3,500 per second, but a small server only some tens
+# Errors of fsync on file systems that do not support it, such as some FUSE ones, and on devices instead of files.
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-_lacks: set[tuple[str, str]] = set()  # store and operation
+_unsupported: set[tuple[str, str]] = set()  # (store, operation) pairs that were found not to work
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An object, or a folder, as a listing shows it.
+    """An object or a folder in a listing.
 
     Attributes:
         size: bytes; 0 for a folder.
-        version: changes when the object is written; empty for a folder.
-        modified: when it was last written; None for a folder, and where the store does not say.
+        version: a tag that changes when the object is written; empty for a folder.
+        modified: when it was last written; None for a folder, or if the store does not say.
     """
 
     url: str
@@ -55,16 +56,16 @@ class Entry:
 
 
 def locate(url: str) -> tuple[Any, str]:
-    """The store's file system and the path in it.
+    """The fsspec file system of a URL, and the path in it.
 
     Raises:
-        ConfigError: the URL is empty or misspelt, or the package for it is missing.
+        ConfigError: the URL is empty or misspelt, or the package for its protocol is not installed.
     """
     check(url)
     settings = _S3 | fsspec.config.conf.get("s3", {}) if url.startswith(_S3_SCHEMES) else {}
     try:
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **settings)
-    except (ImportError, ValueError) as error:  # fsspec says which package, or that it knows no such protocol
+    except (ImportError, ValueError) as error:  # fsspec names the missing package, or the unknown protocol
         raise ConfigError(f"{url} cannot be opened: {error}", "install that package, or correct the URL") from error
     if settings:
         fs.retries = 1
@@ -74,28 +75,28 @@ def locate(url: str) -> tuple[Any, str]:
 def check(url: str) -> None:
     """Raises a ConfigError if the URL is empty or misspelt."""
     if not url:
-        raise ConfigError("an empty text is no bucket or folder", "name one, such as s3://bucket/path")
-    if slipped := _SLIPPED.fullmatch(url):
-        raise ConfigError(f"{url} is no URL", f"did you mean {slipped[1].lower()}://{slipped[2]}?")
-    if url.startswith(_S3_SCHEMES) and "?versionId=" in url:  # s3fs would cut the key there
+        raise ConfigError("the URL of a bucket or folder is empty", "give one, such as s3://bucket/path")
+    if misspelt := _MISSPELT.fullmatch(url):
+        raise ConfigError(f"{url} is not a valid URL", f"did you mean {misspelt[1].lower()}://{misspelt[2]}?")
+    if url.startswith(_S3_SCHEMES) and "?versionId=" in url:  # s3fs would take the rest as a version, not as the key
         raise ConfigError(f"{url} names one version of an object", "give the URL without ?versionId=")
 
 
 def store_of(url: str) -> str:
-    """`s3://bucket` of an object in it; of a path, the root folder."""
+    """The store of a URL: `s3://bucket`, or `/` for all local paths."""
     scheme, found, rest = url.partition("://")
     return f"{scheme}://{rest.split('/', 1)[0]}" if found else "/"
 
 
 def is_lacking(url: str, operation: str) -> bool:
-    """Whether `name_lack` was called for this operation of this store."""
-    return (store_of(url), operation) in _lacks
+    """Whether `warn_unsupported` was called for this operation of this store."""
+    return (store_of(url), operation) in _unsupported
 
 
-def name_lack(url: str, operation: str, reason: str, hint: str) -> None:
-    """Warns, once per process, that a store lacks an operation and that it is done without."""
+def warn_unsupported(url: str, operation: str, reason: str, hint: str) -> None:
+    """Warns, once per process, that a store does not support an operation, so that Fusion goes on without it."""
     if not is_lacking(url, operation):
-        _lacks.add((store_of(url), operation))
+        _unsupported.add((store_of(url), operation))
         log.warning(event="store_lacks", operation=operation, store=url, reason=reason, hint=hint)
 
 
@@ -109,7 +110,7 @@ def is_s3(fs: Any) -> bool:
 
 @contextmanager
 def unless_absent(url: str) -> Iterator[None]:
-    """Goes on after the block where the object does not exist; a bucket that does not is an error."""
+    """Leaves the block without an error if the object does not exist. A bucket that does not exist is an error."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -122,17 +123,20 @@ def cat(url: str) -> bytes:
 
 
 def cat_tagged(url: str) -> tuple[bytes, str]:
-    """The object's bytes, and the store's own tag of this version; empty where it has none."""
+    """The object's bytes, and the store's tag of this version; an empty tag if the store has none."""
     fs, path = locate(url)
     if is_s3(fs):
         return _get(fs, path)
-    # The tag first: if the object changes in between, the older tag makes a replacement fail, as it must.
+    # The tag is read first: if the object changes in between, then a replacement that expects the older tag fails.
     tag = "" if is_local(fs) else _version(fs.info(path))
     return bytes(fs.cat_file(path)), tag
 
 
 def _get(fs: Any, path: str) -> tuple[bytes, str]:
-    """One request: s3fs would ask for the size first, and read large objects in parts that may be of two versions."""
+    """Reads an object of S3 in a single request.
+
+    s3fs would request the size first, and read a large object in several parts, which may be of different versions.
+    """
     bucket, key, _ = fs.split_path(path)
     answer = fs.call_s3("get_object", Bucket=bucket, Key=key)
     try:
@@ -142,7 +146,7 @@ def _get(fs: Any, path: str) -> tuple[bytes, str]:
 
 
 def copy(source: str, target: str) -> None:
-    """Writes all of an object to another place, or nothing; a bucket copies by itself, in one request."""
+    """Copies an object within a store, atomically. S3 copies it by itself, in one request."""
     fs, path = locate(source)
     if not is_s3(fs):
         put(target, cat(source))
@@ -153,7 +157,7 @@ def copy(source: str, target: str) -> None:
 
 
 def put(url: str, data: bytes) -> None:
-    """Writes all of the object or nothing."""
+    """Writes an object atomically."""
     fs, path = locate(url)
     if is_local(fs):
         with temporary(path, data) as complete:
@@ -163,17 +167,22 @@ def put(url: str, data: bytes) -> None:
 
 
 def pipe(fs: Any, path: str, data: bytes, **condition: str) -> None:
-    """Sends the object in one atomic put."""
+    """Writes an object in one atomic request.
+
+    Args:
+        condition: as s3fs takes it: `mode="create"`, or `IfMatch=version`.
+    """
     try:
         fs.pipe_file(path, data, **condition)
     except PermissionError:
-        fs.ls(path.split("/")[0])  # some stores refuse a write to a bucket that does not exist: then say that
+        # Some stores answer a write to a missing bucket with "access denied". Listing it then raises the true cause.
+        fs.ls(path.split("/")[0])
         raise
 
 
 @contextmanager
 def temporary(path: str, data: bytes) -> Iterator[str]:
-    """A complete file beside `path`, to be moved or linked there; gone at the end."""
+    """Writes a file in the folder of `path`, and yields its name, to be moved or linked. Removes it at the end."""
     _make_folder(os.path.dirname(path))
     name = f"{path}.{uuid.uuid4().hex}{TEMPORARY}"
     try:
@@ -190,11 +199,11 @@ def temporary(path: str, data: bytes) -> Iterator[str]:
 def _make_folder(path: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
-    except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:  # the last of a folder such as /proc
+    except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:  # FileNotFoundError: below /proc, say
         there = path
         while not os.path.lexists(there):
             there = os.path.dirname(there)
-        reason = "no folder can be made there" if os.path.isdir(there) else "it is a file"
+        reason = "no folder can be created there" if os.path.isdir(there) else "it is a file"
         raise ConfigError(
             f"cannot write below {there}: {reason}", "name a folder, or a bucket as s3://bucket"
         ) from error
@@ -206,7 +215,7 @@ def _sync(descriptor: int, path: str) -> None:
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise
-        name_lack(path, "fsync", str(error), "results may be lost when the power fails: keep a copy elsewhere")
+        warn_unsupported(path, "fsync", str(error), "a power failure may lose results: keep a copy elsewhere")
 
 
 def sha256(data: bytes) -> str:
@@ -214,16 +223,17 @@ def sha256(data: bytes) -> str:
 
 
 def is_there(url: str) -> bool:
-    """Whether the object, or a folder of this name, exists."""
+    """Whether an object or a folder of this name exists."""
     fs, path = locate(url)
     with unless_absent(url):
-        fs.info(path)  # and not fs.exists, to which any file that is missing on this machine is the object
+        # Not fs.exists: it takes any FileNotFoundError, such as that of a credentials file, for a missing object.
+        fs.info(path)
         return True
     return False
 
 
 def version(url: str) -> str:
-    """A tag that changes when the object is written: the store's own; a file's size, time and inode."""
+    """A tag that changes when the object is written: its ETag; for a local file, its size, time and inode."""
     fs, path = locate(url)
     return _file_version(os.stat(path)) if is_local(fs) else _version(fs.info(path))
 
@@ -238,7 +248,7 @@ def _file_version(facts: os.stat_result) -> str:
 
 
 def entries(url: str) -> list[Entry]:
-    """What is directly below `url`, sorted by URL; nothing when there is no such folder."""
+    """The objects and folders directly below `url`, sorted by URL; an empty list if there is no such folder."""
     fs, path = locate(url)
     found: list[Entry] = []
     with unless_absent(url):
@@ -261,7 +271,7 @@ def _entries(fs: Any, path: str, url: str) -> list[Entry]:
 def _file_entry(url: str, file: os.DirEntry[str]) -> Entry:
     try:
         facts = file.stat()
-    except FileNotFoundError:  # a link to nothing, or gone since it was listed
+    except FileNotFoundError:  # a dangling link, or a file that was removed after the listing
         return Entry(url)
     if file.is_dir():
         return Entry(url, is_folder=True)
@@ -275,7 +285,7 @@ def _other_entry(url: str, facts: Mapping[str, Any]) -> Entry:
 
 
 def _modified(facts: Mapping[str, Any]) -> datetime | None:
-    """A file system, and Google's store, say mtime; the store in memory, created."""
+    """When an object was written. The key is mtime for file systems and Google's store, created for memory://."""
     return next((_moment(facts[key]) for key in ("LastModified", "mtime", "created") if facts.get(key)), None)
 
 
@@ -284,7 +294,7 @@ def _moment(when: float | datetime) -> datetime:
 
 
 def _pages(fs: Any, bucket: str, prefix: str, delimiter: str) -> Iterator[Mapping[str, Any]]:
-    """Answers of a listing, 1,000 keys each."""
+    """The pages of a listing of S3, with up to 1,000 keys each."""
     more: dict[str, str] = {}
     while True:
         page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter=delimiter, **more)
@@ -298,13 +308,13 @@ def _page_entries(page: Mapping[str, Any], prefix: str, url: str) -> Iterator[En
     for folder in page.get("CommonPrefixes", []):
         yield Entry(f"{url}/{folder['Prefix'][len(prefix) :].rstrip('/')}", is_folder=True)
     for item in page.get("Contents", []):
-        if not item["Key"].endswith("/"):  # such an object stands for a folder
+        if not item["Key"].endswith("/"):  # some tools create an object "folder/" to represent a folder
             tag = item.get("ETag") or f"{item['Size']}-{item.get('LastModified')}"
             yield Entry(f"{url}/{item['Key'][len(prefix) :]}", item["Size"], tag, modified=item.get("LastModified"))
 
 
 def find(url: str) -> dict[str, Entry]:
-    """Every object below `url`, at any depth, by its path below it; nothing when there is no such folder."""
+    """All objects below `url` at any depth, by their path below it; empty if there is no such folder."""
     fs, path = locate(url)
     found: list[Entry] = []
     with unless_absent(url):
@@ -325,7 +335,10 @@ def _all_below(fs: Any, path: str, url: str) -> Iterator[Entry]:
 
 
 def remove(url: str) -> None:
-    """Deletes the object, or everything below the folder: by their names, for in a pattern they would be others."""
+    """Deletes the object, or everything below the folder.
+
+    Objects are deleted by name, because `fs.rm` would expand characters such as `*` in names as patterns.
+    """
     fs, path = locate(url)
     if is_local(fs):
         _remove_files(path)
@@ -342,12 +355,12 @@ def _remove_files(path: str) -> None:
 
 
 def _remove_object(fs: Any, path: str) -> None:
-    with suppress(FileNotFoundError):  # someone else was faster
+    with suppress(FileNotFoundError):  # another process has deleted it
         fs.rm_file(path)
 
 
 def _keys(fs: Any, path: str) -> list[str]:
-    """Paths of the object and of everything below it."""
+    """Paths of the object itself and of everything below it."""
     if not is_s3(fs):
         return [str(found) for found in fs.find(path)]
     bucket, key, _ = fs.split_path(path)

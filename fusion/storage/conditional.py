@@ -1,8 +1,8 @@
-"""Writes that happen only if an object does not exist, or still has a known version: one try per call.
+"""Conditional writes: only if the object does not exist, or still has a known version. Each call makes a single try.
 
-A store or file system may lack what they need: conditions on requests (`If-None-Match`, `If-Match`), hard links, locks.
-What is missing is named once, and done without: existence or version are then compared before the write, which is right
-as long as there is one writer.
+They need conditional requests (`If-None-Match`, `If-Match`), or hard links and locks. If a store or file system lacks
+one of these, there is a warning, and from then on existence or version are compared before an ordinary write. That is
+correct as long as there is only one writer.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Any
 from fusion.storage import backend
 from fusion.storage.errors import is_unsupported, named
 
-# How Linux says that a file system has no locks or no hard links: it depends on the file system. EBADF is what NFS says
-# of a lock on a folder, EPERM what FAT says of a link, EMLINK what one without them may.
+# Errors by which file systems say that they do not support locks or hard links. NFS fails with EBADF for a lock on a
+# folder; FAT fails with EPERM for a hard link; other file systems without links may fail with EMLINK.
 _NO_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 _NO_LINK = (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 _CONDITIONS = "conditional writes"
 
 
 def has_conditions(url: str) -> bool:
-    """Whether nothing speaks against conditions on writes to this store, as far as this process knows."""
+    """Whether this process may use conditional requests with this store: true until they are found not to work."""
     return not backend.is_lacking(url, _CONDITIONS)
 
 
 def give_up_conditions(url: str, reason: str) -> None:
-    """From now on, existence and versions are compared before each write to this store."""
-    backend.name_lack(url, _CONDITIONS, reason, "never run two jobs with one --run-id at a time")
+    """Stops using conditional requests with this store; existence and version are compared before writes instead."""
+    backend.warn_unsupported(url, _CONDITIONS, reason, "never run two jobs with the same --run-id at the same time")
 
 
 def create(url: str, data: bytes) -> bool:
-    """Writes the object unless one exists; false when one does."""
+    """Writes the object unless it exists. Returns whether it was written."""
     fs, path = backend.locate(url)
     if backend.is_local(fs):
         return _create_file(path, data)
@@ -62,7 +62,9 @@ def _create_file(path: str, data: bytes) -> bool:
         except OSError as error:
             if error.errno not in _NO_LINK:
                 raise
-            backend.name_lack(path, "hard links", str(error), "one writer is assumed where locks are missing too")
+            backend.warn_unsupported(
+                path, "hard links", str(error), "one writer is assumed if there are no locks either"
+            )
             return _move_unless_there(complete, path)
     return True
 
@@ -76,7 +78,7 @@ def _move_unless_there(complete: str, path: str) -> bool:
 
 
 def read_version(url: str) -> tuple[bytes, str] | None:
-    """The object's bytes and a tag that changes with them; None when it does not exist."""
+    """The object's bytes and a tag that changes with them; None if it does not exist."""
     with backend.unless_absent(url):
         data, tag = backend.cat_tagged(url)
         return data, tag or backend.sha256(data)
@@ -84,13 +86,13 @@ def read_version(url: str) -> tuple[bytes, str] | None:
 
 
 def replace(url: str, data: bytes, version: str) -> bool:
-    """Writes the object if it still has this version; false when it has another, or is gone."""
+    """Writes the object if it still has this version. Returns whether it was written."""
     fs, path = backend.locate(url)
     if backend.is_local(fs):
         with _locked(os.path.dirname(path)):
             return _compare_and_put(url, data, version)
-    if not backend.is_s3(fs):  # fsspec has no replacement with a condition
-        give_up_conditions(url, "its client cannot replace an object on condition")
+    if not backend.is_s3(fs):  # fsspec has no conditional replacement for other stores
+        give_up_conditions(url, "its client cannot replace an object conditionally")
     if not has_conditions(url):
         return _compare_and_put(url, data, version)
     return _conditionally(
@@ -110,7 +112,7 @@ def _compare_and_put(url: str, data: bytes, version: str) -> bool:
 
 @contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Holds the folder's lock, which this machine's processes respect, where the file system has locks."""
+    """Holds the folder's advisory lock, which all of Fusion's processes on this machine use, if locks are supported."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -118,26 +120,32 @@ def _locked(folder: str) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCK:
                 raise
-            backend.name_lack(folder, "locks", str(error), "never run two jobs with one --run-id at a time")
+            hint = "never run two jobs with the same --run-id at the same time"
+            backend.warn_unsupported(folder, "locks", str(error), hint)
         yield
     finally:
         os.close(descriptor)
 
 
 def _conditionally(url: str, put: Callable[[], Any], instead: Callable[[], bool]) -> bool:
-    """Whether the condition held; `instead` writes where the store does not take requests with one."""
+    """Runs `put`, a request with a condition, and returns whether the condition held.
+
+    Args:
+        instead: writes without a conditional request; used if the store does not support them.
+    """
     try:
         put()
-    except FileNotFoundError as error:  # to replace: it is gone
+    except FileNotFoundError as error:  # the object to replace does not exist any more
         if named(error, ("NoSuchBucket",)):
             raise
         return False
-    except OSError as error:  # s3fs: FileExistsError or EINVAL, by version
+    except OSError as error:  # a failed condition is FileExistsError or EINVAL, depending on the version of s3fs
         if isinstance(error, FileExistsError) or named(error, ("PreconditionFailed", "ConditionalRequestConflict")):
             return False
         if not is_unsupported(error):
             raise
-        written = instead()  # first: the store may refuse this write too, for another reason
+        # Before the warning: if the store refuses this write, too, then the reason is not the condition.
+        written = instead()
         give_up_conditions(url, str(error))
         return written
     return True

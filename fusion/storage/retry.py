@@ -1,4 +1,4 @@
-"""How long a silent store is asked again, and what is said meanwhile."""
+"""Retries requests to a store that does not answer, and warns while it waits."""
 
 from __future__ import annotations
 
@@ -11,61 +11,67 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_e
 
 from fusion import log
 from fusion.storage.backend import store_of
-from fusion.storage.errors import is_silence, is_unreachable, reason_of
+from fusion.storage.errors import is_transient, is_unreachable, reason_of
 
 T = TypeVar("T")
 
-# Seconds for a store where nothing listens and that this process has not spoken to yet: more likely a wrong address
-# than an outage. Not less, for the network of a new pod comes up some seconds after its processes.
+# Seconds of retries if nothing listens at the store's address, and the store has never answered this process. Then a
+# wrong address is more likely than an outage, so the user should hear of it soon. But a new pod's network may come up
+# some seconds after its processes start, so it must not be much shorter.
 FIRST_PATIENCE = 10.0
-QUIET = 3.0  # seconds of silence before the log says what is waited for; shorter ones are of no interest
-REMINDER = 60.0  # seconds between two such lines
+QUIET = 3.0  # seconds of retries before the first warning; shorter interruptions are common and harmless
+REMINDER = 60.0  # seconds between two warnings
 
-_PAUSES = wait_random_exponential(0.2, max=5)  # seconds; random, so that many ranks do not come back at once
-_known: set[str] = set()  # stores that have answered this process
+# Seconds between two tries: exponential up to 5, and random, so that many ranks do not retry all at once.
+_PAUSES = wait_random_exponential(0.2, max=5)
+_known: set[str] = set()  # stores that have answered this process at least once
 _lock = threading.Lock()
 _last_said = float("-inf")
 
 
-def persistently(url: str, action: Callable[[], T], patience: float) -> T:
-    """Result of `action`, tried again while the store is silent, for `patience` seconds after the first failure."""
-    store, silence = store_of(url), _Silence(url, patience)
+def with_retries(url: str, action: Callable[[], T], patience: float) -> T:
+    """Runs `action`, and retries it after transient errors until `patience` seconds after the first one."""
+    store, outage = store_of(url), _Outage(url, patience)
 
     def attempt() -> T:
         try:
             result = action()
         except Exception as error:
-            if not is_silence(error):
+            if not is_transient(error):  # the store has answered, if only with an error
                 _known.add(store)
             raise
         _known.add(store)
         return result
 
     attempts = Retrying(
-        stop=silence.is_over,
-        wait=lambda state: min(_PAUSES(state), silence.left(state)),
-        retry=retry_if_exception(is_silence),
+        stop=outage.is_too_long,
+        wait=lambda state: min(_PAUSES(state), outage.seconds_left(state)),
+        retry=retry_if_exception(is_transient),
         reraise=True,
     )
     return attempts(attempt)
 
 
-class _Silence:
-    """The time since the first failure: what a large object took before it does not count."""
+class _Outage:
+    """Measures the time since the first failure, and warns while it lasts.
+
+    tenacity's own limits count from the start of the first try, so a large object that takes long to read would use up
+    the time for retries.
+    """
 
     def __init__(self, url: str, patience: float) -> None:
         self._url, self._patience, self._began = url, patience, 0.0
 
-    def is_over(self, state: RetryCallState) -> bool:
+    def is_too_long(self, state: RetryCallState) -> bool:
         self._began = self._began or time.monotonic()
         error, patience = _error(state), self._patience_with(state)
         lasting = time.monotonic() - self._began
         if error is not None and QUIET <= lasting < patience:
-            _say(self._url, error, patience)
+            _warn(self._url, error, patience)
         return lasting >= patience
 
-    def left(self, state: RetryCallState) -> float:
-        """Seconds until it is over."""
+    def seconds_left(self, state: RetryCallState) -> float:
+        """Seconds until the last try."""
         return max(0.0, self._began + self._patience_with(state) - time.monotonic())
 
     def _patience_with(self, state: RetryCallState) -> float:
@@ -79,8 +85,8 @@ def _error(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
 
 
-def _say(url: str, error: BaseException, patience: float) -> None:
-    """Warns of the silence, unless a line about some store's has just been written."""
+def _warn(url: str, error: BaseException, patience: float) -> None:
+    """Warns that the store does not answer, unless there was such a warning in the last `REMINDER` seconds."""
     global _last_said  # noqa: PLW0603 (all threads of a process wait together)
     with _lock:
         if time.monotonic() - _last_said < REMINDER:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusion.data.row_store import RowStore
-from fusion.data.tables import places_of
+from fusion.data.tables import positions_of
 from fusion.distributed.world import World
 from fusion.nn.price_model import PriceModel
 
@@ -136,7 +136,7 @@ def _means(total: np.ndarray) -> np.ndarray:
 def compared(before: pd.Series, now: pd.Series) -> Comparison:
     """Fingerprints of a role, by sample_id, against those of an earlier night."""
     now, before = now[now > 0], before[before > 0]
-    places = places_of(now.index, before.index)
+    places = positions_of(now.index, before.index)
     old, new = before.to_numpy(np.uint64)[places[places >= 0]], now.to_numpy(np.uint64)[places >= 0]
     other = new[_distance(old, new) > MAX_SAME_BITS]
     if not len(other):  # most nights: no need to look for them among all others

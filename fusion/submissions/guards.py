@@ -16,7 +16,7 @@ import pandas as pd
 
 from fusion import log
 from fusion.config import PredictConfig
-from fusion.data.tables import places_of
+from fusion.data.tables import positions_of
 from fusion.errors import DataError
 from fusion.metrics import compute_smape, readable
 from fusion.records import schemas
@@ -182,7 +182,7 @@ def change_of(prices: pd.Series, before: pd.Series) -> float | None:
 
 def _common(before: pd.Series, prices: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """[M] former and present prices of the products that have both."""
-    places = places_of(prices.index, before.index)
+    places = positions_of(prices.index, before.index)
     return before.to_numpy()[places[places >= 0]], prices.to_numpy()[places >= 0]
 
 

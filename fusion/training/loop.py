@@ -13,7 +13,7 @@ from fusion import log
 from fusion.command.exit import recorded_by
 from fusion.config import RunConfig
 from fusion.distributed.watchdog import Watchdog, watched
-from fusion.distributed.world import World, world
+from fusion.distributed.world import World, join_world
 from fusion.prediction.predict import BuildNetwork, C, make_model
 from fusion.records import manifests
 from fusion.records.attempts import Lease, attempt, end_of, record_end
@@ -38,7 +38,7 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
         StopRequested: a signal came; what was done is committed.
         SupersededError: a newer attempt at the run began.
     """
-    with world(config.device, config.stall_timeout) as place:
+    with join_world(config.device, config.stall_timeout) as place:
         log.configure(config.name(), place.rank, place.size)
         smape = place.on_main(lambda: _smape_if_finished(config))
         if smape is not None:

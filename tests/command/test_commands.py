@@ -83,9 +83,13 @@ BAD_INPUT: dict[str, tuple[Damage, int, str]] = {
     "zero price": (price("0"), 65, "no price above zero"),
     "negative price": (price("-2"), 65, "no price above zero"),
     "dims differ between files": (halves_of_other_dims, 65, "vectors of 11 x float16"),
-    "empty file": (lambda data: clip(data).write_bytes(b""), 65, "no complete Parquet file"),
-    "truncated file": (lambda data: clip(data).write_bytes(clip(data).read_bytes()[:900]), 65, "no complete Parquet"),
-    "not Parquet": (lambda data: clip(data).write_text("sample_id\n"), 65, "no complete Parquet file"),
+    "empty file": (lambda data: clip(data).write_bytes(b""), 65, "not a complete Parquet file"),
+    "truncated file": (
+        lambda data: clip(data).write_bytes(clip(data).read_bytes()[:900]),
+        65,
+        "not a complete Parquet",
+    ),
+    "not Parquet": (lambda data: clip(data).write_text("sample_id\n"), 65, "not a complete Parquet file"),
     "column missing": (
         lambda data: table(data / "train.csv", lambda t: t.drop(columns="price")),
         65,
@@ -144,7 +148,7 @@ def test_bad_input_of_a_process(catalog: Path, tmp_path: Path) -> None:
     shutil.copytree(catalog, data)
     clip(data).write_bytes(clip(data).read_bytes()[:900])
     flags = ["--data", str(data), "--output", str(tmp_path / "out"), *SMALL, "--epochs", "1"]
-    check_error(run_command("fusion.all_embeddings.train", *flags), 65, "no complete Parquet")
+    check_error(run_command("fusion.all_embeddings.train", *flags), 65, "not a complete Parquet")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,7 @@ def test_bad_input_of_a_process(catalog: Path, tmp_path: Path) -> None:
         (["--model", "big"], 78, "--model is 'big': input should be 'concat' or 'fusion'"),
         (["--loss", "smap"], 78, "smape"),
         (["--folds", "5", "--fold", "5"], 78, "--fold is 5, expected one of 0..4"),
-        (["--width", "30"], 78, "--width 30 cannot be divided into --n-heads 8"),
+        (["--width", "30"], 78, "--width 30 is not divisible by --n-heads 8"),
         (["--run-id", "Not OK"], 78, "--run-id is 'Not OK'"),
         (["--config", "missing.json"], 65, "missing.json does not exist"),
         (["--device", "cuda"], 78, "finds no GPU"),
@@ -172,7 +176,7 @@ def test_bad_settings(flags: list[str], code: int, expected: str, tmp_path: Path
 
 def test_bad_settings_in_the_environment_and_in_a_file(tmp_path: Path, here: Here) -> None:
     check_error(run_command("fusion.qwen_clip.train", env={"FUSION_EPOCHS": "-1"}), 78, "(in the environment)")
-    for text, expected in (('{"epoch": 3}', "did you mean 'epochs'?"), ("[1", "neither JSON nor TOML")):
+    for text, expected in (('{"epoch": 3}', "did you mean 'epochs'?"), ("[1", "not a JSON or TOML file")):
         (tmp_path / "c.json").write_text(text)
         check_error(here(fusion.qwen_clip.train.main, "--config", str(tmp_path / "c.json")), 78, expected)
 

@@ -1,4 +1,4 @@
-"""Dates as tables have them: read alike however they are written, or refused with the rows that are wrong."""
+"""Dates in tables: every format gives the same timestamps, and other values are errors that name their rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import datetime
 import pandas as pd
 import pytest
 
-from fusion.data.dates import moment, moments
+from fusion.data.dates import timestamp, timestamps
 from fusion.errors import DataError
 
 
@@ -34,14 +34,14 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_date_is_the_same_however_it_is_written(form: str) -> None:
-    found = moments(FORMS[form], "--validate-after")
+def test_formats_of_the_same_dates_give_the_same_timestamps(form: str) -> None:
+    found = timestamps(FORMS[form], "--validate-after")
     assert [str(one) for one in found] == ["2026-01-31 00:00:00+00:00", "2025-12-01 00:00:00+00:00"]
 
 
-def test_a_day_that_could_be_a_month_is_refused() -> None:
-    with pytest.raises(DataError, match="such as 03/04/2026 may begin with the day or with the month") as caught:
-        moments(column(["05/05/2026", "03/04/2026"]), "--validate-after")
+def test_rejects_ambiguous_dates() -> None:
+    with pytest.raises(DataError, match="such as 03/04/2026 are ambiguous") as caught:
+        timestamps(column(["05/05/2026", "03/04/2026"]), "--validate-after")
     assert "YYYY-MM-DD" in caught.value.remedy
 
 
@@ -51,19 +51,19 @@ def test_a_day_that_could_be_a_month_is_refused() -> None:
         (["2026-01-31", "", "2026-01-30"], "str", "1 of 3 rows have no date in 'created', the first: id1"),
         (["2026-01-31", None], "str", "1 of 2 rows have no date in 'created', the first: id1"),
         (["", ""], "str", "2 of 2 rows have no date"),
-        (["2026-01-31", "soon"], "str", r"'created' holds other values than dates, the first: soon \(id1\)"),
+        (["2026-01-31", "soon"], "str", r"'created' has values that are not dates, the first: soon \(id1\)"),
         (["2026-01-31", "", "2026-13-01"], "str", r"the first: 2026-13-01 \(id2\)"),
         ([1.5, 2.5], "float64", r"the first: 1.5 \(id0\)"),
         ([True, False], "bool", r"the first: True \(id0\)"),
         ([1700000000], "int64", r"the first: 1700000000 \(id0\)"),
     ],
 )
-def test_other_values_are_named(values: list[object], dtype: str, message: str) -> None:
+def test_rejects_values_that_are_not_dates(values: list[object], dtype: str, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        moments(column(values, dtype), "--validate-after")
+        timestamps(column(values, dtype), "--validate-after")
     assert "--validate-after" in caught.value.remedy
 
 
-def test_a_moment_is_in_utc() -> None:
-    assert str(moment("2026-01-31")) == "2026-01-31T00:00:00.000000"
-    assert moment("2026-01-31T00:00+02:00") == moment("2026-01-30T22:00Z")
+def test_a_timestamp_is_in_utc() -> None:
+    assert str(timestamp("2026-01-31")) == "2026-01-31T00:00:00.000000"
+    assert timestamp("2026-01-31T00:00+02:00") == timestamp("2026-01-30T22:00Z")

@@ -15,7 +15,7 @@ import torch
 
 from fusion.data.embeddings import load
 from fusion.data.row_store import RowStore
-from fusion.distributed.world import World, world
+from fusion.distributed.world import World, join_world
 from fusion.errors import DataError
 from tests.conftest import upload
 from tests.forked import run_ranks
@@ -25,8 +25,8 @@ DIM = 5
 
 @pytest.fixture
 def alone() -> Iterator[World]:
-    with world("cpu") as place:
-        yield place
+    with join_world("cpu") as world:
+        yield world
 
 
 def vectors(n: int, dtype: str = "float32", dim: int = DIM) -> np.ndarray:
@@ -47,9 +47,9 @@ def source(folder: Path, name: str = "s") -> Path:
     return folder / "embeddings" / "train" / f"{name}.parquet"
 
 
-def read(folder: Path | str, n: int, place: World, max_missing: float = 1.0) -> RowStore:
+def read(folder: Path | str, n: int, world: World, max_missing: float = 1.0) -> RowStore:
     ids = pd.Index([str(i) for i in range(n)])
-    return load(str(folder), "train", {"a": "s"}, ids, place, max_missing=max_missing)
+    return load(str(folder), "train", {"a": "s"}, ids, world, max_missing=max_missing)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -116,7 +116,7 @@ def test_a_source_of_zeros_is_missing_altogether(tmp_path: Path, alone: World) -
         read(tmp_path, 10, alone, max_missing=0.05)
 
 
-def test_a_float64_beyond_float32_counts_as_not_finite(tmp_path: Path, alone: World) -> None:
+def test_a_float64_too_large_for_float32_counts_as_not_finite(tmp_path: Path, alone: World) -> None:
     values = vectors(4, "float64")
     values[2, 0] = 1e300
     write(source(tmp_path), list(range(4)), values)
@@ -160,10 +160,10 @@ def test_ragged_vectors(tmp_path: Path, alone: World) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda data: b"", "no complete Parquet file"),
-        (lambda data: data[: len(data) // 2], "no complete Parquet file"),
-        (lambda data: b"sample_id,embedding\n1,2\n", "no complete Parquet file"),
-        (lambda data: data[:40] + bytes(200) + data[240:], "no complete Parquet file"),
+        (lambda data: b"", "not a complete Parquet file"),
+        (lambda data: data[: len(data) // 2], "not a complete Parquet file"),
+        (lambda data: b"sample_id,embedding\n1,2\n", "not a complete Parquet file"),
+        (lambda data: data[:40] + bytes(200) + data[240:], "not a complete Parquet file"),
     ],
     ids=["empty", "truncated", "text", "overwritten"],
 )
@@ -193,7 +193,7 @@ def test_wrong_columns(tmp_path: Path, alone: World, table: dict[str, list[objec
         read(tmp_path, 2, alone)
 
 
-def test_parts_without_rows_and_hidden_files_are_passed_over(tmp_path: Path, alone: World) -> None:
+def test_parts_without_rows_and_hidden_files_are_ignored(tmp_path: Path, alone: World) -> None:
     folder = tmp_path / "embeddings" / "train" / "s.parquet"
     write(folder / "part-0.parquet", pa.array([], pa.int64()), vectors(0), fixed=False)
     write(folder / "part-1.parquet", [0, 1, 2], vectors(3))
@@ -241,7 +241,7 @@ def test_a_numpy_file_that_is_called_parquet(tmp_path: Path, alone: World, save:
     assert "python -m fusion.convert" in caught.value.remedy
 
 
-def test_ids_that_match_none_are_shown_from_both_sides(tmp_path: Path, alone: World) -> None:
+def test_if_no_ids_match_the_error_shows_ids_of_both_sides(tmp_path: Path, alone: World) -> None:
     write(source(tmp_path), ["X0", "X1"], vectors(2))
     with pytest.raises(
         DataError, match="0 of 2 rows, without: 0, 1; it has other ids instead: X0, X1; no id"
@@ -251,7 +251,7 @@ def test_ids_that_match_none_are_shown_from_both_sides(tmp_path: Path, alone: Wo
 
 
 @pytest.mark.parametrize("spelling", ["{}.0", "00{}", " {} "])
-def test_ids_that_are_spelled_otherwise(tmp_path: Path, alone: World, spelling: str) -> None:
+def test_ids_that_differ_only_in_spelling(tmp_path: Path, alone: World, spelling: str) -> None:
     write(source(tmp_path), [spelling.format(i) for i in range(4)], vectors(4))
     with pytest.raises(DataError, match="4 of them differ only in their spelling"):
         read(tmp_path, 4, alone, max_missing=0.05)
@@ -275,7 +275,7 @@ def test_a_source_that_does_not_exist_lists_those_that_do(tmp_path: Path, alone:
     assert "--sources.a NAME" in caught.value.remedy
 
 
-def test_the_digest_sees_values_and_not_the_order_of_rows(tmp_path: Path, alone: World) -> None:
+def test_the_digest_depends_on_values_but_not_on_the_order_of_rows(tmp_path: Path, alone: World) -> None:
     values = vectors(20)
     write(source(tmp_path), list(range(20)), values)
     before = read(tmp_path, 20, alone).digest()
@@ -293,19 +293,19 @@ def test_the_same_rows_from_s3(tmp_path: Path, alone: World, bucket: str) -> Non
     np.testing.assert_array_equal(read(bucket, 500, alone).values["a"].numpy(), values)
 
 
-def ids_that_two_ranks_see(place: World) -> None:
+def ids_that_two_ranks_see(world: World) -> None:
     """Each rank reads one file of the source; what they found is judged together."""
     folder = Path(os.environ["FUSION_TEST_FOLDER"])
-    np.testing.assert_array_equal(read(folder / "good", 20, place).values["a"].numpy(), vectors(20))
+    np.testing.assert_array_equal(read(folder / "good", 20, world).values["a"].numpy(), vectors(20))
     for name, expected in {
         "twice": "1 ids occur more than once in source 's'.*: 3",
         "other": "other ids instead: X",
     }.items():
         with pytest.raises(DataError, match=expected):
-            read(folder / name, 20, place, max_missing=0.05)
+            read(folder / name, 20, world, max_missing=0.05)
 
 
-def test_ids_are_judged_from_what_all_ranks_have_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_are_checked_over_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSION_TEST_FOLDER", str(tmp_path))
     second = {"good": range(10, 20), "twice": [3, *range(11, 20)], "other": ["X", "Y", *map(str, range(12, 20))]}
     for name, ids in second.items():
@@ -319,15 +319,15 @@ def test_ids_are_judged_from_what_all_ranks_have_seen(tmp_path: Path, monkeypatc
 PEAK = """
 import sys
 import pandas as pd
-from fusion.distributed.world import world
+from fusion.distributed.world import join_world
 from fusion.data.embeddings import load
 def peak():
     status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
-with world("cpu") as place:
-    load(sys.argv[1], "train", {"a": "small"}, pd.Index(["0"]), place)
+with join_world("cpu") as world:
+    load(sys.argv[1], "train", {"a": "small"}, pd.Index(["0"]), world)
     before = peak()
-    store = load(sys.argv[1], "train", {"a": "s"}, pd.Index([str(i) for i in range(120000)]), place)
+    store = load(sys.argv[1], "train", {"a": "s"}, pd.Index([str(i) for i in range(120000)]), world)
     print((peak() - before) / store.values["a"].nbytes)
 """
 

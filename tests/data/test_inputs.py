@@ -43,7 +43,7 @@ def test_the_same_in_a_bucket(bucket: str) -> None:
 
 
 @pytest.mark.parametrize("others", [["cnn/a.parquet"], ["cnn.parquet/a.parquet", "cnn/a.parquet"]])
-def test_two_that_could_be_meant(others: list[str], bucket: str) -> None:
+def test_rejects_a_source_that_is_both_file_and_folder(others: list[str], bucket: str) -> None:
     write(f"{bucket}/embeddings/train", "cnn.parquet", *others)  # only a bucket can hold x and x/y
     with pytest.raises(DataError, match=r"there are .*/train/cnn\.parquet and .*/train/cnn"):
         files(bucket)
@@ -85,7 +85,7 @@ def test_a_bucket_that_is_missing_is_named(bucket: str) -> None:
         find_inputs("s3://my-buckt/data", "train", ROLE)
 
 
-def test_what_is_written_changes_the_inputs(bucket: str, tmp_path: Path) -> None:
+def test_a_written_object_changes_the_inputs(bucket: str, tmp_path: Path) -> None:
     for place in (bucket, str(tmp_path)):
         write(place, "train.csv", "embeddings/train/cnn/a.parquet")
         before = find_inputs(place, "train", ROLE)

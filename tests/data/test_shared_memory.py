@@ -9,7 +9,7 @@ from fusion.data.shared_memory import _reserved
 from fusion.errors import ConfigError
 
 
-def test_ranks_share_memory_only_where_it_fits() -> None:
+def test_shared_memory_leaves_no_file_and_must_fit() -> None:
     before = set(Path("/dev/shm").iterdir())
     with _reserved(1000) as file:
         assert os.fstat(file.fileno()).st_size == 1000

@@ -1,4 +1,4 @@
-"""What a larger file of a source costs in requests, which a store of this process counts."""
+"""The number of requests for a larger file of a source, counted by a store inside this process."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ def test_a_large_row_group_is_fetched_in_parts(tmp_path: Path, fetched: list[tup
     assert len(fetched) == 1 + 1 + 2, "the footer, the ids, and 6 MiB of vectors in two"
 
 
-def test_columns_that_lie_apart_are_not_fetched_with_what_is_between(
-    tmp_path: Path, fetched: list[tuple[int, int]]
-) -> None:
+def test_bytes_between_distant_columns_are_not_fetched(tmp_path: Path, fetched: list[tuple[int, int]]) -> None:
     between = pa.array([bytes(np.random.default_rng(row).bytes(2048)) for row in range(2 * ROWS)])
     values = write(tmp_path / "s.parquet", 2, ROWS, notes=between)
     _, _, found = read(tmp_path / "s.parquet")

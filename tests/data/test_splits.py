@@ -93,7 +93,7 @@ def test_an_unknown_group_column() -> None:
         sides(make(), group_column="brand")
 
 
-def test_a_column_that_was_asked_for_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_text_column_is_an_error_if_it_was_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match="no column 'titel'"):
         sides(make(), text_column="titel")
     frame = make().frame.rename(columns={"catalog_content": "title"})
@@ -103,7 +103,7 @@ def test_a_column_that_was_asked_for_is_there(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.55])
-def test_a_large_group_leaves_the_share_of_rows_as_asked_for(share: float) -> None:
+def test_a_large_group_does_not_change_the_share_of_rows(share: float) -> None:
     brands = ["x"] * int(share * 1000) + [""] * (1000 - int(share * 1000))
     for seed in range(20):
         validates = sides(make(brand=brands), group_column="brand", seed=seed)["side"] == "validation"
@@ -117,7 +117,7 @@ def test_folds_beside_a_large_group(capsys: pytest.CaptureFixture[str]) -> None:
     assert "event=uneven_split" in capsys.readouterr().err
 
 
-def test_many_middling_groups_split_by_rows() -> None:
+def test_many_groups_of_medium_size_split_by_rows() -> None:
     rng = np.random.default_rng(5)
     brands = [f"b{i}" for i in rng.zipf(1.5, 1000).clip(max=400)]
     for seed in range(20):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fusion.data import table_file
-from fusion.data.tables import Table, places_of, read_table, warn_of_poor_prices
+from fusion.data.tables import Table, positions_of, read_table, warn_of_poor_prices
 from fusion.errors import DataError
 
 GOOD = 'sample_id,price,title\n7,3.5,x\n007,20,"a,b"\nb,1e2,NA\n'
@@ -61,7 +61,7 @@ def test_parquet_with_numbers_as_ids(tmp_path: Path) -> None:
         ("sample_id,price\n1,2,\n2,3,x\n", "Expected 2 columns, got 3: 1,2,"),
     ],
 )
-def test_what_cannot_be_read(tmp_path: Path, text: str | bytes, expected: str) -> None:
+def test_rejects_unreadable_tables(tmp_path: Path, text: str | bytes, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         read(tmp_path, text)
 
@@ -76,14 +76,14 @@ def test_bad_prices(tmp_path: Path, price: str, capsys: pytest.CaptureFixture[st
     assert "event=dropped_bad_prices rows=1" in capsys.readouterr().err
 
 
-def test_prices_that_are_all_text_are_not_to_be_dropped(tmp_path: Path) -> None:
+def test_the_hint_does_not_suggest_dropping_all_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 of 2 rows .* the first: 1 \('\$49\.50'\), 2 \('12,99'\)") as caught:
         read(tmp_path, 'sample_id,price\n1,$49.50\n2,"12,99"\n', drop_bad_prices=True)
     assert "--drop-bad-prices" not in caught.value.remedy and "plain numbers" in caught.value.remedy
 
 
 @pytest.mark.parametrize("text", ["sample_id,price\n8,1,\n9,2,\n", "sample_id,price,,\n8,1,,\n9,2,,\n"])
-def test_a_comma_at_the_end_of_rows_shifts_nothing(tmp_path: Path, text: str) -> None:
+def test_a_trailing_comma_in_rows_does_not_shift_columns(tmp_path: Path, text: str) -> None:
     table = read(tmp_path, text)
     assert table.ids.tolist() == ["8", "9"] and table.prices.tolist() == [1.0, 2.0]
 
@@ -121,7 +121,7 @@ def test_every_kind_of_id_and_price(tmp_path: Path, ids: pa.Array) -> None:
     [pa.array([True, False]), pa.array([1, 2], pa.timestamp("ms")), pa.array([[1], [2]])],
     ids=["bool", "time", "list"],
 )
-def test_what_is_no_id_and_no_price(tmp_path: Path, column: str, values: pa.Array) -> None:
+def test_rejects_columns_of_the_wrong_type(tmp_path: Path, column: str, values: pa.Array) -> None:
     columns = {"sample_id": pa.array([1, 2]), "price": pa.array([1, 2]), column: values}
     with pytest.raises(
         DataError, match=rf"column '{column}' of .* is {str(values.type).split('<')[0].split('[')[0]}.*, expected"
@@ -153,7 +153,7 @@ def hashes(folder: Path) -> list[int]:
     return table.frame["text"].tolist()
 
 
-def test_of_a_hashed_column_equal_texts_have_equal_hashes(tmp_path: Path) -> None:
+def test_equal_texts_of_a_hashed_column_have_equal_hashes(tmp_path: Path) -> None:
     texts = ["a", "b", " a ", "", "漢字" * 5000]
     frame = pd.DataFrame({"sample_id": list("edcba"), "price": 1.0, "text": texts})
     frame.to_parquet(tmp_path / "train.parquet", row_group_size=2)
@@ -173,7 +173,7 @@ def test_missing_numbers_have_no_hash(tmp_path: Path) -> None:
     assert first == last > 0 and missing == [0, 0]
 
 
-def test_texts_that_are_hashed_are_never_in_memory_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashed_texts_are_never_all_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_file, "BLOCK_BYTES", 1 << 16)
     rows = "".join(f"{i},1,{'x' * 1000}\n" for i in range(5000))
     (tmp_path / "train.csv").write_text(f"sample_id,price,text\n{rows}")
@@ -188,20 +188,20 @@ def test_texts_that_are_hashed_are_never_in_memory_together(tmp_path: Path, monk
     assert len(hashes(tmp_path)) == 5000 and len(most) > 50 and max(most) < 2 << 20, "the texts have 5 MB"
 
 
-def test_places_of_ids(tmp_path: Path) -> None:
+def test_positions_of_ids(tmp_path: Path) -> None:
     ids = read(tmp_path, GOOD).ids
-    assert places_of(pd.Index(["b", "x", "007"]), ids).tolist() == [2, -1, 0]
-    assert places_of(ids, pd.Index([], dtype="str")).tolist() == [-1, -1, -1]
+    assert positions_of(pd.Index(["b", "x", "007"]), ids).tolist() == [2, -1, 0]
+    assert positions_of(ids, pd.Index([], dtype="str")).tolist() == [-1, -1, -1]
 
 
-def test_places_of_many_ids_are_found_in_the_time_of_a_join() -> None:
+def test_positions_of_many_ids_are_found_in_the_time_of_a_join() -> None:
     ids = pd.Index([str(i) for i in range(100_000)], dtype="str")
     started = time.process_time()
-    assert (places_of(ids[::-1], ids) == np.arange(100_000)[::-1]).all()
+    assert (positions_of(ids[::-1], ids) == np.arange(100_000)[::-1]).all()
     assert time.process_time() - started < 0.3, "Index.isin takes 0.6 s, and Series.loc as long again"
 
 
-def test_a_table_without_prices_needs_none(tmp_path: Path) -> None:
+def test_a_table_that_needs_no_prices(tmp_path: Path) -> None:
     assert len(read(tmp_path, "sample_id\n2\n1\n", priced=False)) == 2
 
 
@@ -238,7 +238,7 @@ def test_parts_with_other_columns(tmp_path: Path) -> None:
         read_table(str(tmp_path), "train", priced=True)
 
 
-def test_a_folder_without_parts_is_no_table(tmp_path: Path) -> None:
+def test_rejects_a_folder_without_parts(tmp_path: Path) -> None:
     spark_table(tmp_path)
     with pytest.raises(DataError, match=r"neither .*train\.csv nor train\.parquet exists"):
         read_table(str(tmp_path), "train", priced=True)
@@ -251,12 +251,12 @@ def test_a_file_as_data_names_its_folder(tmp_path: Path) -> None:
     assert caught.value.remedy == f"--data {tmp_path}"
 
 
-def test_an_id_that_pandas_kept_as_its_index(tmp_path: Path) -> None:
+def test_an_id_column_that_pandas_wrote_as_an_index(tmp_path: Path) -> None:
     pd.DataFrame({"price": [1.0]}, index=pd.Index(["a"], name="sample_id")).to_parquet(tmp_path / "train.parquet")
     assert read_table(str(tmp_path), "train", priced=True).ids.tolist() == ["a"]
 
 
-def test_few_rows_and_one_price_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warns_of_few_rows_and_of_a_single_price(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     warn_of_poor_prices(read(tmp_path, "sample_id,price\n" + "".join(f"{i},19.99\n" for i in range(499))))
     said = capsys.readouterr().err
     assert "warning" in said and "event=few_rows rows=499" in said and "event=one_price price=19.99" in said

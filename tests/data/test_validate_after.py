@@ -60,4 +60,4 @@ def test_a_row_without_a_date(dated: Path, tmp_path: Path, capsys: pytest.Captur
     assert train.main([*flags, "--validate-after", "created", "2026-01-20"]) == 65
     said = capsys.readouterr().err
     assert f"1 of {len(table)} rows have no date in 'created', the first: {table['sample_id'][3]}" in said
-    assert "hint: fill in the dates, or name another column with --validate-after" in said
+    assert "hint: add the missing dates, or name another column with --validate-after" in said

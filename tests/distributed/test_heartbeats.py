@@ -50,28 +50,28 @@ def ranks(store: TCPStore) -> Iterator[Ranks]:
     made.stop()
 
 
-def test_ranks_that_live_are_waited_for(ranks: Ranks) -> None:
+def test_living_ranks_are_waited_for(ranks: Ranks) -> None:
     assert not ranks.has_ended.wait(4 * TIMEOUT)
 
 
-def test_a_rank_that_is_silent_is_named_by_the_others(ranks: Ranks) -> None:
+def test_other_ranks_name_a_rank_without_heartbeats(ranks: Ranks) -> None:
     ranks.all[2].stop()
     assert ranks.has_ended.wait(20 * TIMEOUT)
     time.sleep(TIMEOUT)
     assert set(ranks.ended) == {0, 1}
-    assert all("rank 2 has given no sign of life" in message for message in ranks.ended.values())
+    assert all("rank 2 has sent no heartbeat" in message for message in ranks.ended.values())
 
 
-def test_a_store_that_hangs_is_rank_0_that_is_silent(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_the_store_hangs_rank_0_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when its node has lost its power: the request never comes back."""
     hang = threading.Event()
     monkeypatch.setattr(PrefixStore, "add", lambda *_: hang.wait())
     assert ranks.has_ended.wait(20 * TIMEOUT)
-    assert any("rank 0 has given no sign of life" in message for message in ranks.ended.values())
+    assert any("rank 0 has sent no heartbeat" in message for message in ranks.ended.values())
     hang.set()
 
 
-def test_a_timeout_of_0_waits_for_ever(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timeout_of_0_waits_forever(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeats, "BEAT", 0.02)
     ranks = Ranks(store, 0)
     ranks.all[2].stop()
@@ -79,23 +79,23 @@ def test_a_timeout_of_0_waits_for_ever(store: TCPStore, monkeypatch: pytest.Monk
     ranks.stop()
 
 
-def test_a_suspended_process_does_not_accuse_the_others(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suspended_process_does_not_blame_the_others(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """When it goes on, the clock has moved by an hour in which it has listened to nobody."""
     now = time.monotonic
     monkeypatch.setattr(heartbeats.time, "monotonic", lambda: now() + 3600)
     assert not ranks.has_ended.wait(2 * TIMEOUT)
 
 
-def test_ranks_that_do_not_come_are_named(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeats, "ARRIVAL", 0.2)
-    with pytest.raises(UnreachableError, match="ranks 1, 2 did not come within 0 s"):
+def test_missing_ranks_are_named(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeats, "ARRIVAL_TIMEOUT", 0.2)
+    with pytest.raises(UnreachableError, match="ranks 1, 2 did not join within 0 s"):
         Heartbeats(store, 0, 3, TIMEOUT)
 
 
-def test_another_try_has_other_heartbeats(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_uses_new_heartbeat_counters(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher's store has those of the try before, whose ranks are gone."""
     Ranks(store, TIMEOUT).stop()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr(heartbeats, "ARRIVAL", 0.2)
-    with pytest.raises(UnreachableError, match="ranks 1, 2 did not come"):
+    monkeypatch.setattr(heartbeats, "ARRIVAL_TIMEOUT", 0.2)
+    with pytest.raises(UnreachableError, match="ranks 1, 2 did not join"):
         Heartbeats(store, 0, 3, TIMEOUT)

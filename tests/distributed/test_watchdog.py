@@ -12,7 +12,7 @@ import torch
 from fusion.all_embeddings import train
 from fusion.data.row_store import RowStore
 from fusion.distributed import watchdog
-from fusion.distributed.world import world
+from fusion.distributed.world import join_world
 from fusion.errors import ExitCode
 from fusion.prediction import resumable
 from tests.conftest import SMALL
@@ -54,37 +54,37 @@ def test_a_record_that_cannot_be_written_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize(("timeout", "beat"), [(3, "watchdog.beat()"), (0, "pass")], ids=["beating", "switched off"])
-def test_who_makes_progress_or_is_not_watched_goes_on(timeout: float, beat: str) -> None:
+def test_a_rank_that_makes_progress_or_is_not_watched_continues(timeout: float, beat: str) -> None:
     assert run(timeout, 0.6, beat, "print('done')").stdout == "done\n"
 
 
-@pytest.mark.parametrize("place", ["fitting.Fit._train_batch", "saver.Saver._finish"])
-def test_a_rank_that_waits_for_another_is_ended(place: str) -> None:
-    """The first batch of rank 0, or its last commit, never comes back, as a collective whose other side has gone."""
+@pytest.mark.parametrize("method", ["trainer.Fit._train_batch", "saver.Saver._finish"])
+def test_a_rank_that_waits_for_another_is_ended(method: str) -> None:
+    """The first batch of rank 0, or its last commit, never returns, like a collective operation whose peer is gone."""
     script = """
 import sys, time
 from fusion.training import trainer, saver
 from fusion.all_embeddings import train
-from fusion.distributed.world import world
+from fusion.distributed.world import join_world
 from fusion.data.row_store import RowStore
 from fusion.demo.catalog import generate
 from pathlib import Path
 import tempfile
 
-{place} = lambda *_: time.sleep(1000)
+{method} = lambda *_: time.sleep(1000)
 folder = tempfile.mkdtemp()
 roles = ("clip_image", "siglip_image", "siglip_text", "qwen_text")
 generate(Path(folder), n_products=300, dims=dict.fromkeys(roles, 8))
 small = "--width 16 --hidden 8 --device cpu --stall-timeout 3 --max-missing 0.2 --epochs 1".split()
 sys.exit(train.main(["--data", folder, "--output", folder + "/out", *small]))
 """
-    command = [sys.executable, "-c", script.replace("{place}", place)]
+    command = [sys.executable, "-c", script.replace("{method}", method)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=180)
     assert done.returncode == ExitCode.STALLED
     assert "<lambda>" in done.stderr
 
 
-def test_a_process_that_was_suspended_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suspended_process_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm, a container runtime or Ctrl-Z stops a process for an hour: its clock runs on, its work does not."""
     hour = iter([0.0, *[3600.0] * 1000])
     now, ended = time.monotonic, []
@@ -106,11 +106,11 @@ def test_every_step_and_every_chunk_of_validation_is_a_beat(
 
 
 def test_a_part_that_is_never_written_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by a store that takes a connection and then says nothing: predictions and evaluations have a watchdog too."""
+    """A store accepts a connection and then never answers. Predictions and evaluations have a watchdog, too."""
     ended = threading.Event()
     monkeypatch.setattr(resumable, "STALL_TIMEOUT", 0.3)
     monkeypatch.setattr(resumable, "_write", lambda *_: ended.wait(60) or pytest.fail("nobody ended it"))
     monkeypatch.setattr(watchdog.Watchdog, "_end", lambda self: ended.set())
     store = RowStore({"a": torch.ones(3, 2)}, {"a": torch.ones(3, dtype=torch.bool)})
-    with world("cpu") as place:
-        resumable.compute_parts(lambda batch: {"price": batch.inputs["a"][:, 0]}, store, place, str(tmp_path))
+    with join_world("cpu") as world:
+        resumable.compute_parts(lambda batch: {"price": batch.inputs["a"][:, 0]}, store, world, str(tmp_path))

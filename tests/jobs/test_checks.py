@@ -157,4 +157,4 @@ def test_hidden_files_are_ignored_and_a_source_that_exists_twice_is_refused(data
     (train / "spark").mkdir()
     (train / "spark" / "x.parquet").touch()
     twice = doctor("--only", "data", "--data", str(data), *flags)
-    assert twice.code == 65 and "remove the one that is not meant" in twice.out
+    assert twice.code == 65 and "remove the wrong one" in twice.out

@@ -182,7 +182,7 @@ def test_no_rank_outlives_a_killed_launcher(start: Start) -> None:
     wait_until(lambda: all(map(is_gone, pids)), limit=AT_ONCE)
 
 
-def test_a_rank_that_dies_takes_the_hanging_ones_along(start: Start) -> None:
+def test_if_a_rank_dies_hanging_ranks_are_killed(start: Start) -> None:
     launcher = start("--nproc-per-node=2", worker="hang", code=-signal.SIGKILL)
     (pid,) = launcher.pids(0)
     assert launcher.seconds_to_end() < 10
@@ -231,7 +231,7 @@ def test_two_nodes_stop_together_when_one_is_asked(start: Start) -> None:
     assert [node.end()[0] for node in nodes] == [75, 75]
 
 
-def test_a_rank_that_dies_takes_the_other_node_along(start: Start) -> None:
+def test_if_a_rank_dies_the_other_node_ends_too(start: Start) -> None:
     nodes = two_nodes(start, "hang", code=-signal.SIGKILL)
     nodes[0].pids(0, 1)
     assert max(node.seconds_to_end() for node in nodes) < 10
@@ -245,7 +245,7 @@ def test_a_stop_while_the_launcher_counts_gpus(start: Start) -> None:
     launcher.process.terminate()
     assert launcher.end() == (
         75,
-        "error: asked to stop (SIGTERM) before it had begun\nhint: run the same command again\n",
+        "error: asked to stop (SIGTERM) before any rank was started\nhint: run the same command again\n",
     )
     assert not (launcher.folder / "starts").exists()
 
@@ -329,7 +329,7 @@ def test_help_does_not_wait_for_torch() -> None:
     assert "fusion.launch.processes" in imported and not {"torch", "numpy", "pandas", "fsspec"} & imported
 
 
-def test_a_rank_that_is_asked_to_stop_before_it_listens(start: Start) -> None:
+def test_a_stop_request_before_a_rank_handles_signals(start: Start) -> None:
     launcher = start("--nproc-per-node=2", worker="unready", code=75)
     launcher.pids(0, 1)
     launcher.process.terminate()
@@ -337,7 +337,7 @@ def test_a_rank_that_is_asked_to_stop_before_it_listens(start: Start) -> None:
     assert launcher.end() == (75, report)
 
 
-def test_slurm_signals_the_ranks_as_well(start: Start) -> None:
+def test_slurm_signals_the_ranks_too(start: Start) -> None:
     launcher = start("--nproc-per-node=2", worker="unready", code=75)
     for pid in (launcher.process.pid, *launcher.pids(0, 1)):
         os.kill(pid, signal.SIGUSR2)

@@ -15,7 +15,7 @@ import pytest
 from fusion.errors import UnreachableError
 from fusion.launch import rendezvous
 from fusion.launch.processes import Stop
-from fusion.launch.rendezvous import Meeting, NodesMeeting
+from fusion.launch.rendezvous import MultiNodeRendezvous, Rendezvous
 from fusion.signals import SIGNALS
 from tests.launch.test_launch import Launcher, Start, is_gone, start, wait_until
 from tests.services import require
@@ -44,14 +44,14 @@ def stop() -> Iterator[Stop]:
 
 
 @pytest.mark.parametrize("vanishes", [0, 1])
-def test_a_node_that_vanishes_is_no_bug_of_the_others(start: Start, port: int, vanishes: int) -> None:
+def test_a_lost_node_is_not_reported_as_a_bug_of_the_others(start: Start, port: int, vanishes: int) -> None:
     nodes = [node(start, number, port, "reduce") for number in (0, 1)]
     nodes[0].pids(0, 1)
     nodes[vanishes].process.kill()
     code, err = nodes[1 - vanishes].end()
     assert code == 137, err
     assert err.endswith(
-        f"error: node {vanishes} ended without a word\nhint: see whether it was killed or its machine was lost\n"
+        f"error: node {vanishes} ended without a report\nhint: see whether it was killed or its machine was lost\n"
     )
 
 
@@ -61,14 +61,14 @@ def test_a_bug_of_one_node_stays_a_bug(start: Start, port: int) -> None:
 
 
 def test_a_node_that_was_started_again_waits_for_a_new_try(start: Start, port: int) -> None:
-    """What Kubernetes does: each pod is replaced by itself, at its own pace."""
+    """Kubernetes replaces each pod separately, at its own pace."""
     old = [node(start, number, port, "deaf") for number in (0, 1)]
     (pid, _) = old[0].pids(0, 1)
     old[1].process.kill()
     for rank in (0, 1):
         (old[0].folder / f"{rank}.pid").unlink()
     new_1 = node(start, 1, port, "stop", code=75)
-    assert old[0].end()[0] == 137  # it is told so by the new node 1, as its rank notices nothing
+    assert old[0].end()[0] == 137  # the new node 1 makes it end; its own rank notices nothing
     assert is_gone(pid)
     assert new_1.process.poll() is None
     assert not (new_1.folder / "1.pid").exists()
@@ -81,14 +81,14 @@ def test_a_node_that_was_started_again_waits_for_a_new_try(start: Start, port: i
     assert not any("error:" in said for _, said in ended)  # torch may complain of the old node 0
 
 
-def test_no_rank_starts_before_all_nodes_are_there(start: Start, port: int) -> None:
+def test_no_rank_starts_before_all_nodes_have_joined(start: Start, port: int) -> None:
     first, second = (node(start, number, port, "end", n_nodes=3) for number in (0, 1))
     wait_until(lambda: _listens(port))
     time.sleep(1)
     assert not (first.folder / "starts").exists()
     second.process.terminate()
     assert second.end() == (75, "error: got SIGTERM while waiting for node 2\nhint: run the same command again\n")
-    others = [node(start, number, port, "end", n_nodes=3) for number in (1, 2)]  # it may come again
+    others = [node(start, number, port, "end", n_nodes=3) for number in (1, 2)]  # a node may join again
     assert [launcher.end()[0] for launcher in (first, *others)] == [0, 0, 0]
 
 
@@ -97,16 +97,16 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("localhost", port)) == 0
 
 
-def test_a_node_that_never_comes_is_named(port: int, stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "MEET", 1.0)
-    with pytest.raises(UnreachableError, match="node 1 did not come within 1 s"):
-        NodesMeeting(0, 2, ("localhost", port), 1.0, stop)
+def test_a_node_that_never_joins_is_named(port: int, stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "JOIN_TIMEOUT", 1.0)
+    with pytest.raises(UnreachableError, match="node 1 did not join within 1 s"):
+        MultiNodeRendezvous(0, 2, ("localhost", port), 1.0, stop)
 
 
-def test_a_node_0_that_never_comes_is_named(port: int, stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "MEET", 0.5)
+def test_a_node_0_that_never_starts_is_named(port: int, stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "JOIN_TIMEOUT", 0.5)
     with pytest.raises(UnreachableError, match="node 0 did not answer at localhost"):
-        NodesMeeting(1, 2, ("localhost", port), 1.0, stop)
+        MultiNodeRendezvous(1, 2, ("localhost", port), 1.0, stop)
 
 
 def test_a_stop_ends_the_wait_for_other_nodes(start: Start, port: int) -> None:
@@ -118,9 +118,9 @@ def test_a_stop_ends_the_wait_for_other_nodes(start: Start, port: int) -> None:
 
 WITHOUT_LOOPBACK = """
 from fusion.errors import ConfigError
-from fusion.launch.rendezvous import Meeting
+from fusion.launch.rendezvous import Rendezvous
 try:
-    Meeting()
+    Rendezvous()
 except ConfigError as error:
     print(error.report())
 """
@@ -134,7 +134,7 @@ def test_a_machine_without_loopback_is_named_at_once() -> None:
 
 
 def test_no_name_needs_to_resolve() -> None:
-    made = Meeting()
+    made = Rendezvous()
     assert made.environment()["MASTER_ADDR"] == "127.0.0.1"
     made._reserved.close()
     assert rendezvous._loopback() == "127.0.0.1"

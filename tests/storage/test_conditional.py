@@ -1,4 +1,4 @@
-"""Stores and file systems that lack an operation: it is named once, and done without."""
+"""Stores and file systems that lack an operation: one warning, and Fusion goes on without it."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def refusing(
     return lambda method, headers: (status, code) if any(name in headers for name in names) else None
 
 
-def works_for_one_writer(place: str) -> None:
+def works_for_one_writer(root: str) -> None:
     """Creating, replacing, and noticing what is there, as all callers rely on it."""
-    url = storage.join(place, "pointer")
+    url = storage.join(root, "pointer")
     assert storage.create(url, b"1") and not storage.create(url, b"2")
     held = storage.read_version(url)
     assert held is not None and held[0] == b"1"
     assert storage.replace(url, b"2", held[1]) and not storage.replace(url, b"3", held[1])
     assert storage.read(url) == b"2"
-    run = storage.join(place, "run")
+    run = storage.join(root, "run")
     assert [take_lease(RunFolder(run)).attempt, take_lease(RunFolder(run)).attempt] == [1, 2]
 
 
@@ -146,14 +146,14 @@ def test_a_file_system_without_locks(
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_that_cannot_flush(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_fsync(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", failing(number))
     works_for_one_writer(str(tmp_path))
 
 
-def test_what_was_removed_meanwhile_is_not_replaced(tmp_path: Path, bucket: str) -> None:
-    for place in (str(tmp_path), bucket):
-        url = storage.join(place, "x")
+def test_a_removed_object_is_not_replaced(tmp_path: Path, bucket: str) -> None:
+    for root in (str(tmp_path), bucket):
+        url = storage.join(root, "x")
         storage.write(url, b"1")
         held = storage.read_version(url)
         assert held is not None

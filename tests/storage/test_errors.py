@@ -161,7 +161,7 @@ def raised(action: Callable[[], object]) -> FusionError:
     ],
     ids=lambda value: "-".join(value.values()).rsplit("/", 1)[-1] if isinstance(value, dict) else "",
 )
-def test_credentials_that_cannot_be_had(
+def test_missing_credentials(
     settings: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     use(monkeypatch, settings)
@@ -220,7 +220,7 @@ def check(ended: Done, code: int, said: str) -> None:
         (403, of_s3("InvalidAccessKeyId"), "InvalidAccessKeyId"),
     ],
 )
-def test_keys_that_the_store_refuses(
+def test_rejected_access_keys(
     status: int, answer: str, said: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, {**KEYS, "AWS_ENDPOINT_URL_S3": serve((status, answer)).url})
@@ -254,7 +254,7 @@ def test_a_bucket_of_another_region(status: int, answer: str, serve: Serve, monk
         ("s3://bucket/x", {"AWS_DEFAULT_REGION": "us east"}, "InvalidRegionError: ", "correct AWS_DEFAULT_REGION"),
     ],
 )
-def test_what_is_no_url_endpoint_or_region(
+def test_rejects_invalid_urls_endpoints_and_regions(
     url: str, settings: dict[str, str], said: str, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, {**KEYS, **settings})
@@ -262,7 +262,7 @@ def test_what_is_no_url_endpoint_or_region(
     assert (error.code, said in error.message, error.remedy.startswith(remedy)) == (ExitCode.CONFIG, True, True)
 
 
-def test_a_metadata_service_is_asked_again(bucket: str, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metadata_service_is_retried(bucket: str, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """botocore asks it three times, `storage` again: the pod's role may be some seconds away."""
     for name in KEYS:
         monkeypatch.delenv(name)
@@ -275,7 +275,7 @@ def test_a_metadata_service_is_asked_again(bucket: str, serve: Serve, monkeypatc
     assert service.n_asked == 5
 
 
-def test_a_metadata_service_that_stays_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metadata_service_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, {"AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{NOWHERE}/v1/credentials"})
     with pytest.raises(CredentialsError, match="Error retrieving metadata: Received error"):
         storage.read("s3://bucket/x")
@@ -288,7 +288,7 @@ def test_a_sign_in_service_that_does_not_answer(home: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("settings", "place", "code", "said"),
+    ("settings", "bucket_name", "code", "said"),
     [
         ({"AWS_PROFILE": "nope"}, "fusion-tests", 77, "ProfileNotFound"),
         ({"AWS_SECRET_ACCESS_KEY": ""}, "fusion-tests", 77, "PartialCredentials"),
@@ -298,13 +298,13 @@ def test_a_sign_in_service_that_does_not_answer(home: Path, monkeypatch: pytest.
     ],
 )
 @pytest.mark.parametrize("command", ["all_embeddings.train", "verify"])
-def test_commands_end_in_two_lines(
-    command: str, settings: dict[str, str], place: str, code: int, said: str, s3: S3Server, home: Path
+def test_commands_print_an_error_and_a_hint(
+    command: str, settings: dict[str, str], bucket_name: str, code: int, said: str, s3: S3Server, home: Path
 ) -> None:
     env = {**s3.environment(), "AWS_CONFIG_FILE": str(home / "config"), **settings}
     if "AWS_PROFILE" in settings:
         env = {name: value for name, value in env.items() if name not in KEYS}
-    where = f"s3://{place}/codes"
+    where = f"s3://{bucket_name}/codes"
     flags = [where] if command == "verify" else ["--data", where, "--output", f"{where}/out", "--device", "cpu"]
     ended = run_command(f"fusion.{command}", *flags, env=env)
     check(ended, code, said)

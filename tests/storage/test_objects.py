@@ -19,12 +19,12 @@ from tests.services import require
 
 
 @pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path) if request.param == "local" else str(request.getfixturevalue("bucket"))
 
 
-def test_what_is_written_is_read(place: str) -> None:
-    url = storage.join(place, "a", "b", "object")
+def test_what_is_written_is_read(root: str) -> None:
+    url = storage.join(root, "a", "b", "object")
     assert not storage.exists(url)
     storage.write(url, b"first")
     storage.write(url, b"second")
@@ -35,15 +35,15 @@ def test_what_is_written_is_read(place: str) -> None:
         assert file.read(2) == b"on"
 
 
-def test_ls_lists_what_is_directly_below(place: str) -> None:
+def test_ls_lists_what_is_directly_below(root: str) -> None:
     for name in ("runs/b/x", "runs/a/x", "runs/c"):
-        storage.write(storage.join(place, name), b"1")
-    assert storage.ls(storage.join(place, "runs")) == [storage.join(place, "runs", name) for name in "abc"]
-    assert storage.ls(storage.join(place, "nothing")) == []
+        storage.write(storage.join(root, name), b"1")
+    assert storage.ls(storage.join(root, "runs")) == [storage.join(root, "runs", name) for name in "abc"]
+    assert storage.ls(storage.join(root, "nothing")) == []
 
 
-def test_a_missing_object_is_named(place: str) -> None:
-    url = storage.join(place, "missing.csv")
+def test_a_missing_object_is_named(root: str) -> None:
+    url = storage.join(root, "missing.csv")
     with pytest.raises(DataError, match=r"missing\.csv does not exist"):
         storage.read(url)
 
@@ -64,22 +64,22 @@ def test_a_missing_bucket(bucket: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["xp?", "sweep[12]", "a*", "plain"])
-def test_removal_takes_names_literally(name: str, place: str) -> None:
+def test_removal_takes_names_literally(name: str, root: str) -> None:
     """Also where they look like patterns, or begin like others."""
     others = ["xp1/a", "sweep1/a", "aa/a", "plain2", "plainer/a"]
     mine = [f"{name}/a", f"{name}/b/c", f"{name}/b[1]/d?"]
     for key in [*others, *mine]:
-        storage.write(storage.join(place, key), key.encode())
-    storage.remove(storage.join(place, name))
-    assert not any(storage.exists(storage.join(place, key)) for key in mine)
-    assert all(storage.read(storage.join(place, key)) == key.encode() for key in others)
-    storage.remove(storage.join(place, "xp1/a"))
-    assert storage.ls(storage.join(place, "xp1")) == []
+        storage.write(storage.join(root, key), key.encode())
+    storage.remove(storage.join(root, name))
+    assert not any(storage.exists(storage.join(root, key)) for key in mine)
+    assert all(storage.read(storage.join(root, key)) == key.encode() for key in others)
+    storage.remove(storage.join(root, "xp1/a"))
+    assert storage.ls(storage.join(root, "xp1")) == []
 
 
-def test_everything_else_takes_names_literally(place: str) -> None:
-    folder = storage.join(place, "a[1]*?")
-    storage.write(storage.join(place, "a1/x"), b"another")
+def test_everything_else_takes_names_literally(root: str) -> None:
+    folder = storage.join(root, "a[1]*?")
+    storage.write(storage.join(root, "a1/x"), b"another")
     url = storage.join(folder, "x[y]?")
     assert not storage.exists(url) and storage.ls(folder) == [] and storage.read_if_exists(url) is None
     assert storage.create(url, b"1") and storage.exists(url) and storage.ls(folder) == [url]
@@ -100,7 +100,7 @@ def test_everything_else_takes_names_literally(place: str) -> None:
         ("abfs:/folder", "abfs://folder"),
     ],
 )
-def test_a_slip_in_a_url_is_no_folder(url: str, meant: str) -> None:
+def test_rejects_misspelt_urls(url: str, meant: str) -> None:
     for action in (storage.exists, storage.ls, lambda url: storage.write(storage.join(url, "x"), b"")):
         with pytest.raises(ConfigError) as caught:
             action(url)
@@ -116,7 +116,7 @@ def test_names_that_only_look_like_stores_are_folders(tmp_path: Path, monkeypatc
 
 def test_an_empty_url_is_not_the_root_folder() -> None:
     for action in (storage.exists, storage.ls, storage.read, lambda url: storage.join(url, "runs")):
-        with pytest.raises(ConfigError, match="an empty text is no bucket or folder"):
+        with pytest.raises(ConfigError, match="the URL of a bucket or folder is empty"):
             action("")
     assert storage.join("/", "runs") == "/runs"
 
@@ -130,24 +130,26 @@ def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
         storage.write("/proc/x/y", b"")
 
 
-def test_a_listing_tells_sizes_and_versions(place: str) -> None:
-    first, second = storage.join(place, "a"), storage.join(place, "b")
-    for url in (first, second, storage.join(place, "folder/c")):
+def test_a_listing_contains_sizes_and_versions(root: str) -> None:
+    first, second = storage.join(root, "a"), storage.join(root, "b")
+    for url in (first, second, storage.join(root, "folder/c")):
         storage.write(url, b"12")
-    before = storage.entries(place)
+    before = storage.entries(root)
     assert [(entry.url, entry.size, entry.is_folder) for entry in before] == [
         (first, 2, False),
         (second, 2, False),
-        (storage.join(place, "folder"), 0, True),
+        (storage.join(root, "folder"), 0, True),
     ]
     storage.write(second, b"21")
-    after = storage.entries(place)
+    after = storage.entries(root)
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
     assert after[1].version == storage.version_of(second)
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
-def test_a_network_file_system_that_stumbles(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_errors_of_a_network_file_system_are_retried(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = f"{tmp_path}/x"
     storage.write(url, b"1")
     monkeypatch.setattr(LocalFileSystem, "cat_file", stumbling(LocalFileSystem.cat_file, number, times=2))
@@ -182,7 +184,7 @@ def stumbling(action: Callable[..., bytes], number: int, times: int) -> Callable
         (errno.EACCES, CredentialsError),
     ],
 )
-def test_what_a_disk_refuses_is_no_bug(
+def test_errors_of_a_disk_are_not_reported_as_bugs(
     number: int, kind: type[FusionError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
@@ -241,16 +243,16 @@ def _use(monkeypatch: pytest.MonkeyPatch, key: str, secret: str) -> None:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-def test_an_object_is_created_once(place: str) -> None:
-    url = storage.join(place, "deep", "lock")
+def test_an_object_is_created_once(root: str) -> None:
+    url = storage.join(root, "deep", "lock")
     assert storage.create(url, b"first")
     assert storage.create(url, b"first")  # the same bytes: perhaps an answer was lost
     assert not storage.create(url, b"second")
     assert storage.read(url) == b"first"
 
 
-def test_an_object_is_replaced_only_by_who_knows_its_version(place: str) -> None:
-    url = storage.join(place, "pointer")
+def test_an_object_is_replaced_only_with_its_current_version(root: str) -> None:
+    url = storage.join(root, "pointer")
     assert storage.read_version(url) is None
     storage.write(url, b"1")
     before = storage.read_version(url)
@@ -263,8 +265,8 @@ def test_an_object_is_replaced_only_by_who_knows_its_version(place: str) -> None
     storage.remove(url)
 
 
-def test_of_many_writers_one_wins(place: str) -> None:
-    url = storage.join(place, "race")
+def test_of_many_writers_one_wins(root: str) -> None:
+    url = storage.join(root, "race")
     storage.write(url, b"start")
     version = storage.read_version(url)
     assert version is not None
@@ -274,9 +276,9 @@ def test_of_many_writers_one_wins(place: str) -> None:
     assert sum(won) == sum(created) == 1
 
 
-def test_conditions_are_honoured(place: str) -> None:
-    assert storage.honours_conditions(place)
-    assert storage.ls(place) == []
+def test_conditions_are_honoured(root: str) -> None:
+    assert storage.honours_conditions(root)
+    assert storage.ls(root) == []
 
 
 @pytest.fixture
@@ -288,7 +290,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_full_disk_and_a_read_only_one_are_no_bugs(tiny_disk: Path) -> None:
+def test_full_and_read_only_disks_are_not_reported_as_bugs(tiny_disk: Path) -> None:
     storage.write(f"{tiny_disk}/x", b"before")
     with pytest.raises(UnreachableError, match="no space is left for "):
         storage.write(f"{tiny_disk}/x", bytes(100_000))
@@ -299,7 +301,7 @@ def test_a_full_disk_and_a_read_only_one_are_no_bugs(tiny_disk: Path) -> None:
         storage.write(f"{tiny_disk}/x", b"1")
 
 
-def test_a_store_whose_client_cannot_replace_on_condition_is_found_out() -> None:
+def test_detects_a_store_without_conditional_replacement() -> None:
     assert not storage.honours_conditions("memory://somewhere")
 
 

@@ -1,4 +1,4 @@
-"""What a command costs in requests, which object stores bill, and which take 20 to 100 ms each."""
+"""The number of requests per command. Object stores bill each request, and each takes 20 to 100 ms."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def proxy(s3: S3Server, prepared: Path, bucket: str, monkeypatch: pytest.MonkeyP
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-def test_the_requests_of_nights(proxy: FaultProxy, bucket: str) -> None:
+def test_number_of_requests_per_command(proxy: FaultProxy, bucket: str) -> None:
     def night(date: str) -> list[str]:
         proxy.seen.clear()
         flags = ["--data", f"{bucket}/data", "--output", f"{bucket}/out", "--date", date, "--device", "cpu"]

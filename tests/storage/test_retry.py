@@ -1,4 +1,4 @@
-"""How long a silent store is asked again, and what is said meanwhile."""
+"""Retries of requests to a store that does not answer, and the warnings meanwhile."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def failure() -> tuple[FusionError, float]:
 
 
 @pytest.mark.parametrize("address", [NOWHERE, "http://no-such-host.invalid:9000"])
-def test_an_address_where_no_store_has_answered_is_not_waited_for_long(
+def test_retries_are_short_for_an_address_that_never_answered(
     address: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     use(monkeypatch, AWS_ENDPOINT_URL_S3=address)
@@ -54,7 +54,7 @@ def test_an_address_where_no_store_has_answered_is_not_waited_for_long(
     assert capfd.readouterr().err.count("event=waiting") == 1
 
 
-def test_a_store_that_has_answered_is_waited_for_as_long_as_was_asked(
+def test_a_store_that_has_answered_is_retried_for_the_whole_timeout(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server = PlainS3()
@@ -69,7 +69,7 @@ def test_a_store_that_has_answered_is_waited_for_as_long_as_was_asked(
     assert f"event=waiting store={URL}" in said and "connection refused" in said and 'trying_for="2 s"' in said
 
 
-def test_a_short_silence_is_not_mentioned(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_short_interruption_is_not_logged(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(retry, "QUIET", 60.0)
     failure()
     assert capfd.readouterr().err == ""

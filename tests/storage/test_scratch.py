@@ -1,4 +1,4 @@
-"""A machine on which no temporary folder can be written."""
+"""A machine without a writable temporary folder."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nothing"])
 
 
-def test_no_temporary_folder_is_a_setting(nowhere: None) -> None:
-    with pytest.raises(ConfigError, match=r"no temporary folder can be written: .*/proc/nothing") as caught:
+def test_a_missing_temporary_folder_is_a_config_error(nowhere: None) -> None:
+    with pytest.raises(ConfigError, match=r"no temporary folder is writable: .*/proc/nothing") as caught:
         scratch.temporary_folder()
     assert "TMPDIR" in caught.value.remedy
 
 
-def test_shared_memory_needs_none(nowhere: None) -> None:
+def test_shared_memory_needs_no_temporary_folder(nowhere: None) -> None:
     with shared_memory._reserved(1) as file:
         assert file.fileno() > 0
 
 
-def test_the_launcher_says_so(nowhere: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_launcher_reports_it(nowhere: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.main(["--nproc-per-node", "1", "fusion.verify"]) == 78
     assert "TMPDIR" in capsys.readouterr().err
 
 
-def test_doctor_says_so(nowhere: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_reports_it(nowhere: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--only", "folders"]) == 78
     said = capsys.readouterr()
     assert "no temporary folder can be written" in said.out and "TMPDIR" in said.out

@@ -1,9 +1,9 @@
 """Writes the image and the environment of `k8s/cluster.toml` into the files of `k8s/`, for `kubectl apply`.
 
     python jobs/manifests.py
-    python jobs/manifests.py --check     # changes nothing; ends with 78 where a file says otherwise
+    python jobs/manifests.py --check     # writes nothing; ends with 78 if a file differs from cluster.toml
 
-Comments, and all else in the files, stay as they are.
+The command changes only these lines; all else in the files, comments included, stays as it is.
 """
 
 from __future__ import annotations
@@ -28,14 +28,19 @@ except ImportError as wrong_python:
     sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
 K8S = Path(__file__).parents[1] / "k8s"
-CONFIG = "config.yaml"  # has the ConfigMap
+CONFIG = "config.yaml"  # the file with the ConfigMap
+# The files are changed as text and not as parsed YAML, which would lose their comments.
 IMAGE = re.compile(r"^( *(?:- )?image: )\S+$", re.MULTILINE)
 CONFIG_MAP = re.compile(r"(?<=^data:\n)(?:  .*\n)+", re.MULTILINE)
 ENTRY = re.compile(r"^  (\w+): (.*?)(  #.*)?$")
 
 
-def written(text: str, name: str, cluster: Cluster) -> str:
-    """What a file of that name should say."""
+def updated(text: str, name: str, cluster: Cluster) -> str:
+    """The text of a file with the image of the cluster's settings, and in `config.yaml` with their environment.
+
+    Args:
+        name: the file's name.
+    """
     text = IMAGE.sub(lambda found: found[1] + cluster.image, text)
     if name != CONFIG:
         return text
@@ -43,8 +48,12 @@ def written(text: str, name: str, cluster: Cluster) -> str:
 
 
 def _environment(block: str, environment: dict[str, str]) -> str:
-    """The entries of the ConfigMap, those that are there in their place and with their comments."""
-    lines, left = [], {name: value for name, value in environment.items() if value}  # what is empty is unset
+    """The entries of the ConfigMap. Existing entries keep their place and their comment; new ones follow the last.
+
+    Args:
+        block: the lines of `data:` in the file.
+    """
+    lines, left = [], {name: value for name, value in environment.items() if value}  # empty variables are unset
     last = 0
     for line in block.splitlines():
         found = ENTRY.match(line)
@@ -59,7 +68,7 @@ def _environment(block: str, environment: dict[str, str]) -> str:
 
 
 def _scalar(text: str) -> str:
-    """As YAML reads it back, in quotes where it would be a number or anything else than a text."""
+    """The text as a YAML scalar; in quotes where YAML would otherwise read something else, such as a number."""
     plain = "\n" not in text and ": " not in text and _read(text) == text
     return text if plain else str(yaml.safe_dump(text, default_style='"', width=sys.maxsize)).strip()
 
@@ -72,7 +81,10 @@ def _read(text: str) -> object:
 
 
 def write(cluster: Cluster, folder: Path, *, check: bool) -> list[Path]:
-    """Files that said otherwise, below a folder such as `k8s/`; written unless they are only to be checked.
+    """Updates the files below a folder such as `k8s/`; returns those that differed.
+
+    Args:
+        check: write nothing.
 
     Raises:
         ConfigError: a file cannot be written.
@@ -80,7 +92,7 @@ def write(cluster: Cluster, folder: Path, *, check: bool) -> list[Path]:
     changed = []
     for path in sorted(path for part in ("base", "overlays") for path in (folder / part).glob("**/*.yaml")):
         text = path.read_text()
-        if (wanted := written(text, path.name, cluster)) != text:
+        if (wanted := updated(text, path.name, cluster)) != text:
             changed.append(path)
             if not check:
                 _write(path, wanted)
@@ -91,17 +103,18 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}", "run it where k8s/ can be written") from error
+        hint = "make k8s/ writable, or give another --folder"
+        raise ConfigError(f"cannot write {path}: {error.strerror}", hint) from error
 
 
 def _parser() -> Parser:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("python jobs/manifests.py", description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--settings", type=Path, default=K8S / "cluster.toml", metavar="FILE",
-        help="of the cluster (default: k8s/cluster.toml)")  # fmt: skip
-    parser.add_argument("--folder", type=Path, default=K8S, metavar="FOLDER", help="with base/ and overlays/ "
+        help="settings of the cluster (default: k8s/cluster.toml)")  # fmt: skip
+    parser.add_argument("--folder", type=Path, default=K8S, metavar="FOLDER", help="folder with base/ and overlays/ "
         "(default: k8s/ of this checkout)")  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="change nothing; end with 78 where a file says otherwise")
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 78 if a file differs")
     return parser
 
 
@@ -109,8 +122,8 @@ def _job(argv: Sequence[str] | None) -> ExitCode:
     given = _parser().parse_args(argv)
     changed = write(read(given.settings), given.folder, check=given.check)
     if changed and given.check:
-        message = f"{len(changed)} files say otherwise than {given.settings}: {', '.join(map(str, changed))}"
-        raise ConfigError(message, "write them with `python jobs/manifests.py`")
+        message = f"{len(changed)} files differ from {given.settings}: {', '.join(map(str, changed))}"
+        raise ConfigError(message, "update them with `python jobs/manifests.py`")
     for path in changed:
         print(path)
     print(f"{len(changed) or 'no'} files changed")
@@ -118,7 +131,7 @@ def _job(argv: Sequence[str] | None) -> ExitCode:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with `argv`; gives its exit code. `--help` raises SystemExit, as argparse does."""
+    """Runs the command with `argv`; returns its exit code. `--help` raises SystemExit, as argparse does."""
     return guarded(lambda: _job(argv))
 
 

@@ -1,4 +1,4 @@
-"""Lists, compares and pulls the runs and submissions of a bucket. Only reads there; needs neither torch nor a GPU.
+"""Lists, compares and downloads ("pulls") the runs and submissions of a bucket.
 
     python jobs/pull.py runs --output s3://bucket/output
     python jobs/pull.py submissions --name prices
@@ -6,10 +6,11 @@
     python jobs/pull.py run best --variant all_embeddings --to pulled
     python jobs/pull.py submission current --name prices --to pulled
 
-The folder gets the bucket's layout: pulled/runs/<run id>/…, pulled/submissions/<name>/<date>/<digest>/submission.csv.
-Its path is what is printed on standard output. Every sha256 of a manifest is verified: a file that is not as it was
-written ends the pull with 65 and never gets its name. The same command goes on where a broken pull ended, fetches
-nothing that is there already, and replaces what was damaged in the folder.
+The commands only read from the bucket, and need neither torch nor a GPU. The folder gets the bucket's layout:
+pulled/runs/<run id>/…, pulled/submissions/<name>/<date>/<digest>/submission.csv. `run` and `submission` print the path
+of what was pulled on standard output. Every sha256 in a manifest is verified: when a file differs from its manifest,
+the pull ends with 65 and does not keep the file. To continue an interrupted pull, run the same command again: it skips
+files that are complete, and replaces those that are damaged in the folder.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ try:
     from jobs.results.bucket import list_runs, list_submissions
     from jobs.results.choice import Choice, choose_run, choose_submission, plan_run, plan_submission
     from jobs.results.compare import compare
-    from jobs.results.transfer import Outcome, Plan, damaged, fetch
+    from jobs.results.transfer import Outcome, Plan, fetch, find_damaged
 except ImportError as wrong_python:
     if __name__ != "__main__":
         raise
@@ -47,15 +48,15 @@ except ImportError as wrong_python:
     sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
 EXAMPLE = "`python jobs/pull.py runs --output s3://my-bucket/output`"
-STOPPED_BY_KEYBOARD = 130  # as shells have it
-_LISTED = """`served` is what predict_test uses unless --run-id names another run. Runs of one split letter
-validated on the same rows, so that their SMAPEs can be compared. A run that was killed outright could
-not say so: it is `running`, and `silent` once nothing of it has been written for 15 minutes. --json
-lists all runs, failed ones included."""
-_PULLED = """Of a run comes everything but its lease and all but its best checkpoint: config.json, run.json,
+STOPPED_BY_KEYBOARD = 130  # 128 + SIGINT, the exit code of a shell after Ctrl-C
+_RUNS_HELP = """The state is `served` for the run that predict_test uses unless --run-id names another one.
+Runs with the same split letter validated on the same rows, so that their SMAPEs can be compared. A run
+that was killed with SIGKILL has no record of its end: it stays `running`, and becomes `silent` when none
+of its files has been written for 15 minutes. --json lists all runs, including failed ones."""
+_PULL_HELP = """Pulls all files of a run except its lease and its other checkpoints: config.json, run.json,
 split.parquet, features.safetensors, memory.safetensors, metrics/, attempts/ with the logs, and the
-weights with their manifest. state.pt, from which training goes on, is about three times as large and
-comes with --state."""
+weights of the best checkpoint with their manifest. --state adds state.pt, which training resumes from;
+it is about three times as large as the weights."""
 
 
 def _runs(given: argparse.Namespace) -> None:
@@ -99,9 +100,9 @@ def _run(given: argparse.Namespace) -> None:
         return
     paths = _pull(given, lambda: plan_run(given.output, choice, state=given.state))
     if any(storage.base(path) == ENSEMBLE for path in paths):
-        _say("it is an ensemble: its members, which ensemble.json names, are runs to be pulled as well")
+        _say("this run is an ensemble: pull its members too, the runs that ensemble.json names")
     elif not any("/checkpoints/" in path for path in paths):
-        _say("it has no validated checkpoint yet, so no model was pulled")
+        _say("this run has no validated checkpoint yet, so no model was pulled")
     print(os.path.join(given.to, choice.path))
 
 
@@ -115,7 +116,11 @@ def _submission(given: argparse.Namespace) -> None:
 
 
 def _pull(given: argparse.Namespace, make_plan: Callable[[], Plan]) -> list[str]:
-    """Pulls, or checks what was pulled; the paths of all files that belong to it."""
+    """Pulls what the plan lists, or with --check compares it with the folder; returns the paths of all its files.
+
+    When an object is missing or damaged, and the plan made again differs, the new plan is pulled: a training that is
+    under way has deleted the checkpoint of the first plan in favour of a better one.
+    """
     plan = make_plan()
     if given.check:
         _check(plan, given.to)
@@ -126,10 +131,10 @@ def _pull(given: argparse.Namespace, make_plan: Callable[[], Plan]) -> list[str]
         again = make_plan()
         if again.last == plan.last:
             raise
-        outcomes, n_bytes = fetch(again, given.to)  # a running job has pruned what it had, for something better
+        outcomes, n_bytes = fetch(again, given.to)
     for path, outcome in outcomes.items():
         if outcome is Outcome.REPLACED:
-            _say(f"{path} was damaged in {given.to}, and is replaced")
+            _say(f"{path} was damaged in {given.to}, and has been replaced")
     n = Counter(outcomes.values())
     n_new = n[Outcome.FETCHED] + n[Outcome.REPLACED]
     files = "1 file" if n_new == 1 else f"{n_new} files"
@@ -138,16 +143,17 @@ def _pull(given: argparse.Namespace, make_plan: Callable[[], Plan]) -> list[str]
 
 
 def _check(plan: Plan, folder: str) -> None:
-    wrong = damaged(plan, folder)
+    """Raises DataError when a file in the folder is missing or differs from its manifest; fetches nothing."""
+    wrong = find_damaged(plan, folder)
     if wrong:
         path, what = next(iter(wrong.items()))
         others = f", and {len(wrong) - 1} more are wrong" if len(wrong) > 1 else ""
         raise DataError(f"{os.path.join(folder, path)} {what}{others}", "pull again without --check, which repairs it")
-    _say(f"{sum(1 for item in plan.items if item.entry)} files are what their manifests say")
+    _say(f"{sum(1 for item in plan.items if item.entry)} files match their manifests")
 
 
 def _run_filters(given: argparse.Namespace, choice: Choice) -> list[str]:
-    """What of a run's folder `plan_run` leaves out; a later filter counts more."""
+    """Filters of `aws s3 sync` that leave out what `plan_run` leaves out. Of two that match, the later one counts."""
     plan = plan_run(given.output, choice, state=given.state)
     steps = {item.path.split("/")[3] for item in plan.items if "/checkpoints/" in item.path}
     filters = ["--exclude", LEASE, "--exclude", "parts/*", "--exclude", "checkpoints/*"]
@@ -157,11 +163,12 @@ def _run_filters(given: argparse.Namespace, choice: Choice) -> list[str]:
 
 
 def _print_commands(given: argparse.Namespace, choice: Choice, filters: Sequence[str]) -> None:
+    """Prints the aws commands that pull the same files, for --dry-run."""
     endpoint = variable("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     where = ["--endpoint-url", endpoint] if endpoint else []
     source, target = storage.join(given.output, choice.path), os.path.join(given.to, choice.path)
     print(shlex.join(["aws", "s3", "sync", source, target, *filters, *where]))
-    for path in choice.pointer:  # by cp: sync would leave one of the same size as it is
+    for path in choice.pointer:  # With cp, because sync skips a file that differs but has the same size.
         print(shlex.join(["aws", "s3", "cp", storage.join(given.output, path), os.path.join(given.to, path), *where]))
 
 
@@ -187,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
             help="bucket or folder with runs/ and submissions/ (default: FUSION_OUTPUT, else output)")  # fmt: skip
         patience = variable("FUSION_STORE_TIMEOUT") or "60"
         made.add_argument("--store-timeout", metavar="S", type=seconds, default=patience,
-            help="seconds to retry a store that does not answer (default: 60)")  # fmt: skip
+            help="seconds for which to retry a store that does not answer (default: 60)")  # fmt: skip
         return made
 
     _add_lists(command)
@@ -196,33 +203,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_lists(command: Callable[..., Parser]) -> None:
-    runs = command("runs", _runs, "lists the runs: finished ones first, then the others, each newest first", _LISTED)
-    runs.add_argument("--failed", action="store_true", help="also those that failed before they had a model")
+    runs = command("runs", _runs, "lists the runs: finished ones first, then the others, each newest first", _RUNS_HELP)
+    runs.add_argument("--failed", action="store_true", help="also list runs that failed before they had a model")
     submissions = command("submissions", _submissions, "lists the submissions, newest date first")
     comparison = command("compare", _compare, "shows what differs between runs: settings, SMAPE, metrics by group")
-    submissions.add_argument("--name", help="only those published under this name")
+    submissions.add_argument("--name", help="list only those published under this name")
     comparison.add_argument("runs", nargs="+", metavar="RUN",
-        help="ids, or latest and best (which is served) of a --variant")  # fmt: skip
+        help="an id, or latest or best (the served run) of the --variant")  # fmt: skip
     comparison.add_argument("--metric", default="smape", help="column of metrics/groups.csv (default: smape)")
     for made in (runs, comparison):
         made.add_argument("--variant", help="qwen_clip or all_embeddings")
     for made in (runs, submissions, comparison):
-        made.add_argument("--json", action="store_true", help="JSON instead of a table")
+        made.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_pulls(command: Callable[..., Parser]) -> None:
-    run = command("run", _run, "pulls one run", _PULLED)
-    run.add_argument("which", metavar="RUN", help="an id, or latest or best (which is served) of the --variant")
-    run.add_argument("--variant", help="qwen_clip or all_embeddings; needed for latest and best if there are both")
-    run.add_argument("--state", action="store_true", help="also state.pt, from which training goes on")
+    run = command("run", _run, "pulls one run", _PULL_HELP)
+    run.add_argument("which", metavar="RUN", help="an id, or latest or best (the served run) of the --variant")
+    run.add_argument("--variant", help="qwen_clip or all_embeddings; latest and best need it if there are runs of both")
+    run.add_argument("--state", action="store_true", help="also pull state.pt, which training resumes from")
     submission = command("submission", _submission, "pulls one submission with its manifest")
     submission.add_argument("which", metavar="WHICH", help="current, a date YYYY-MM-DD, or DATE/DIGEST")
     submission.add_argument("--name", default="test", help="name it was published under (default: test)")
     for made in (run, submission):
-        made.add_argument("--to", metavar="FOLDER", default="pulled", help="where it goes (default: pulled)")
+        made.add_argument("--to", metavar="FOLDER", default="pulled", help="folder to pull into (default: pulled)")
         either = made.add_mutually_exclusive_group()
         either.add_argument(
-            "--dry-run", action="store_true", help="print the aws commands that do the same, unverified"
+            "--dry-run", action="store_true", help="print aws commands that pull the same files without verifying them"
         )
         either.add_argument(
             "--check", action="store_true", help="fetch nothing; end with 65 if FOLDER differs from the manifests"
@@ -237,7 +244,7 @@ def _job(argv: Sequence[str] | None) -> ExitCode:
         )
     given, unknown = _parser().parse_known_args(argv)
     if unknown:
-        given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # which knows the flags that are near
+        given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # the subcommand's parser suggests its flags
     refuse_empty(given)
     _refuse_url(given)
     _check_dry_run(given)
@@ -248,27 +255,29 @@ def _job(argv: Sequence[str] | None) -> ExitCode:
 
 def _check_dry_run(given: argparse.Namespace) -> None:
     if getattr(given, "dry_run", False) and not given.output.startswith("s3://"):
-        raise UsageError(f"--dry-run prints aws commands, and --output is {given.output}", "name a bucket as s3://…")
+        message = f"--dry-run prints aws commands for s3:// URLs, and --output is {given.output}"
+        raise UsageError(message, "leave out --dry-run, or give --output s3://BUCKET/…")
 
 
 def _refuse_url(given: argparse.Namespace) -> None:
     to = getattr(given, "to", "")
+    # Also with a single slash, which is what shells and pathlib make of a mistyped or joined URL.
     if re.match(r"[a-z0-9]+:/", to):
         raise ConfigError(f"--to is {to}, expected a folder of this machine", "give --to a folder, such as pulled")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with `argv`; gives its exit code. `--help` raises SystemExit, as argparse does."""
+    """Runs the command with `argv`; returns its exit code. `--help` raises SystemExit, as argparse does."""
     with unfailing():
         try:
             return guarded(lambda: _job(argv))
         except KeyboardInterrupt:
-            _say("stopped; the same command goes on where this one ended")
+            _say("stopped; run the same command again to continue")
             return STOPPED_BY_KEYBOARD
 
 
 if __name__ == "__main__":
     code = main()
     if code == STOPPED_BY_KEYBOARD:
-        os._exit(code)  # sys.exit would wait for threads, and they for a store that may not answer
+        os._exit(code)  # sys.exit would wait for threads that may be waiting for a store that does not answer
     sys.exit(code)

@@ -1,10 +1,11 @@
-"""Starts a training, an evaluation or a prediction on Slurm, on Kubernetes or here.
+"""Starts a training, an evaluation or a prediction on Slurm, on Kubernetes or on this machine.
 
-`python jobs/submit.py --cluster slurm --variant all_embeddings --task train --gpus-per-node 4 -- --precision bf16
---data s3://bucket/data --output s3://bucket/output`. What follows `--` are flags of the command. `--dry-run` shows what
-would be sent and needs no cluster; on a CPU: `python jobs/submit.py --cluster local -- --device cpu --epochs 5 …`.
+    python jobs/submit.py --cluster slurm --variant all_embeddings --task train --gpus-per-node 4 \\
+        -- --precision bf16 --data s3://bucket/data --output s3://bucket/output
+    python jobs/submit.py --cluster local -- --device cpu --epochs 5 --data data --output output
 
-Exit code: 0 once the job is submitted; with `--wait`, and with `--cluster local`, the job's own.
+Flags after `--` are those of the command that the job runs. `--dry-run` prints what would be sent, and needs no
+cluster. The exit code is 0 when the job has been submitted; with `--wait`, and with `--cluster local`, it is the job's.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ except ImportError as wrong_python:
     print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
     sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
-ROOT = Path(__file__).parents[1]  # the checkout, wherever the packages are installed
+ROOT = Path(__file__).parents[1]  # the checkout with k8s/ and slurm/, which are not part of the installed packages
 SETTINGS = {"slurm": ROOT / "slurm" / "cluster.toml", "k8s": ROOT / "k8s" / "cluster.toml"}
-# Flags that change nothing elsewhere, where they would be passed over in silence.
+# The clusters on which each flag has an effect. With another cluster it is an error, so that no flag is silently
+# ignored.
 ONLY_FOR = {
     "settings": ("slurm", "k8s"), "queue": ("slurm", "k8s"), "priority": ("slurm", "k8s"),
     "cpus_per_gpu": ("slurm", "k8s"), "memory_per_gpu": ("slurm", "k8s"), "max_requeues": ("slurm",),
@@ -50,7 +52,12 @@ NEEDS = ("nodes", "gpus_per_node", "nproc_per_node", "cpus_per_gpu", "memory_per
 
 @dataclass(frozen=True)
 class Target:
-    """Where jobs go: how they would look there, and how they are run; both as the flags of this command say."""
+    """The jobs of this command for one cluster.
+
+    Attributes:
+        render: returns what would be sent, for --dry-run.
+        run: sends and, if asked for, awaits them; returns the exit code of this command.
+    """
 
     render: Callable[[], str]
     run: Callable[[], int]
@@ -61,19 +68,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return guarded(lambda: _submit(list(sys.argv[1:] if argv is None else argv)))
         except KeyboardInterrupt:
-            print("interrupted; what was submitted goes on", file=sys.stderr)
+            print("interrupted; jobs that were submitted go on", file=sys.stderr)
             return 128 + signal.SIGINT
 
 
 def _submit(argv: list[str]) -> int:
     given, flags = _parse(argv)
     _check_cluster(given)
-    target = {"slurm": _slurm, "k8s": _kubernetes, "local": _local}[given.cluster](given, flags)
+    make_target = {"slurm": _slurm, "k8s": _kubernetes, "local": _local}[given.cluster]
+    target = make_target(given, flags)
     if given.if_changed and given.task != "predict":
         raise UsageError(f"--if-changed is for predictions, and --task is {given.task}", "leave out --if-changed")
     if given.if_changed and given.cluster == "k8s":
-        message = "--if-changed looks from here, and does not know the bucket of the cluster's ConfigMap"
-        raise UsageError(message, "leave it out: the prediction itself finds out, in seconds and without a GPU")
+        message = "--if-changed reads the bucket from here, and does not know the one in the cluster's ConfigMap"
+        hint = "leave out --if-changed: the prediction itself finds out in seconds whether something changed"
+        raise UsageError(message, hint)
     if given.dry_run:
         sys.stdout.write(target.render())
         return ExitCode.DONE
@@ -93,8 +102,8 @@ def _slurm(given: argparse.Namespace, flags: Sequence[str]) -> Target:
 
     cluster = slurm_settings.read(given.settings or SETTINGS["slurm"], given.task)
     for name, value in cluster.environment.items():
-        if value and not os.environ.get(name):  # what is empty is unset
-            os.environ[name] = value  # the job will have it, and FUSION_… becomes a flag
+        if value and not os.environ.get(name):  # an empty variable counts as unset
+            os.environ[name] = value  # so that FUSION_… variables of the cluster's settings become flags of the job
     jobs = _jobs(given, flags)
     cluster = cluster.asked(jobs[0])
 
@@ -126,6 +135,7 @@ def _kubernetes(given: argparse.Namespace, flags: Sequence[str]) -> Target:
 
 
 def _check_cluster(given: argparse.Namespace) -> None:
+    """Raises UsageError for a flag that has no effect on the chosen cluster."""
     for name, clusters in ONLY_FOR.items():
         flag = f"--{name.replace('_', '-')}"
         if getattr(given, name) != DEFAULTS.get(name) and given.cluster not in clusters:
@@ -134,6 +144,7 @@ def _check_cluster(given: argparse.Namespace) -> None:
 
 
 def _jobs(given: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
+    """One job per variant, or per variant and fold, with validated settings."""
     needs = {name: getattr(given, name) for name in NEEDS}
     jobs = [frozen(Job(variant, given.task, tuple(flags), **needs)) for variant in given.variant]
     if given.each_fold:
@@ -143,6 +154,7 @@ def _jobs(given: argparse.Namespace, flags: Sequence[str]) -> list[Job]:
 
 
 def _nothing_changed(given: argparse.Namespace, flags: Sequence[str]) -> bool:
+    """Whether each variant's last submission is still valid; if so, it has been published under the new date."""
     urls = [_published(variant, flags) for variant in given.variant]
     for url in filter(None, urls):
         print(f"nothing has changed: {url}", flush=True)
@@ -150,7 +162,11 @@ def _nothing_changed(given: argparse.Namespace, flags: Sequence[str]) -> bool:
 
 
 def _published(variant: str, flags: Sequence[str]) -> str | None:
-    """URL of the day's submission while data, model and code are those of the last, published again for it; or None."""
+    """Publishes the last submission under the day's date if data, model and code have not changed since.
+
+    Returns:
+        The URL of the day's submission; None when something has changed.
+    """
     from fusion.submissions.unchanged import published, republish
 
     settings = parse(
@@ -166,8 +182,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     at = argv.index("--") if "--" in argv else len(argv)
     given, unknown = _parser().parse_known_args(argv[:at])
     if unknown:
-        remedy = f"put flags of the command behind `--`: -- {' '.join(unknown)}; `--help` lists those of jobs/submit.py"
-        raise UsageError(f"{unknown[0]} is no flag of jobs/submit.py", remedy)
+        remedy = f"put flags of the command after `--`: -- {' '.join(unknown)}; `--help` lists those of jobs/submit.py"
+        raise UsageError(f"{unknown[0]} is not a flag of jobs/submit.py", remedy)
     return given, argv[at + 1 :]
 
 
@@ -177,37 +193,37 @@ def _parser() -> Parser:
     parser.usage = "python jobs/submit.py --cluster slurm|k8s|local [flags] [-- flags of the command]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     job, how = parser.add_argument_group("what"), parser.add_argument_group("how")
-    job.add_argument("--task", default="train", metavar="|".join(MODULES), help="what to do (default: train)")
+    job.add_argument("--task", default="train", metavar="|".join(MODULES), help="what to run (default: train)")
     job.add_argument("--variant", nargs="+", default=["all_embeddings"], metavar="NAME",
-        help=f"{', '.join(variants())}, and to predict with {ENSEMBLE_VARIANT}; several: one job per name "
-        "(default: all_embeddings)")  # fmt: skip
-    job.add_argument("--each-fold", action="store_true", help="a training for each of the --folds of the command")
+        help=f"{', '.join(variants())}; --task predict also takes {ENSEMBLE_VARIANT}; with several names, one job per "
+        "name (default: all_embeddings)")  # fmt: skip
+    job.add_argument("--each-fold", action="store_true", help="start one training per fold of the command's --folds")
     job.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes to train on (default: 1)")
-    job.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per node, a rank for each; 0: none (default: "
-        "as k8s/ or the settings of the Slurm cluster have it; all that are here)")  # fmt: skip
+    job.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per node, with one rank per GPU; 0 uses the "
+        "CPU (default: as in k8s/ or in the settings of the Slurm cluster; with local, all GPUs)")  # fmt: skip
     job.add_argument(
         "--nproc-per-node", type=int, metavar="N", help="ranks per node (default: one per GPU, or a single one)"
     )
-    job.add_argument("--cpus-per-gpu", type=int, metavar="N", help="cores for each of the GPUs (default: as the "
-        "cluster's settings have it)")  # fmt: skip
-    job.add_argument("--memory-per-gpu", type=_gibibytes, metavar="GIB", help="GiB of memory for each of the GPUs "
-        "(default: as the cluster's settings have it)")  # fmt: skip
-    how.add_argument("--cluster", required=True, choices=["slurm", "k8s", "local"], help="where to run it")
-    how.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
-    how.add_argument("--wait", action="store_true", help="wait for the end, and end with the job's exit code")
-    how.add_argument("--if-changed", action="store_true", help="predict only when data, "
-        "model or code have changed; else publish the last rows under the new date, from here")  # fmt: skip
-    how.add_argument("--settings", type=Path, metavar="FILE", help="of the cluster (default: slurm/cluster.toml, "
-        "k8s/cluster.toml)")  # fmt: skip
+    job.add_argument("--cpus-per-gpu", type=int, metavar="N", help="CPU cores per GPU (default: as in the cluster's "
+        "settings)")  # fmt: skip
+    job.add_argument("--memory-per-gpu", type=_gibibytes, metavar="GIB", help="GiB of memory per GPU (default: as in "
+        "the cluster's settings)")  # fmt: skip
+    how.add_argument("--cluster", required=True, choices=["slurm", "k8s", "local"], help="where to run the job")
+    how.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
+    how.add_argument("--wait", action="store_true", help="wait until the job has ended; the exit code is the job's")
+    how.add_argument("--if-changed", action="store_true", help="predict only if data, model or code have changed; "
+        "otherwise this command publishes the last rows under the new date")  # fmt: skip
+    how.add_argument("--settings", type=Path, metavar="FILE", help="settings of the cluster (default: "
+        "slurm/cluster.toml, k8s/cluster.toml)")  # fmt: skip
     how.add_argument("--queue", metavar="NAME", help="Slurm's partition, or the LocalQueue of Kueue on Kubernetes")
     how.add_argument("--priority", metavar="NAME", help="Slurm's QOS, or the PriorityClass of Kubernetes")
     how.add_argument("--max-requeues", type=_count, default=DEFAULTS["max_requeues"], metavar="N",
-        help="requeues of a Slurm job that was stopped or preempted (default: 100)")  # fmt: skip
+        help="how often a Slurm job is requeued after it was stopped or preempted (default: 100)")  # fmt: skip
     how.add_argument("--image", metavar="NAME", help="image for Kubernetes (default: as in k8s/cluster.toml)")
-    how.add_argument("--context", metavar="NAME", help="of the kubeconfig (default: as in k8s/cluster.toml, or the "
-        "current one)")  # fmt: skip
-    how.add_argument("--namespace", metavar="NAME", help="of Kubernetes (default: as in k8s/cluster.toml, or that "
-        "of the context)")  # fmt: skip
+    how.add_argument("--context", metavar="NAME", help="context of the kubeconfig (default: as in k8s/cluster.toml, "
+        "else the current one)")  # fmt: skip
+    how.add_argument("--namespace", metavar="NAME", help="namespace of Kubernetes (default: as in k8s/cluster.toml, "
+        "else that of the context)")  # fmt: skip
     how.add_argument(
         "--jobset", action="store_true", help="on Kubernetes, send a training on several nodes as a JobSet"
     )

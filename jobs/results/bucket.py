@@ -1,6 +1,6 @@
-"""What lies in a bucket: runs and submissions, and how they ended.
+"""Lists the runs and submissions in a bucket, and how the runs ended.
 
-One listing names all objects; only the documents that are shown are read, once each and several at a time.
+One listing request finds all objects. Of those, only the small JSON documents that a list needs are read, in parallel.
 """
 
 from __future__ import annotations
@@ -33,29 +33,31 @@ from fusion.storage import Entry
 T = TypeVar("T")
 U = TypeVar("U")
 
-Listing = Mapping[str, Entry]  # by the path below a folder
+Listing = Mapping[str, Entry]  # objects by their path below a folder
 
-# Documents read at a time: s3fs keeps ten connections by default, so more would only wait.
+# Documents read at the same time. s3fs keeps ten connections by default, so that more threads would only wait.
 N_THREADS = 10
-# A running training commits every minute unless --checkpoint-seconds says otherwise, and ends itself after 10 minutes
-# without a step (--stall-timeout). After 15 it has most likely been killed outright, which no document can say.
+# A training commits a checkpoint every minute unless --checkpoint-seconds sets another interval, and ends itself after
+# 10 minutes without a step (--stall-timeout). A run that has written nothing for 15 minutes was most likely killed with
+# SIGKILL, which leaves no record. A training with rarer checkpoints looks silent although it is running.
 SILENT_AFTER = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as a list shows it. Times are UTC.
+    """One run in a list. Times are UTC.
 
     Attributes:
-        smape: validation SMAPE of its best checkpoint, in %; None before the first.
-        state: finished, running, silent, stopped, failed, or unreadable. One that was killed outright could not say
-            so: it is running until nothing has been written for `SILENT_AFTER`, then silent.
-        code: exit code of its newest attempt, once that has ended.
-        started, ended: of the run and of its newest attempt.
-        last_sign: when anything of it was last written; empty where the store does not say.
-        split: 12 letters that are equal for runs that validated on the same rows; empty before the first checkpoint.
+        smape: validation SMAPE of its best checkpoint, in %; None before the first checkpoint.
+        state: finished, running, silent, stopped, failed, or unreadable. A run without a record of its end is running,
+            and silent when none of its files has been written for `SILENT_AFTER`.
+        code: exit code of its newest attempt; None while that is running.
+        attempts: how often the run was started.
+        started, ended: start of the run, and end of its newest attempt.
+        last_sign: when one of its files was last written; empty where the store keeps no times.
+        split: 12 hex digits that are equal for runs that validated on the same rows; empty before the first checkpoint.
         served: whether predictions use it unless they name another run.
-        error: what the newest attempt, or the reading of the run, says went wrong.
+        error: the error of the newest attempt, or why the run cannot be read.
     """
 
     run_id: str
@@ -73,12 +75,21 @@ class Run:
 
     @property
     def is_failed_try(self) -> bool:
-        """Whether it ended with an error before it had anything to show."""
+        """Whether it ended with an error before its first validated checkpoint."""
         return self.state == "failed" and self.smape is None
 
 
 @dataclass(frozen=True)
 class Submission:
+    """One committed submission in a list.
+
+    Attributes:
+        rows: number of rows; None when the manifest is damaged.
+        run: id of the run that made the predictions.
+        current: whether it is the one that is published under its name.
+        error: why its manifest cannot be read.
+    """
+
     name: str
     date: str
     digest: str
@@ -89,7 +100,7 @@ class Submission:
 
 
 def list_runs(output: str) -> list[Run]:
-    """All runs: the finished ones, then the others, each newest first."""
+    """All runs: first the finished ones, then the others, each newest first."""
     folders = _by_folder(storage.find(storage.join(output, "runs")), depth=1)
     root, now = storage.join(output, "runs"), datetime.now(UTC)
     runs = _in_parallel(lambda run_id: _describe_run(root, run_id, folders[run_id], now), folders)
@@ -100,7 +111,7 @@ def list_runs(output: str) -> list[Run]:
 
 
 def _by_folder(listing: Listing, depth: int) -> dict[str, Listing]:
-    """The objects of each folder that many levels down, by their paths below it."""
+    """The objects of each folder `depth` levels down, by their paths below that folder."""
     folders: dict[str, dict[str, Entry]] = defaultdict(dict)
     for path, found in listing.items():
         parts = path.split("/")
@@ -116,25 +127,26 @@ def _served(output: str, variants: Iterable[str]) -> set[str]:
 
 
 def _describe_run(root: str, run_id: str, listing: Listing, now: datetime) -> Run:
+    """The run as a list shows it, whatever state its files are in; raises no DataError."""
     seen = max((found.modified for found in listing.values() if found.modified), default=None)
     sign = f"{seen.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}" if seen else ""
     if ENSEMBLE in listing:
         return _describe_ensemble(root, run_id, listing, sign)
     if LEASE not in listing:
-        return Run(run_id, last_sign=sign, error="it has no lease.json: no attempt ever began")
+        return Run(run_id, last_sign=sign, error="there is no lease.json: the run was never started")
     try:
         run = _read_run(storage.join(root, run_id), listing)
     except DataError as error:
         return Run(run_id, last_sign=sign, error=error.message)
     if run.state == "running" and seen and now - seen > SILENT_AFTER:
-        return replace(run, state="silent", last_sign=sign, error=f"no sign since {sign}: killed, most likely")
+        return replace(run, state="silent", last_sign=sign, error=f"nothing written since {sign}: most likely killed")
     return replace(run, last_sign=sign)
 
 
 def _describe_ensemble(root: str, run_id: str, listing: Listing, sign: str) -> Run:
     url = storage.join(root, run_id)
     if MANIFEST not in listing:
-        return Run(run_id, "ensemble", last_sign=sign, error="it was not completed: make it again")
+        return Run(run_id, "ensemble", last_sign=sign, error="the ensemble is incomplete: make it again")
     try:
         record, facts = RunFolder(url).ensemble(), _read_listed(RunFacts, url, FACTS, listing)
     except DataError as error:
@@ -145,7 +157,7 @@ def _describe_ensemble(root: str, run_id: str, listing: Listing, sign: str) -> R
 
 def _read_run(url: str, listing: Listing) -> Run:
     attempt = max((int(name) for name in _by_folder(_below(listing, "attempts"), 1) if name.isdecimal()), default=1)
-    facts = _read_listed(RunFacts, url, FACTS, listing)  # none: it never read its data
+    facts = _read_listed(RunFacts, url, FACTS, listing)  # None for a run that ended before it had read its data
     end = _read_listed(AttemptEnd, url, f"attempts/{attempt}/exit.json", listing)
     begun = facts or _read_listed(AttemptStart, url, f"attempts/{attempt}/start.json", listing)
     best = best_checkpoint(url, listing)
@@ -164,6 +176,7 @@ def _read_run(url: str, listing: Listing) -> Run:
 
 
 def _read_listed(kind: type[T], url: str, path: str, listing: Listing) -> T | None:
+    """The document, or None when the listing does not have it, which saves a request."""
     return read(kind, storage.join(url, path)) if path in listing else None
 
 
@@ -172,7 +185,7 @@ def _below(listing: Listing, folder: str) -> Listing:
 
 
 def best_checkpoint(run: str, listing: Listing) -> Checkpoint | None:
-    """The best of the committed checkpoints that were validated; a damaged one is named in the log and left out."""
+    """The best committed checkpoint that was validated. A damaged checkpoint is logged and skipped."""
     names = _by_folder(_below(listing, "checkpoints"), 1)
     folders = [storage.join(run, "checkpoints", name) for name, files in names.items() if MANIFEST in files]
     found = []
@@ -184,6 +197,7 @@ def best_checkpoint(run: str, listing: Listing) -> Checkpoint | None:
 
 
 def _state(end: AttemptEnd | None) -> str:
+    """The state of a run, given how its newest attempt ended; None: there is no record of an end."""
     if end is None:
         return "running"
     return {int(ExitCode.DONE): "finished", int(ExitCode.STOPPED): "stopped"}.get(end.code, "failed")
@@ -213,6 +227,7 @@ def _describe_submission(root: str, path: str, current: Mapping[str, str | None]
 
 
 def current_of(output: str, name: str) -> str | None:
+    """Path below `submissions/` of the submission that is published under a name; None when there is none."""
     pointer = read(SubmissionPointer, pointers.url(output, "submissions", name, "current"))
     return pointer.submission if pointer else None
 

@@ -1,4 +1,4 @@
-"""Which run or submission is meant, and which files are pulled of it."""
+"""Finds the run or submission that a user named, and plans which of its files to pull."""
 
 from __future__ import annotations
 
@@ -27,24 +27,35 @@ from jobs.results.bucket import Listing, best_checkpoint, current_of
 from jobs.results.transfer import Item, Plan
 
 POINTERS = ("latest", "best")
-# Files of a run that are pulled without a manifest. What else lies there, such as the parts of an evaluation under way,
-# stays; and no name leads out of the folder, no matter who wrote it.
-BESIDE = re.compile(r"(attempts/\d+/|metrics/)?[A-Za-z0-9][A-Za-z0-9._-]*")
+# Files of a run that no manifest names and that are pulled nevertheless: those at the top, in attempts/ and metrics/.
+# Other files, such as the resumable chunks of an evaluation under way, stay in the bucket. The pattern also excludes
+# `..` and absolute paths, so that no object can be written outside the folder.
+UNLISTED = re.compile(r"(attempts/\d+/|metrics/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to pull: the folder's path below the output, and the pointer that named it, if one did."""
+    """What to pull.
+
+    Attributes:
+        path: the folder's path below the output.
+        pointer: path and content of the pointer that named the folder; empty when the user gave an id.
+    """
 
     path: str
     pointer: dict[str, bytes]
 
 
 def choose_run(output: str, which: str, variant: str | None) -> Choice:
-    """The run that `latest` or `best` of a variant names, or the one of that id.
+    """The run with this id, or the one that the pointer `latest` or `best` of a variant names.
+
+    Args:
+        which: an id, `latest` or `best`.
+        variant: whose pointer to read; None: the only variant that has runs.
 
     Raises:
-        DataError: there is none; UsageError: there are several variants, and none was given.
+        DataError: there is no such run.
+        UsageError: several variants have runs, and `variant` is None.
     """
     if which not in POINTERS:
         known = [storage.base(url) for url in storage.ls(storage.join(output, "runs"))]
@@ -55,7 +66,7 @@ def choose_run(output: str, which: str, variant: str | None) -> Choice:
     path = f"pointers/runs/{variant}/{which}.json"
     content = storage.read_if_exists(storage.join(output, path))
     if content is None:
-        raise DataError(f"no finished run of {variant} under {output}", _lists("runs", output))
+        raise DataError(f"no finished run of {variant} under {output}", _listing_hint("runs", output))
     return Choice(f"runs/{parse(RunPointer, content, storage.join(output, path)).run_id}", {path: content})
 
 
@@ -64,15 +75,17 @@ def _only_variant(output: str) -> str:
     if len(variants) == 1:
         return variants[0]
     if not variants:
-        raise DataError(f"no finished run under {output}", f"{_lists('runs', output)}; --output names the bucket")
+        raise DataError(
+            f"no finished run under {output}", f"{_listing_hint('runs', output)}; --output names the bucket"
+        )
     raise UsageError(f"there are runs of {' and '.join(variants)}", f"choose with --variant {variants[0]}")
 
 
 def choose_submission(output: str, which: str, name: str) -> Choice:
-    """The submission that `current` names, or the one of a date, or of DATE/DIGEST.
+    """A submission by its date or DATE/DIGEST, or the one that is `current`.
 
     Raises:
-        DataError: there is none, or there are several of that date and none of them is current.
+        DataError: there is no such submission, or the date has several and none of them is current.
     """
     if which == "current":
         return _current_submission(output, name)
@@ -87,7 +100,7 @@ def choose_submission(output: str, which: str, name: str) -> Choice:
     there = ", ".join(f"{date}/{storage.base(url)}" for url in found)
     raise DataError(
         f"{len(matching) or 'no'} submissions {which} of {name!r} under {output}",
-        f"name one of {there}" if there else _lists("submissions", output),
+        f"name one of {there}" if there else _listing_hint("submissions", output),
     )
 
 
@@ -96,47 +109,54 @@ def _current_submission(output: str, name: str) -> Choice:
     content = storage.read_if_exists(storage.join(output, path))
     if content is None:
         known = [storage.base(url) for url in storage.ls(storage.join(output, "pointers", "submissions"))]
-        raise DataError(f"no submission named {name!r} under {output}", _nearest(name, known, output))
+        raise DataError(f"no submission named {name!r} under {output}", _name_hint(name, known, output))
     pointer = parse(SubmissionPointer, content, storage.join(output, path))
     return Choice(f"submissions/{pointer.submission}", {path: content})
 
 
 def plan_run(output: str, choice: Choice, *, state: bool) -> Plan:
-    """All files of a run but its lease and all but its best checkpoint; `state.pt` of that one only if asked for."""
+    """The files of a run to pull: all but its lease, the temporary ones and all checkpoints except the best.
+
+    Args:
+        state: whether to pull `state.pt` of the best checkpoint.
+    """
     run = storage.join(output, choice.path)
     listing = storage.find(run)
-    if not listing:  # a pointer may outlive it
+    if not listing:  # The pointer may name a run that was deleted.
         raise no_run(output, storage.base(run))
-    if ENSEMBLE in listing:  # its members are runs of their own
+    if ENSEMBLE in listing:  # The folder has no weights: its members are other runs.
         plan = _committed(output, choice.path, Manifest)
-        return _joined(plan, Plan([], choice.pointer | _marker(output, choice, [])))
+        return _merged(plan, Plan([], choice.pointer | _marker(output, choice, [])))
     best = best_checkpoint(run, listing)
     metrics = _committed(output, f"{choice.path}/metrics", Manifest, required=False)
-    plan = _joined(metrics, _beside(choice.path, listing, metrics, best))
+    plan = _merged(metrics, _unlisted(choice.path, listing, metrics, best))
     if best:
         weights = _committed(output, f"{choice.path}/checkpoints/{best.name}", CheckpointManifest)
         kept = [item for item in weights.items if state or storage.base(item.path) != STATE]
-        plan = _joined(plan, Plan(kept, weights.last))
+        plan = _merged(plan, Plan(kept, weights.last))
     left_out = [LEASE] if state or not best else [LEASE, f"checkpoints/{best.name}/{STATE}"]
-    return _joined(plan, Plan([], choice.pointer | _marker(output, choice, left_out)))
+    return _merged(plan, Plan([], choice.pointer | _marker(output, choice, left_out)))
 
 
 def plan_submission(output: str, choice: Choice) -> Plan:
-    """A submission and its manifest."""
+    """The files of a submission to pull: its manifest and all that the manifest names."""
     named = _committed(output, choice.path, SubmissionManifest)
-    return _joined(named, Plan([], choice.pointer | _marker(output, choice, [])))
+    return _merged(named, Plan([], choice.pointer | _marker(output, choice, [])))
 
 
 def _marker(output: str, choice: Choice, left_out: list[str]) -> dict[str, bytes]:
-    """What says to `fusion.verify` that the folder is a copy, and what it lacks on purpose."""
+    """The document that tells `fusion.verify` that the folder is a copy, and which files it lacks on purpose."""
     marker = Pulled(storage.join(output, choice.path), tuple(left_out))
     return {f"{choice.path}/{PULLED}": seal(asdict(marker))}
 
 
 def _committed(output: str, path: str, kind: type[Manifest], *, required: bool = True) -> Plan:
-    """The files that the folder's manifest names."""
+    """The files that the manifest of a folder names, and the manifest.
+
+    Args:
+        required: False for metrics/, which has no manifest before the first evaluation and while one is rewriting it.
+    """
     url = storage.join(output, path, MANIFEST)
-    # The metrics have none before the first evaluation, and while one writes them again.
     content = storage.read(url) if required else storage.read_if_exists(url)
     if content is None:
         return Plan([], {})
@@ -145,27 +165,35 @@ def _committed(output: str, path: str, kind: type[Manifest], *, required: bool =
     return Plan(items, {f"{path}/{MANIFEST}": content})
 
 
-def _beside(path: str, listing: Listing, metrics: Plan, best: Checkpoint | None) -> Plan:
-    """The files of a run that no manifest of files names; every checkpoint's has the hashes of some."""
+def _unlisted(path: str, listing: Listing, metrics: Plan, best: Checkpoint | None) -> Plan:
+    """The files of a run that are in none of its manifests' lists of files.
+
+    Of these, split, features and memory are verified nevertheless: the manifest of a checkpoint has their digests.
+
+    Args:
+        path: the run's folder below the output.
+        metrics: the plan of its metrics/, whose manifest may name files.
+        best: its best checkpoint.
+    """
     named = {item.path for item in metrics.items} | set(metrics.last)
-    below = sorted(name for name in listing if BESIDE.fullmatch(name) and f"{path}/{name}" not in named)
-    digests = _digests_beside(best) if best else {}
+    below = sorted(name for name in listing if UNLISTED.fullmatch(name) and f"{path}/{name}" not in named)
+    digests = _unlisted_digests(best) if best else {}
     left_out = {LEASE, PULLED, SPLIT, FEATURES, MEMORY, f"metrics/{MANIFEST}"}
     items = [Item(listing[name].url, f"{path}/{name}") for name in below if name not in left_out]
     for name in (SPLIT, FEATURES, MEMORY):
         if name in listing:
-            found, digest = listing[name], digests.get(name)  # runs of earlier versions say nothing of it
+            found, digest = listing[name], digests.get(name)  # empty for runs of earlier versions
             entry = FileEntry(name, found.size, digest) if digest else None
             items.append(Item(found.url, f"{path}/{name}", entry))
     return Plan(items, {})
 
 
-def _digests_beside(best: Checkpoint) -> dict[str, str]:
+def _unlisted_digests(best: Checkpoint) -> dict[str, str]:
     made = best.manifest
     return {SPLIT: made.split_sha256, FEATURES: made.features_sha256, MEMORY: made.memory_sha256}
 
 
-def _joined(first: Plan, second: Plan) -> Plan:
+def _merged(first: Plan, second: Plan) -> Plan:
     return Plan([*first.items, *second.items], {**first.last, **second.last})
 
 
@@ -173,10 +201,10 @@ def _is_committed(folder: str) -> bool:
     return storage.exists(storage.join(folder, MANIFEST))
 
 
-def _nearest(wrong: str, known: Iterable[str], output: str) -> str:
+def _name_hint(wrong: str, known: Iterable[str], output: str) -> str:
     near = difflib.get_close_matches(wrong, list(known), n=1)
-    return "".join(f"did you mean {name}? " for name in near) + _lists("submissions", output)
+    return "".join(f"did you mean {name}? " for name in near) + _listing_hint("submissions", output)
 
 
-def _lists(what: str, output: str) -> str:
+def _listing_hint(what: str, output: str) -> str:
     return f"`python jobs/pull.py {what} --output {output}` lists what is there"

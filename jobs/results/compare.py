@@ -1,6 +1,7 @@
-"""What differs between runs: their settings, their SMAPE, and their metrics group by group.
+"""Shows how runs differ: in their settings, their SMAPE, and their metrics by group.
 
-It only reads what is there. `python -m fusion.compare` says which run is better, and whether by more than chance.
+All figures come from files that the runs have written. For a test of which run is better, with standard errors, use
+`python -m fusion.compare`.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ from fusion import storage
 from fusion.errors import UsageError
 from fusion.records.run import RunFolder, damaged, differing
 
-NAMES = {"by", "group"}
-WHERE = {"output", "run_id"}  # different for any two runs
+NAMES = {"by", "group"}  # columns of groups.csv that are not metrics
+IGNORED = {"output", "run_id"}  # settings that differ between any two runs
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs side by side; each list has one value per run.
+    """Several runs side by side. Each list has one value per run.
 
     Attributes:
-        variants: empty for a run that never read its data.
-        settings: those that differ; None where a run's variant has no such setting.
-        smape: validation SMAPE of the best checkpoint, in %; None before the first.
-        metric: of the groups.
-        groups: (by, group) to the metric; None where a run has no such group. Empty unless two runs were evaluated.
-        not_evaluated: runs without metrics by groups.
-        same_rows: whether all validated on the same rows, so that the figures can be compared at all.
+        variants: empty text for a run that ended before it had read its data.
+        smape: validation SMAPE of the best checkpoint, in %; None before the first checkpoint.
+        settings: the settings that differ, by name; None where a run's variant has no such setting.
+        metric: name of the metric in `groups`.
+        groups: values of the metric by (by, group); None where a run has no such group. Empty unless at least two runs
+            were evaluated.
+        not_evaluated: runs without metrics by group.
+        same_rows: whether all runs validated on the same rows; otherwise their figures cannot be compared.
     """
 
     runs: list[str]
@@ -47,8 +49,11 @@ class Comparison:
 def compare(runs: Sequence[RunFolder], metric: str = "smape") -> Comparison:
     """Compares runs.
 
+    Args:
+        metric: a column of metrics/groups.csv.
+
     Raises:
-        DataError: a run lacks its settings, or they are damaged.
+        DataError: a run's config.json or groups.csv is missing or damaged.
         UsageError: there is no such metric.
     """
     settings = [run.settings() for run in runs]
@@ -59,7 +64,7 @@ def compare(runs: Sequence[RunFolder], metric: str = "smape") -> Comparison:
         [run.run_id for run in runs],
         [_variant(run) for run in runs],
         [_smape(run) for run in runs],
-        differing(settings, WHERE),
+        differing(settings, IGNORED),
         metric,
         {key: [one.get(key) for one in metrics] for key in groups} if len(evaluated) > 1 else {},
         [run.run_id for run, found in zip(runs, metrics, strict=True) if not found],
@@ -82,7 +87,7 @@ def _same_rows(runs: Sequence[RunFolder]) -> bool:
 
 
 def _groups(run: RunFolder, metric: str) -> dict[tuple[str, str], float | None]:
-    """(by, group) to the metric; empty when the run has not been evaluated."""
+    """Values of the metric by (by, group); empty when the run has not been evaluated."""
     url = run.at("metrics", "groups.csv")
     data = storage.read_if_exists(url)
     if data is None:
@@ -104,5 +109,6 @@ def _values(url: str, text: str, metric: str) -> Iterator[tuple[tuple[str, str],
     for row in rows:
         if row[metric] is None:
             raise ValueError(f"line {rows.line_num} has fewer fields than the first")
-        value = float(row[metric]) if row[metric] else None  # empty: not defined for this group
-        yield (row["by"], row["group"]), value if value is None or math.isfinite(value) else None
+        # An empty cell or nan: the metric is not defined for this group, as R² of one row is not.
+        value = float(row[metric] or "nan")
+        yield (row["by"], row["group"]), value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Tables of runs, submissions and comparisons on standard output."""
+"""Prints tables of runs, submissions and comparisons on standard output."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from fusion.errors import ExitCode, visible
 from jobs.results.bucket import Run, Submission
 from jobs.results.compare import Comparison
 
-MINUTE = len("2026-01-02T03:04")
+MINUTE = len("2026-01-02T03:04")  # times are shown to the minute
 NUMBERS = ("SMAPE", "rows", "tries")  # columns that are aligned on the right
+MIN_FIXED_POINT = 0.01  # smaller numbers, such as a learning rate, would be rounded to 0.00 with two digits
 
 
 def runs(found: Sequence[Run], output: str, *, failed: bool = False, width: int | None = None) -> None:
-    """The runs in their order; those that failed before they had a model only if asked for, or alone.
+    """Prints the runs in the given order.
 
     Args:
-        width: columns of the terminal; without room for it, the variant is left out. None: as many as it takes.
+        failed: also show runs that failed before they had a model. If there are no others, these are shown anyway.
+        width: columns of the terminal; a table that is wider leaves out the variant. None: any width.
     """
-    tries = [run for run in found if run.is_failed_try]
-    shown = list(found) if failed else [run for run in found if not run.is_failed_try] or tries
+    with_model = [run for run in found if not run.is_failed_try]
+    shown = with_model if with_model and not failed else list(found)
     if not shown:
         print(f"no runs in {visible(output)}")
         return
@@ -45,7 +47,7 @@ def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, co
             "SMAPE": _cell(run.smape),
             "split": splits.get(run.split, "-"),
             "started (UTC)": run.started[:MINUTE].replace("T", " "),
-            "state": _standing(run),
+            "state": _state_cell(run),
             "tries": str(run.attempts),
         }
         terminal.add(table, *(cells[column] for column in columns))
@@ -53,12 +55,12 @@ def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, co
 
 
 def _letters(splits: Iterable[str]) -> dict[str, str]:
-    """A name for each split that is shown: A, B, …, Z, 27, …"""
+    """A short name for each split: A, B, …, Z, 27, 28, …"""
     names = enumerate(dict.fromkeys(split for split in splits if split))
     return {split: ascii_uppercase[i] if i < len(ascii_uppercase) else str(i + 1) for i, split in names}
 
 
-def _standing(run: Run) -> str:
+def _state_cell(run: Run) -> str:
     if run.served:
         return "served"
     return run.state if run.code in (None, ExitCode.DONE) else f"{run.state} ({run.code})"
@@ -67,10 +69,10 @@ def _standing(run: Run) -> str:
 def _explain(shown: Sequence[Run], n_splits: int, n_hidden: int) -> None:
     _print_errors((run.run_id, run.error) for run in shown)
     if n_splits > 1:
-        print("SMAPE can be compared between runs of one split: they validated on the same rows")
+        print("SMAPE can be compared between runs with the same split letter: they validated on the same rows")
     if n_hidden:
         tries = "1 failed try" if n_hidden == 1 else f"{n_hidden} failed tries"
-        print(f"{tries} without a model: see --failed")
+        print(f"{tries} without a model: add --failed to list them")
 
 
 def _print_errors(errors: Iterable[tuple[str, str]]) -> None:
@@ -109,10 +111,10 @@ def comparison(found: Comparison, output: str) -> None:
         command = f"python -m fusion.{variant}.evaluate_by_groups --output {output} --run-id {run}"
         print(visible(f"note: {run} has no metrics by group; `{command}` makes them"))
     if not found.same_rows:
-        print("note: these runs did not validate on the same rows; their figures differ for that reason as well")
+        print("note: these runs did not validate on the same rows, so that their figures cannot be compared directly")
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if isinstance(value, float) and abs(value) >= 0.01 else str(value)
+    return f"{value:.2f}" if isinstance(value, float) and abs(value) >= MIN_FIXED_POINT else str(value)

@@ -1,8 +1,8 @@
-"""Fetches objects into a folder: whole files, several at a time, verified by sha256.
+"""Downloads objects into a folder, several files at a time, and verifies their sha256.
 
-A file gets its name once all of it is written and its hash is right, so a broken fetch goes on with the first file that
-is not there. Files that a manifest names come before the manifest, so the rule of the bucket holds in the folder too:
-without `MANIFEST.json` nothing is complete.
+A file gets its final name only after it is complete and its hash is verified, so that an interrupted download continues
+with the files that are missing. A manifest is written after all files that it names. Thus the rule of the bucket holds
+in the folder as well: a folder without `MANIFEST.json` is incomplete.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fusion import log, storage
 from fusion.errors import ConfigError, DataError, FusionError, UnreachableError
 from fusion.records.schemas import FileEntry, Seal, seal_of
 
-_REMEDY = "pull another run or submission, or make this one again; `python -m fusion.verify URL` says what else"
+_REMEDY = "pull another run or submission, or make this one again; `python -m fusion.verify URL` checks all its files"
 
-# Files at a time, each whole in memory: of a run the largest, state.pt, has about 200 MB.
+# Files at the same time. Each is held in memory as a whole; the largest one of a run, state.pt, has about 200 MB.
 N_FILES = 4
 
 
@@ -30,8 +30,8 @@ class Item:
     """One object to fetch.
 
     Attributes:
-        path: where below the folder.
-        entry: what a manifest promises of it; None for what no manifest names, which is fetched each time.
+        path: where to write it, below the folder.
+        entry: its size and sha256 from a manifest; None for a file that no manifest names, which is fetched each time.
     """
 
     url: str
@@ -41,7 +41,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to fetch, and documents that were read already, in the order they are to be written after all else."""
+    """What to fetch.
+
+    Attributes:
+        last: path and content of documents that were read already, such as manifests; they are written in this order
+            after all items.
+    """
 
     items: Sequence[Item]
     last: Mapping[str, bytes]
@@ -53,18 +58,24 @@ class Plan:
 
 
 class Outcome(Enum):
+    """What `fetch` did about a file."""
+
     THERE = "there already"
     FETCHED = "fetched"
     REPLACED = "damaged in the folder, and replaced"
 
 
 def fetch(plan: Plan, folder: str) -> tuple[dict[str, Outcome], int]:
-    """Fetches what is not there yet: what became of every path, and how many bytes came over the network.
+    """Fetches the files that are missing or damaged in the folder.
+
+    Returns:
+        The outcome for each path, and the number of bytes that were read from the store.
 
     Raises:
-        DataError: an object is not what its manifest says, or is no longer there.
+        DataError: an object differs from its manifest, or was deleted meanwhile.
         ConfigError: the folder cannot be written.
-        CredentialsError, UnreachableError: as for `fusion.storage.read`, or the disk is full; what was fetched stays.
+        CredentialsError: as for `fusion.storage.read`.
+        UnreachableError: as for `fusion.storage.read`, or the disk is full. Files that were complete are kept.
     """
     outcomes: dict[str, Outcome] = {}
     n_fetched = n_done = 0
@@ -79,7 +90,7 @@ def fetch(plan: Plan, folder: str) -> tuple[dict[str, Outcome], int]:
                 n_done += item.entry.bytes if item.entry else 0
                 show(n_done)
         except BaseException as error:
-            # Files under way are finished and stay, but Ctrl-C does not wait for them.
+            # After an error, downloads under way are completed and kept. After Ctrl-C nobody waits for them.
             pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
             raise
     pool.shutdown()
@@ -88,15 +99,16 @@ def fetch(plan: Plan, folder: str) -> tuple[dict[str, Outcome], int]:
     return outcomes, n_fetched
 
 
-def damaged(plan: Plan, folder: str) -> dict[str, str]:
-    """Paths whose files are not what their manifests say, and what is wrong with each. Fetches nothing."""
+def find_damaged(plan: Plan, folder: str) -> dict[str, str]:
+    """What is wrong with each file of the folder that differs from its manifest, by path. Fetches nothing."""
     named = {item.path: item.entry for item in plan.items if item.entry}
     wrong = {path: _difference(Path(folder, path), entry) for path, entry in named.items()}
     return {path: what for path, what in wrong.items() if what}
 
 
 def _difference(path: Path, entry: FileEntry) -> str:
-    if not os.path.isfile(path):  # Path.is_file raises for what this user may not look at
+    """How a file differs from its manifest; empty when it does not."""
+    if not os.path.isfile(path):  # Path.is_file raises PermissionError below folders of other users.
         return "is missing"
     try:
         with path.open("rb") as file:
@@ -109,13 +121,13 @@ def _difference(path: Path, entry: FileEntry) -> str:
 
 
 def _fetch_one(item: Item, target: Path) -> tuple[Outcome, int]:
-    """What became of the file, and how many bytes were read for it."""
+    """Fetches one file if it is needed; returns the outcome, and how many bytes were read from the store."""
     if item.entry and not _difference(target, item.entry):
         return Outcome.THERE, 0
     outcome = Outcome.FETCHED
     if item.entry and os.path.lexists(target):
         outcome = Outcome.REPLACED
-        _remove(target)  # what is wrong does not keep its name, also when the fetch fails
+        _remove(target)  # before the fetch, so that no damaged file is left if that fails
     content = storage.read(item.url)
     if item.entry:
         _verify(item.url, content, item.entry)
@@ -128,6 +140,7 @@ def _fetch_one(item: Item, target: Path) -> tuple[Outcome, int]:
 
 
 def _holds(target: Path, content: bytes) -> bool:
+    """Whether the file exists with this content."""
     try:
         return target.read_bytes() == content
     except OSError:
@@ -150,12 +163,12 @@ def _remove(target: Path) -> None:
 
 
 def _write(target: Path, content: bytes) -> None:
-    """Writes the file whole, beside its place first: a link that stands there is replaced, not followed."""
+    """Writes a temporary file and renames it: a symbolic link at the target is replaced, and not followed."""
     try:
         storage.write(str(target), content)
-    except UnreachableError:  # the disk is full
+    except UnreachableError:  # which storage raises when the disk is full
         raise
-    except (OSError, FusionError) as error:  # what the disk says, in words that are meant for a store
+    except (OSError, FusionError) as error:  # storage words its errors for stores; this one names --to
         raise _unwritable(target, error) from error
 
 

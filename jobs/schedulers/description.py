@@ -1,7 +1,8 @@
-"""What is to be run: one description of a job, the same for every cluster.
+"""Describes a job in the same way for every cluster.
 
-A job is one of Fusion's commands with all of its settings as flags. They are checked and frozen at submission, so that
-a mistake costs a second and not an hour in a queue, and nothing that is edited later changes a job that waits.
+A job is one of Fusion's commands with all of its settings as flags. The settings are validated and written into flags
+before the job is submitted. A mistake is thus found at once and not after an hour in a queue, and editing a settings
+file later does not change jobs that are already in the queue.
 """
 
 from __future__ import annotations
@@ -20,22 +21,26 @@ from fusion.variants import variants
 MODULES = {"train": "train", "evaluate": "evaluate_by_groups", "predict": "predict_test"}
 
 PER_GPU = ("cpus_per_gpu", "memory_per_gpu")
-LEAST = {"nodes": 1, "gpus_per_node": 0, "nproc_per_node": 1, "cpus_per_gpu": 1, "memory_per_gpu": 1}
-LATER = (*PER_GPU, "queue", "priority", "jobset")  # jobs that leave them out are called what they were before
+MINIMUM = {"nodes": 1, "gpus_per_node": 0, "nproc_per_node": 1, "cpus_per_gpu": 1, "memory_per_gpu": 1}
+# Fields that were added after the first release. They enter the digest, and so the name, of a job only if they are set:
+# the names of jobs without them stay the same.
+ADDED_LATER = (*PER_GPU, "queue", "priority", "jobset")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command of Fusion and what it needs.
+    """One command of Fusion and the resources that it needs.
 
     Attributes:
-        flags: settings of the command, see `frozen`.
-        gpus_per_node: None leaves it to the cluster: one for training, none for the rest.
-        nproc_per_node: ranks per node; None leaves it to the launcher: one per GPU, or a single one.
-        cpus_per_gpu, memory_per_gpu: cores, and GiB of memory, for each of its GPUs; None: as the cluster has it.
+        task: train, evaluate or predict.
+        flags: settings of the command as flags, see `frozen`.
+        gpus_per_node: None: one GPU for training and none for the other tasks, unless the cluster's settings say more.
+        nproc_per_node: ranks per node; None: the launcher starts one per GPU, or a single one without GPUs.
+        cpus_per_gpu: CPU cores per GPU; None: as in the cluster's settings.
+        memory_per_gpu: GiB of memory per GPU; None: as in the cluster's settings.
         queue: LocalQueue of Kueue, or partition of Slurm.
         priority: PriorityClass of Kubernetes, or QOS of Slurm.
-        jobset: whether Kubernetes gets a JobSet in place of a Job.
+        jobset: whether a JobSet is sent to Kubernetes in place of a Job.
     """
 
     variant: str
@@ -52,12 +57,12 @@ class Job:
 
     def __post_init__(self) -> None:
         _expect_one_of("--task", self.task, MODULES)
-        _expect_one_of("--variant", self.variant, _predicting() if self.task == "predict" else variants())
-        for name, least in LEAST.items():
+        _expect_one_of("--variant", self.variant, _variants_for_prediction() if self.task == "predict" else variants())
+        for name, minimum in MINIMUM.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and value < minimum:
                 flag = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{flag} is {value}, expected at least {least}", f"give {flag} {least} or more")
+                raise UsageError(f"{flag} is {value}, expected at least {minimum}", f"give {flag} {minimum} or more")
         if self.nodes > 1 and self.task != "train":
             raise UsageError(f"--nodes is {self.nodes}, and {self.task} runs on one node", "leave out --nodes")
         if self.jobset and self.nodes == 1:
@@ -72,18 +77,24 @@ class Job:
         return f"fusion.{self.variant}.{MODULES[self.task]}"
 
     def command(self, python: str = "python") -> list[str]:
-        """The command of every node, the same on every cluster."""
-        n_ranks = self.nproc_per_node or (None if self.gpus_per_node is None else max(1, self.gpus_per_node))
+        """The command that every node runs. It is the same on every cluster."""
+        n_ranks = self.nproc_per_node
+        if n_ranks is None and self.gpus_per_node is not None:
+            n_ranks = max(1, self.gpus_per_node)
         ranks = ["--nproc-per-node", str(n_ranks)] if n_ranks else []
         return [python, "-m", "fusion.launch", *ranks, self.module, *self.flags]
 
     def digest(self, *further: str) -> str:
-        """Eight letters that differ between jobs with different settings."""
-        given = {name: value for name, value in asdict(self).items() if value or name not in LATER}
+        """Eight hex digits that differ between jobs with different settings.
+
+        Args:
+            further: other texts that the digest depends on, such as the image.
+        """
+        given = {name: value for name, value in asdict(self).items() if value or name not in ADDED_LATER}
         return digest([given, *further])[:8]
 
-    def check_amounts(self, n_gpus: int) -> None:
-        """Raises UsageError where something is asked for per GPU, and the job asks for no GPU."""
+    def check_per_gpu(self, n_gpus: int) -> None:
+        """Raises UsageError when the job asks for cores or memory per GPU, and `n_gpus` per node is 0."""
         for name in PER_GPU:
             if getattr(self, name) and not n_gpus:
                 flag = f"--{name.replace('_', '-')}"
@@ -91,37 +102,37 @@ class Job:
 
 
 def config_class(variant: str, task: str) -> type[Any]:
-    """The settings that a task of a variant takes.
+    """The class of the settings that a task of a variant takes.
 
     Raises:
         UsageError: there is no such variant.
     """
     if task == "predict":
-        _expect_one_of("--variant", variant, _predicting())
+        _expect_one_of("--variant", variant, _variants_for_prediction())
         return PredictConfig
     _expect_one_of("--variant", variant, variants())
     trains: type[RunConfig] = import_module(f"fusion.{variant}.config").Config
     return {"train": trains, "evaluate": EvaluateConfig}[task]
 
 
-def _predicting() -> list[str]:
-    """What test.csv can be predicted with."""
+def _variants_for_prediction() -> list[str]:
+    """The values of --variant that can predict test.csv."""
     return [*variants(), ENSEMBLE_VARIANT]
 
 
 def frozen(job: Job) -> Job:
-    """The job with the settings of its flags, of FUSION_… variables and of a `--config` file as flags alone.
+    """The job with all its settings as flags: those given as flags, in FUSION_… variables and in a `--config` file.
 
     Raises:
-        UsageError: a flag that the command does not know.
-        ConfigError: a value that it does not allow.
+        UsageError: the command does not know a flag.
+        ConfigError: a setting has an invalid value.
     """
     flags = as_flags(config_class(job.variant, job.task), job.flags, prog=f"python -m {job.module}")
     return replace(job, flags=tuple(flags))
 
 
 def each_fold(job: Job) -> list[Job]:
-    """One job per fold, for a frozen job with `--folds`."""
+    """One job per fold, for a job that `frozen` returned and that has the flag `--folds`."""
     if job.task != "train" or "--folds" not in job.flags:
         raise UsageError("--each-fold needs a training with --folds", "give both: --each-fold -- --folds 5")
     flags = list(job.flags)
@@ -133,10 +144,11 @@ def each_fold(job: Job) -> list[Job]:
 
 
 def check_together(jobs: Sequence[Job]) -> None:
-    """Raises UsageError when several jobs would write to one run, or to one submission."""
+    """Raises UsageError when several jobs would write to the same run, or to the same submission."""
     if len(jobs) > 1 and jobs[0].task == "predict":
         raise UsageError(
-            f"{len(jobs)} predictions would publish under one name", "give one --variant, and one --name each"
+            f"{len(jobs)} predictions would publish under one name",
+            "submit each alone, with one --variant and a --name of its own",
         )
     if len(jobs) > 1 and jobs[0].task == "train" and any("--run-id" in job.flags for job in jobs):
         raise UsageError(f"--run-id names one run, and these are {len(jobs)}", "leave out --run-id")

@@ -1,4 +1,4 @@
-"""Finds in the log of a job what it said about its end."""
+"""Finds the error that a job ended with in its log."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import re
 
 from fusion.errors import visible
 
+# `to do:` is how earlier versions began a hint; logs of their jobs may still be in use.
 ERROR = re.compile(r"^error: .*(?:\n(?:hint|to do): .*)?", re.MULTILINE)
 
 
 def last_error(log: str) -> str:
-    """The last error in a log, with what to do about it, for a terminal; empty when there is none.
+    """The last error in a log with its hint, safe to print on a terminal; empty when there is none.
 
     >>> print(last_error("error: a\\x1b\\nhint: b\\nsrun: error: c\\n"))
     error: a\\x1b

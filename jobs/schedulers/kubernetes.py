@@ -1,8 +1,8 @@
-"""Jobs on Kubernetes: the files of `k8s/` are the templates, and `kubectl` sends what becomes of them.
+"""Submits jobs to Kubernetes: fills the templates, which are the files of `k8s/`, and sends them with `kubectl`.
 
-Given only a variant and a task, what is sent is the template itself; of the nightly prediction without its flags, since
-a job has the same flags on every cluster. Anything else that is given changes the command's arguments, the number of
-nodes, the GPUs or the image. Such a job has a name of its own, which ends with a digest of its settings.
+A job with only a variant and a task is the template itself. (The nightly prediction is sent without the flags of its
+template, because a job has the same flags on every cluster.) Other settings replace the arguments of the command, the
+number of nodes, the GPUs or the image; the name of such a job ends with a digest of its settings.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import yaml
 from fusion.errors import ConfigError
 from jobs.schedulers.description import Job
 from jobs.schedulers.kubectl import BusyError, Kubectl, Object
-from jobs.schedulers.kubernetes_wait import QUEUE, ending, log_command, standing
-from jobs.schedulers.patience import patiently
+from jobs.schedulers.kubernetes_wait import QUEUE, describe_unfinished, final_condition, log_command
+from jobs.schedulers.patience import retry
 
 K8S = Path(__file__).parents[2] / "k8s"
 TEMPLATES = {
@@ -32,44 +32,44 @@ TEMPLATES = {
 MULTINODE = "train-all-embeddings-multinode"
 GPU = "nvidia.com/gpu"
 TOLERATION = {"key": GPU, "operator": "Exists", "effect": "NoSchedule"}
-DEVICE = {"name": "FUSION_DEVICE", "value": "cuda"}  # ends with 78 where image or node have none
+DEVICE = {"name": "FUSION_DEVICE", "value": "cuda"}  # a job that finds no GPU ends with 78 and does not use the CPU
 JOBSET = "train-all-embeddings-jobset"
-SHM = 8  # the files of k8s/ give an eighth of the memory to /dev/shm
-TRIES = 3  # counted failures that a job survives; of several nodes each counts
-PATIENCE = 30.0  # seconds for which a cluster that says it is busy is asked again; somebody sits in front of it
-PAUSE = 2.0
+SHM_FRACTION = 8  # as in the files of k8s/, /dev/shm gets an eighth of the pod's memory
+TRIES = 3  # backoffLimit per node: failures of pods that a job survives
+RETRY_SECONDS = 30.0  # how long to retry while the cluster is busy; short, because a user waits for the command
+RETRY_PAUSE = 2.0  # seconds between two tries
 
 
 def render(jobs: Sequence[Job], image: str | None = None, templates: Path = K8S) -> str:
-    """The objects that kubectl gets, as JSON."""
+    """The objects that are sent to kubectl, as JSON."""
     return as_text([one for job in jobs for one in objects(job, image, templates)])
 
 
 def as_text(found: Sequence[Object]) -> str:
-    """Objects in the form that kubectl gets: JSON, because what is a number in YAML depends on who reads it (1e-05)."""
+    """Objects as JSON. In YAML, parsers disagree on which unquoted words, such as 1e-05, are numbers."""
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": found}, indent=2) + "\n"
 
 
 def objects(job: Job, image: str | None = None, templates: Path = K8S) -> list[Object]:
-    """What one job consists of; the Job or JobSet itself is the last.
+    """The objects of one job: Service and NetworkPolicy if it has several nodes, and last the Job or JobSet itself.
 
     Raises:
-        ConfigError: the folder has no template for it.
-        UsageError: something is asked for per GPU, and there is none.
+        ConfigError: the folder has no template for the job.
+        UsageError: the job asks for cores or memory per GPU, and for no GPU.
     """
     template = MULTINODE if job.nodes > 1 else TEMPLATES[job.task]
     found = _load(templates / f"{template}.yaml")
     if job.jobset:
-        found = _renamed(_as_jobset(found, templates), JOBSET, instance(job, image))
-    found = cast(list[Object], _renamed(found, template, instance(replace(job, jobset=False), image)))
+        found = _renamed(_as_jobset(found, templates), JOBSET, instance_name(job, image))
+    found = cast(list[Object], _renamed(found, template, instance_name(replace(job, jobset=False), image)))
     _patch(_spec(found[-1]), job, image)
     if job.queue:
         found[-1]["metadata"]["labels"][QUEUE] = job.queue
     return found
 
 
-def instance(job: Job, image: str | None = None) -> str:
-    """What the job is called after `fusion-`."""
+def instance_name(job: Job, image: str | None = None) -> str:
+    """The name of the job without `fusion-`; with a digest of its settings where it differs from the template."""
     several = ("-jobset" if job.jobset else "-multinode") if job.nodes > 1 else ""
     name = f"{job.task}-{job.variant.replace('_', '-')}{several}"
     is_template = replace(job, nodes=1, jobset=False) == Job(job.variant, job.task) and job.nodes <= 2 and not image
@@ -77,21 +77,24 @@ def instance(job: Job, image: str | None = None) -> str:
 
 
 def image_of(templates: Path = K8S) -> str:
-    """The image of the files."""
+    """The image that the files of `k8s/` name."""
     *_, job = _load(templates / f"{TEMPLATES['train']}.yaml")
     return cast(str, job["spec"]["template"]["spec"]["containers"][0]["image"])
 
 
 def submit(jobs: Sequence[Job], image: str | None, kubectl: Kubectl, templates: Path = K8S) -> list[str]:
-    """Starts the jobs, those again that have ended; names of the Jobs, and `jobset/NAME` of JobSets.
+    """Starts the jobs. A job with the same name that has ended is replaced; one that has not ended is left as it is.
+
+    Returns:
+        The name of each Job, and `jobset/NAME` for each JobSet.
 
     Raises:
         UnreachableError: there is no kubectl here, or the cluster does not answer.
-        CredentialsError: the cluster does not let this user.
-        ConfigError: it refuses the objects.
+        CredentialsError: the user is not logged in, or lacks a permission.
+        ConfigError: the cluster refuses the objects.
     """
     sent = [partial(_submit, objects(job, image, templates), kubectl) for job in jobs]
-    return [patiently(send, PATIENCE, PAUSE, BusyError) for send in sent]
+    return [retry(send, RETRY_SECONDS, RETRY_PAUSE, BusyError) for send in sent]
 
 
 def _load(template: Path) -> list[Object]:
@@ -99,7 +102,7 @@ def _load(template: Path) -> list[Object]:
         found = list(yaml.safe_load_all(template.read_text()))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no {template}", "run jobs/submit.py in a checkout of the project") from error
-    if found[-1]["kind"] == "CronJob":  # its Job now, and not at night
+    if found[-1]["kind"] == "CronJob":  # The job is to run now, so only the Job within the CronJob is sent.
         night = found[-1]
         spec = night["spec"]["jobTemplate"]["spec"]
         found[-1] = {"apiVersion": "batch/v1", "kind": "Job", "metadata": night["metadata"], "spec": spec}
@@ -107,6 +110,7 @@ def _load(template: Path) -> list[Object]:
 
 
 def _renamed(value: Any, before: str, after: str) -> Any:
+    """A copy with `before` replaced by `after` in all texts of nested dicts and lists; keys stay as they are."""
     if isinstance(value, dict):
         return {key: _renamed(one, before, after) for key, one in value.items()}
     if isinstance(value, list):
@@ -115,7 +119,7 @@ def _renamed(value: Any, before: str, after: str) -> Any:
 
 
 def _as_jobset(found: list[Object], templates: Path) -> list[Object]:
-    """The objects of several nodes with a JobSet in place of Job and Service, as `overlays/jobset` has it."""
+    """The objects of a job on several nodes with a JobSet in place of Job and Service, as in `overlays/jobset`."""
     policy, job = (one for one in found if one["kind"] in ("NetworkPolicy", "Job"))
     (jobset,) = _load(templates / "overlays" / "jobset" / "with-job" / "jobset.yaml")
     spec, pod = job["spec"] | {"backoffLimit": 0}, job["spec"]["template"]["spec"]
@@ -127,23 +131,23 @@ def _as_jobset(found: list[Object], templates: Path) -> list[Object]:
 
 
 def _spec(found: Object) -> Object:
-    """That of the Job, also within a JobSet."""
+    """The spec of a Job, or of the Job within a JobSet."""
     if found["kind"] == "JobSet":
         return cast(Object, found["spec"]["replicatedJobs"][0]["template"]["spec"])
     return cast(Object, found["spec"])
 
 
 def _patch(spec: Object, job: Job, image: str | None) -> None:
+    """Writes the settings of the job into the spec of a template."""
     pod = spec["template"]["spec"]
     container = pod["containers"][0]
-    container["args"] = [
-        word.replace("$", "$$") for word in job.command()
-    ]  # Kubernetes makes a $ of $$, and expands $(A)
+    # Kubernetes expands $(NAME) in arguments and turns $$ into $, so every $ is doubled.
+    container["args"] = [word.replace("$", "$$") for word in job.command()]
     if image:
         container["image"] = image
     if job.nodes > 1:
         spec |= {"completions": job.nodes, "parallelism": job.nodes}
-        spec["backoffLimit"] = 0 if job.jobset else TRIES * job.nodes  # a JobSet counts its own tries
+        spec["backoffLimit"] = 0 if job.jobset else TRIES * job.nodes  # a JobSet restarts all nodes by its own limit
         nodes = next(entry for entry in container["env"] if entry["name"] == "PET_NNODES")
         nodes["value"] = str(job.nodes)
     if job.gpus_per_node is not None:
@@ -154,6 +158,7 @@ def _patch(spec: Object, job: Job, image: str | None) -> None:
 
 
 def _set_gpus(pod: Object, container: Object, n_gpus: int) -> None:
+    """Sets or removes all that a template has for GPUs: resources, FUSION_DEVICE and the toleration."""
     for amounts in container["resources"].values():
         amounts.pop(GPU, None)
         amounts |= {GPU: n_gpus} if n_gpus else {}
@@ -166,35 +171,38 @@ def _set_gpus(pod: Object, container: Object, n_gpus: int) -> None:
 
 
 def _set_amounts(pod: Object, container: Object, job: Job) -> None:
+    """Sets CPU, memory and the size of /dev/shm where the job asks for them per GPU."""
     n_gpus = container["resources"]["limits"].get(GPU, 0)
-    job.check_amounts(n_gpus)
+    job.check_per_gpu(n_gpus)
     for amounts in container["resources"].values():
         amounts |= {"cpu": job.cpus_per_gpu * n_gpus} if job.cpus_per_gpu else {}
         amounts |= {"memory": f"{job.memory_per_gpu * n_gpus}Gi"} if job.memory_per_gpu else {}
     if job.memory_per_gpu:
         shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")
-        shm["emptyDir"]["sizeLimit"] = f"{job.memory_per_gpu * n_gpus * 1024 // SHM}Mi"
+        shm["emptyDir"]["sizeLimit"] = f"{job.memory_per_gpu * n_gpus * 1024 // SHM_FRACTION}Mi"
 
 
 def _submit(found: list[Object], kubectl: Kubectl) -> str:
+    """Sends the objects of one job; returns the name of the Job, or `jobset/NAME`."""
     kind, name = found[-1]["kind"].lower(), cast(str, found[-1]["metadata"]["name"])
     resource = name if kind == "job" else f"{kind}/{name}"
     existing = kubectl.get(kind, name)
     if existing and existing["metadata"].get("deletionTimestamp"):
-        raise BusyError(f"{kind}/{name} is being deleted, and its pods have not ended yet", "send it again in a minute")
-    if existing and not ending(existing):
-        print(standing(existing, kubectl), flush=True)
+        message = f"{kind}/{name} is being deleted, and its pods have not ended yet"
+        raise BusyError(message, "run the same command again in a minute")
+    if existing and not final_condition(existing):
+        print(describe_unfinished(existing, kubectl), flush=True)
         return resource
     verb = ["replace", "--force"] if existing else ["apply"]
     said = kubectl(*verb, "--filename=-", text=as_text(found))
     if found[:-1]:
-        _hand_over(found[:-1], kind, name, kubectl)
+        _set_owner(found[:-1], kind, name, kubectl)
     print(f"{said.strip()}\nlog: {log_command(kind, name, kubectl)}", flush=True)
     return resource
 
 
-def _hand_over(found: list[Object], kind: str, name: str, kubectl: Kubectl) -> None:
-    """Makes objects the Job's or JobSet's own, so that they are removed with it."""
+def _set_owner(found: list[Object], kind: str, name: str, kubectl: Kubectl) -> None:
+    """Makes the Job or JobSet the owner of the other objects, so that Kubernetes deletes them together with it."""
     job = kubectl.get(kind, name)
     if job is None:
         return

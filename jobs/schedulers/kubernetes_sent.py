@@ -1,4 +1,4 @@
-"""Jobs that were sent to Kubernetes, by hand or by jobs/submit.py: Jobs and JobSets with Fusion's label."""
+"""Lists and controls the Jobs and JobSets of Kubernetes that have Fusion's label, whoever created them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,34 @@ from fusion.errors import DataError, FusionError, UnreachableError, UsageError
 from jobs.schedulers import kubernetes_wait
 from jobs.schedulers.errors import last_error
 from jobs.schedulers.kubectl import Kubectl, Object
-from jobs.schedulers.kubernetes_wait import PODS, QUEUE, ending, exit_code, kind_of, last_failure, log_command, split
-from jobs.schedulers.sent import ASK, CANCELLED, FAILED, FINISHED, RUNNING, WAITING, Sent
+from jobs.schedulers.kubernetes_wait import (
+    PODS,
+    QUEUE,
+    exit_code,
+    final_condition,
+    kind_of,
+    last_failure,
+    log_command,
+    split_id,
+)
+from jobs.schedulers.sent import CANCELLED, FAILED, FINISHED, POLL_STATE, RUNNING, WAITING, SentJob
 
 SELECTOR = "--selector=app.kubernetes.io/part-of=fusion"
-JOB_UID = "kueue.x-k8s.io/job-uid"  # label of Kueue's Workloads
-INDEX = "batch.kubernetes.io/job-completion-index"
-JOBSETS = "jobset.x-k8s.io"
+JOB_UID = "kueue.x-k8s.io/job-uid"  # label of Kueue's Workloads: the uid of the Job that one belongs to
+INDEX = "batch.kubernetes.io/job-completion-index"  # label of a pod: its node's number
+JOBSETS = "jobset.x-k8s.io"  # API group
 CONTAINER = "fusion"
 NO_POD = "no pod yet"
-PATIENCE = 300.0  # seconds for which a log that breaks off is asked for again
+RETRY_SECONDS = 300.0  # how long to reconnect to a log that breaks off; an upgrade of the API server takes less
 
 
 class KubernetesJobs:
-    """Those of the namespace that kubectl is called with."""
+    """The jobs in the namespace of a `Kubectl`; for the methods see `Jobs`."""
 
     def __init__(self, kubectl: Kubectl) -> None:
         self._kubectl = kubectl
 
-    def all(self, days: int) -> list[Sent]:
+    def all(self, days: int) -> list[SentJob]:
         has_jobsets = self._kubectl("api-resources", f"--api-group={JOBSETS}", "--output=name").strip()
         kinds = ["jobs", "pods", *(["jobsets"] if has_jobsets else [])]
         found = [one for kind in kinds for one in self._list(kind, SELECTOR)]
@@ -39,62 +48,63 @@ class KubernetesJobs:
         jobs = [one for one in found if kind_of(one) in PODS and not _is_of_jobset(one)]
         return [self._job(one, pods) for one in jobs if one["metadata"].get("creationTimestamp", first) >= first]
 
-    def find(self, job_id: str) -> list[Sent]:
-        kind, name = split(job_id)
+    def find(self, job_id: str) -> list[SentJob]:
+        kind, name = split_id(job_id)
         if kind not in PODS:
-            message = f"{job_id} is no id of a job, expected job/NAME or jobset/NAME"
-            raise UsageError(message, "`python jobs/control.py list` shows them")
+            message = f"{job_id} is not the id of a job, expected job/NAME or jobset/NAME"
+            raise UsageError(message, "`python jobs/control.py list` shows the ids")
         found = self._kubectl.get(kind, name)
         if not found:
             where = f"namespace {self._kubectl.namespace}" if self._kubectl.namespace else "this namespace"
-            raise DataError(
-                f"there is no {kind}/{name} in {where}", "`python jobs/control.py list` shows what is there"
-            )
+            raise DataError(f"there is no {kind}/{name} in {where}", "`python jobs/control.py list` shows the jobs")
         pods = self._pods(kind, name)
         job = self._job(found, pods)
         why = [self._warning(name) or job.why] if job.why == NO_POD else [job.why, self._of_kueue(found)]
         return [replace(job, why=": ".join(filter(None, why)), said=self._said(job, pods))]
 
-    def log(self, job: Sent, *, node: int, follow: bool) -> Iterator[str]:
-        kind, name = split(job.id)
+    def log(self, job: SentJob, *, node: int, follow: bool) -> Iterator[str]:
+        kind, name = split_id(job.id)
         shown: set[str] = set()
         while True:
             found = self._kubectl.get(kind, name)
             started = [pod for pod in self._pods(kind, name) if _index(pod) == node and _state(pod)]
             new = [pod for pod in started if _uid(pod) not in shown]
+            # Of the pods that had started before this call, only the newest one's log is shown.
             for pod in new if shown else new[-1:]:
                 yield from self._lines(pod, follow)
             shown |= set(map(_uid, new))
-            if not follow or not found or ending(found):
+            if not follow or not found or final_condition(found):
                 break
-            time.sleep(ASK)
+            time.sleep(POLL_STATE)
         if not shown:
-            raise UnreachableError(f"{job.id} has no log yet ({job.why})", "ask again, or wait for it with --follow")
+            raise UnreachableError(f"{job.id} has no log yet ({job.why})", "try again later, or add --follow to wait")
 
-    def cancel(self, job: Sent) -> None:
-        # Foreground: it stays in lists until its pods have committed and are gone.
-        self._kubectl("delete", *split(job.id), "--wait=false", "--cascade=foreground")
+    def cancel(self, job: SentJob) -> None:
+        # With foreground deletion the job stays in lists until its pods have committed their checkpoint and ended.
+        self._kubectl("delete", *split_id(job.id), "--wait=false", "--cascade=foreground")
 
-    def wait(self, jobs: Sequence[Sent]) -> int:
+    def wait(self, jobs: Sequence[SentJob]) -> int:
         return kubernetes_wait.wait([job.id for job in jobs], self._kubectl)
 
     def _list(self, kind: str, selector: str) -> list[Object]:
+        """The objects of a kind, in the plural, that match a selector."""
         found = self._kubectl.get(kind, selector) or {"items": []}
         singular = kind.removesuffix("s")
-        return [{"kind": singular, **one} for one in cast(list[Object], found["items"])]  # older servers leave it out
+        # Some API servers omit `kind` in the items of a list.
+        return [{"kind": singular, **one} for one in cast(list[Object], found["items"])]
 
     def _pods(self, kind: str, name: str) -> list[Object]:
-        """The oldest first."""
+        """The pods of a Job or JobSet, oldest first."""
         found = self._list("pods", f"--selector={PODS[kind]}={name}")
         return sorted(found, key=lambda pod: (pod["metadata"].get("creationTimestamp", ""), pod["metadata"]["name"]))
 
-    def _job(self, found: Object, pods: Sequence[Object]) -> Sent:
+    def _job(self, found: Object, pods: Sequence[Object]) -> SentJob:
         kind, metadata = kind_of(found), found["metadata"]
         own = [pod for pod in pods if pod["metadata"].get("labels", {}).get(PODS[kind]) == metadata["name"]]
-        state, why, code = _standing(found, own)
-        condition, status = ending(found) or {}, found.get("status", {})
+        state, why, code = _state_of(found, own)
+        condition, status = final_condition(found) or {}, found.get("status", {})
         started = min((pod["status"]["startTime"] for pod in own if pod["status"].get("startTime")), default="")
-        return Sent(
+        return SentJob(
             f"{kind}/{metadata['name']}",
             metadata["name"],
             state,
@@ -107,64 +117,71 @@ class KubernetesJobs:
         )
 
     def _warning(self, name: str) -> str:
-        """What the controller warned of last, such as a quota or a missing ServiceAccount; empty when of nothing."""
+        """The newest warning event of the job, such as an exceeded quota; empty when there is none."""
         found = self._list("events", f"--field-selector=involvedObject.name={name},type=Warning")
         last = max(found, key=lambda one: one.get("lastTimestamp") or "", default={})
         return ": ".join(filter(None, (last.get("reason"), last.get("message"))))
 
     def _of_kueue(self, job: Object) -> str:
-        """Why Kueue has not admitted it; empty where Kueue has nothing to do with it."""
+        """Why Kueue has not admitted the job; empty for a job that is not suspended by Kueue."""
         if QUEUE not in job["metadata"].get("labels", {}) or not job["spec"].get("suspend"):
             return ""
         try:
             found = self._list("workloads", f"--selector={JOB_UID}={job['metadata']['uid']}")
-        except FusionError:  # a user may look at jobs alone
+        except FusionError:  # The user may lack the permission to list Workloads.
             return ""
         conditions = [one for workload in found for one in workload.get("status", {}).get("conditions", [])]
         return next((one.get("message", "") for one in conditions if one["type"] == "QuotaReserved"), "")
 
-    def _said(self, job: Sent, pods: Sequence[Object]) -> str:
+    def _said(self, job: SentJob, pods: Sequence[Object]) -> str:
+        """For a failed job its error, for others the last line of the log; empty when neither is available."""
         failure = last_failure(pods)
         if job.state == FAILED and (error := last_error(failure.get("message", "")) or failure.get("reason", "")):
             return cast(str, error)
         started = [pod for pod in pods if _state(pod)]
         try:
             return "".join(self._log(started[-1], "--tail=1")) if started else ""
-        except FusionError:  # its node may be gone, which is no reason to say nothing of the job
+        except FusionError:  # Its node may be gone; all else about the job is still known.
             return ""
 
     def _lines(self, pod: Object, follow: bool) -> Iterator[str]:
-        """The log of a pod; one that breaks off although the pod runs goes on where it ended."""
-        since, deadline = "", time.monotonic() + PATIENCE
+        """Yields the log of a pod. A log that breaks off while the pod runs is continued after the last line."""
+        since, deadline = "", time.monotonic() + RETRY_SECONDS
         while True:
             flags = ["--timestamps", *(["--follow"] if follow else []), *([f"--since-time={since}"] if since else [])]
             last = since
             try:
                 for line in self._log(pod, *flags):
                     stamp, _, text = line.partition(" ")
-                    if stamp > last or not last:  # of an equal moment all but those before the break
+                    # After a break, --since-time returns the last line once more.
+                    if stamp > last or not last:
                         yield text
-                    since, deadline = stamp, time.monotonic() + PATIENCE
+                    since, deadline = stamp, time.monotonic() + RETRY_SECONDS
             except FusionError:
                 if not follow or (self._is_there(pod) and time.monotonic() > deadline):
                     raise
             if not follow or not self._is_there(pod, running=True):
                 break
-            time.sleep(ASK)
+            time.sleep(POLL_STATE)
 
     def _log(self, pod: Object, *flags: str) -> Iterator[str]:
-        return self._kubectl.lines("logs", pod["metadata"]["name"], f"--container={CONTAINER}", *flags)
+        return self._kubectl.output_lines("logs", pod["metadata"]["name"], f"--container={CONTAINER}", *flags)
 
     def _is_there(self, pod: Object, running: bool = False) -> bool:
+        """Whether the pod still exists, and with `running`, whether its container is running."""
         found = self._kubectl.get("pod", pod["metadata"]["name"])
         if found is None or _uid(found) != _uid(pod):
             return False
         return not running or "running" in _state(found)
 
 
-def _standing(job: Object, pods: Sequence[Object]) -> tuple[str, str, int | None]:
-    """State of a Job or JobSet, why, and its exit code once it has ended."""
-    condition = ending(job)
+def _state_of(job: Object, pods: Sequence[Object]) -> tuple[str, str, int | None]:
+    """State of a Job or JobSet, the reason for it, and the exit code once it has ended.
+
+    Args:
+        pods: all pods of the job, oldest first.
+    """
+    condition = final_condition(job)
     if condition and condition["type"] != "Failed":
         return FINISHED, "", 0
     if condition:
@@ -178,11 +195,11 @@ def _standing(job: Object, pods: Sequence[Object]) -> tuple[str, str, int | None
     if nodes:
         before = [pod for pod in pods if "terminated" in _state(pod)]
         return RUNNING, f"on {', '.join(nodes)}" + (f", {len(before)} pods ended before" if before else ""), None
-    return WAITING, next(filter(None, map(_hindrance, reversed(pods))), NO_POD), None
+    return WAITING, next(filter(None, map(_waiting_reason, reversed(pods))), NO_POD), None
 
 
-def _hindrance(pod: Object) -> str:
-    """Why a pod does not run; empty where nothing says so."""
+def _waiting_reason(pod: Object) -> str:
+    """Why a pod does not run, such as Unschedulable or ImagePullBackOff; empty when its status has no reason."""
     status = pod.get("status", {})
     waiting = [one["state"]["waiting"] for one in _statuses(pod) if "waiting" in one.get("state", {})]
     conditions = [one for one in status.get("conditions", []) if one.get("status") == "False"]
@@ -197,13 +214,13 @@ def _statuses(pod: Object) -> list[Object]:
 
 
 def _state(pod: Object) -> Object:
-    """That of its container: running or terminated; empty where it has not started."""
+    """The state of the pod's container: {"running": …} or {"terminated": …}; empty before it has started."""
     states = [one.get("state", {}) for one in _statuses(pod) if one["name"] == CONTAINER]
     return next((state for state in states if "waiting" not in state), {})
 
 
 def _index(pod: Object) -> int:
-    """Which of the nodes of a job it is."""
+    """The number of the pod's node within the job."""
     return int(pod["metadata"].get("labels", {}).get(INDEX, 0))
 
 

@@ -1,4 +1,4 @@
-"""Jobs on this machine, one after the other, each the very command that a cluster would run."""
+"""Runs jobs on this machine, one after the other, with the same command that a cluster would run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def render(jobs: Sequence[Job]) -> str:
 
 
 def run(jobs: Sequence[Job]) -> int:
-    """Exit code of the first job that does not end with 0, and 0 when there is none; no job is started after it.
+    """Runs the jobs; returns the exit code of the first that does not end with 0, and starts no job after it.
 
-    Asked to stop while jobs are left, it starts none of them, and ends with 75 where the running one ended with 0.
+    After a stop signal no further job is started; the result is then 75 even if the running job ended with 0.
 
     Raises:
-        UsageError: a job for several nodes.
+        UsageError: a job asks for several nodes.
     """
     check(jobs)
     stops: list[int] = []
@@ -36,6 +36,7 @@ def run(jobs: Sequence[Job]) -> int:
 
 
 def check(jobs: Sequence[Job]) -> None:
+    """Raises UsageError when a job asks for several nodes."""
     for job in jobs:
         if job.nodes > 1:
             message = f"--nodes is {job.nodes}, and --cluster local is one node"
@@ -43,6 +44,11 @@ def check(jobs: Sequence[Job]) -> None:
 
 
 def _run(command: Sequence[str], stops: list[int]) -> int:
+    """Runs a command and forwards stop signals to it; returns its exit code.
+
+    Args:
+        stops: the signals that came so far; those that come meanwhile are added.
+    """
     running: list[subprocess.Popen[bytes]] = []
     n_stops = len(stops)
 
@@ -55,12 +61,12 @@ def _run(command: Sequence[str], stops: list[int]) -> int:
     try:
         process = subprocess.Popen(command)
         running.append(process)
-        if len(stops) > n_stops:  # came before the process was there to forward it to
+        if len(stops) > n_stops:  # a signal that came before there was a process to forward it to
             process.send_signal(stops[-1])
         code = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if -code in stops:  # it had no handler yet, and so nothing to commit
+    if -code in stops:  # The signal ended it before it had a handler. It had not begun to work, so nothing is lost.
         return ExitCode.STOPPED
     return code if code >= 0 else 128 - code

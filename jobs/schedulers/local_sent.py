@@ -1,4 +1,7 @@
-"""Jobs that run on this machine: launchers of this user, as /proc has them. Of what has ended it knows nothing."""
+"""Lists and controls the jobs that run on this machine: this user's launchers, which it finds in /proc.
+
+There are no records of jobs that have ended.
+"""
 
 from __future__ import annotations
 
@@ -12,63 +15,65 @@ from pathlib import Path
 
 from fusion.errors import DataError, UsageError
 from jobs.schedulers.description import MODULES
-from jobs.schedulers.sent import PREFIX, RUNNING, Sent, last_line, lines, moment
+from jobs.schedulers.sent import PREFIX, RUNNING, SentJob, format_time, last_line, read_lines
 
 PROC = Path("/proc")
-KIND = "here"
+KIND = "here"  # ids are here/PID
 LAUNCHER = ("-m", "fusion.launch")
-ELSEWHERE = ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST")  # in the environment of what belongs to a cluster
-START = 19  # of the fields behind the name in /proc/PID/stat: ticks from the machine's start to the process's
-STREAMS = ("2", "1")  # the log goes to standard error
+CLUSTER_VARIABLES = ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST")  # set in processes that a cluster started
+START_FIELD = 19  # starttime in /proc/PID/stat, counted after the name in brackets: clock ticks since boot
+STREAMS = ("2", "1")  # the log goes to standard error; standard output may be redirected to the same file
 
 
 class LocalJobs:
-    def all(self, days: int) -> list[Sent]:
+    """The jobs on this machine; for the methods see `Jobs`."""
+
+    def all(self, days: int) -> list[SentJob]:
         ids = [int(path.name) for path in PROC.iterdir() if path.name.isdecimal()]
         return [job for pid in ids if (job := _job(pid))]
 
-    def find(self, job_id: str) -> list[Sent]:
+    def find(self, job_id: str) -> list[SentJob]:
         pid = job_id.removeprefix(f"{KIND}/")
         job = _job(int(pid)) if pid.isdecimal() else None
         if job is None:
             raise DataError(f"no job {job_id} runs on this machine", "`python jobs/pull.py runs` shows what has ended")
         return [job]
 
-    def log(self, job: Sent, *, node: int, follow: bool) -> Iterator[str]:
+    def log(self, job: SentJob, *, node: int, follow: bool) -> Iterator[str]:
         if not job.log:
             message = f"the log of {job.id} goes to a terminal or to another program"
-            raise DataError(message, "look there, or send its output to a file when you start it")
+            raise DataError(message, "read it there, or redirect the output to a file when you start the job")
         pid = _pid(job)
-        return lines(Path(job.log), (lambda: _job(pid) is None) if follow else None)
+        return read_lines(Path(job.log), (lambda: _job(pid) is None) if follow else None)
 
-    def cancel(self, job: Sent) -> None:
+    def cancel(self, job: SentJob) -> None:
         os.kill(_pid(job), signal.SIGTERM)
 
-    def wait(self, jobs: Sequence[Sent]) -> int:
-        message = f"how {jobs[0].id} ends, only the command that started it is told"
-        raise UsageError(message, "look there; `python jobs/pull.py runs` shows how trainings ended")
+    def wait(self, jobs: Sequence[SentJob]) -> int:
+        message = f"only the command that started {jobs[0].id} gets its exit code"
+        raise UsageError(message, "wait for that command; `python jobs/pull.py runs` shows how trainings ended")
 
 
-def _pid(job: Sent) -> int:
+def _pid(job: SentJob) -> int:
     return int(job.id.removeprefix(f"{KIND}/"))
 
 
-def _job(pid: int) -> Sent | None:
-    """The job of a process; None where it is none, or belongs to another user."""
+def _job(pid: int) -> SentJob | None:
+    """The job of a process; None when the process is not a launcher of this user on this machine."""
     try:
         words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
         name = _name(words)
-        if not name or (PROC / str(pid)).stat().st_uid != os.getuid() or _is_elsewhere(pid):
+        if not name or (PROC / str(pid)).stat().st_uid != os.getuid() or _runs_on_cluster(pid):
             return None
-        started = moment(_started(pid))
+        started = format_time(_started(pid))
         log = _log(pid)
-    except (OSError, ValueError):  # it has ended meanwhile
+    except (OSError, ValueError):  # The process ended while /proc was read.
         return None
-    return Sent(f"{KIND}/{pid}", name, RUNNING, sent=started, started=started, log=log, said=last_line(Path(log)))
+    return SentJob(f"{KIND}/{pid}", name, RUNNING, sent=started, started=started, log=log, said=last_line(Path(log)))
 
 
 def _name(words: Sequence[str]) -> str:
-    """What a job with this command is called; empty where it is no launcher of one."""
+    """The name of the job with this command line; empty when it is not the command line of a launcher."""
     at = next((at for at, pair in enumerate(pairwise(words)) if pair == LAUNCHER), None)
     modules = [word.split(".") for word in words[at + 2 :] if word.startswith("fusion.")] if at is not None else []
     tasks = {module: task for task, module in MODULES.items()}
@@ -77,18 +82,20 @@ def _name(words: Sequence[str]) -> str:
     return f"{PREFIX}{tasks[modules[0][2]]}-{modules[0][1].replace('_', '-')}"
 
 
-def _is_elsewhere(pid: int) -> bool:
+def _runs_on_cluster(pid: int) -> bool:
+    """Whether Slurm or Kubernetes started the process, so that its job has another id."""
     names = {entry.partition(b"=")[0].decode() for entry in (PROC / str(pid) / "environ").read_bytes().split(b"\0")}
-    return not names.isdisjoint(ELSEWHERE)
+    return not names.isdisjoint(CLUSTER_VARIABLES)
 
 
 def _started(pid: int) -> float:
+    """When the process was started, in seconds since 1970."""
     fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     ticks = os.sysconf("SC_CLK_TCK")
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[START]) / ticks
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[START_FIELD]) / ticks
 
 
 def _log(pid: int) -> str:
-    """The file that it writes its log to; empty for a terminal or a pipe."""
+    """The file that the process writes its log to; empty when that is a terminal or a pipe."""
     paths = [PROC / str(pid) / "fd" / stream for stream in STREAMS]
     return next((os.readlink(path) for path in paths if path.exists() and stat.S_ISREG(path.stat().st_mode)), "")

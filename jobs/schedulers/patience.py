@@ -1,4 +1,4 @@
-"""Asks a cluster again when it does not answer: a job that is waited for runs on, whatever happens to who waits."""
+"""Retries requests to a cluster that does not answer. The jobs there run on meanwhile."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from fusion.errors import FusionError
 T = TypeVar("T")
 
 
-def patiently(ask: Callable[[], T], seconds: float, pause: float, retried: type[FusionError] = FusionError) -> T:
-    """The answer of a cluster, asked for again every `pause` seconds until it failed for `seconds`; says so once.
+def retry(ask: Callable[[], T], seconds: float, pause: float, on: type[FusionError] = FusionError) -> T:
+    """Calls `ask` until it succeeds; returns its result. Prints a message at the first failure only.
 
     Args:
-        retried: errors after which it is asked again.
+        seconds: how long to retry, from the first failure on.
+        pause: seconds between two calls.
+        on: the class of errors that are retried; others are raised at once.
 
     Raises:
-        FusionError: what `ask` raised last.
+        FusionError: the last error of `ask`.
     """
     deadline: float | None = None
     while True:
         try:
             return ask()
-        except retried as error:
+        except on as error:
             now = time.monotonic()
             is_first = deadline is None
             deadline = now + seconds if deadline is None else deadline
             if now >= deadline:
                 raise
             if is_first:
-                print(f"{error.message}; asking again for up to {seconds:g} s", flush=True)
+                print(f"{error.message}; retrying for up to {seconds:g} s", flush=True)
             time.sleep(pause)

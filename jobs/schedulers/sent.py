@@ -1,4 +1,7 @@
-"""A job that was sent, as its cluster has it now, in the same words for every cluster; nothing of it is kept here."""
+"""A submitted job and its state, described in the same way for every cluster.
+
+All of it is asked from the cluster each time; there is no local record of jobs.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,23 @@ from typing import Protocol
 from fusion.errors import DataError
 
 WAITING, RUNNING, FINISHED, FAILED, CANCELLED = "waiting", "running", "finished", "failed", "cancelled"
-PREFIX = "fusion-"  # every job's name begins so
-LOOK = 1.0  # seconds between two looks at a log that grows
-ASK = 5.0  # seconds between two questions whether its job has ended
+PREFIX = "fusion-"  # of the names of all jobs
+POLL_LOG = 1.0  # seconds between two reads of a log that is followed
+POLL_STATE = 5.0  # seconds between two requests for the state of its job; the controllers of clusters limit requests
 
 
 @dataclass(frozen=True)
-class Sent:
-    """Times are UTC; what has not happened yet, or is not known, is empty.
+class SentJob:
+    """A submitted job. Times are UTC. What has not happened yet, or is not known, is empty.
 
     Attributes:
-        id: as `jobs/control.py` takes it: 1234 or 1234_1 on Slurm, job/NAME or jobset/NAME on Kubernetes, here/PID.
+        id: the id for `jobs/control.py`: 1234 or 1234_1 on Slurm, job/NAME or jobset/NAME on Kubernetes, or here/PID.
         state: waiting, running, finished, failed or cancelled.
-        why: what the cluster itself says of that.
-        code: exit code, once it has ended.
-        log: where it is, or what shows it.
-        said: the last line of its log; of a failed job the error.
+        why: the reason for the state, as the cluster gives it.
+        code: exit code; None before the job has ended.
+        sent, started, ended: times of submission, start and end.
+        log: the path of the log, or the command that shows it.
+        said: the last line of the log; for a failed job its error.
     """
 
     id: str
@@ -47,60 +51,72 @@ class Sent:
 
 
 class Jobs(Protocol):
-    """The jobs of one cluster. All of its methods raise UnreachableError, CredentialsError or ConfigError."""
+    """The jobs of one cluster.
 
-    def all(self, days: int) -> list[Sent]:
-        """Those that were sent in the last days."""
+    All methods raise UnreachableError when the cluster does not answer, CredentialsError when it denies access, and
+    ConfigError when it refuses a request.
+    """
 
-    def find(self, job_id: str) -> list[Sent]:
-        """A job, of an array all of its tasks; DataError when there is none."""
+    def all(self, days: int) -> list[SentJob]:
+        """The jobs that were submitted in the last `days` days."""
 
-    def log(self, job: Sent, *, node: int, follow: bool) -> Iterator[str]:
-        """Lines of its log; with `follow`, also those that come until it has ended, whatever restarts it meanwhile."""
+    def find(self, job_id: str) -> list[SentJob]:
+        """The job with this id, or all tasks of an array; raises DataError when there is no such job."""
 
-    def cancel(self, job: Sent) -> None:
-        """Asks it to stop for good; it commits what it has done, and ends."""
+    def log(self, job: SentJob, *, node: int, follow: bool) -> Iterator[str]:
+        """Yields the lines of a job's log.
 
-    def wait(self, jobs: Sequence[Sent]) -> int:
-        """Exit code of the first of them that does not end with 0."""
+        Args:
+            node: which of the job's nodes.
+            follow: also yield new lines until the job has ended, across restarts.
+        """
+
+    def cancel(self, job: SentJob) -> None:
+        """Asks a job to stop for good. It commits a checkpoint, and ends."""
+
+    def wait(self, jobs: Sequence[SentJob]) -> int:
+        """Waits until the jobs have ended; returns the exit code of the first that does not end with 0, or 0."""
 
 
-def moment(seconds: float) -> str:
-    """Seconds since 1970 as a document has a time.
+def format_time(seconds: float) -> str:
+    """Seconds since 1970 as a UTC time in ISO 8601, as in all JSON documents of runs.
 
-    >>> moment(0)
+    >>> format_time(0)
     '1970-01-01T00:00:00Z'
     """
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
-def lines(path: Path, is_over: Callable[[], bool] | None = None) -> Iterator[str]:
-    """Lines of a file; where `is_over` is given, also those that are written until it says so.
+def read_lines(path: Path, is_over: Callable[[], bool] | None = None) -> Iterator[str]:
+    """Yields the lines of a file; with `is_over`, also those that are written until it returns True.
 
     Raises:
-        DataError: there is no such file, and nothing that would write it.
+        DataError: the file does not exist; with `is_over`, it still did not exist when that returned True.
     """
-    tail, asked, over = _Tail(path), -ASK, is_over is None
+    tail, asked, over = _Tail(path), -POLL_STATE, is_over is None
     while True:
-        if is_over and time.monotonic() - asked >= ASK:
+        if is_over and time.monotonic() - asked >= POLL_STATE:
             over, asked = is_over(), time.monotonic()
-        yield from tail.more()  # after the question: what was written before the end is read
+        # The file is read after the state was asked for, so that lines written before the end are not missed.
+        yield from tail.new_lines()
         if over:
             break
-        time.sleep(LOOK)
+        time.sleep(POLL_LOG)
     if not tail.is_open:
-        raise DataError(f"there is no log {path} yet", "ask again once the job runs, or let --settings name its folder")
-    yield from tail.rest()
+        hint = "try again when the job runs, or give the settings that it was sent with as --settings"
+        raise DataError(f"there is no log {path} yet", hint)
+    yield from tail.unfinished_line()
 
 
 class _Tail:
-    """What is new in a file at each look; a line is whole, or the last one."""
+    """Reads a growing file: at each call the complete lines that are new."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._place, self._rest = path, 0, b""
         self.is_open = False
 
-    def more(self) -> Iterator[str]:
+    def new_lines(self) -> Iterator[str]:
+        """Yields the complete lines that were added since the last call; none while the file does not exist."""
         try:
             with self._path.open("rb") as file:
                 self.is_open = True
@@ -112,13 +128,14 @@ class _Tail:
         except FileNotFoundError:
             return
 
-    def rest(self) -> Iterator[str]:
+    def unfinished_line(self) -> Iterator[str]:
+        """Yields the last line if it does not end with a line break."""
         if self._rest:
             yield self._rest.decode(errors="replace")
 
 
 def last_line(path: Path) -> str:
-    """The last line of a file that says something; empty when there is none."""
+    """The last line of a file that is not blank, from the last 16 KiB; empty when there is no such line or no file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 2**14))

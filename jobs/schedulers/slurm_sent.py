@@ -1,4 +1,4 @@
-"""Jobs that were sent to Slurm, as its accounting and its queue have them; they are known by name and owner."""
+"""Lists and controls this user's jobs on Slurm, as its accounting (sacct) and its queue (squeue) show them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from jobs.schedulers.sent import (
     PREFIX,
     RUNNING,
     WAITING,
-    Sent,
+    SentJob,
+    format_time,
     last_line,
-    lines,
-    moment,
+    read_lines,
 )
 from jobs.schedulers.slurm import log_in
 
@@ -31,54 +31,61 @@ STATES = {
     "RUNNING": RUNNING, "COMPLETING": RUNNING, "COMPLETED": FINISHED, "CANCELLED": CANCELLED,
 }  # fmt: skip
 SACCT = "JobID,JobName,State,ExitCode,DerivedExitCode,Submit,Start,End,NodeList,SubmitLine"
-SQUEUE = "%i|%j|%T|0:0|0:0|%V|%S||%N|%r"  # the same of jobs that have not ended, and at last why they wait
+# The same columns for jobs that have not ended, which have no exit codes; the last column is why they wait.
+SQUEUE = "%i|%j|%T|0:0|0:0|%V|%S||%N|%r"
 N_COLUMNS = 10
-# How submitit calls sbatch: by a script in the folder of the logs.
+# submitit calls sbatch with a script in the folder of the logs, which is how the folder is found.
 FOLDER = re.compile(r"\bsbatch (/.*)/\.?submission_file_\w+\.sh")
-ARRAY = re.compile(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]")  # tasks that wait are one row
+ARRAY = re.compile(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]")  # sacct shows all waiting tasks of an array in one row
 NOWHERE = ("", "None assigned", "(null)")
 NO_SUCH_JOB = "Invalid job id"
 
 
 class SlurmJobs:
-    """Jobs of this user.
+    """This user's jobs on Slurm; for the methods see `Jobs`.
 
     Args:
-        settings: file with the folder of the logs, for where Slurm keeps no record of it.
+        settings: file with the settings of the cluster. It names the folder of the logs of jobs for which Slurm has no
+            record of how they were submitted.
     """
 
     def __init__(self, settings: Path) -> None:
         self._settings = settings
 
-    def all(self, days: int) -> list[Sent]:
+    def all(self, days: int) -> list[SentJob]:
         user = f"--user={os.getuid()}"
         found = self._jobs([user, f"--starttime=now-{days}days"], [user])
         return [job for job in found if job.name.startswith(PREFIX)]
 
-    def find(self, job_id: str) -> list[Sent]:
+    def find(self, job_id: str) -> list[SentJob]:
         found = self._jobs([f"--jobs={job_id}"], [f"--jobs={job_id}"])
         if not found:
-            raise DataError(f"Slurm knows no job {job_id}", "`python jobs/control.py list` shows those that it knows")
+            raise DataError(f"Slurm knows no job {job_id}", "`python jobs/control.py list` shows the jobs it knows")
         return [replace(job, said=_said(job)) for job in found]
 
-    def log(self, job: Sent, *, node: int, follow: bool) -> Iterator[str]:
+    def log(self, job: SentJob, *, node: int, follow: bool) -> Iterator[str]:
         path = Path(job.log)
         path = path.with_name(path.name.replace("_0_log", f"_{node}_log"))
-        return lines(path, (lambda: all(one.is_over for one in self.find(job.id))) if follow else None)
+        return read_lines(path, (lambda: all(one.is_over for one in self.find(job.id))) if follow else None)
 
-    def cancel(self, job: Sent) -> None:
+    def cancel(self, job: SentJob) -> None:
         _run(["scancel", job.id])
 
-    def wait(self, jobs: Sequence[Sent]) -> int:
+    def wait(self, jobs: Sequence[SentJob]) -> int:
         slurm_wait.check_accounting()
-        return slurm_wait.wait_in([job.id for job in jobs], str(Path(jobs[0].log).parent))
+        return slurm_wait.wait_for_logs_in([job.id for job in jobs], str(Path(jobs[0].log).parent))
 
     @cached_property
     def _folder(self) -> str:
         return slurm_settings.read(self._settings, "train").folder
 
-    def _jobs(self, of_sacct: list[str], of_squeue: list[str]) -> list[Sent]:
-        """What the records say, and of jobs that have not ended the queue: records come seconds late."""
+    def _jobs(self, of_sacct: list[str], of_squeue: list[str]) -> list[SentJob]:
+        """The jobs that sacct and squeue list. Where both list a job, squeue counts: sacct is updated seconds later.
+
+        Args:
+            of_sacct: flags that select the jobs, for sacct.
+            of_squeue: the same for squeue.
+        """
         tries: dict[str, list[list[str]]] = {}
         recorded = _recorded(of_sacct)
         for row in recorded or []:
@@ -87,27 +94,34 @@ class SlurmJobs:
         queued = _queued(of_squeue, must_answer=recorded is None)
         return [self._job(tries.get(job_id, []), queued.get(job_id)) for job_id in {**tries, **queued}]
 
-    def _job(self, tries: Sequence[list[str]], queued: list[str] | None) -> Sent:
-        job_id, name, told, code, derived, _, started, ended, nodes, reason = queued or tries[-1]
+    def _job(self, tries: Sequence[list[str]], queued: list[str] | None) -> SentJob:
+        """A job from its rows.
+
+        Args:
+            tries: rows of sacct, one per start of a requeued job, the oldest first.
+            queued: the row of squeue; None for a job that has ended.
+        """
+        job_id, name, state_text, code, derived, _, started, ended, nodes, reason = queued or tries[-1]
         first, submitted = (tries or [queued or []])[0][5], tries[0][9] if tries else ""
-        word = told.split()[0]
+        word = state_text.split()[0]
         state = STATES.get(word, FAILED)
         why = [word] if state not in (RUNNING, FINISHED) else []
         why += [reason] if queued and state == WAITING else []
         why += [f"on {nodes}"] if state == RUNNING and nodes not in NOWHERE else []
         why += [f"requeued {len(tries) - 1} times"] if len(tries) > 1 else []
-        status = None if state in (WAITING, RUNNING) else slurm_wait.exit_status(told, code, derived)
-        # Of a job that waits Slurm says when it may start.
+        status = None if state in (WAITING, RUNNING) else slurm_wait.exit_status(state_text, code, derived)
+        # For a waiting job, Slurm gives the expected start.
         times = _time(first), "" if state == WAITING else _time(started), _time(ended)
-        return Sent(job_id, name, state, ", ".join(why), status, *times, self._path_of(job_id, submitted))
+        return SentJob(job_id, name, state, ", ".join(why), status, *times, self._path_of(job_id, submitted))
 
     def _path_of(self, job_id: str, submitted: str) -> str:
+        """The path of a job's log, from the command line of sbatch if Slurm has it, else from the settings."""
         found = FOLDER.search(submitted)
         return str(log_in(found[1] if found else self._folder, job_id))
 
 
 def _recorded(which: list[str]) -> list[list[str]] | None:
-    """Rows of sacct, of a requeued job one for each try; None where Slurm keeps no record of jobs that have ended."""
+    """Rows of sacct, several for a requeued job; None on clusters without accounting."""
     flags = ["--allocations", "--duplicates", "--noheader", "--parsable2", f"--format={SACCT}"]
     try:
         return _rows(_run(["sacct", *flags, *which]))
@@ -116,7 +130,12 @@ def _recorded(which: list[str]) -> list[list[str]] | None:
 
 
 def _queued(which: list[str], must_answer: bool) -> dict[str, list[str]]:
-    """Rows of squeue by the ids of jobs that have not ended; it fails where it is asked for a job that has."""
+    """Rows of squeue for the jobs that have not ended, by id.
+
+    Args:
+        must_answer: whether to raise an error when squeue fails. It also fails when asked for a job that has ended,
+            which is not an error.
+    """
     try:
         rows = _rows(_run(["squeue", "--noheader", "--array", f"--format={SQUEUE}", *which]))
     except UnreachableError as error:
@@ -131,7 +150,7 @@ def _rows(said: str) -> list[list[str]]:
 
 
 def _ids(job_id: str) -> list[str]:
-    """The id, or those of the tasks of an array that wait.
+    """The ids in a row of sacct: one, or those of all waiting tasks of an array.
 
     >>> _ids("7_[0,2-3%1]"), _ids("8")
     (['7_0', '7_2', '7_3'], ['8'])
@@ -144,28 +163,31 @@ def _ids(job_id: str) -> list[str]:
 
 
 def _time(text: str) -> str:
-    return moment(int(text)) if text.isdecimal() else ""
+    """A time that Slurm printed as seconds since 1970; empty for words such as Unknown and N/A."""
+    return format_time(int(text)) if text.isdecimal() else ""
 
 
-def _said(job: Sent) -> str:
+def _said(job: SentJob) -> str:
+    """For a failed job its error, for others the last line of the log."""
     log = Path(job.log)
-    return (slurm_wait.told(log) if job.code else "") or last_line(log)
+    return (slurm_wait.logged_error(log) if job.code else "") or last_line(log)
 
 
 def _run(command: Sequence[str]) -> str:
-    """What a command of Slurm says.
+    """Runs a command of Slurm, with times as seconds since 1970; returns its output.
 
     Raises:
-        UnreachableError: there is no Slurm here, or it does not answer; ConfigError: it keeps no record of ended jobs.
+        UnreachableError: there is no Slurm here, or it does not answer.
+        ConfigError: the cluster has no accounting.
     """
     try:
         environment = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     except FileNotFoundError as error:
-        raise UnreachableError(f"there is no {command[0]} here", "ask from a login node of the cluster") from error
+        raise UnreachableError(f"there is no {command[0]} here", "run this on a login node of the cluster") from error
     if not done.returncode:
         return done.stdout
     said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
     if slurm_wait.NO_RECORDS in done.stderr + done.stdout:
-        raise ConfigError(f"{command[0]}: {said}", "look at squeue")
-    raise UnreachableError(f"{command[0]} does not answer: {said}", "see `sinfo`, and ask again")
+        raise ConfigError(f"{command[0]}: {said}", "use `squeue -u $USER`")
+    raise UnreachableError(f"{command[0]} does not answer: {said}", "see `sinfo`, and try again")

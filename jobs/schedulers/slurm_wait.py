@@ -1,4 +1,4 @@
-"""Follows jobs of Slurm to their end, and tells how they ended."""
+"""Waits for jobs on Slurm, and reports how they ended."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from pathlib import Path
 
 from fusion.errors import ConfigError, FusionError, UnreachableError
 from jobs.schedulers.errors import last_error
-from jobs.schedulers.patience import patiently
+from jobs.schedulers.patience import retry
 from jobs.schedulers.slurm import log_in
 from jobs.schedulers.slurm_settings import Cluster
 
+# Exit codes for jobs that Slurm ended: 128 + SIGTERM, and 128 + SIGKILL for out of memory.
 ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "PREEMPTED": 143, "OUT_OF_MEMORY": 137}
-REQUEUED = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "FAILED"}  # for good, unless the job is back in the queue
+REQUEUED = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "FAILED"}  # states after which the job may be back in the queue
 OVER = {*ENDED_BY_SLURM, *REQUEUED, "COMPLETED", "REVOKED"}
 NO_RECORDS = "accounting storage is disabled"
-POLL = 5  # seconds between two looks at the states
-SETTLE = 2  # seconds: a job that requeues itself looks finished for a moment, so a final state is looked at twice
-PATIENCE = 300  # seconds for which a sacct that fails is asked again; a restart of slurmdbd takes less
+POLL = 5  # seconds between two requests for the states
+SETTLE = 2  # seconds until a final state is checked again: a job that requeues itself looks finished for a moment
+RETRY_SECONDS = 300  # seconds for which a sacct that fails is tried again; a restart of slurmdbd takes less
 
 
 def check_accounting() -> None:
-    """Finds out before a job is sent whether its end can be known.
+    """Checks, before a job is submitted, that its exit code can be found out afterwards.
 
     Raises:
-        ConfigError: the cluster keeps no record of how jobs ended.
+        ConfigError: the cluster has no accounting.
         UnreachableError: there is no sacct here, or it does not answer.
     """
     command = ["sacct", "--noheader", "--starttime=now"]
@@ -37,20 +38,22 @@ def check_accounting() -> None:
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip()
         kind: type[FusionError] = ConfigError if NO_RECORDS in said else UnreachableError
-        raise kind(f"--wait needs sacct: {said}", "leave out --wait, and look at squeue and at the log")
+        raise kind(f"--wait needs sacct: {said}", "leave out --wait, and use `squeue -u $USER` and the log")
 
 
 def wait(ids: Sequence[str], cluster: Cluster) -> int:
-    """Exit code of the first of these jobs that did not end with 0; tells where each log is, and why it failed.
+    """Waits until all jobs have ended; returns the exit code of the first that did not end with 0, or 0.
+
+    Prints changes of their states, and at the end of each job where its log is, and its error.
 
     Raises:
-        UnreachableError: Slurm did not answer for too long.
+        UnreachableError: Slurm did not answer for `RETRY_SECONDS`.
     """
-    return wait_in(ids, cluster.folder)
+    return wait_for_logs_in(ids, cluster.folder)
 
 
-def wait_in(ids: Sequence[str], folder: str) -> int:
-    """The same for jobs whose logs are in that folder."""
+def wait_for_logs_in(ids: Sequence[str], folder: str) -> int:
+    """The same as `wait`, for jobs whose logs are in `folder`."""
     shown: dict[str, str] = {}
     while True:
         states = _states(ids)
@@ -61,7 +64,7 @@ def wait_in(ids: Sequence[str], folder: str) -> int:
         if all(_is_over(job_id, shown.get(job_id, "")) for job_id in ids):
             break
         time.sleep(POLL)
-    codes = [_conclude(job_id, folder) for job_id in ids]
+    codes = [_report_end(job_id, folder) for job_id in ids]
     return next((code for code in codes if code), 0)
 
 
@@ -72,6 +75,7 @@ def _states(ids: Sequence[str]) -> dict[str, str]:
 
 
 def _is_over(job_id: str, state: str) -> bool:
+    """Whether the state is final: the job is not requeued, and has the same state some seconds later."""
     if state not in OVER or (state in REQUEUED and _is_queued(job_id)):
         return False
     time.sleep(SETTLE)
@@ -83,11 +87,11 @@ def _is_queued(job_id: str) -> bool:
     return job_id in queued.split()
 
 
-def _conclude(job_id: str, folder: str) -> int:
+def _report_end(job_id: str, folder: str) -> int:
     state, code = _ending(job_id)
     log = log_in(folder, job_id)
     print(f"{job_id} {state} with exit code {code}, log: {log}", flush=True)
-    if code and (error := told(log)):
+    if code and (error := logged_error(log)):
         print(error, flush=True)
     return code
 
@@ -98,37 +102,45 @@ def _ending(job_id: str) -> tuple[str, int]:
 
 
 def _sacct(ids: Sequence[str], columns: str, is_known: bool = False) -> list[list[str]]:
-    """Rows of sacct; of a job that is known to it at least one."""
+    """Rows of sacct for these jobs.
+
+    Args:
+        is_known: whether sacct has listed the jobs before, so that an empty answer is an error to retry.
+    """
     flags = [f"--jobs={','.join(ids)}", "--allocations", "--noheader", "--parsable2", f"--format={columns}"]
     return [line.split("|") for line in _ask(["sacct", *flags], ids, is_known).splitlines()]
 
 
 def _ask(command: Sequence[str], ids: Sequence[str], is_known: bool = False) -> str:
-    """What a command of Slurm says, asked again while it fails, or says nothing of what is known to it."""
+    """The output of a command of Slurm, which is tried again while it fails, or while `is_known` and it is empty."""
 
     def ask() -> str:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode or (is_known and not done.stdout.strip()):
             said = (done.stderr.strip() or "nothing").splitlines()[-1]
-            remedy = f"the job goes on; ask again: sacct --jobs={','.join(ids)}"
+            remedy = f"the job goes on; see its state with sacct --jobs={','.join(ids)}"
             raise UnreachableError(f"{command[0]} does not answer: {said}", remedy)
         return done.stdout
 
-    return patiently(ask, PATIENCE, SETTLE)
+    return retry(ask, RETRY_SECONDS, SETTLE)
 
 
 def exit_status(state: str, exit_code: str, derived: str) -> int:
-    """What a shell would have seen, from sacct's `code:signal` of the job and of its worst step.
+    """The exit code of a job as a shell would report it.
+
+    Args:
+        exit_code: `code:signal` of the job, from sacct.
+        derived: `code:signal` of its worst step.
 
     >>> exit_status("FAILED", "65:0", "65:0"), exit_status("NODE_FAIL", "0:0", "0:0")
     (65, 1)
 
-    A job that Slurm ended has no code of its own:
+    The code of a job that Slurm ended follows from the state:
 
     >>> exit_status("CANCELLED by 0", "0:0", "75:0"), exit_status("OUT_OF_MEMORY", "0:125", "0:125")
     (143, 137)
 
-    A step that failed and was tried again with success counts for nothing:
+    A failed step does not count if a later try succeeded:
 
     >>> exit_status("COMPLETED", "0:0", "69:0")
     0
@@ -140,7 +152,11 @@ def exit_status(state: str, exit_code: str, derived: str) -> int:
     return by_slurm or (128 + signal if signal else int(derived.split(":")[0]) or 1)
 
 
-def told(log: Path) -> str:
-    """The error that a job has told, in the log of any of its nodes; empty when there is none."""
+def logged_error(log: Path) -> str:
+    """The error in the log of any of a job's nodes; empty when there is none.
+
+    Args:
+        log: the log of its first node.
+    """
     nodes = sorted(log.parent.glob(log.name.replace("_0_log", "_*_log")))
     return next(filter(None, (last_error(node.read_text(errors="replace")) for node in nodes)), "")

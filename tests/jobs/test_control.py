@@ -1,6 +1,6 @@
-"""jobs/control.py with stand-ins for the programs of clusters: `pytest tests/jobs/test_control.py`.
+"""jobs/control.py with scripts in place of kubectl and Slurm's commands: `pytest tests/jobs/test_control.py`.
 
-On a real Slurm: test_slurm.py; on a real Kubernetes: tests/cluster.
+test_slurm_outside.py tests it on a real Slurm, and tests/cluster on a real Kubernetes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import pytest
 
 from jobs import control
 from jobs.schedulers import kubernetes_sent, sent
-from jobs.schedulers.sent import lines
+from jobs.schedulers.sent import read_lines
 from tests.jobs.test_slurm_wait import program
 from tests.manifests import Object
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {"current-context": "here", "contexts": [{"name": "here", "context": {"namespace": "fusion"}}]}
 LABELS = {"app.kubernetes.io/part-of": "fusion"}
-# Answers by what is asked; each may be several, of which every call takes one and the last remains.
+# A fake kubectl. `answers` maps the beginning of a command line to a list of outputs: each call removes and prints the
+# first one, and the last one is printed again and again.
 KUBECTL = """\
 #!{python}
 import json, pathlib, sys
@@ -46,6 +47,8 @@ sys.stdout.write(said if isinstance(said, str) else json.dumps(said) if said els
 
 
 class Kube:
+    """A folder with the fake kubectl, and the answers that it gives."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "kubectl").write_text(KUBECTL.format(python=sys.executable, folder=str(folder)))
@@ -53,13 +56,14 @@ class Kube:
         self.answers: dict[str, list[Object | str | None]] = {"config view": [CONFIG], "api-resources": ["jobsets.x\n"]}
 
     def give(self, **answers: Object | str | None) -> None:
-        """By a word each: jobs, pods, jobsets, events, job, jobset, pod, logs, delete."""
+        """Sets answers, by kind (jobs, pods, jobsets, events, job, jobset, pod) or by command (logs, delete)."""
         for word, answer in answers.items():
             asked = word if word in ("logs", "delete") else f"get {word} "
             self.answers[asked] = answer if isinstance(answer, list) else [answer]
         (self.folder / "answers").write_text(json.dumps(self.answers))
 
     def asked(self, word: str) -> list[str]:
+        """The command lines so far that contain a word."""
         lines = (self.folder / "asked").read_text().splitlines()
         return [line for line in lines if f"{word} " in line]
 
@@ -67,7 +71,7 @@ class Kube:
 @pytest.fixture
 def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kube:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(kubernetes_sent, "ASK", 0.01)
+    monkeypatch.setattr(kubernetes_sent, "POLL_STATE", 0.01)
     return Kube(tmp_path)
 
 
@@ -96,9 +100,7 @@ def listed(*found: Object) -> Object:
     return {"items": list(found)}
 
 
-def test_jobs_and_jobsets_of_kubernetes_are_listed_the_newest_first(
-    kube: Kube, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_jobs_and_jobsets_of_kubernetes_are_listed(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
     waits = {"waiting": {"reason": "ImagePullBackOff", "message": "no such\x1b[2J image"}}
     of_jobset = job("fusion-set-nodes-0")
     of_jobset["metadata"]["ownerReferences"] = [{"kind": "JobSet", "name": "fusion-set"}]
@@ -139,7 +141,7 @@ def test_jobs_and_jobsets_of_kubernetes_are_listed_the_newest_first(
     assert r"no such\x1b[2J image" in capsys.readouterr().out
 
 
-def test_a_cluster_without_jobsets_is_not_asked_for_them(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobsets_are_not_requested_from_a_cluster_without_them(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
     kube.answers["api-resources"] = [""]
     kube.give(jobs=listed(job("fusion-a")), pods=listed())
     assert control.main(["list", "--cluster=k8s", "--context=here", "--namespace=mine"]) == 0
@@ -148,11 +150,11 @@ def test_a_cluster_without_jobsets_is_not_asked_for_them(kube: Kube, capsys: pyt
     assert all("--context=here --namespace=mine" in line for line in kube.asked("get"))
 
 
-def test_the_status_of_a_job_says_why_and_what_it_said_last(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
-    told = "line\nerror: no \x1b[2Jcolumn\nhint: add it\n"
+def test_the_status_of_a_job_has_its_reason_and_last_line(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
+    message = "line\nerror: no \x1b[2Jcolumn\nhint: add it\n"
     kube.give(
         job=job("fusion-b", condition="Failed", reason="PodFailurePolicy"),
-        pods=listed(pod("fusion-b", ended(65, told))),
+        pods=listed(pod("fusion-b", ended(65, message))),
     )
     assert control.main(["status", "fusion-b"]) == 0
     out = capsys.readouterr().out
@@ -189,18 +191,18 @@ def test_the_status_of_a_job_that_kueue_holds_back_says_why(
     ("ids", "code", "said"),
     [
         (["status", "job/none"], 65, "error: there is no job/none in namespace fusion\nhint: "),
-        (["status", "cronjob/none"], 64, "error: cronjob/none is no id of a job, expected job/NAME or jobset/NAME\n"),
+        (["status", "cronjob/none"], 64, "error: cronjob/none is not the id of a job, expected job/NAME or jobset/"),
         (["cancel", "here/1"], 65, "error: no job here/1 runs on this machine\nhint: "),
         (["status", "here/x"], 65, "error: no job here/x runs on this machine\nhint: "),
         (["logs", "job/a", "--node=-1"], 64, "error: argument --node: expected 0 or more, found -1\n"),
         (["list", "--days=0"], 64, "error: argument --days: expected 1 or more, found 0\n"),
-        (["list", "--settings=x"], 64, "error: --settings is of one cluster, and list asks all\nhint: "),
+        (["list", "--settings=x"], 64, "error: --settings is for one cluster, and list asks all\nhint: "),
         (["status", "a", "--namespace="], 78, "error: --namespace is empty\n"),
         (["statos", "a"], 64, "error: "),
         ([], 64, "error: control.py expects a command: list, status, logs, cancel or wait\nhint: for example `python"),
     ],
 )  # fmt: skip
-def test_mistakes_are_named(
+def test_user_errors_are_named(
     ids: list[str], code: int, said: str, kube: Kube, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kube.give(job=None)
@@ -216,7 +218,7 @@ def test_a_log_is_followed_through_the_pods_of_a_job(kube: Kube, capsys: pytest.
     kube.give(
         job=[job("fusion-a"), job("fusion-a"), job("fusion-a"), done],
         pods=[listed(oldest, first), listed(oldest, first), listed(oldest, first, second)],
-        # After the last line that the status shows: the first pod's log breaks off while it runs, twice.
+        # The first answer is for the last line in the status. Then the first pod's log breaks off twice while it runs.
         pod=[first, first, pod("fusion-a", ended(75), 0), None],
         logs=["b\n", "T1 a\nT2 b\n", "T2 b\nT3 c\x1b\n", "T3 c\x1b\n"],
     )
@@ -227,7 +229,7 @@ def test_a_log_is_followed_through_the_pods_of_a_job(kube: Kube, capsys: pytest.
     assert ["--since-time=T2" in line for line in kube.asked("logs")][:3] == [False, False, True]
 
 
-def test_who_follows_a_job_that_waits_is_told_why(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
+def test_following_a_waiting_job_says_why_it_waits(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
     queued = job("fusion-a", suspend=True)
     kube.give(
         job=[queued, queued, job("fusion-a", condition="Complete")],
@@ -239,7 +241,7 @@ def test_who_follows_a_job_that_waits_is_told_why(kube: Kube, capsys: pytest.Cap
     assert (said.out, said.err) == ("a\n", "job/fusion-a waits (suspended); its log follows\n")
 
 
-def test_the_log_of_a_node(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_of_one_node_of_a_job_is_shown(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
     kube.give(job=job("fusion-a"), pods=listed(pod("fusion-a", RUNS), pod("fusion-a", RUNS, 1, index=1)))
     kube.answers["logs fusion-a-1-1"] = ["T1 of node\t1\n"]
     kube.give()
@@ -249,7 +251,7 @@ def test_the_log_of_a_node(kube: Kube, capsys: pytest.CaptureFixture[str]) -> No
     assert "job/fusion-a has no log yet (on node0, node1)" in capsys.readouterr().err
 
 
-def test_a_job_is_cancelled_once(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_has_ended_is_not_cancelled(kube: Kube, capsys: pytest.CaptureFixture[str]) -> None:
     kube.give(job=[job("fusion-a"), job("fusion-a", condition="Complete")], pods=listed(), events=listed(), delete="ok")
     assert control.main(["cancel", "fusion-a"]) == 0
     assert control.main(["cancel", "fusion-a"]) == 0
@@ -260,7 +262,7 @@ def test_a_job_is_cancelled_once(kube: Kube, capsys: pytest.CaptureFixture[str])
     ]
 
 
-# Of Slurm: seconds since 1970 as times, and what submitit calls sbatch with.
+# Rows of sacct; times are seconds since 1970, and the last column is how submitit called sbatch.
 ROWS = """\
 7|fusion-train-qwen-clip|FAILED|75:0|75:0|86400|86460|86461|n[1-2]|sbatch {folder}/.submission_file_ab.sh
 7|fusion-train-qwen-clip|NODE_FAIL|0:0|0:0|86400|86460|86461|n[1-2]|sbatch {folder}/.submission_file_ab.sh
@@ -275,8 +277,8 @@ ROWS = """\
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(sent, "LOOK", 0.01)
-    monkeypatch.setattr(sent, "ASK", 0.01)
+    monkeypatch.setattr(sent, "POLL_LOG", 0.01)
+    monkeypatch.setattr(sent, "POLL_STATE", 0.01)
     (tmp_path / "rows").write_text(ROWS.format(folder=tmp_path))
     by_id = f'case "$*" in *--jobs=*) grep "^$(echo "$*" | sed \'s/.*--jobs=//\')|" {tmp_path}/rows || true ;;'
     program(tmp_path, "sacct", f"{by_id} *) cat {tmp_path}/rows ;; esac")
@@ -298,13 +300,13 @@ def test_jobs_of_slurm_are_listed(slurm: Path, capsys: pytest.CaptureFixture[str
         "9_2": ("waiting", None, "PENDING, Resources"),
         "9_3": ("waiting", None, "PENDING, Resources"),
         "10": ("cancelled", 143, "CANCELLED"),
-        "12": ("waiting", None, "PENDING, Resources"),  # not yet in the records
+        "12": ("waiting", None, "PENDING, Resources"),  # sacct does not list it yet
     }
     assert (found["7"]["sent"], found["7"]["started"]) == ("1970-01-02T00:00:00Z", "1970-01-02T00:01:00Z")
     assert found["9_2"]["log"] == f"{slurm}/9_2_0_log.out"
 
 
-def test_without_accounting_slurms_queue_is_what_is_known(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_accounting_jobs_come_from_squeue(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program(slurm, "sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     row = "7|fusion-train-qwen-clip|RUNNING|0:0|0:0|86400|86460||n1|None"
     program(slurm, "squeue", f"echo '{row}'")
@@ -351,7 +353,7 @@ def test_slurm_jobs_are_cancelled(slurm: Path, capsys: pytest.CaptureFixture[str
     assert "8 is failed already" in capsys.readouterr().out
 
 
-def test_a_slurm_that_does_not_answer_hides_no_other_cluster(
+def test_an_unreachable_slurm_does_not_hide_jobs_of_other_clusters(
     slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program(slurm, "sacct", "echo 'sacct: fatal: Connection refused' >&2; exit 1")
@@ -362,12 +364,12 @@ def test_a_slurm_that_does_not_answer_hides_no_other_cluster(
     assert control.main(["list", "--cluster=slurm"]) == 69
 
 
-def test_a_file_that_is_not_there_has_no_lines(tmp_path: Path) -> None:
+def test_a_missing_log_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="there is no log"):
-        list(lines(tmp_path / "none"))
+        list(read_lines(tmp_path / "none"))
 
 
-def test_a_job_on_this_machine_is_found_without_any_record_of_it(
+def test_a_job_on_this_machine_is_found_in_proc(
     tmp_path: Path, catalog: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data", str(catalog), "--output", str(tmp_path), "--epochs=900", "--patience=900", "--device=cpu"]
@@ -389,7 +391,7 @@ def test_a_job_on_this_machine_is_found_without_any_record_of_it(
 
 
 def of(parent: int, capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
-    """The jobs here that a process has started."""
+    """The jobs on this machine that a process has started."""
     capsys.readouterr()
     assert control.main(["list", "--cluster=local", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

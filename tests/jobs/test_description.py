@@ -1,4 +1,4 @@
-"""Which packages are variants, and which are shipped: `pytest tests/jobs/test_description.py`."""
+"""Which packages are variants, and which are installed: `pytest tests/jobs/test_description.py`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Config(RunConfig):
 
 @pytest.fixture
 def rooms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose packages are packages of fusion, for one test."""
+    """A folder whose packages are importable as packages of fusion during the test."""
     monkeypatch.setattr(fusion, "__path__", [*fusion.__path__, str(tmp_path)])
     yield tmp_path
     for name in [name for name in sys.modules if name.startswith("fusion.room")]:
@@ -40,7 +40,7 @@ def package(folder: Path, name: str, **modules: str) -> None:
         (folder / name / f"{module}.py").write_text(text)
 
 
-def test_a_package_without_a_config_is_no_variant(rooms: Path) -> None:
+def test_a_package_without_a_config_is_not_a_variant(rooms: Path) -> None:
     heavy = "raise AssertionError('loaded')"
     package(rooms, "room_of_tools", __init__=heavy, model=heavy)
     package(rooms, "room_of_settings", config="Config = dict")
@@ -56,7 +56,7 @@ def test_a_package_with_settings_of_a_run_is_a_variant(rooms: Path) -> None:
     assert config_class("room_of_texts", "train").__module__ == "fusion.room_of_texts.config"
 
 
-def test_an_ensemble_predicts_and_does_nothing_else() -> None:
+def test_an_ensemble_only_predicts() -> None:
     assert Job("ensemble", "predict").module == "fusion.ensemble.predict_test"
     assert config_class("ensemble", "predict") is PredictConfig
     for task in ("train", "evaluate"):
@@ -64,7 +64,7 @@ def test_an_ensemble_predicts_and_does_nothing_else() -> None:
             Job("ensemble", task)
 
 
-def test_every_package_is_shipped() -> None:
+def test_every_package_is_installed() -> None:
     found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     shipped = find_packages(str(ROOT), include=found["include"])
     folders = {path.parent for name in ("fusion", "jobs") for path in (ROOT / name).rglob("__init__.py")}

@@ -1,4 +1,4 @@
-"""`k8s/cluster.toml` in the files of k8s/ and in what is sent: `pytest tests/jobs/test_kubernetes_settings.py`."""
+"""Settings in `k8s/cluster.toml` affect files and submitted jobs: `pytest tests/jobs/test_kubernetes_settings.py`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def config_map(k8s: Path) -> dict[str, str]:
     return data
 
 
-def test_the_files_say_what_the_settings_say() -> None:
+def test_the_committed_files_agree_with_the_settings() -> None:
     assert manifests.main(["--check"]) == 0
 
 
@@ -56,14 +56,14 @@ def test_image_and_environment_reach_every_file(k8s: Path, capsys: pytest.Captur
     environment = {f"FUSION_V{number}": value for number, value in enumerate(VALUES)} | {"FUSION_DATA": "gs://b/data"}
     toml(k8s / "cluster.toml", image=DIGEST, environment=environment | {"FUSION_EMPTY": ""})
     assert write(k8s, "--check") == 78
-    assert "files say otherwise than" in capsys.readouterr().err
+    assert "files differ from" in capsys.readouterr().err
     assert write(k8s) == 0 and write(k8s, "--check") == 0
     assert config_map(k8s) == environment
     images = [line for path in k8s.glob("**/*.yaml") for line in path.read_text().splitlines() if "image: " in line]
     assert len(images) > 6 and {line.split("image: ")[1] for line in images} == {DIGEST}
 
 
-def test_what_is_written_back_is_the_file_as_it_was(k8s: Path) -> None:
+def test_writing_the_old_settings_again_restores_the_files(k8s: Path) -> None:
     before = {path: path.read_text() for path in k8s.glob("**/*.yaml")}
     settings = (k8s / "cluster.toml").read_text()
     toml(k8s / "cluster.toml", image=DIGEST, environment={"FUSION_DATA": "d", "FUSION_OUTPUT": "o"})
@@ -90,7 +90,7 @@ def test_what_is_written_back_is_the_file_as_it_was(k8s: Path) -> None:
         ({}, "image: "),
     ],
 )
-def test_settings_are_checked(tmp_path: Path, values: dict[str, object], said: str) -> None:
+def test_invalid_settings_are_refused(tmp_path: Path, values: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         kubernetes_settings.read(toml(tmp_path / "cluster.toml", **values))
 
@@ -103,7 +103,7 @@ def sent(tmp_path: Path, *flags: str, **values: object) -> Object:
     return job
 
 
-def test_what_is_sent_follows_the_settings_and_the_flags_before_them(tmp_path: Path) -> None:
+def test_flags_take_precedence_over_settings(tmp_path: Path) -> None:
     values = {"queue": "few", "priority": "low", "cpus_per_gpu": 6, "memory_per_gpu": 40}
     job = sent(tmp_path, "--gpus-per-node=2", **values)
     pod = job["spec"]["template"]["spec"]
@@ -121,13 +121,12 @@ def test_what_is_sent_follows_the_settings_and_the_flags_before_them(tmp_path: P
     assert evaluation["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == 4
 
 
-def test_settings_that_the_files_have_give_the_files(tmp_path: Path) -> None:
-    """And so the names of jobs stay what they are without settings."""
+def test_the_image_of_the_files_does_not_change_the_name_of_a_job(tmp_path: Path) -> None:
     assert sent(tmp_path)["metadata"]["name"] == "fusion-train-all-embeddings"
     assert sent(tmp_path, image=DIGEST)["metadata"]["name"] != "fusion-train-all-embeddings"
 
 
-def test_a_jobset_is_what_the_overlay_makes() -> None:
+def test_a_submitted_jobset_is_that_of_the_overlay() -> None:
     policy, jobset = objects(Job("all_embeddings", "train", nodes=2, jobset=True))
     overlay = {one["kind"]: one for one in sources()["overlays/jobset"]}
     assert policy == overlay["NetworkPolicy"]
@@ -149,7 +148,7 @@ def test_a_jobset_of_other_settings_has_names_of_its_own() -> None:
     assert "all-embeddings" not in json.dumps([policy, jobset]).replace(container["args"][-1], "")
 
 
-def test_slurm_gets_the_same_by_its_own_names(tmp_path: Path) -> None:
+def test_slurm_gets_the_same_resources_by_its_own_names(tmp_path: Path) -> None:
     (tmp_path / "cluster.toml").write_text('folder = "logs"\npartition = "cpu"\n')
     cluster = slurm_settings.read(tmp_path / "cluster.toml", "train")
     job = Job("qwen_clip", "train", gpus_per_node=4, cpus_per_gpu=8, memory_per_gpu=64, queue="gpu", priority="high")
@@ -167,7 +166,7 @@ def test_slurm_gets_the_same_by_its_own_names(tmp_path: Path) -> None:
         cluster.asked(Job("qwen_clip", "evaluate", cpus_per_gpu=2))
 
 
-def test_a_context_and_its_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_namespace_is_that_of_the_context_unless_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contexts = [{"name": name, "context": {"cluster": "c", "namespace": f"of-{name}"}} for name in ("one", "two")]
     (tmp_path / "config").write_text(json.dumps({"contexts": contexts, "current-context": "one"}))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))

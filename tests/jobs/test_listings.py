@@ -1,4 +1,4 @@
-"""What `pull.py runs` and `compare` say of runs that are written here, without a training."""
+"""`pull.py runs` and `pull.py compare` on runs that these tests write without a training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pull(*arguments: str) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
-def test_text_of_a_bucket_is_shown_and_does_nothing_else(tmp_path: Path) -> None:
+def test_control_characters_from_a_bucket_are_escaped(tmp_path: Path) -> None:
     make_run(str(tmp_path), "bad", smapes=(), code=65, error=HOSTILE)
     make_run(str(tmp_path), "good", variant="[red]\x1b]0;title\x07")
     done = pull("runs", "--output", str(tmp_path))
@@ -46,7 +46,7 @@ def test_text_of_a_bucket_is_shown_and_does_nothing_else(tmp_path: Path) -> None
     assert r"[red]\x1b]0;title\x07" in done.out
 
 
-def test_errors_write_control_characters_out() -> None:
+def test_control_characters_in_errors_are_escaped() -> None:
     error = DataError(HOSTILE, "a\nb\x1b")
     assert error.report().splitlines()[0] == r"error: no column [price] in \x1b[2Jtrain.csv \u202etxt [/b]"
     assert error.remedy == r"a b\x1b"
@@ -76,7 +76,7 @@ def test_compare_names_a_damaged_file(name: str, content: bytes, tmp_path: Path)
     assert (done.code, done.err.splitlines()[0].startswith(f"error: {url} is damaged: ")) == (65, True), done.err
 
 
-def test_compare_shows_text_as_it_is(tmp_path: Path) -> None:
+def test_compare_escapes_control_characters_and_keeps_brackets(tmp_path: Path) -> None:
     for run, column in (("a", "[price]"), ("b", "\x1b[2J")):
         storage.write(f"{make_run(str(tmp_path), run)}/config.json", storage.as_json({"text_column": column}))
         rows = f"by,group,smape\n[b]brand,{HOSTILE},5\n".encode()
@@ -88,7 +88,7 @@ def test_compare_shows_text_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "bucket", "memory"])
-def test_find_lists_all_objects_below(kind: str, bucket: str, tmp_path: Path) -> None:
+def test_find_lists_all_objects_below_a_url(kind: str, bucket: str, tmp_path: Path) -> None:
     url = {"folder": str(tmp_path / "a"), "bucket": f"{bucket}/a", "memory": "memory://a"}[kind]
     assert storage.find(url) == {}
     before = datetime.now(UTC) - timedelta(seconds=2)
@@ -105,7 +105,7 @@ def listed(output: Path, *flags: str) -> dict[str, dict[str, Any]]:
     return {run["run_id"]: run for run in json.loads(pull("runs", "--output", str(output), "--json", *flags).out)}
 
 
-def test_finished_runs_come_first_and_failed_tries_in_one_line(tmp_path: Path) -> None:
+def test_finished_runs_come_first_and_failed_ones_are_counted(tmp_path: Path) -> None:
     output = str(tmp_path)
     make_run(output, "first", started="2026-01-01T00:00:00Z")
     make_run(output, "second", started="2026-01-02T00:00:00Z", smapes=(None, 40.0, 41.0))
@@ -116,19 +116,19 @@ def test_finished_runs_come_first_and_failed_tries_in_one_line(tmp_path: Path) -
     table = pull("runs", "--output", output).out
     assert re.findall(r"^ (\w+)", table, re.MULTILINE)[1:] == ["second", "first", "diverged", "stopped"]
     assert "40.00" in table and "failed (70)" in table and "diverged: the loss is nan\n" in table
-    assert table.endswith("3 failed tries without a model: see --failed\n")
+    assert table.endswith("3 failed tries without a model: add --failed to list them\n")
     everything = pull("runs", "--output", output, "--failed").out
     assert "typo2" in everything and "failed (65)" in everything and "--failed" not in everything
     assert list(listed(tmp_path)) == ["second", "first", "typo2", "typo1", "typo0", "diverged", "stopped"]
 
 
-def test_a_first_try_that_failed_is_shown(tmp_path: Path) -> None:
+def test_failed_runs_are_listed_when_there_are_no_others(tmp_path: Path) -> None:
     assert pull("runs", "--output", str(tmp_path)).out == f"no runs in {tmp_path}\n"
     make_run(str(tmp_path), "typo", smapes=(), code=65, error="no train.csv")
     assert "typo: no train.csv\n" in pull("runs", "--output", str(tmp_path)).out
 
 
-def test_the_served_run_and_runs_on_the_same_rows(tmp_path: Path) -> None:
+def test_the_served_run_is_marked_and_equal_splits_share_a_letter(tmp_path: Path) -> None:
     output = str(tmp_path)
     for run, split in (("a", "1" * 64), ("b", "2" * 64), ("c", "1" * 64)):
         make_run(output, run, split=split)
@@ -142,7 +142,7 @@ def test_the_served_run_and_runs_on_the_same_rows(tmp_path: Path) -> None:
     assert re.search(r"^ b .* served ", table, re.MULTILINE) and "SMAPE can be compared" in table
 
 
-def test_a_run_that_was_killed_outright(tmp_path: Path) -> None:
+def test_a_run_that_has_written_nothing_for_an_hour_is_silent(tmp_path: Path) -> None:
     run = Path(make_run(str(tmp_path), "killed", code=None))
     assert listed(tmp_path)["killed"]["state"] == "running"
     an_hour_ago = time.time() - 3600
@@ -151,7 +151,7 @@ def test_a_run_that_was_killed_outright(tmp_path: Path) -> None:
     found = listed(tmp_path)["killed"]
     sign = datetime.fromtimestamp(int(an_hour_ago), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     assert (found["state"], found["last_sign"]) == ("silent", sign)
-    assert f"killed: no sign since {sign}" in pull("runs", "--output", str(tmp_path)).out
+    assert f"killed: nothing written since {sign}: most likely killed" in pull("runs", "--output", str(tmp_path)).out
     (run / "checkpoints/step-00000000/MANIFEST.json").touch()
     assert listed(tmp_path)["killed"]["state"] == "running"
     assert listed(tmp_path)["killed"]["started"] == "2026-01-02T03:04:05Z"
@@ -168,19 +168,19 @@ def test_a_listing_takes_three_requests_per_run(bucket: str, s3: S3Server, monke
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     assert pull("runs", "--output", bucket).code == 0
     proxy.stop()
-    # run.json, exit.json and the checkpoint's manifest of each; and which run is served
+    # run.json, exit.json and the manifest of the checkpoint per run, and one pointer for the served run
     assert seen == {"LIST": 1, "GET": 3 * n_runs + 1}
 
 
 @pytest.mark.parametrize(
     "command", [["runs"], ["submissions"], ["run", "x"], ["run", "best"], ["submission", "current"]]
 )
-def test_a_bucket_that_does_not_exist(command: list[str], bucket: str) -> None:
+def test_a_missing_bucket_is_named(command: list[str], bucket: str) -> None:
     done = pull(*command, "--output", "s3://no-such-bucket/out", "--store-timeout", "1")
     assert done.code == 65 and "no-such-bucket" in done.err.splitlines()[0], done.err
 
 
-def test_a_proxy_that_is_dead(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_proxy_is_an_unreachable_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
@@ -201,7 +201,7 @@ def test_a_proxy_that_is_dead(bucket: str, monkeypatch: pytest.MonkeyPatch) -> N
         (["run", "../good"], 65, "no run ../good under output"),
     ],
 )
-def test_what_users_get_wrong(
+def test_user_errors_have_codes_and_hints(
     arguments: list[str], code: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -215,7 +215,7 @@ def test_what_users_get_wrong(
 
 @pytest.mark.parametrize("script", ["pull", "doctor", "submit"])
 @pytest.mark.parametrize("has_fusion", [True, False], ids=["fsspec is missing", "fusion is missing"])
-def test_python_of_another_environment(script: str, has_fusion: bool) -> None:
+def test_a_python_without_fusion_names_the_right_environment(script: str, has_fusion: bool) -> None:
     root = Path(__file__).parents[2]
     env = {"PYTHONPATH": str(root)} if has_fusion else {}
     command = [sys.executable, "-S", f"jobs/{script}.py", "--help"]  # -S: without the installed packages
@@ -226,7 +226,7 @@ def test_python_of_another_environment(script: str, has_fusion: bool) -> None:
     assert hint == "hint: run `. .venv/bin/activate` first; `make demo` makes .venv"
 
 
-def test_ids_are_whole_in_a_narrow_terminal(tmp_path: Path) -> None:
+def test_ids_are_not_truncated_in_a_narrow_terminal(tmp_path: Path) -> None:
     make_run(str(tmp_path), "all-embeddings-b762e410", variant="all_embeddings")
     found = list_runs(str(tmp_path))
     for width, has_variant in ((None, True), (120, True), (80, False), (20, False)):
@@ -245,28 +245,28 @@ def test_a_metric_that_is_not_defined_is_null(tmp_path: Path) -> None:
     assert [group["r2"] for group in groups] == [[None, None], [None, None]]
 
 
-def test_the_note_on_a_run_without_metrics_is_a_command(tmp_path: Path) -> None:
+def test_a_run_without_metrics_is_noted_with_the_command_that_makes_them(tmp_path: Path) -> None:
     for run in ("a", "b"):
         make_run(str(tmp_path), run)
     table = pull("compare", "a", "b", "--output", str(tmp_path)).out
     assert f"`python -m fusion.qwen_clip.evaluate_by_groups --output {tmp_path} --run-id a` makes them" in table
 
 
-def test_best_names_a_run_that_is_gone(tmp_path: Path) -> None:
+def test_a_pointer_to_a_deleted_run_is_an_error(tmp_path: Path) -> None:
     make_run(str(tmp_path), "b")
     serve(str(tmp_path), "qwen_clip", "a", 50.0)
     done = pull("run", "best", "--output", str(tmp_path), "--to", str(tmp_path / "pulled"))
     assert (done.code, done.err.splitlines()[0]) == (65, f"error: no run a under {tmp_path}")
 
 
-def test_a_variant_without_runs(tmp_path: Path) -> None:
+def test_a_variant_without_runs_names_those_with_runs(tmp_path: Path) -> None:
     make_run(str(tmp_path), "a")
     listed = pull("runs", "--output", str(tmp_path), "--variant", "qwen-clip")
     assert listed.out == f"no runs of qwen-clip in {tmp_path}; there are runs of qwen_clip\n"
     assert json.loads(pull("runs", "--output", str(tmp_path), "--variant", "qwen-clip", "--json").out) == []
 
 
-def test_a_name_that_no_disk_takes(tmp_path: Path) -> None:
+def test_a_file_name_that_is_too_long_is_an_error(tmp_path: Path) -> None:
     run = make_run(str(tmp_path), "a")
     entry = {"key": "x" * 300, "bytes": 1, "sha256": storage.sha256(b"1")}
     write(f"{run}/metrics/MANIFEST.json", {"schema": 1, "files": [entry]})

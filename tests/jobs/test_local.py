@@ -1,4 +1,4 @@
-"""Jobs on this machine and stop signals: `pytest tests/jobs/test_local.py`; with real jobs: test_submit.py."""
+"""Stop signals to jobs on this machine: `pytest tests/jobs/test_local.py`. test_submit.py does it with real jobs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ TWO = [Job("all_embeddings", "train"), Job("qwen_clip", "train")]
 
 
 def stands_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    """In place of the launcher, a program of Python."""
+    """Replaces the launcher by a Python program."""
     monkeypatch.setattr(Job, "command", lambda _, python: [python, "-c", program])
 
 
-def test_a_stop_signal_that_comes_before_the_launcher_runs_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_signal_before_the_start_of_the_launcher_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     stands_in(monkeypatch, "import time; time.sleep(30)")
     start = subprocess.Popen
 
@@ -33,7 +33,9 @@ def test_a_stop_signal_that_comes_before_the_launcher_runs_reaches_it(monkeypatc
     assert local.run(TWO) == ExitCode.STOPPED
 
 
-def test_a_launcher_that_a_stop_signal_ends_before_it_listens_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_killed_by_a_stop_signal_before_it_has_a_handler_counts_as_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     stands_in(monkeypatch, f"import os, time; os.kill({os.getpid()}, {int(signal.SIGUSR1)}); time.sleep(30)")
     assert local.run(TWO) == ExitCode.STOPPED
 
@@ -41,6 +43,6 @@ def test_a_launcher_that_a_stop_signal_ends_before_it_listens_was_stopped(monkey
 @pytest.mark.parametrize(
     ("program", "code"), [("raise SystemExit(65)", 65), ("import os; os.kill(os.getpid(), 9)", 137)]
 )
-def test_other_endings_keep_their_code(program: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_exit_codes_are_kept(program: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stands_in(monkeypatch, program)
     assert local.run(TWO) == code

@@ -1,4 +1,4 @@
-"""The manifests against the schemas of Kubernetes and what no schema knows: `pytest tests/jobs/test_manifests.py`."""
+"""The manifests follow the schemas of Kubernetes and this project's rules: `pytest tests/jobs/test_manifests.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUANTITY = re.compile(r"(\d+)(m|Ki|Mi|Gi|Ti)?")
 UNITS = {"": 1.0, "m": 1e-3, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
 RETRIED = {ExitCode.UNREACHABLE, ExitCode.STALLED}
 
-ORDERS = {  # one order of keys everywhere, so that files can be compared by eye and filled in by programs
+ORDERS = {  # the same order of keys in all files, so that they can be compared by eye
     "job": "completionMode completions parallelism backoffLimit activeDeadlineSeconds podFailurePolicy "
     "podReplacementPolicy ttlSecondsAfterFinished template",
     "pod": "serviceAccountName automountServiceAccountToken enableServiceLinks restartPolicy "
@@ -38,7 +38,7 @@ each_object = pytest.mark.parametrize(
 
 def number(quantity: Any) -> float:
     match = QUANTITY.fullmatch(str(quantity))
-    assert match, f"{quantity!r} is no quantity"
+    assert match, f"{quantity!r} is not a quantity"
     return int(match[1]) * UNITS[match[2] or ""]
 
 
@@ -50,9 +50,9 @@ def codes(work: Workload, action: str) -> set[int]:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @each_object
-def test_schema(found: Object, version: str) -> None:
+def test_objects_follow_the_schemas(found: Object, version: str) -> None:
     if found["kind"] == "JobSet":
-        # Its own part: unknown fields are lost on the way through the models. Below: the Job in it.
+        # The models drop unknown fields, so that these would show as a difference. The Job within is checked below.
         assert JobsetV1alpha2JobSet.from_dict(found).to_dict() == found
         spec = found["spec"]["replicatedJobs"][0]["template"]["spec"]
         found = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "within"}, "spec": spec}
@@ -60,11 +60,11 @@ def test_schema(found: Object, version: str) -> None:
 
 
 @each_object
-def test_names_and_labels(found: Object) -> None:
+def test_objects_have_valid_names_and_our_labels(found: Object) -> None:
     name, labels = found["metadata"]["name"], found["metadata"]["labels"]
     assert NAME.fullmatch(name)
     assert len(name) <= (52 if found["kind"] == "CronJob" else 57)  # CronJobs and indexes append to it
-    assert "namespace" not in found["metadata"]  # kubectl's -n decides
+    assert "namespace" not in found["metadata"]  # kubectl's -n sets it
     assert labels["app.kubernetes.io/name"] == labels["app.kubernetes.io/part-of"] == "fusion"
     assert labels["app.kubernetes.io/version"] == __version__
     assert {"app.kubernetes.io/instance", "app.kubernetes.io/component"} <= set(labels)
@@ -78,7 +78,7 @@ def test_every_file_is_known() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_and_its_base_are_one(path: Any) -> None:
+def test_a_file_is_a_link_to_its_base(path: Any) -> None:
     base, plain = (
         {(found["kind"], found["metadata"]["name"]): found for found in yaml.safe_load_all(text)}
         for text in (rendered(K8S / "base" / path.stem), path.read_text())
@@ -89,7 +89,7 @@ def test_a_file_and_its_base_are_one(path: Any) -> None:
 
 
 @each_workload
-def test_the_pod_is_locked_down(work: Workload) -> None:
+def test_pods_have_restricted_security_contexts(work: Workload) -> None:
     pod = work.pod
     assert pod["securityContext"] == {
         **dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), 10001),
@@ -113,14 +113,15 @@ def test_the_pod_is_locked_down(work: Workload) -> None:
 @each_workload
 def test_one_container_whose_command_is_in_args(work: Workload) -> None:
     assert [container["name"] for container in work.pod["containers"]] == ["fusion"]
-    assert "command" not in work.container  # the image's init stays process 1 and hands signals on
+    assert "command" not in work.container  # so that the image's init is process 1 and forwards signals
     assert work.container["args"][:3] == ["python", "-m", "fusion.launch"]
     assert all(isinstance(argument, str) for argument in work.container["args"])
     assert work.container["envFrom"] == [
         {"configMapRef": {"name": "fusion-config"}},
         {"secretRef": {"name": "fusion-credentials", "optional": True}},
     ]
-    assert not any("$(" in value for value in work.env.values())  # overlays put their variables before those named so
+    # Overlays insert variables before others, and $(NAME) only refers to variables that come earlier.
+    assert not any("$(" in value for value in work.env.values())
 
 
 @each_workload
@@ -134,18 +135,18 @@ def test_resources_are_guaranteed_and_cover_the_volumes(work: Workload) -> None:
     limits = work.container["resources"]["limits"]
     assert mounts == {"/tmp": "tmp", "/cache": "cache", "/dev/shm": "shm"}
     assert sizes["shm"]["medium"] == "Memory"
-    assert number(sizes["shm"]["sizeLimit"]) <= number(limits["memory"]) / 4  # what is in it counts as memory
+    assert number(sizes["shm"]["sizeLimit"]) <= number(limits["memory"]) / 4  # its content counts as memory
     on_disk = [number(sizes[name]["sizeLimit"]) for name in ("tmp", "cache")]
     assert sum(on_disk) < number(limits["ephemeral-storage"])
     trains = work.labels["app.kubernetes.io/component"] == "train"
     assert ("nvidia.com/gpu" in limits) == trains
     assert any(t.get("key") == "nvidia.com/gpu" for t in work.pod.get("tolerations", [])) == trains
-    assert (work.env.get("FUSION_DEVICE") == "cuda") == trains  # with an image for CPUs it ends, and does not crawl
+    assert (work.env.get("FUSION_DEVICE") == "cuda") == trains  # with a CPU image it ends instead of training slowly
     assert "OMP_NUM_THREADS" not in str(work.job)  # the launcher divides the container's CPUs among its ranks
 
 
 @each_workload
-def test_exit_codes_are_those_of_the_product(work: Workload) -> None:
+def test_the_pod_failure_policy_covers_all_exit_codes(work: Workload) -> None:
     rules = work.job["podFailurePolicy"]["rules"]
     assert rules[0] == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert len(rules) == 3
@@ -156,14 +157,14 @@ def test_exit_codes_are_those_of_the_product(work: Workload) -> None:
 
 
 @each_workload
-def test_how_a_job_ends(work: Workload) -> None:
+def test_jobs_limit_tries_and_lifetime(work: Workload) -> None:
     job = work.job
     assert work.pod["restartPolicy"] == "Never"  # podFailurePolicy sees only pods that ended
-    assert job["podReplacementPolicy"] == "Failed"  # never two pods of one run at once
+    assert job["podReplacementPolicy"] == "Failed"  # never two pods of one run at the same time
     within_jobset = work.owner["kind"] == "JobSet"
     ttl = work.owner["spec"] if within_jobset else job
-    assert ttl["ttlSecondsAfterFinished"] >= 3 * 24 * 3600  # a weekend, to look at what failed
-    assert within_jobset == ("ttlSecondsAfterFinished" not in job)  # else the JobSet makes it anew
+    assert ttl["ttlSecondsAfterFinished"] >= 3 * 24 * 3600  # a failed job can be examined after a weekend
+    assert within_jobset == ("ttlSecondsAfterFinished" not in job)  # otherwise the JobSet would create it again
     assert "backoffLimitPerIndex" not in job
     tries = job.get("completions", 1) * 3
     assert job["backoffLimit"] == (0 if within_jobset else tries)
@@ -171,12 +172,12 @@ def test_how_a_job_ends(work: Workload) -> None:
 
 
 @pytest.mark.parametrize("work", [work for work in workloads() if not work.source.startswith("overlays")], ids=str)
-def test_keys_stand_in_one_order(work: Workload) -> None:
+def test_keys_are_in_the_same_order(work: Workload) -> None:
     for name, part in {"job": work.job, "pod": work.pod, "container": work.container}.items():
         assert list(part) == [key for key in ORDERS[name].split() if key in part]
 
 
-def test_the_nightly_job() -> None:
+def test_the_nightly_job_has_deadlines_and_one_time_zone() -> None:
     spec = one("predict-nightly", "CronJob")["spec"]
     args = spec["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]
     assert spec["concurrencyPolicy"] == "Forbid"
@@ -185,11 +186,11 @@ def test_the_nightly_job() -> None:
     assert spec["startingDeadlineSeconds"] >= 600
     assert spec["startingDeadlineSeconds"] + deadline < 24 * 3600
     at = re.fullmatch(r"\d+ (\d+) \* \* \*", spec["schedule"])
-    assert at and at[1] != "2"  # not in the hour that summer time leaves out or repeats
+    assert at and at[1] != "2"  # not in the hour that daylight saving time skips or repeats
 
 
 @each_workload
-def test_the_network_policy_of_all_covers_it(work: Workload) -> None:
+def test_the_network_policy_covers_every_job(work: Workload) -> None:
     spec = one("config", "NetworkPolicy")["spec"]
     assert selects(spec["podSelector"], work.labels)
     assert spec["policyTypes"] == ["Ingress", "Egress"]
@@ -199,13 +200,13 @@ def test_the_network_policy_of_all_covers_it(work: Workload) -> None:
 
 
 @each_workload
-def test_the_disruption_budget_is_for_trainings_and_holds_up_no_drain(work: Workload) -> None:
+def test_the_disruption_budget_is_for_trainings_and_does_not_block_drains(work: Workload) -> None:
     spec = one("config", "PodDisruptionBudget")["spec"]
     assert selects(spec["selector"], work.labels) == (work.labels["app.kubernetes.io/component"] == "train")
     assert spec["minAvailable"] == 0  # a number is the only form that works for pods of Jobs
 
 
-def test_no_object_reads_a_kubernetes_token() -> None:
+def test_no_object_uses_a_kubernetes_token() -> None:
     accounts = [found for _, found in objects() if found["kind"] == "ServiceAccount"]
     assert accounts
     assert all(account["automountServiceAccountToken"] is False for account in accounts)
@@ -213,5 +214,5 @@ def test_no_object_reads_a_kubernetes_token() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"kubectl \w[^`\n]* -[fk] (k8s/[\w./-]*\w)", README))))
-def test_commands_of_the_readme_name_what_is_there(path: str) -> None:
+def test_files_in_commands_of_the_readme_exist(path: str) -> None:
     assert (K8S.parent / path).exists()

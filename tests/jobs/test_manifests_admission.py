@@ -1,6 +1,6 @@
-"""What the cluster refuses although every schema allows it: `pytest tests/jobs/test_manifests_admission.py`.
+"""Rules of controllers and CRDs that are not in the schemas: `pytest tests/jobs/test_manifests_admission.py`.
 
-Each rule is that of the validation of the thing that reads the object, as its documentation or its CRD states it.
+Each rule is documented by the controller that reads the object; an object that breaks it is refused by the cluster.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tests.manifests import Object, Workload, one, sources, workloads
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # DNS-1123
 SERVICE_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")  # DNS-1035: begins with a letter
 PORT = re.compile(r"(?=.*[a-z])[a-z0-9]([-a-z0-9]{0,13}[a-z0-9])?")  # IANA_SVC_NAME
-RULE = re.compile(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?")  # of JobSet's failure policy; no hyphen
+RULE = re.compile(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?")  # names in a JobSet's failure policy, without hyphens
 VARIABLE = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
 REASONS = {"BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy"}
-N_RANDOM = len("-abcde")  # what a controller appends to the name of a pod
+N_RANDOM = len("-abcde")  # the suffix that a controller appends to the name of a pod
 
 each_workload = pytest.mark.parametrize("work", workloads(), ids=str)
 jobsets = [found for documents in sources().values() for found in documents if found["kind"] == "JobSet"]
@@ -29,7 +29,7 @@ def test_there_is_a_jobset() -> None:
 
 
 @pytest.mark.parametrize("jobset", jobsets, ids=lambda found: found["metadata"]["name"])
-def test_jobset(jobset: Object) -> None:
+def test_jobsets_have_valid_names_and_rules(jobset: Object) -> None:
     spec, name = jobset["spec"], jobset["metadata"]["name"]
     rules = spec["failurePolicy"]["rules"]
     names = [rule["name"] for rule in rules]
@@ -43,7 +43,7 @@ def test_jobset(jobset: Object) -> None:
 
 
 @each_workload
-def test_pod_failure_policy(work: Workload) -> None:
+def test_pod_failure_policies_have_sorted_codes(work: Workload) -> None:
     rules = work.job["podFailurePolicy"]["rules"]
     assert len(rules) <= 20
     for values in (rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule):
@@ -51,14 +51,14 @@ def test_pod_failure_policy(work: Workload) -> None:
 
 
 @each_workload
-def test_names_within_a_pod(work: Workload) -> None:
+def test_names_within_a_pod_are_valid(work: Workload) -> None:
     pod = work.pod
     names = [one["name"] for one in [*pod["containers"], *pod.get("initContainers", []), *pod["volumes"]]]
     assert all(LABEL.fullmatch(name) for name in names)
     assert all(VARIABLE.fullmatch(entry["name"]) for entry in work.container.get("env", []))
 
 
-def test_ports_of_services() -> None:
+def test_ports_of_services_have_valid_names() -> None:
     ports = [port for documents in sources().values() for found in documents for port in _ports(found)]
     assert ports and all(PORT.fullmatch(port["name"]) for port in ports)
 

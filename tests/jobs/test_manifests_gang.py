@@ -1,4 +1,4 @@
-"""The multi-node training: a gang that meets, talks and ends together: `pytest tests/jobs/test_manifests_gang.py`."""
+"""The multi-node training: its pods start, connect and end together: `pytest tests/jobs/test_manifests_gang.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def gang(request: pytest.FixtureRequest) -> Workload:
 
 
 def names(gang: Workload) -> tuple[str, str]:
-    """Name of pod 0 and of the subdomain, as the controllers make them."""
+    """The name of pod 0 and of the subdomain, as the controllers set them."""
     if gang.owner["kind"] == "Job":
         return f"{gang.owner['metadata']['name']}-0", gang.pod["subdomain"]
     jobset = gang.owner["spec"]
@@ -29,13 +29,15 @@ def test_there_is_a_job_and_a_jobset() -> None:
     assert {gang.owner["kind"] for gang in gangs} == {"Job", "JobSet"}
 
 
-def test_all_nodes_run_at_once(gang: Workload) -> None:
+def test_all_nodes_run_at_the_same_time(gang: Workload) -> None:
     assert gang.job["completionMode"] == "Indexed"
     assert gang.job["completions"] == gang.job["parallelism"] == int(gang.env["PET_NNODES"]) > 1
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_the_launcher_finds_its_place(gang: Workload, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_finds_its_rank_and_the_master(
+    gang: Workload, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in {**gang.env, "JOB_COMPLETION_INDEX": str(index), "PET_NPROC_PER_NODE": "1"}.items():
         monkeypatch.setenv(name, value)
     options = _parse(gang.container["args"][3:])
@@ -46,7 +48,7 @@ def test_the_launcher_finds_its_place(gang: Workload, index: int, monkeypatch: p
     assert options.max_restarts == 0  # the Job or JobSet starts all nodes again
 
 
-def test_pods_have_names_before_they_are_ready() -> None:
+def test_names_of_pods_resolve_before_they_are_ready() -> None:
     service, job = one(GANG, "Service"), one(GANG, "Job")
     spec = service["spec"]
     assert (spec["clusterIP"], spec["publishNotReadyAddresses"]) == ("None", True)
@@ -57,7 +59,7 @@ def test_pods_have_names_before_they_are_ready() -> None:
     assert str(spec["ports"][0]["port"]) == env["MASTER_PORT"]
 
 
-def test_a_jobset_brings_its_own_service(gang: Workload) -> None:
+def test_a_jobset_creates_its_own_service(gang: Workload) -> None:
     if gang.owner["kind"] == "Job":
         return
     network = gang.owner["spec"]["network"]
@@ -65,14 +67,14 @@ def test_a_jobset_brings_its_own_service(gang: Workload) -> None:
     assert "subdomain" not in gang.pod
 
 
-def test_what_would_fail_again_fails_the_jobset() -> None:
+def test_permanent_failures_fail_the_jobset() -> None:
     policy = one("overlays/jobset", "JobSet")["spec"]["failurePolicy"]
     (rule,) = policy["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     assert policy["maxRestarts"] == 3
 
 
-def test_the_jobset_is_the_job() -> None:
+def test_the_jobset_contains_the_same_job() -> None:
     """But for what is the JobSet's own."""
     job, jobset = one(GANG, "Job")["spec"], one("overlays/jobset", "JobSet")["spec"]
     inner = jobset["replicatedJobs"][0]["template"]["spec"]
@@ -88,7 +90,7 @@ def test_the_jobset_is_the_job() -> None:
 
 
 @pytest.mark.parametrize("source", [GANG, "overlays/jobset"])
-def test_pods_of_the_run_may_talk_and_no_others(source: str) -> None:
+def test_only_pods_of_the_run_may_connect_to_each_other(source: str) -> None:
     spec = one(source, "NetworkPolicy")["spec"]
     peers = [spec["podSelector"], _only_peer(spec["ingress"], "from"), _only_peer(spec["egress"], "to")]
     for work in workloads():

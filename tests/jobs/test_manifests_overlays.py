@@ -1,4 +1,4 @@
-"""Overlays do what they say, to each job they say it of: `pytest tests/jobs/test_manifests_overlays.py`."""
+"""Overlays change each job that they are documented for: `pytest tests/jobs/test_manifests_overlays.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.manifests import K8S, OVERLAYS, Object, Workload, _jobs, kubectl, one
 
 JOBS = sorted(path.name for path in (K8S / "base").iterdir() if path.name != "config")
 BASES = [f"../../base/{name}" for name in JOBS]
-# What the header of an overlay and the README say its `resources` may be; of the others, what they are.
+# The `resources` that these overlays support, as their comments and the README say. Other overlays have fixed ones.
 BELOW = {"spot": [*BASES, "../kueue", "../jobset"], "kueue": [*BASES, "../spot", "../jobset"]}
 GPU = "nvidia.com/gpu"
 QUEUE = {"kueue.x-k8s.io/queue-name": "fusion"}
@@ -24,7 +24,7 @@ QUEUE = {"kueue.x-k8s.io/queue-name": "fusion"}
 
 @cache
 def over(overlay: str, resource: str, without: int | None = None) -> str:
-    """An overlay over a resource of choice; without one of its patches where its number is given."""
+    """The output of an overlay with another resource, and without the patch of this number if one is given."""
     with TemporaryDirectory() as folder:
         copy = Path(folder) / "k8s"
         shutil.copytree(K8S, copy, symlinks=True)
@@ -40,7 +40,7 @@ def over(overlay: str, resource: str, without: int | None = None) -> str:
 
 
 def alone(resource: str) -> str:
-    """A resource as an overlay names it."""
+    """The output of a resource without an overlay; `resource` is a path as in an overlay's `resources`."""
     return rendered((K8S / "overlays" / "any" / resource).resolve())
 
 
@@ -49,7 +49,7 @@ def works(text: str) -> list[Workload]:
 
 
 @pytest.mark.parametrize("resource", BELOW["spot"])
-def test_spot_is_for_every_job(resource: str) -> None:
+def test_the_spot_overlay_changes_every_job(resource: str) -> None:
     (plain,) = works(alone(resource))
     (spot,) = works(over("spot", resource))
     keys = {term["key"] for term in _terms(spot.pod)}
@@ -63,8 +63,8 @@ def test_spot_is_for_every_job(resource: str) -> None:
 
 
 @pytest.mark.parametrize("resource", BELOW["kueue"])
-def test_kueue_finds_its_label_on_every_job(resource: str) -> None:
-    """Where it looks: on a Job or JobSet, and for a CronJob on the Jobs that it makes."""
+def test_the_kueue_overlay_labels_every_job(resource: str) -> None:
+    """The label is on the Job or JobSet, and for a CronJob on the Jobs that it creates."""
     plain = alone(resource)
     text = over("kueue", resource)
     (work,) = works(text)
@@ -75,13 +75,13 @@ def test_kueue_finds_its_label_on_every_job(resource: str) -> None:
 
 
 def test_the_image_finds_the_driver_where_gke_mounts_it() -> None:
-    """libcuda and nvidia-smi are not on the usual paths there; without them a training on a GPU ends with 78."""
+    """On GKE libcuda and nvidia-smi are not on the usual paths. A training that does not find them ends with 78."""
     text = (K8S.parent / "Dockerfile").read_text()
     assert re.search(r"^ENV PATH=\S*:/usr/local/nvidia/bin ", text, re.MULTILINE)
     assert re.search(r"^    LD_LIBRARY_PATH=/usr/local/nvidia/lib64 ", text, re.MULTILINE)
 
 
-def test_pods_reach_the_agent_of_eks_pod_identity_in_clusters_of_either_protocol() -> None:
+def test_pods_reach_the_agent_of_eks_pod_identity_by_ipv4_and_ipv6() -> None:
     egress = one("overlays/eks", "NetworkPolicy")["spec"]["egress"]
     cidrs = {to["ipBlock"]["cidr"] for rule in egress for to in rule.get("to", [])}
     assert cidrs == {"169.254.170.23/32", "fd00:ec2::23/128"}
@@ -98,7 +98,7 @@ def patches() -> list[Any]:
 
 @pytest.mark.parametrize(("overlay", "number", "below"), patches())
 def test_every_patch_changes_something(overlay: str, number: int, below: list[str]) -> None:
-    """kustomize says nothing of a patch whose target is not there."""
+    """kustomize silently ignores a patch whose target does not exist."""
     assert any(over(overlay, resource) != over(overlay, resource, without=number) for resource in below)
 
 

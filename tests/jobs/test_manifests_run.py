@@ -1,4 +1,4 @@
-"""The commands of the manifests as processes of this machine: `pytest tests/jobs/test_manifests_run.py`."""
+"""Commands and variables in the manifests are valid: `pytest tests/jobs/test_manifests_run.py`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ each_workload = pytest.mark.parametrize("work", workloads(), ids=str)
 
 
 def options(work: Workload, monkeypatch: pytest.MonkeyPatch) -> Options:
-    """What the launcher understands, in the environment that the pod has."""
+    """The options that the launcher parses from a pod's arguments, in the environment of that pod."""
     config = one("config", "ConfigMap")["data"]
     for name, value in {**config, **work.env, "JOB_COMPLETION_INDEX": "0", "PET_NPROC_PER_NODE": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -40,7 +40,7 @@ def options(work: Workload, monkeypatch: pytest.MonkeyPatch) -> Options:
 
 
 def config_class(module: str) -> type[Any]:
-    """The settings of `fusion.<variant>.<command>`."""
+    """The class of the settings of `fusion.<variant>.<command>`."""
     variant, command = module.rsplit(".", 1)
     shared = {"evaluate_by_groups": EvaluateConfig, "predict_test": PredictConfig}
     return shared.get(command) or importlib.import_module(f"{variant}.config").Config
@@ -54,7 +54,7 @@ def test_the_command_understands_its_flags_and_environment(work: Workload, monke
 
 
 @pytest.mark.parametrize("args", sorted({tuple(work.container["args"]) for work in workloads()}), ids=" ".join)
-def test_help_of_every_command(
+def test_every_command_has_help(
     args: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PET_NNODES", "1")
@@ -66,10 +66,12 @@ def test_help_of_every_command(
 
 
 @each_workload
-def test_grace_periods_fit_into_one_another(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_grace_periods_of_training_launcher_and_pod_are_nested(
+    work: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launcher, nodes = options(work, monkeypatch).grace, work.job.get("completions", 1)
-    assert float(work.env.get("FUSION_GRACE", RunConfig.grace)) <= launcher  # what training counts on
-    # Ranks that do not end are killed; launchers then wait as long for those of other nodes.
+    assert float(work.env.get("FUSION_GRACE", RunConfig.grace)) <= launcher
+    # The launcher kills ranks that do not end in time; then it waits as long for the launchers of other nodes.
     assert (launcher + 2 * SETTLE) * min(nodes, 2) < work.pod["terminationGracePeriodSeconds"]
 
 
@@ -80,7 +82,7 @@ def test_the_default_grace_is_the_one_that_comments_name() -> None:
 
 
 def test_every_variable_is_a_setting() -> None:
-    """Of a command, or of the tests on a cluster."""
+    """Each FUSION_… variable in k8s/ is a setting of a command, or of the tests on a cluster."""
     classes = [config_class(f"fusion.{variant}.train") for variant in ("all_embeddings", "qwen_clip")]
     known = {_variable(flag) for one in (*classes, EvaluateConfig, PredictConfig) for flag in _flags(one)}
     known |= {
@@ -96,7 +98,7 @@ def test_the_readme_explains_every_exit_code(code: ExitCode) -> None:
 
 
 def test_the_smoke_run_from_its_manifest(bucket: str, tmp_path: Path) -> None:
-    """Generates, trains on two ranks and writes to the store; again, it has nothing to do."""
+    """It generates data, trains on two ranks and writes to the store. A second run has nothing to do."""
     (work,) = (work for work in workloads() if work.source == "overlays/cpu-smoke")
     (init,) = work.pod["initContainers"]
 

@@ -1,4 +1,4 @@
-"""Runs and submissions come out of a bucket whole, or not at all, whatever happens on the way."""
+"""Runs and submissions are pulled from a bucket completely and verified, or not at all, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PREFIX = OUTPUT.removeprefix(f"s3://{BUCKET}/")
 
 @pytest.fixture(scope="module")
 def made(s3: S3Server, catalog: Path) -> str:
-    """An output in a bucket: two evaluated runs, one that failed, a submission; all by the real commands."""
+    """An output in a bucket, made by the real commands: two evaluated runs, a failed one, and a submission."""
     flags = ["--epochs", "2", "--data", str(catalog)]
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with patch.dict(os.environ, {**s3.environment(), "FUSION_OUTPUT": OUTPUT}):
@@ -55,13 +55,13 @@ def made(s3: S3Server, catalog: Path) -> str:
 
 @pytest.fixture
 def output(made: str, bucket: str) -> str:
-    """That output, for tests that only read; `bucket` sets the environment."""
+    """The output of `made`, for tests that only read; the fixture `bucket` sets the environment."""
     return made
 
 
 @pytest.fixture
 def copied(made: str, bucket: str) -> str:
-    """A copy without the large run, to change."""
+    """A copy of the output without the large run, for tests that change it."""
     client = boto3.client("s3")
     target = f"{bucket}/out"
     for key in keys(PREFIX):
@@ -85,13 +85,13 @@ def keys(prefix: str) -> list[str]:
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    """The command as a process, to be killed."""
+    """Starts the command as a process, which a test can kill."""
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "jobs/pull.py", *arguments], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
 def pull(*arguments: str, **env: str) -> Done:
-    """The command, in this process: an interpreter takes longer to start than most pulls."""
+    """Runs the command in this process, because an interpreter takes longer to start than most pulls."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with patch.dict(os.environ, env), redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
         code = pull_main(arguments)
@@ -100,7 +100,7 @@ def pull(*arguments: str, **env: str) -> Done:
 
 
 def check(done: Done, code: int, *expected: str) -> None:
-    """It ended with two lines for people, and with this code."""
+    """Asserts that the command ended with this code, and with an error and a hint that contain the expected texts."""
     assert done.code == code, done.err
     assert [line.split(":")[0] for line in done.err.splitlines()[-2:]] == ["error", "hint"]
     for text in expected:
@@ -111,9 +111,9 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def check_whole(*places: Path) -> None:
-    """What was pulled is in order, though it is not all of what the bucket holds."""
-    assert [finding for place in places for finding in verify(str(place)) if finding.verdict == "BAD"] == []
+def check_verified(*folders: Path) -> None:
+    """Asserts that `fusion.verify` finds nothing wrong with the folders, although they lack files of the bucket."""
+    assert [finding for folder in folders for finding in verify(str(folder)) if finding.verdict == "BAD"] == []
 
 
 def flip(content: bytes) -> bytes:
@@ -167,7 +167,7 @@ def edit(url: str, **values: Any) -> None:
     ],
     ids=["stopped", "failed", "running", "damaged run.json", "damaged manifest", "no lease"],
 )
-def test_how_a_run_stands(change: Callable[[str], None], state: str, copied: str) -> None:
+def test_the_state_of_a_run(change: Callable[[str], None], state: str, copied: str) -> None:
     change(f"{copied}/runs/small")
     listed = pull("runs", "--output", copied, "--json")
     assert listed.code == 0
@@ -211,7 +211,7 @@ def test_runs_are_compared(output: str) -> None:
     check(pull("compare", "small", "--output", output), 64, "at least two runs")
 
 
-def test_a_run_is_pulled(output: str, tmp_path: Path) -> None:
+def test_a_run_is_pulled_without_its_lease_and_state(output: str, tmp_path: Path) -> None:
     done = pull("run", "best", "--output", output, "--to", str(tmp_path))
     assert done.code == 0, done.err
     run = document(f"{output}/pointers/runs/all_embeddings/best.json")["run_id"]
@@ -219,16 +219,18 @@ def test_a_run_is_pulled(output: str, tmp_path: Path) -> None:
     whole = {key.removeprefix(f"{PREFIX}/") for key in keys(f"{PREFIX}/runs/{run}")}
     left = {f"runs/{run}/lease.json", f"{step_of(output, run)}/state.pt"}
     assert left < whole
-    ours = {"pointers/runs/all_embeddings/best.json", f"runs/{run}/pulled.json"}
-    assert files(tmp_path) == whole - left | ours
-    check_whole(tmp_path, tmp_path / "runs" / run, tmp_path / "pointers/runs/all_embeddings/best.json")
+    added = {"pointers/runs/all_embeddings/best.json", f"runs/{run}/pulled.json"}
+    assert files(tmp_path) == whole - left | added
+    check_verified(tmp_path, tmp_path / "runs" / run, tmp_path / "pointers/runs/all_embeddings/best.json")
     for name in files(tmp_path) - {f"runs/{run}/pulled.json"}:
         assert (tmp_path / name).read_bytes() == storage.read(f"{output}/{name}")
     assert pull("run", "best", "--output", output, "--to", str(tmp_path), "--state").code == 0
-    assert files(tmp_path) - ours == whole - {f"runs/{run}/lease.json"}
-    check_whole(tmp_path, tmp_path / "runs" / run)
+    assert files(tmp_path) - added == whole - {f"runs/{run}/lease.json"}
+    check_verified(tmp_path, tmp_path / "runs" / run)
     (tmp_path / step_of(output, run) / "state.pt").unlink()
-    assert [finding for finding in verify(str(tmp_path)) if finding.verdict == "BAD"] != [], "it was asked for"
+    assert [finding for finding in verify(str(tmp_path)) if finding.verdict == "BAD"] != [], (
+        "state.pt was pulled, so its absence is damage"
+    )
     assert predict_test.main(["--output", str(tmp_path), "--date", DATE]) == 0
 
 
@@ -246,10 +248,10 @@ def test_a_submission_is_pulled(which: str, output: str, tmp_path: Path) -> None
     names = ("submission.csv", "predictions.parquet", "fingerprints.parquet", "MANIFEST.json", "pulled.json")
     assert files(tmp_path) == {f"{folder}/{name}" for name in names} | pointer
     assert [finding for finding in verify(str(csv.parent)) if finding.verdict != "ok"] == []
-    check_whole(tmp_path)
+    check_verified(tmp_path)
 
 
-def test_one_of_several_submissions_of_a_date(copied: str, tmp_path: Path) -> None:
+def test_a_date_with_several_submissions_means_the_current_one(copied: str, tmp_path: Path) -> None:
     current = document(f"{copied}/pointers/submissions/prices/current.json")["submission"]
     other = f"{copied}/submissions/prices/{DATE}/{'0' * 12}"
     storage.write(f"{other}/MANIFEST.json", storage.read(f"{copied}/submissions/{current}/MANIFEST.json"))
@@ -261,7 +263,7 @@ def test_one_of_several_submissions_of_a_date(copied: str, tmp_path: Path) -> No
 
 
 class Requests:
-    """What goes through the proxy; requests that `hold` is true of wait for `go_on`, the others do not."""
+    """Records the requests through a proxy. Those for which `hold` returns True wait until `go_on` is set."""
 
     def __init__(self, proxy: FaultProxy, hold: Callable[[Request], bool] = lambda _: False) -> None:
         self.seen: list[Request] = []
@@ -276,18 +278,20 @@ class Requests:
             self.go_on.wait(300)
 
     def gets(self, name: str) -> int:
-        """How often an object of this name was asked for."""
+        """The number of GET requests for objects with this name."""
         return sum(request.method == "GET" and request.path.split("?")[0].endswith(f"/{name}") for request in self.seen)
 
 
-def test_a_killed_pull_goes_on(output: str, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_a_killed_pull_is_continued_without_fetching_files_twice(
+    output: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
     first = Requests(proxy, hold=lambda request: "state.pt" in request.path and request.method == "GET")
     flags = ["run", "large", "--state", "--output", output, "--to", str(tmp_path)]
     folder = tmp_path / step_of(output, "large")
-    with start(*flags, "--store-timeout", "300") as process:  # on a busy machine the model takes its time
+    with start(*flags, "--store-timeout", "300") as process:  # on a busy machine the model takes a while
         assert first.held.wait(60)
         while not (folder / "model.safetensors").exists():
-            assert process.poll() is None, "it ended too early"
+            assert process.poll() is None, "the pull ended before it could be killed"
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     first.go_on.set()
@@ -306,17 +310,17 @@ def manifest_of(output: str, run: str) -> Any:
     return document(f"{output}/{step_of(output, run)}/MANIFEST.json")
 
 
-def test_no_more_is_listed_than_is_needed(output: str, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_a_pull_lists_one_run_and_not_the_whole_bucket(output: str, proxy: FaultProxy, tmp_path: Path) -> None:
     requests = Requests(proxy)
     assert pull("run", "small", "--output", output, "--to", str(tmp_path)).code == 0
     assert pull("runs", "--output", output).code == 0
     assert pull("submission", "current", "--name", "prices", "--output", output, "--to", str(tmp_path)).code == 0
     listings = [request.path for request in requests.seen if "list-type=2" in request.path]
     prefixes = [parse_qs(urlsplit(path).query)["prefix"][0].removeprefix(f"{PREFIX}/") for path in listings]
-    assert prefixes == ["runs/", "runs/small/", "runs/"]  # of ids alone, of one run, of all runs
+    assert prefixes == ["runs/", "runs/small/", "runs/"]  # the ids alone, one run, all runs
 
 
-def test_a_store_that_fails_now_and_then(output: str, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_a_pull_survives_a_store_with_random_errors(output: str, proxy: FaultProxy, tmp_path: Path) -> None:
     proxy.plan = at_random(0.2, (*RESETS, Fault.TRUNCATE, Fault.SLOW_DOWN), seed=1)
     flags = ["run", "large", "--output", output, "--to", str(tmp_path)]
     assert pull(*flags).code == 0
@@ -326,13 +330,16 @@ def test_a_store_that_fails_now_and_then(output: str, proxy: FaultProxy, tmp_pat
 
 
 def damage_object(output: str, change: Callable[[bytes], bytes]) -> str:
+    """Changes the weights of the small run in the bucket; returns their URL."""
     url = f"{output}/{step_of(output, 'small')}/model.safetensors"
     storage.write(url, change(storage.read(url)))
     return url
 
 
 @pytest.mark.parametrize("change", [flip, lambda content: content[:-1], lambda content: content + b"1"])
-def test_damage_in_the_bucket(change: Callable[[bytes], bytes], copied: str, tmp_path: Path) -> None:
+def test_a_damaged_object_in_the_bucket_is_not_pulled(
+    change: Callable[[bytes], bytes], copied: str, tmp_path: Path
+) -> None:
     url = damage_object(copied, change)
     flags = ["run", "small", "--output", copied, "--to", str(tmp_path)]
     check(pull(*flags), 65, f"{url} ", "its manifest says")
@@ -341,7 +348,7 @@ def test_damage_in_the_bucket(change: Callable[[bytes], bytes], copied: str, tmp
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_document_that_has_changed_since_it_was_written(copied: str, tmp_path: Path) -> None:
+def test_a_document_with_a_broken_seal_is_not_pulled(copied: str, tmp_path: Path) -> None:
     url = f"{copied}/runs/small/run.json"
     storage.write(url, storage.read(url).replace(b"all_embeddings", b"qwen_clip"))
     check(pull("run", "small", "--output", copied, "--to", str(tmp_path)), 65, f"{url} is damaged: it has changed")
@@ -362,7 +369,7 @@ def test_metrics_that_a_manifest_names_are_verified(copied: str, tmp_path: Path)
     assert not (pulled / "groups.csv").exists()
 
 
-def test_damage_in_the_folder(copied: str, tmp_path: Path) -> None:
+def test_a_damaged_file_in_the_folder_is_replaced(copied: str, tmp_path: Path) -> None:
     flags = ["run", "small", "--output", copied, "--to", str(tmp_path)]
     assert pull(*flags).code == 0
     model = tmp_path / step_of(copied, "small") / "model.safetensors"
@@ -376,7 +383,7 @@ def test_damage_in_the_folder(copied: str, tmp_path: Path) -> None:
     check(pull(*flags, "--check"), 65, f"{model} is missing")
 
 
-def test_damage_on_both_sides_leaves_nothing(copied: str, tmp_path: Path) -> None:
+def test_a_file_damaged_in_folder_and_bucket_is_removed(copied: str, tmp_path: Path) -> None:
     flags = ["run", "small", "--output", copied, "--to", str(tmp_path)]
     assert pull(*flags).code == 0
     model = tmp_path / step_of(copied, "small") / "model.safetensors"
@@ -394,13 +401,15 @@ def test_a_link_in_the_folder_is_replaced_and_not_written_through(name: str, out
     (folder / path).parent.mkdir(parents=True)
     (folder / path).symlink_to(outside)
     sha256 = storage.sha256(storage.read(f"{output}/{path}"))
-    (folder / f"{path}.{sha256[:12]}.part").symlink_to(outside)  # where earlier versions wrote first
+    (folder / f"{path}.{sha256[:12]}.part").symlink_to(outside)  # the temporary file of earlier versions
     assert pull("run", "small", "--output", output, "--to", str(folder)).code == 0
     assert outside.read_bytes() == b"mine" and not (folder / path).is_symlink()
     assert (folder / path).read_bytes() == storage.read(f"{output}/{path}")
 
 
-def test_a_checkpoint_that_is_pruned_meanwhile(copied: str, proxy: FaultProxy, s3: S3Server, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_pruned_during_the_pull_is_replaced_by_a_newer_one(
+    copied: str, proxy: FaultProxy, s3: S3Server, tmp_path: Path
+) -> None:
     old = f"{copied.removeprefix(f's3://{BUCKET}/')}/{step_of(copied, 'small')}"
     new = f"{old.rsplit('/', 1)[0]}/step-99999999"
     client, moved = boto3.client("s3", endpoint_url=s3.endpoint), list[str]()
@@ -441,7 +450,7 @@ def test_dry_run_prints_commands(output: str, tmp_path: Path, s3: S3Server) -> N
     check(pull("run", "x", "--output", output, "--dry-run"), 65, "no run x under")
 
 
-def test_dry_run_of_a_folder(tmp_path: Path) -> None:
+def test_dry_run_refuses_a_folder(tmp_path: Path) -> None:
     check(pull("run", "r", "--output", str(tmp_path), "--dry-run"), 64, "--output is", "s3://")
 
 
@@ -457,11 +466,11 @@ def test_dry_run_of_a_folder(tmp_path: Path) -> None:
         (["run", "small", "--to", "/proc/nowhere"], 78, "cannot be written"),
     ],
 )
-def test_what_users_get_wrong(flags: list[str], code: int, expected: str, output: str) -> None:
+def test_user_errors_have_codes_and_hints(flags: list[str], code: int, expected: str, output: str) -> None:
     check(pull(*flags, FUSION_OUTPUT=output), code, expected)
 
 
-def test_several_variants_are_told_apart(copied: str, tmp_path: Path) -> None:
+def test_latest_needs_a_variant_where_there_are_several(copied: str, tmp_path: Path) -> None:
     pointer = storage.read(f"{copied}/pointers/runs/all_embeddings/latest.json")
     storage.write(f"{copied}/pointers/runs/qwen_clip/latest.json", pointer)
     check(pull("run", "latest", "--output", copied), 64, "--variant all_embeddings")
@@ -474,14 +483,14 @@ def test_several_variants_are_told_apart(copied: str, tmp_path: Path) -> None:
         ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}, 69),
         ({"FUSION_OUTPUT": "s3://no-such-bucket/out"}, 65),
     ],
-    ids=["wrong secret", "nobody there", "no bucket"],
+    ids=["wrong secret", "unreachable", "no bucket"],
 )
-def test_the_store_refuses(env: dict[str, str], code: int, output: str) -> None:
+def test_errors_of_the_store_end_with_their_exit_codes(env: dict[str, str], code: int, output: str) -> None:
     where = {"FUSION_OUTPUT": output, "FUSION_STORE_TIMEOUT": "1"}
     check(pull("run", "small", **{**where, **env}), code, "s3://")
 
 
-def test_two_pulls_into_one_folder(output: str, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_two_pulls_into_one_folder_at_the_same_time_succeed(output: str, proxy: FaultProxy, tmp_path: Path) -> None:
     requests = Requests(proxy, hold=lambda request: "state.pt" in request.path)
     flags = ["run", "large", "--state", "--to", str(tmp_path)]
     with start(*flags, "--output", output) as first:
@@ -493,11 +502,14 @@ def test_two_pulls_into_one_folder(output: str, proxy: FaultProxy, tmp_path: Pat
 
 
 def direct(proxy: FaultProxy) -> str:
+    """The endpoint of the store behind the proxy."""
     host, port = proxy.upstream
     return f"http://{host}:{port}"
 
 
-def test_an_interrupted_pull_ends_at_once_and_says_how_to_go_on(output: str, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_an_interrupted_pull_ends_at_once_and_says_how_to_continue(
+    output: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
     requests = Requests(proxy, hold=lambda request: "state.pt" in request.path)
     with start("run", "large", "--state", "--output", output, "--to", str(tmp_path)) as process:
         assert requests.held.wait(60)
@@ -505,7 +517,7 @@ def test_an_interrupted_pull_ends_at_once_and_says_how_to_go_on(output: str, pro
         _, err = process.communicate(timeout=30)  # the store has not answered yet
         requests.go_on.set()
     assert process.returncode == 130, err
-    assert err.splitlines()[-1].startswith("stopped; the same command goes on")
+    assert err.splitlines()[-1].startswith("stopped; run the same command again")
 
 
 @pytest.mark.parametrize("what", ["run failed", "submission current --name prices"], ids=["not in a manifest", "named"])

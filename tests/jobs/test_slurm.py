@@ -23,7 +23,7 @@ from tests.services import require
 from tests.slurm_cluster import SlurmCluster, install
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 400.0  # seconds for anything to happen
+LIMIT = 400.0  # seconds that any condition may take, on a busy machine
 TRAINING = [*SMALL, "--checkpoint-steps", "10", "--patience", "1000"]
 
 
@@ -43,7 +43,7 @@ def small_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Submit:
-    """`jobs/submit.py --cluster slurm` with the settings of the test's cluster."""
+    """Runs `jobs/submit.py --cluster slurm` with the settings of the test's cluster."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path, environment: dict[str, str]) -> None:
         self.cluster, self.folder = cluster, folder
@@ -109,7 +109,7 @@ def job_id(process: subprocess.Popen[str]) -> str:
 def wait_for(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + LIMIT
     while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        assert time.monotonic() < deadline, f"{what} did not come within {LIMIT:g} s"
         time.sleep(0.3)
 
 
@@ -178,7 +178,7 @@ def test_failures_keep_their_code_and_are_not_requeued(submit: Submit, bucket: s
         assert done.code == code, done.out + submit.log(number)
         assert re.search(message, done.out), done.out
         assert f"FAILED with exit code {code}, log: {submit.folder}/logs/{number}_0_log.out" in done.out
-        assert re.findall(rf"try (\d) of 3 ended with {code}: again", submit.log(number)) == tries
+        assert re.findall(rf"try (\d) of 3 ended with {code}: next try", submit.log(number)) == tries
         assert submit.restarts(number) == 0
 
 
@@ -224,16 +224,16 @@ def test_a_stop_request_between_two_tries_requeues_the_job(cluster: SlurmCluster
     process = submit("--wait", "--nodes=2", "--", "--data", "data")
     number = job_id(process)
     wait_for((submit.folder / "logs" / f"{number}_0_log.out").exists, "the log")
-    wait_for(lambda: "again in" in submit.log(number), "the pause")
+    wait_for(lambda: "next try in" in submit.log(number), "the pause")
     cluster.run("scancel", "--signal=USR2", number)
     done = ended(process)
     assert done.code == 0, done.out + submit.log(number)
     assert submit.restarts(number) == 1
-    assert submit.log(number).count("again in") == 1
+    assert submit.log(number).count("next try in") == 1
     assert submit.log(number).count("stopped on request, requeued") == 1
 
 
-def test_what_slurm_refuses_is_said_at_once(submit: Submit) -> None:
+def test_a_job_that_slurm_refuses_is_an_error(submit: Submit) -> None:
     submit.settings.write_text('partition = "nowhere"\n' + submit.settings.read_text())
     done = ended(submit("--", "--data", "data"))
     assert done.code == 78

@@ -1,7 +1,7 @@
-"""What happens to jobs on a real Slurm from outside, and what jobs/control.py says of it, all at once.
+"""Jobs on a real Slurm that are preempted or cancelled, lose their node or exceed their time, and jobs/control.py.
 
-`pytest tests/jobs/test_slurm_outside.py`. A script stands in for the training: what stop signals do to a real one is in
-test_slurm.py.
+`pytest tests/jobs/test_slurm_outside.py`. The jobs run at the same time, with a script in place of the training;
+test_slurm.py sends stop signals to a real training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.jobs.test_slurm import ROOT, Submit, ended, wait_for
 from tests.services import require
 from tests.slurm_cluster import NODES, SlurmCluster, install
 
-# Runs until it is asked to stop, or has been started again often enough.
+# Runs until it is asked to stop, or ends with 0 when the job has been restarted `restarts` times.
 LAUNCHER = """\
 #!/bin/bash
 trap 'echo asked to stop; exit 75' USR2 TERM
@@ -33,7 +33,7 @@ while :; do sleep 0.2; done
 
 
 class Meanwhile:
-    """Jobs that were sent at once; each has settings and a launcher of its own."""
+    """Jobs that run at the same time; each has settings and a launcher of its own."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
@@ -67,7 +67,7 @@ class Meanwhile:
         return path.read_text() if path.exists() else ""
 
     def control(self, *arguments: str) -> Done:
-        """`jobs/control.py` of somebody who knows nothing of the settings that the jobs were sent with."""
+        """`jobs/control.py` without the settings that the jobs were sent with."""
         command = [sys.executable, "jobs/control.py", *arguments]
         environment = {**self.cluster.environment, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -79,8 +79,8 @@ class Meanwhile:
         (found,) = json.loads(done.out)
         return dict(found)
 
-    def kept(self, name: str, what: str) -> str:
-        """What Slurm keeps of a job."""
+    def recorded(self, name: str, what: str) -> str:
+        """Columns of sacct for a job."""
         job_id = self.ids[name][0]
         return self.cluster.run(
             "sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}", f"--format={what}"
@@ -109,10 +109,10 @@ def meanwhile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Meanwhile]:
         cluster.stop()
 
 
-def test_settings_of_another_cluster(meanwhile: Meanwhile) -> None:
+def test_other_settings_reach_slurm(meanwhile: Meanwhile) -> None:
     done = ended(meanwhile.processes["other"])
     assert done.code == 0, done.out + meanwhile.log("other")
-    assert meanwhile.kept("other", "Partition,QOS,NodeList,State") == f"urgent|high|{NODES[1]}|COMPLETED"
+    assert meanwhile.recorded("other", "Partition,QOS,NodeList,State") == f"urgent|high|{NODES[1]}|COMPLETED"
     assert "A is b" in meanwhile.log("other")
     shown = meanwhile.status("other")
     assert (shown["state"], shown["code"], shown["said"]) == ("finished", 0, meanwhile.log("other").splitlines()[-1])
@@ -129,7 +129,7 @@ def test_a_task_of_an_array_is_cancelled_alone(meanwhile: Meanwhile) -> None:
     assert meanwhile.control("cancel", second).out.startswith(f"{second} is asked to stop")
     wait_for(lambda: meanwhile.status("array", 1)["state"] == "cancelled", "its end")
     assert meanwhile.status("array", 0)["state"] == "running"
-    for task in (first, third):  # the others are moved, and end with success when they have been started again
+    for task in (first, third):  # the others are requeued, and end with 0 after the restart
         wait_for(lambda task=task: "start 0" in meanwhile.log("array", int(task[-1])), task)
         meanwhile.cluster.run("scancel", "--signal=USR2", task)
     done = ended(meanwhile.processes["array"])
@@ -137,10 +137,10 @@ def test_a_task_of_an_array_is_cancelled_alone(meanwhile: Meanwhile) -> None:
     assert [meanwhile.status("array", task)["code"] for task in range(3)] == [0, 143, 0]
 
 
-def test_a_preemption_without_grace_and_a_node_that_goes_and_comes(meanwhile: Meanwhile) -> None:
+def test_a_job_is_requeued_after_a_preemption_and_after_the_loss_of_its_node(meanwhile: Meanwhile) -> None:
     cluster, (job_id,) = meanwhile.cluster, meanwhile.ids["moved"]
     wait_for(lambda: "start 0" in meanwhile.log("moved"), "its start")
-    assert meanwhile.kept("moved", "Partition") == "cheap"
+    assert meanwhile.recorded("moved", "Partition") == "cheap"
     cluster.run(
         "sbatch",
         "--partition=urgent",
@@ -172,7 +172,7 @@ def test_a_time_limit_leads_to_a_requeue(meanwhile: Meanwhile) -> None:
     )
 
 
-def test_a_job_that_outlasts_its_time_limit_has_no_success(meanwhile: Meanwhile) -> None:
+def test_a_job_that_ignores_signals_ends_with_143_at_its_time_limit(meanwhile: Meanwhile) -> None:
     done = ended(meanwhile.processes["deaf"])
     assert done.code == 143, done.out
     assert "TIMEOUT with exit code 143" in done.out

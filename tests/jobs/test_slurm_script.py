@@ -1,4 +1,4 @@
-"""The batch script of a job, under bash and with stand-ins for Slurm: `pytest tests/jobs/test_slurm_script.py`."""
+"""The batch script of a job, run by bash with fake commands of Slurm: `pytest tests/jobs/test_slurm_script.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jobs.schedulers import slurm
 from jobs.schedulers.description import Job
 from jobs.schedulers.slurm_settings import Cluster
 
-# As Slurm's: a signal reaches all steps of a job, and ends a `sleep`; srun ends with 128 + the signal.
+# A fake srun. As with Slurm's, a signal to the steps of a job ends the listener's `sleep`, and srun with 128 + signal.
 SRUN = """\
 #!/bin/bash
 case "$*" in *--overlap*) echo $$ > listener; {listener} ;; esac
@@ -22,8 +22,8 @@ echo "$*" >> tries
 {launcher}
 """
 SCONTROL = '#!/bin/bash\n{first}\necho "$*" >> requeued\n'
-SLEEP = "#!/bin/bash\n[ -e at_pause ] && . ./at_pause\nexit 0\n"  # no test waits for a pause
-# Returns once the shell of the job knows how the listener ended.
+SLEEP = "#!/bin/bash\n[ -e at_pause ] && . ./at_pause\nexit 0\n"  # ends at once, so that tests are quick
+# Sends a stop signal to the listener, and returns when that has ended.
 SIGNAL_STEPS = """\
 until [ -s listener ]; do :; done
 kill -USR2 $(cat listener) 2> /dev/null
@@ -31,7 +31,7 @@ while kill -0 $(cat listener) 2> /dev/null; do :; done
 """
 
 
-# Writes down each command that bash is about to run, and gives the signal before the one of a number.
+# Appends each command that bash is about to run to `moments`, and runs `signal` before the command with this number.
 COUNT = "set -T; n=0; trap 'n=$((n + 1)); echo \"$BASH_COMMAND\" >> moments; [ $n -ne {moment} ] || . ./signal' DEBUG"
 
 
@@ -44,7 +44,7 @@ class Ended:
 
 
 class Script:
-    """A rendered script in a folder of its own, whose commands come from there."""
+    """A rendered batch script in a folder of its own, which also has the fake commands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,12 +90,12 @@ def script(tmp_path: Path) -> Script:
     return Script(tmp_path)
 
 
-def test_a_failure_that_may_pass_is_tried_three_times(script: Script) -> None:
+def test_an_unreachable_store_is_tried_three_times(script: Script) -> None:
     ended = script.run("exit 69")
     assert (ended.code, ended.tries, ended.requeued) == (69, 3, "")
 
 
-def test_a_failure_that_stays_is_tried_once(script: Script) -> None:
+def test_bad_data_is_not_tried_again(script: Script) -> None:
     ended = script.run("exit 65")
     assert (ended.code, ended.tries, ended.requeued) == (65, 1, "")
 
@@ -112,14 +112,14 @@ def test_a_stop_request_before_the_first_try_requeues_the_job(script: Script, si
 
 
 def test_a_stop_request_while_the_launcher_starts_requeues_the_job(script: Script) -> None:
-    """Also in the last try: the signal ends a Python that has no handler yet."""
+    """Also in the last try. The signal ends Python before it has a handler."""
     third = f"[ $(wc -l < tries) -lt 3 ] && exit 69; {SIGNAL_STEPS}kill -USR2 $$"
     ended = script.run(third)
     assert (ended.code, ended.tries, ended.requeued) == (75, 3, "requeue 7\n"), ended.log
 
 
 def moments(folder: Path) -> list[int]:
-    """When each command of the script is run for the first and the last time, where its launcher ends with 69."""
+    """Numbers of the first and the last execution of each command of a script whose launcher ends with 69."""
     Script(folder).run("exit 69", setup=(COUNT.format(moment=0),))
     commands = dict.fromkeys((folder / "moments").read_text().splitlines())
     lines = (folder / "moments").read_text().splitlines()
@@ -128,7 +128,7 @@ def moments(folder: Path) -> list[int]:
 
 
 def signalled(folder: Path, signal: str) -> dict[int, Ended]:
-    """How the job ends by the moment in which it gets a signal, where its launcher ends with 69."""
+    """How a job whose launcher ends with 69 ends, by the number of the command before which it gets a signal."""
     (folder / "all").mkdir()
     ended = {}
     for number in moments(folder / "all"):
@@ -139,15 +139,15 @@ def signalled(folder: Path, signal: str) -> dict[int, Ended]:
     return ended
 
 
-def test_a_job_that_slurm_ends_is_never_requeued_by_itself(tmp_path: Path) -> None:
-    """Its shell gets SIGTERM, whatever it does at that moment: Slurm decides what becomes of the job."""
+def test_a_job_that_slurm_ends_does_not_requeue_itself(tmp_path: Path) -> None:
+    """Slurm sends SIGTERM to the shell at any moment, and decides itself whether to requeue the job."""
     ended = signalled(tmp_path, f"kill -TERM $$\n{SIGNAL_STEPS}")
     assert {(one.code in (69, 75), one.requeued) for one in ended.values()} == {(True, "")}
     assert {one.tries for one in ended.values()} == {0, 1, 2, 3}
 
 
-def test_a_stop_request_counts_in_every_moment(tmp_path: Path) -> None:
-    """Until all tries are over, the job is requeued; from then on it ends as they did."""
+def test_a_stop_request_is_noticed_at_every_moment(tmp_path: Path) -> None:
+    """The job is requeued if tries are left. After the last try it may also end with that try's code."""
     ended = signalled(tmp_path, SIGNAL_STEPS)
     for number, one in ended.items():
         expected = {(75, "requeue 7\n")} if one.tries < 3 else {(75, "requeue 7\n"), (69, "")}
@@ -158,23 +158,23 @@ def test_a_stop_request_counts_in_every_moment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 65])
-def test_a_stop_request_does_not_hide_how_the_work_ended(script: Script, code: int) -> None:
+def test_a_stop_request_does_not_replace_a_final_exit_code(script: Script, code: int) -> None:
     ended = script.run(f"{SIGNAL_STEPS}exit {code}")
     assert (ended.code, ended.tries, ended.requeued) == (code, 1, "")
 
 
-def test_a_requeue_outlasts_a_controller_that_restarts(script: Script) -> None:
+def test_a_requeue_is_repeated_while_the_controller_restarts(script: Script) -> None:
     script.scontrol = "[ -e away ] || { touch away; exit 1; }"
     ended = script.run("exit 75")
     assert (ended.code, ended.requeued) == (75, "requeue 7\n"), ended.log
     assert "error:" not in ended.log
 
 
-def test_a_requeue_that_is_refused_is_said(script: Script) -> None:
+def test_a_refused_requeue_is_an_error(script: Script) -> None:
     script.scontrol = "exit 1"
     ended = script.run("exit 75")
     assert ended.code == 75
-    assert "error: stopped on request, and not requeued after 0 requeues\nhint: submit it again" in ended.log
+    assert "error: stopped on request, and not requeued after 0 requeues\nhint: submit the job again" in ended.log
 
 
 def test_a_job_that_is_cancelled_between_two_tries_is_not_requeued(script: Script) -> None:
@@ -182,7 +182,7 @@ def test_a_job_that_is_cancelled_between_two_tries_is_not_requeued(script: Scrip
     assert (ended.code, ended.tries, ended.requeued) == (69, 1, ""), ended.log
 
 
-def test_where_no_step_can_listen_failures_are_tried_again_all_the_same(script: Script) -> None:
+def test_failures_are_tried_again_without_a_listener(script: Script) -> None:
     script.listener = "exit 1"
     ended = script.run("exit 69")
     assert (ended.code, ended.tries, ended.requeued) == (69, 3, "")
@@ -192,12 +192,12 @@ def test_where_no_step_can_listen_failures_are_tried_again_all_the_same(script: 
     "line",
     ["false  # module load cuda", "false \\", "echo 'unbalanced", "true && false", "cd /nowhere 2> /dev/null; false"],
 )
-def test_a_line_of_setup_that_fails_ends_the_job(script: Script, line: str) -> None:
+def test_a_failing_line_of_setup_ends_the_job(script: Script, line: str) -> None:
     ended = script.run("exit 0", setup=(line,))
     assert (ended.code, ended.tries) == (78, 0), ended.log
     assert f"error: the setup failed at: {line}\nhint: " in ended.log
 
 
-def test_what_setup_exports_reaches_the_launcher(script: Script) -> None:
+def test_variables_exported_in_setup_reach_the_launcher(script: Script) -> None:
     ended = script.run('echo "$A $B" > seen', setup=("export A='a b'  # as in a module", "declare -x B=2"))
     assert (ended.code, (script.folder / "seen").read_text()) == (0, "a b 2\n")

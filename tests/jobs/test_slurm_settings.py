@@ -1,4 +1,4 @@
-"""What of `slurm/cluster.toml` reaches a job: `pytest tests/jobs/test_slurm_settings.py`."""
+"""Variables in `slurm/cluster.toml`: `pytest tests/jobs/test_slurm_settings.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.jobs.test_submit import here, settings
         *((name, False) for name in ("GOOGLE_APPLICATION_CREDENTIALS", "TOKENIZERS_PARALLELISM", "KEYBOARD", "PATH")),
     ],
 )
-def test_the_environment_of_jobs_holds_no_keys(tmp_path: Path, name: str, is_secret: bool) -> None:
+def test_secrets_in_the_environment_of_jobs_are_refused(tmp_path: Path, name: str, is_secret: bool) -> None:
     text = f"[environment]\n{name} = 'x'"
     if not is_secret:
         assert settings(tmp_path, text).environment == {name: "x"}

@@ -1,6 +1,7 @@
-"""What jobs/submit.py would send, word by word, and how it runs a job here: `pytest tests/jobs/test_submit.py`.
+"""What jobs/submit.py sends, and how it runs jobs on this machine: `pytest tests/jobs/test_submit.py`.
 
-The words are in `golden/`. After a change that is meant: `python -m tests.jobs.test_submit` writes them again.
+The expected output of `--dry-run` is in `golden/`. After an intended change, update it with
+`python -m tests.jobs.test_submit`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def submit(*flags: str, env: dict[str, str] | None = None) -> Done:
 
 
 def here(*flags: str, env: dict[str, str] | None = None) -> Done:
-    """As `submit`, in this process, whose environment and folder are as before afterwards: for what starts nothing."""
+    """The same as `submit`, in this process, for commands that start no job. Restores environment and folder."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("FUSION_", "AWS_"))}
     out, err = StringIO(), StringIO()
     with (
@@ -81,10 +82,10 @@ def rendered(case: str) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_dry_run_shows_what_would_be_sent(case: str) -> None:
-    assert rendered(case) == (GOLDEN / f"{case}.txt").read_text(), "python -m tests.jobs.test_submit writes it anew"
+    assert rendered(case) == (GOLDEN / f"{case}.txt").read_text(), "update it with python -m tests.jobs.test_submit"
 
 
-def test_every_golden_file_has_its_case() -> None:
+def test_every_golden_file_has_a_case() -> None:
     assert {path.stem for path in GOLDEN.iterdir()} == set(CASES)
 
 
@@ -99,7 +100,9 @@ def test_every_golden_file_has_its_case() -> None:
         (["--gpus-per-node=4"], {"FUSION_DEVICE": "cpu"}, False),
     ],
 )
-def test_a_slurm_job_that_asks_for_gpus_demands_them(flags: list[str], device: dict[str, str], expected: bool) -> None:
+def test_a_slurm_job_with_gpus_does_not_fall_back_to_the_cpu(
+    flags: list[str], device: dict[str, str], expected: bool
+) -> None:
     done = submit("--cluster=slurm", "--dry-run", *flags, env=device)
     assert done.code == 0, done.err
     assert ("export FUSION_DEVICE=cuda" in done.out) == expected
@@ -116,7 +119,7 @@ def test_scripts_are_bash(case: str) -> None:
         ("--cluster=local -- --epoch 5", 64, "unrecognized arguments: --epoch 5\nhint: did you mean --epochs?"),
         ("--cluster=local -- --epochs 0", 78, "--epochs is '0': input should be greater than or equal to 1\nhint:"),
         ("--cluster=local -- --loss smaep", 78, "--loss is 'smaep': input should be 'weighted_smape', 'smape', "),
-        ("--cluster=local --epochs 5", 64, "--epochs is no flag of jobs/submit.py\nhint: put flags of the command"),
+        ("--cluster=local --epochs 5", 64, "--epochs is not a flag of jobs/submit.py\nhint: put flags of the command"),
         ("--cluster=moon", 64, "argument --cluster: invalid choice: 'moon'"),
         ("", 64, "the following arguments are required: --cluster"),
         ("--cluster=slurm --task=sleep", 64, "--task is 'sleep', expected one of train, evaluate, predict\nhint:"),
@@ -140,7 +143,7 @@ def test_scripts_are_bash(case: str) -> None:
         ("--cluster=slurm -- --config no.toml", 65, "no.toml does not exist"),
     ],
 )  # fmt: skip
-def test_mistakes_are_found_before_anything_is_sent(flags: str, code: int, said: str) -> None:
+def test_user_errors_are_found_before_anything_is_sent(flags: str, code: int, said: str) -> None:
     done = here(*flags.split())
     assert (done.code, done.out) == (code, "")
     assert done.err.startswith(f"error: {said}"), done.err
@@ -148,7 +151,7 @@ def test_mistakes_are_found_before_anything_is_sent(flags: str, code: int, said:
 
 
 @pytest.mark.parametrize("flags", ["--cluster=k8s --dry-run", "--cluster=slurm --nodes=0"])
-def test_as_a_process_it_says_the_same(flags: str) -> None:
+def test_the_script_prints_the_same_as_main(flags: str) -> None:
     assert submit(*flags.split()) == here(*flags.split())
 
 
@@ -182,32 +185,32 @@ def settings(tmp_path: Path, text: str, task: str = "train") -> Cluster:
             "time_minutes = 3 leaves no time to work: the job is asked to stop signal_seconds = 120 before its end",
         ),
         ("signal_seconds = 30", "signal_seconds: Input should be greater than or equal to 90"),
-        ("partition", "no TOML"),
+        ("partition", "not TOML"),
         ("[environment]\nAWS_SECRET_ACCESS_KEY = 'x'", "environment holds AWS_SECRET_ACCESS_KEY"),
         ("[environment]\nAWS_ENDPOINT_URL_S3 = 'https://ada:hunter2@s3.test'", "environment holds AWS_ENDPOINT_URL_S3"),
         ("[train]\ncpus = 3", "cpus: Unexpected keyword argument"),
     ],
 )
-def test_settings_of_a_cluster_are_checked(tmp_path: Path, text: str, said: str) -> None:
+def test_invalid_settings_of_a_cluster_are_refused(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         settings(tmp_path, text)
 
 
-def test_a_task_has_settings_of_its_own(tmp_path: Path) -> None:
+def test_a_table_of_a_task_overrides_the_settings(tmp_path: Path) -> None:
     text = "partition = 'gpu'\ncpus_per_node = 8\n[predict]\npartition = 'cpu'"
     assert settings(tmp_path, text).partition == "gpu"
     assert settings(tmp_path, text, "predict").partition == "cpu"
     assert settings(tmp_path, text, "predict").cpus_per_node == 8
 
 
-def test_credentials_are_read_by_the_job_and_open_to_nobody_else(tmp_path: Path) -> None:
+def test_the_job_reads_credentials_from_a_file_that_only_the_user_can_read(tmp_path: Path) -> None:
     keys = tmp_path / "my keys.env"
     cluster = settings(tmp_path, f"credentials = '{keys}'")
     with pytest.raises(ConfigError, match="no such file"):
         cluster.check_credentials()
     keys.write_text("AWS_SECRET_ACCESS_KEY=hunter2\n")
     keys.chmod(0o640)
-    with pytest.raises(ConfigError, match="is open to others"):
+    with pytest.raises(ConfigError, match="is open to other users"):
         cluster.check_credentials()
     keys.chmod(0o600)
     cluster.check_credentials()
@@ -220,7 +223,7 @@ def test_credentials_are_read_by_the_job_and_open_to_nobody_else(tmp_path: Path)
     assert "hunter2" not in done.out
 
 
-def test_without_slurm_and_without_kubernetes_it_says_so(tmp_path: Path) -> None:
+def test_a_missing_program_of_a_cluster_is_named(tmp_path: Path) -> None:
     nowhere = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
     for cluster, program, *further in (("slurm", "sbatch"), ("slurm", "sacct", "--wait"), ("k8s", "kubectl")):
         done = submit("--cluster", cluster, *further, env=nowhere)
@@ -248,7 +251,7 @@ def test_local_runs_one_job_after_the_other(catalog: Path, tmp_path: Path) -> No
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
-def test_a_prediction_is_left_out_while_nothing_has_changed(catalog: Path, tmp_path: Path) -> None:
+def test_if_changed_skips_the_prediction_while_nothing_has_changed(catalog: Path, tmp_path: Path) -> None:
     assert submit(*local(catalog, tmp_path), "--epochs", "1").code == 0
     flags = ["--cluster=local", "--task=predict", "--nproc-per-node=1", "--if-changed"]
     predict = [*flags, "--", "--output", str(tmp_path), "--device", "cpu", "--date", "2026-01-02"]
@@ -259,7 +262,7 @@ def test_a_prediction_is_left_out_while_nothing_has_changed(catalog: Path, tmp_p
     assert "event=read" not in again.out + again.err
 
 
-def test_the_scrontab_sends_the_prediction_that_kubernetes_runs_every_night() -> None:
+def test_the_scrontab_sends_the_same_prediction_as_the_cronjob() -> None:
     (line,) = (one for one in (ROOT / "slurm" / "scrontab").read_text().splitlines() if not one.startswith("#"))
     done = here("--dry-run", *shlex.split(line.partition("jobs/submit.py")[2]))
     assert done.code == 0, done.err
@@ -270,7 +273,7 @@ def test_the_scrontab_sends_the_prediction_that_kubernetes_runs_every_night() ->
 
 
 @pytest.mark.parametrize("text", ["", "AWS_ACCESS_KEY_ID=mine"])
-def test_the_scrontab_reads_a_file_with_credentials_where_there_is_one(text: str, tmp_path: Path) -> None:
+def test_the_scrontab_reads_the_file_with_credentials_if_it_exists(text: str, tmp_path: Path) -> None:
     keys = tmp_path / ".config" / "fusion" / "credentials.env"
     if text:
         keys.parent.mkdir(parents=True)
@@ -294,7 +297,7 @@ def test_local_ends_with_the_code_of_the_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags", [["--task=predict", "--if-changed"], ["--task=predict", "--variant=ensemble"], ["--task=train"]]
 )
-def test_a_bucket_that_is_not_there_is_named(flags: list[str], bucket: str, s3: S3Server) -> None:
+def test_a_missing_bucket_is_named(flags: list[str], bucket: str, s3: S3Server) -> None:
     done = submit(
         *flags, "--cluster=local", "--", "--data=s3://no-such/data", "--output=s3://no-such/o", env=s3.environment()
     )
@@ -314,7 +317,7 @@ def test_a_local_job_stops_on_request(catalog: Path, tmp_path: Path) -> None:
         assert process.wait(60) == 75
 
 
-def test_a_job_is_validated() -> None:
+def test_a_job_validates_its_fields() -> None:
     with pytest.raises(UsageError, match="--nproc-per-node is 0"):
         Job("qwen_clip", "train", nproc_per_node=0)
 

@@ -1,4 +1,4 @@
-"""jobs/submit.py --cluster k8s: what becomes of the files of k8s/. `pytest tests/jobs/test_submit_kubernetes.py`."""
+"""The objects that jobs/submit.py makes of the files of k8s/: `pytest tests/jobs/test_submit_kubernetes.py`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_job_without_settings_is_the_committed_file(file: str, job: Job) -> No
     assert objects(job) == committed(file)
 
 
-def test_the_prediction_is_what_the_nightly_file_does_every_night() -> None:
+def test_a_prediction_is_the_job_of_the_nightly_cronjob() -> None:
     (night,) = committed("predict-nightly")
     spec = night["spec"]["jobTemplate"]["spec"]
     flags = tuple(spec["template"]["spec"]["containers"][0]["args"][4:])
@@ -43,7 +43,7 @@ def test_the_prediction_is_what_the_nightly_file_does_every_night() -> None:
     assert json.loads(json.dumps(job["spec"]).replace(name, "predict-nightly")) == spec
 
 
-def test_what_differs_goes_into_the_job_and_its_name() -> None:
+def test_other_settings_change_the_job_and_its_name() -> None:
     *_, job = objects(Job("all_embeddings", "train", ("--lr", "0.1"), gpus_per_node=4), image="mine:1")
     container = job["spec"]["template"]["spec"]["containers"][0]
     assert container["args"][3:] == ["--nproc-per-node", "4", "fusion.all_embeddings.train", "--lr", "0.1"]
@@ -53,7 +53,7 @@ def test_what_differs_goes_into_the_job_and_its_name() -> None:
     assert len({made["metadata"]["name"] for made in (job, other, *committed("train-all-embeddings"))}) == 3
 
 
-# As numbers, truth values and nothing: what YAML makes of a word differs between its versions and their readers.
+# Words that some YAML parsers read as numbers, booleans, dates or null.
 WORDS = [
     "1e-05",
     "1e10",
@@ -73,20 +73,20 @@ WORDS = [
 ]
 
 
-def test_what_is_sent_is_read_by_kubernetes_as_it_was_written() -> None:
+def test_objects_are_sent_as_json() -> None:
     found = objects(Job("all_embeddings", "train", ("--by", *WORDS)))
     text = kubernetes.as_text(found)
     assert json.loads(text) == {"apiVersion": "v1", "kind": "List", "items": found}
     assert json.loads(here("--cluster=k8s", "--dry-run").out)["kind"] == "List"
 
 
-def test_kubernetes_does_not_expand_what_is_in_arguments() -> None:
+def test_dollar_signs_in_arguments_are_escaped() -> None:
     *_, job = objects(Job("all_embeddings", "evaluate", ("--by", "$(HOME)", "US$", "$$(X)")))
     args = job["spec"]["template"]["spec"]["containers"][0]["args"]
     assert args[-3:] == ["$$(HOME)", "US$$", "$$$$(X)"]
 
 
-def test_several_nodes_meet_under_the_name_of_their_job() -> None:
+def test_several_nodes_connect_to_the_first_pod_of_their_job() -> None:
     service, policy, job = objects(Job("qwen_clip", "train", nodes=3))
     name = job["metadata"]["name"]
     env = {one["name"]: one.get("value") for one in job["spec"]["template"]["spec"]["containers"][0]["env"]}
@@ -97,7 +97,7 @@ def test_several_nodes_meet_under_the_name_of_their_job() -> None:
     assert "all-embeddings" not in yaml.safe_dump_all([service, policy, job])
 
 
-def test_gpus_come_and_go_with_their_toleration() -> None:
+def test_gpus_are_set_and_removed_with_their_toleration() -> None:
     *_, without = objects(Job("all_embeddings", "train", gpus_per_node=0))
     *_, with_two = objects(Job("all_embeddings", "evaluate", gpus_per_node=2))
     pods = [job["spec"]["template"]["spec"] for job in (without, with_two)]

@@ -1,6 +1,6 @@
-"""jobs/submit.py --cluster k8s while a cluster gives odd answers: `pytest tests/jobs/test_submit_kubernetes_wait.py`.
+"""jobs/submit.py --cluster k8s when the cluster returns errors: `pytest tests/jobs/test_submit_kubernetes_wait.py`.
 
-A stand-in for kubectl gives the answers, word by word as a real one printed them.
+A fake kubectl prints the answers, which are copied from those of a real one.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import pytest
 from fusion.errors import ConfigError, CredentialsError, FusionError, UnreachableError
 from jobs.schedulers import kubernetes, kubernetes_wait
 from jobs.schedulers.description import Job
-from jobs.schedulers.kubectl import Kubectl, refusal
+from jobs.schedulers.kubectl import Kubectl, error_from
 from tests.manifests import Object
 
 NAME = "fusion-train-qwen-clip"
 LEADER = "Error from server: etcdserver: leader changed"
 REFUSED = "The connection to the server 10.0.0.1:6443 was refused - did you specify the right host or port?"
 LOGGED_OUT = "error: You must be logged in to the server (the server has asked for the client to provide credentials)"
-# Each call takes the next folder of answers, and the last one again and again.
+# Each call prints the next folder of answers; the last one is printed again and again.
 PROGRAM = """\
 #!/bin/sh
 cd {folder}
@@ -35,7 +35,7 @@ exit $code
 
 
 class Answers:
-    """What kubectl prints, call by call: objects, or the text of a failure."""
+    """The answers of the fake kubectl, call by call: objects, or the message of a failure."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,13 +58,13 @@ class Answers:
 @pytest.fixture
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answers:
     monkeypatch.setattr(kubernetes_wait, "POLL", 0.01)
-    monkeypatch.setattr(kubernetes, "PAUSE", 0.01)
+    monkeypatch.setattr(kubernetes, "RETRY_PAUSE", 0.01)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return Answers(tmp_path)
 
 
 def job(reason: str = "", kind: str = "Failed", suspend: bool = False, labels: dict[str, str] | None = None) -> Object:
-    """A Job that has ended for a reason, or goes on."""
+    """A Job that has ended with this reason; without a reason, one that has not ended."""
     condition = {"type": kind, "status": "True", "reason": reason, "message": "as the controller says"}
     metadata = {"name": NAME, "labels": labels or {}}
     return {"metadata": metadata, "spec": {"suspend": suspend}, "status": {"conditions": [condition] if reason else []}}
@@ -110,11 +110,11 @@ def wait() -> int:
         ('error: context "gone" does not exist', 78),
     ],
 )
-def test_what_the_cluster_refuses(said: str, code: int) -> None:
-    assert refusal(f"E1126 memcache.go:265] couldn't get current server API group list\n{said}").code == code
+def test_errors_of_kubectl_have_exit_codes(said: str, code: int) -> None:
+    assert error_from(f"E1126 memcache.go:265] couldn't get current server API group list\n{said}").code == code
 
 
-def test_every_call_names_the_context_and_the_namespace_of_the_moment_of_sending(answers: Answers) -> None:
+def test_every_call_names_the_context_and_namespace_at_submission(answers: Answers) -> None:
     contexts = [
         {"name": "there", "context": {"namespace": "other"}},
         {"name": "here", "context": {"namespace": "mine"}},
@@ -129,7 +129,7 @@ def test_every_call_names_the_context_and_the_namespace_of_the_moment_of_sending
     assert all(call.startswith("--context=here --namespace=mine ") for call in calls)
 
 
-def test_in_a_pod_there_is_no_context_to_name(answers: Answers) -> None:
+def test_in_a_pod_no_context_is_named(answers: Answers) -> None:
     answers.give({"current-context": "", "contexts": None}, COMPLETE)
     assert Kubectl.now(None) == Kubectl()
     assert kubernetes_wait.wait([NAME], Kubectl()) == 0
@@ -137,33 +137,33 @@ def test_in_a_pod_there_is_no_context_to_name(answers: Answers) -> None:
 
 
 @pytest.mark.parametrize("said", [LEADER, REFUSED, LOGGED_OUT, "Error from server (Forbidden): RBAC is not ready"])
-def test_a_wait_goes_on_when_the_cluster_answers_again(
+def test_a_wait_continues_when_the_cluster_answers_again(
     said: str, answers: Answers, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers.give(job(), said, said, said, COMPLETE)
     assert wait() == 0
     out = capsys.readouterr().out
-    assert out.count("asking again for up to 300 s") == 1
+    assert out.count("retrying for up to 300 s") == 1
     assert said in out
 
 
 @pytest.mark.parametrize(("said", "kind"), [(REFUSED, UnreachableError), (LOGGED_OUT, CredentialsError)])
-def test_a_wait_for_a_cluster_that_stays_away_ends(
+def test_a_wait_ends_when_the_cluster_stays_unreachable(
     said: str, kind: type[FusionError], answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kubernetes_wait, "PATIENCE", 0.1)
+    monkeypatch.setattr(kubernetes_wait, "RETRY_SECONDS", 0.1)
     answers.give(said)
     with pytest.raises(kind):
         wait()
     assert len(answers.asked()) > 1
 
 
-def test_a_job_is_sent_although_the_store_of_the_cluster_changes_its_leader(answers: Answers) -> None:
+def test_submission_is_retried_while_etcd_elects_a_leader(answers: Answers) -> None:
     answers.give(LEADER, None, LEADER, None, "job.batch/x created")
     assert kubernetes.submit([Job("qwen_clip", "train")], None, Kubectl()) == [NAME]
 
 
-def test_a_job_whose_pods_are_still_ending_is_sent_once_they_have(answers: Answers) -> None:
+def test_a_job_that_is_being_deleted_is_sent_again_afterwards(answers: Answers) -> None:
     going = job()
     going["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     answers.give(going, going, None, "job.batch/x created")
@@ -171,14 +171,14 @@ def test_a_job_whose_pods_are_still_ending_is_sent_once_they_have(answers: Answe
 
 
 @pytest.mark.parametrize("said", [REFUSED, LOGGED_OUT])
-def test_what_does_not_pass_by_itself_is_said_at_once(said: str, answers: Answers) -> None:
+def test_permanent_errors_are_not_retried(said: str, answers: Answers) -> None:
     answers.give(said)
     with pytest.raises(FusionError):
         kubernetes.submit([Job("qwen_clip", "train")], None, Kubectl())
     assert len(answers.asked()) == 1
 
 
-def test_a_job_out_of_time_ends_like_one_that_was_stopped(answers: Answers, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_exceeds_its_deadline_ends_with_143(answers: Answers, capsys: pytest.CaptureFixture[str]) -> None:
     answers.give(job("DeadlineExceeded"), pods(69))
     assert wait() == 143
     assert capsys.readouterr().out == (
@@ -193,14 +193,14 @@ def test_a_job_out_of_time_ends_like_one_that_was_stopped(answers: Answers, caps
         ('Error from server (Forbidden): User "ada" cannot list resource "pods"', "how its pods ended is not known: "),
     ],
 )
-def test_a_job_whose_pods_are_gone_or_hidden_has_failed_all_the_same(
+def test_a_job_whose_pods_cannot_be_read_fails_with_1(
     answer: Object | str,
     said: str,
     answers: Answers,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kubernetes_wait, "PATIENCE", 0.0)
+    monkeypatch.setattr(kubernetes_wait, "RETRY_SECONDS", 0.0)
     answers.give(job("BackoffLimitExceeded"), answer)
     assert wait() == 1
     out = capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_a_job_whose_pods_are_gone_or_hidden_has_failed_all_the_same(
     assert out.endswith(f"job/{NAME} failed with exit code 1: BackoffLimitExceeded: as the controller says\n")
 
 
-def test_the_last_failure_counts(answers: Answers) -> None:
+def test_the_exit_code_is_that_of_the_last_failure(answers: Answers) -> None:
     answers.give(job("BackoffLimitExceeded"), pods(69, 124, 0))
     assert wait() == 124
 
@@ -216,11 +216,11 @@ def test_the_last_failure_counts(answers: Answers) -> None:
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ({}, f"job/{NAME} is suspended\nhint: to let it go on: kubectl --namespace=fusion patch job {NAME} --patch "),
+        ({}, f"job/{NAME} is suspended\nhint: to resume it: kubectl --namespace=fusion patch job {NAME} --patch "),
         ({"kueue.x-k8s.io/queue-name": "few"}, f"job/{NAME} waits in Kueue's queue few\n"),
     ],
 )
-def test_a_suspended_job_does_not_pass_for_one_that_runs(
+def test_a_suspended_job_is_reported_with_the_command_that_resumes_it(
     labels: dict[str, str], said: str, answers: Answers, capsys: pytest.CaptureFixture[str]
 ) -> None:
     suspended = job(suspend=True, labels=labels)
@@ -231,25 +231,25 @@ def test_a_suspended_job_does_not_pass_for_one_that_runs(
     assert capsys.readouterr().out.count(said) == 1
 
 
-def test_a_job_that_was_deleted_ends_like_one_that_was_stopped(answers: Answers) -> None:
+def test_a_deleted_job_ends_with_143(answers: Answers) -> None:
     answers.give(job(), None)
     assert wait() == 143
 
 
-def test_a_kubeconfig_that_cannot_be_read_is_a_matter_of_settings(answers: Answers) -> None:
+def test_an_unreadable_kubeconfig_is_a_config_error(answers: Answers) -> None:
     answers.give("error: error loading config file: yaml: line 3")
     with pytest.raises(ConfigError):
         Kubectl.now(None)
 
 
-def test_what_a_job_of_several_nodes_needs_is_removed_with_it(answers: Answers) -> None:
+def test_a_job_owns_its_service_and_network_policy(answers: Answers) -> None:
     sent = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": NAME, "uid": "7"}}
     answers.give(None, "job.batch/x created", sent, "job.batch/x configured")
     kubernetes.submit([Job("qwen_clip", "train", nodes=2)], None, Kubectl())
-    handed_over = json.loads((answers.folder / "sent").read_text())["items"]
-    assert [found["kind"] for found in handed_over] == ["Service", "NetworkPolicy"]
+    owned = json.loads((answers.folder / "sent").read_text())["items"]
+    assert [found["kind"] for found in owned] == ["Service", "NetworkPolicy"]
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": NAME, "uid": "7"}
-    assert all(found["metadata"]["ownerReferences"] == [owner] for found in handed_over)
+    assert all(found["metadata"]["ownerReferences"] == [owner] for found in owned)
 
 
 def jobset(kind: str = "", suspend: bool = False) -> Object:
@@ -266,7 +266,7 @@ def jobset(kind: str = "", suspend: bool = False) -> Object:
 
 
 @pytest.mark.parametrize(("kind", "code"), [("Completed", 0), ("Failed", 70)])
-def test_a_jobset_is_followed_to_its_end(kind: str, code: int, answers: Answers) -> None:
+def test_waiting_for_a_jobset_returns_its_exit_code(kind: str, code: int, answers: Answers) -> None:
     answers.give(jobset(), jobset(suspend=True), jobset(kind), pods(70))
     assert kubernetes_wait.wait(["jobset/fusion-x-jobset"], Kubectl()) == code
     asked = answers.asked()
@@ -274,7 +274,7 @@ def test_a_jobset_is_followed_to_its_end(kind: str, code: int, answers: Answers)
     assert len(asked) == 3 or "--selector=jobset.sigs.k8s.io/jobset-name=fusion-x-jobset" in asked[3]
 
 
-def test_a_jobset_is_sent_and_owns_what_it_needs(answers: Answers, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_jobset_owns_its_network_policy(answers: Answers, capsys: pytest.CaptureFixture[str]) -> None:
     answers.give(None, "job.batch/x created", jobset(), "job.batch/x configured")
     (name,) = kubernetes.submit([Job("qwen_clip", "train", nodes=2, jobset=True)], None, Kubectl())
     assert name == "jobset/fusion-train-qwen-clip-jobset"

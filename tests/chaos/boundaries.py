@@ -1,8 +1,9 @@
-"""Every boundary of a training, an evaluation and a prediction, and SIGKILL that waits for a process at some of them.
+"""Lists all boundaries of a training, an evaluation and a prediction, and kills a process with SIGKILL at some of them.
 
-A boundary is a kind of write, by its URL, or the end of an epoch: before, inside or after it. Inside a write, half of
-the object's bytes are in the file or have left the socket (plain HTTP); inside a removal, half of the objects are
-gone; inside the end of an epoch, the model has been validated. Whatever a process writes must be of one of the kinds.
+A boundary is the moment before, inside or after a write of a certain kind or the end of an epoch. The kind of a write
+follows from its URL. Inside a write, half of the object's bytes are in the file or have been sent to the socket (over
+plain HTTP); inside a removal, half of the objects have been removed; inside the end of an epoch, the model has been
+validated. A write of no known kind is an error, so that the list stays complete.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fusion import storage
 from fusion.storage import backend, conditional
 from fusion.training import trainer
 
-# In the order in which they are met. Of several that match, the first counts.
+# Patterns of the kinds, in the order in which a run reaches them. Of several that match, the first applies.
 KINDS = {
     "config": "write */runs/r/config.json",
     "probe": "* */runs/r/.probe-*",
@@ -64,14 +65,17 @@ KINDS = {
     "current": "write */pointers/submissions/*/current.json",
     "prediction-parts-gone": "remove */parts/*",
 }
+# Kinds that a run reaches many times, of which `skip` may pass over some.
 REPEATED = ("history-by-line", "history-as-table", "model", "state", "checkpoint-manifest", "epoch-end")
 REPEATED += ("checkpoint-validation", "checkpoint-intervals", "prune-manifest", "prune")
-EVERYBODYS = ("epoch-end", "evaluation-part", "prediction-part")
-WHOLE = ("prune-manifest", "metrics-manifest-gone")  # one object is removed: nothing is inside
+ON_ALL_RANKS = ("epoch-end", "evaluation-part", "prediction-part")  # rank 0 alone reaches the others
+WITHOUT_INSIDE = ("prune-manifest", "metrics-manifest-gone")  # the removal of a single object
 
 
 @dataclass(frozen=True)
 class Boundary:
+    """A moment at which a process can be killed: `when` is before, inside or after."""
+
     kind: str
     when: str
 
@@ -80,55 +84,66 @@ class Boundary:
 
     @staticmethod
     def named(text: str) -> Boundary:
-        """The boundary `kind:when`; ValueError when there is none."""
+        """The boundary that is written as `kind:when`; raises ValueError when there is none."""
         return ALL[[str(boundary) for boundary in ALL].index(text)]
 
     @property
-    def everybodys(self) -> bool:
-        """Whether every rank comes here, and not rank 0 alone."""
-        return self.kind in EVERYBODYS
+    def on_all_ranks(self) -> bool:
+        """Whether all ranks reach the boundary, and not rank 0 alone."""
+        return self.kind in ON_ALL_RANKS
 
 
 ALL = [
     Boundary(kind, when)
     for kind in KINDS
     for when in ("before", "inside", "after")
-    if when != "inside" or kind not in WHOLE
+    if when != "inside" or kind not in WITHOUT_INSIDE
 ]
 
 
-class Ambush:
-    """SIGKILL to this process at the first of the boundaries that it meets; `met` is told which, just before."""
+class KillSwitch:
+    """Kills this process with SIGKILL at the first of the boundaries that it reaches.
 
-    def __init__(self, boundaries: Sequence[Boundary], skip: int, met: IO[bytes]) -> None:
-        self.boundaries, self.met = boundaries, met
+    Args:
+        skip: how often a boundary of the kinds REPEATED is passed over before.
+        reached: file to which the boundary is written, as a line, just before the kill.
+    """
+
+    def __init__(self, boundaries: Sequence[Boundary], skip: int, reached: IO[bytes]) -> None:
+        self.boundaries, self.reached = boundaries, reached
         self.skip = dict.fromkeys(REPEATED, skip)
-        self.here = threading.local()  # .struck: within what is struck; another thread may be writing meanwhile
-        self.payload = b""  # of which no more than half is to be sent
-        self.cut: Boundary | None = None
+        # .active is true within the action that ends with the kill. It is per thread, as others may be writing too.
+        self.here = threading.local()
+        self.payload = b""  # the bytes of which only the first half is to be written
+        self.cut: Boundary | None = None  # the boundary inside of which the payload is written
 
-    def strike(self, boundary: Boundary | None) -> None:
-        os.write(self.met.fileno(), f"{boundary}\n".encode())
+    def kill(self, boundary: Boundary | None) -> None:
+        os.write(self.reached.fileno(), f"{boundary}\n".encode())
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def meets(self, action: str, do: Callable[[], Any], inside: Callable[[Boundary], Any]) -> Any:
-        """Result of `do`; of `inside`, which does not live to return, where that is waited for."""
-        boundary = None if getattr(self.here, "struck", False) else self._next(action)
+    def run(self, action: str, do: Callable[[], Any], inside: Callable[[Boundary], Any]) -> Any:
+        """Returns the result of `do`, unless `action` is at a boundary at which the process is to be killed.
+
+        Args:
+            action: the verb and the URL that KINDS match.
+            inside: does half of the action, and kills the process.
+        """
+        boundary = None if getattr(self.here, "active", False) else self._next(action)
         if boundary is None:
             return do()
         if boundary.when == "before":
-            self.strike(boundary)
-        self.here.struck = True
+            self.kill(boundary)
+        self.here.active = True
         result = inside(boundary) if boundary.when == "inside" else do()
-        self.here.struck = False
+        self.here.active = False
         if boundary.when == "after":
-            self.strike(boundary)
+            self.kill(boundary)
         return result
 
     def _next(self, action: str) -> Boundary | None:
         kind = next((kind for kind, pattern in KINDS.items() if fnmatchcase(action, pattern)), None)
         if kind is None:
-            raise RuntimeError(f"{action!r} is none of the boundaries: give it a kind")
+            raise RuntimeError(f"{action!r} matches no kind of boundary: add one to KINDS")
         found = next((boundary for boundary in self.boundaries if boundary.kind == kind), None)
         if found and self.skip.get(kind):
             self.skip[kind] -= 1
@@ -136,78 +151,78 @@ class Ambush:
         return found
 
 
-def arm(boundaries: Sequence[Boundary], skip: int, met: IO[bytes]) -> None:
-    """From now on, the first of these boundaries that this process meets is its end.
+def arm(boundaries: Sequence[Boundary], skip: int, reached: IO[bytes]) -> None:
+    """Lets this process be killed at the first of these boundaries that it reaches; see `KillSwitch`.
 
-    Args:
-        skip: times that a boundary which comes again and again is passed by.
-        met: a file; a line with the boundary is written to it.
+    Replaces the functions of storage and training that write, for the rest of the process.
     """
-    ambush = Ambush(boundaries, skip, met)
+    switch = KillSwitch(boundaries, skip, reached)
     for module, name in ((backend, "put"), (conditional, "create"), (conditional, "replace")):
-        setattr(module, name, _deadly_write(ambush, getattr(module, name)))
-    storage.remove = _deadly_removal(ambush, storage.remove)
-    trainer.Fit.end_epoch = _deadly_end(ambush, trainer.Fit.end_epoch)  # type: ignore[method-assign]
-    backend.open = partial(_cut_file, ambush)  # type: ignore[attr-defined]
+        setattr(module, name, _killing_write(switch, getattr(module, name)))
+    storage.remove = _killing_removal(switch, storage.remove)
+    trainer.Fit.end_epoch = _killing_end(switch, trainer.Fit.end_epoch)  # type: ignore[method-assign]
+    backend.open = partial(_cut_file, switch)  # type: ignore[attr-defined]
     for name in ("send", "sendmsg"):
-        setattr(socket.socket, name, _cut_socket(ambush, getattr(socket.socket, name)))
+        setattr(socket.socket, name, _cut_socket(switch, getattr(socket.socket, name)))
 
 
-def _deadly_write(ambush: Ambush, write: Callable[..., Any]) -> Callable[..., Any]:
+def _killing_write(switch: KillSwitch, write: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(url: str, data: bytes, *more: Any) -> Any:
         def inside(boundary: Boundary) -> Any:
-            ambush.payload, ambush.cut = data, boundary
+            switch.payload, switch.cut = data, boundary
             return write(url, data, *more)
 
-        return ambush.meets(f"write {url}", lambda: write(url, data, *more), inside)
+        return switch.run(f"write {url}", lambda: write(url, data, *more), inside)
 
     return wrapped
 
 
-def _deadly_removal(ambush: Ambush, remove: Callable[[str], None]) -> Callable[[str], None]:
+def _killing_removal(switch: KillSwitch, remove: Callable[[str], None]) -> Callable[[str], None]:
     def wrapped(url: str) -> None:
         def inside(boundary: Boundary) -> None:
             objects = storage.ls(url)
             for one in objects[: len(objects) // 2]:
                 remove(one)
-            ambush.strike(boundary)
+            switch.kill(boundary)
 
-        ambush.meets(f"remove {url}", lambda: remove(url), inside)
+        switch.run(f"remove {url}", lambda: remove(url), inside)
 
     return wrapped
 
 
-def _deadly_end(ambush: Ambush, end_epoch: Callable[..., Any]) -> Callable[..., Any]:
+def _killing_end(switch: KillSwitch, end_epoch: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(fit: trainer.Fit, seconds: float, beat: trainer.Beat) -> Any:
         def inside(boundary: Boundary) -> None:
             fit._validate(beat)
-            ambush.strike(boundary)
+            switch.kill(boundary)
 
-        return ambush.meets("end epoch", lambda: end_epoch(fit, seconds, beat), inside)
+        return switch.run("end epoch", lambda: end_epoch(fit, seconds, beat), inside)
 
     return wrapped
 
 
-def _cut_file(ambush: Ambush, path: str, mode: str) -> IO[Any]:
+def _cut_file(switch: KillSwitch, path: str, mode: str) -> IO[Any]:
+    """A replacement for `open` that writes half of the payload, and kills the process."""
+
     class Cut(io.FileIO):
         def write(self, data: Any) -> int:
-            if data is ambush.payload:
+            if data is switch.payload:
                 super().write(data[: len(data) // 2])
-                ambush.strike(ambush.cut)
+                switch.kill(switch.cut)
             return super().write(data)
 
-    return Cut(path, mode) if ambush.payload else open(path, mode)
+    return Cut(path, mode) if switch.payload else open(path, mode)
 
 
-def _cut_socket(ambush: Ambush, send: Callable[..., Any]) -> Callable[..., Any]:
-    """As `send` or `sendmsg`, but for the bytes of the request that holds the payload."""
+def _cut_socket(switch: KillSwitch, send: Callable[..., Any]) -> Callable[..., Any]:
+    """A replacement for `send` or `sendmsg` that sends the payload's request up to half of the payload, and kills."""
 
     def wrapped(self: socket.socket, data: Any, *more: Any) -> Any:
         sent = b"".join(data) if isinstance(data, list | tuple) else bytes(data)
         body = sent.partition(b"\r\n\r\n")[2] if sent.startswith(b"PUT ") else sent
-        if ambush.payload and body and ambush.payload.startswith(body[: len(ambush.payload)]):
-            self.sendall(sent[: len(sent) - len(body) + len(ambush.payload) // 2])
-            ambush.strike(ambush.cut)
+        if switch.payload and body and switch.payload.startswith(body[: len(switch.payload)]):
+            self.sendall(sent[: len(sent) - len(body) + len(switch.payload) // 2])
+            switch.kill(switch.cut)
         return send(self, data, *more)
 
     return wrapped

@@ -1,13 +1,13 @@
-"""Kills training, evaluation, ablation and prediction again and again, and compares their ends to an undisturbed run.
+"""Kills training, evaluation, ablation and prediction many times, and compares the results with an undisturbed run.
 
     python -m tests.chaos.kill_anywhere --data DATA --output URL [--ranks 2] [--kills 200] [--times 2] [--seed 0]
     python -m tests.chaos.kill_anywhere --data DATA --output URL --kills 3 --at model:inside best:before
 
-SIGKILL strikes at every boundary of `tests.chaos.boundaries`, before, inside and after it, and at random moments. One
-rank or all of them die. The same command then starts again, until it ends with 0; then a new run begins, until every
-boundary has been struck as often as was asked for, and there were as many kills. Prints a line of JSON with the counts;
-exits 1 when a byte of `model.safetensors`, the metrics or `submission.csv` differs, and fails when `fusion.verify`
-calls anything damaged that an attempt has left.
+Processes are killed with SIGKILL at every boundary of `tests.chaos.boundaries` and at random moments, one rank or all
+of them. After each kill the same command is started again, until it ends with 0. Then a new run begins, until every
+boundary was used --times times and there were --kills kills. Prints the counts as a line of JSON. Exits with 1 when a
+byte of `model.safetensors`, the metrics or `submission.csv` differs, and raises an error when `fusion.verify` finds
+damage after an attempt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import IO
 
 import pandas as pd
 
-# Loaded before the ranks are forked, so that each starts at once. No thread runs yet.
+# Imported before the ranks are forked, so that each of them starts quickly. Forking is safe, as no thread runs yet.
 import pyarrow.dataset  # noqa: F401
 import s3fs  # noqa: F401
 import torch._dynamo  # noqa: F401
@@ -51,69 +51,73 @@ from tests.chaos.boundaries import ALL, Boundary, arm
 SMALL = ["--width", "16", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu", "--epochs", "4", "--checkpoint-steps", "3", "--run-id", "r"]
 COMPUTED = ["--features", "text", "--columns", "category"]
-SETTLE = 15.0  # seconds that the others get to end by themselves, as the launcher gives them some
-PATIENCE = 300.0  # seconds after which an attempt that still runs counts as hung
-IN_VAIN = 5  # runs in a row in which no boundary was met: those still owed do not exist
+GRACE_SECONDS = 15.0  # after the death of a rank, how long the others may run; the launcher gives them some time too
+HANG_SECONDS = 300.0  # an attempt that still runs after this is an error; on an idle machine attempts take seconds
+MAX_WITHOUT_PROGRESS = 5  # after so many runs without a kill at a boundary, the remaining ones are never reached
 
 
 @dataclass
 class Plan:
-    """What is still to be struck, and what has been.
+    """The kills that are still to be made, and counts of those that were.
 
     Attributes:
-        owed: times that each boundary is still to be struck.
-        runs: begun so far.
-        left: of the owed, what is to be struck in this run.
-        struck: kills by boundary.
-        random: kills at a random moment.
-        victims: kills of "one rank" and of "all ranks"; a single rank is all.
+        kills: how many kills to make at least.
+        remaining: how often processes are still to be killed at each boundary.
+        runs: how many runs have begun.
+        left_in_run: the boundaries of `remaining` that are to be used in this run.
+        killed_at: number of kills by boundary.
+        random: number of kills at random moments.
+        victims: number of kills of "one rank" and of "all ranks"; a single rank counts as all.
     """
 
     rng: random.Random
     kills: int
-    owed: Counter[Boundary]
+    remaining: Counter[Boundary]
     runs: int = 0
-    left: list[Boundary] = field(default_factory=list)
-    struck: Counter[Boundary] = field(default_factory=Counter)
+    left_in_run: list[Boundary] = field(default_factory=list)
+    killed_at: Counter[Boundary] = field(default_factory=Counter)
     random: int = 0
     victims: Counter[str] = field(default_factory=Counter)
 
     @property
     def n_random_left(self) -> int:
-        return self.kills - self.struck.total() - self.owed.total() - self.random
+        return self.kills - self.killed_at.total() - self.remaining.total() - self.random
 
     @property
     def done(self) -> bool:
-        return not self.owed and self.n_random_left <= 0
+        return not self.remaining and self.n_random_left <= 0
 
     def begin_run(self) -> None:
-        self.runs, self.left = self.runs + 1, list(self.owed)
+        self.runs, self.left_in_run = self.runs + 1, list(self.remaining)
 
-    def note(self, told: list[Boundary], at_random: bool, group: bool) -> None:
-        for boundary in told:
-            self.struck[boundary] += 1
-            self.owed -= Counter([boundary])
-            self.left = [other for other in self.left if other != boundary]
+    def note(self, reached: list[Boundary], at_random: bool, group: bool) -> None:
+        """Counts the kills of an attempt."""
+        for boundary in reached:
+            self.killed_at[boundary] += 1
+            self.remaining -= Counter([boundary])
+            self.left_in_run = [other for other in self.left_in_run if other != boundary]
         self.random += at_random
-        self.victims["all ranks" if group else "one rank"] += len(told) + at_random
+        self.victims["all ranks" if group else "one rank"] += len(reached) + at_random
 
     def tally(self) -> dict[str, object]:
         kinds = list(dict.fromkeys(boundary.kind for boundary in ALL))
-        by_kind = {kind: {b.when: self.struck[b] for b in ALL if b.kind == kind and self.struck[b]} for kind in kinds}
-        kills = self.struck.total() + self.random
+        by_kind = {
+            kind: {b.when: self.killed_at[b] for b in ALL if b.kind == kind and self.killed_at[b]} for kind in kinds
+        }
+        kills = self.killed_at.total() + self.random
         return {"kills": kills, "at random": self.random, **self.victims, "boundaries": by_kind}
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """How one try of a command goes: where SIGKILL waits for it, and whom it takes.
+    """Where and which ranks are killed in one attempt at a command.
 
     Attributes:
-        boundaries: the first of these that is met is the end,
-        skip: or the next one but so many, of what comes again and again;
-        seconds: else this long after the start, if not 0.
-        rank: the one that dies at a random moment; at boundaries it is the one that meets them.
-        group: the others die with it.
+        boundaries: a rank is killed at the first of these that it reaches.
+        skip: how often a boundary that is reached many times is passed over before.
+        seconds: without boundaries, when to kill after the start; 0: never.
+        rank: the rank to kill after `seconds`.
+        group: whether the other ranks are killed as well.
     """
 
     boundaries: list[Boundary]
@@ -127,18 +131,18 @@ def main() -> int:
     options = _parse()
     resumable.PART_ROWS = 16
     wanted = Counter(dict.fromkeys(options.at or ALL, options.times))
-    plan, in_vain = Plan(random.Random(options.seed), options.kills, wanted), 0
+    plan, n_without_progress = Plan(random.Random(options.seed), options.kills, wanted), 0
     expected = _finish(options, storage.join(options.output, "undisturbed"), Plan(random.Random(0), 0, Counter()))
     while not plan.done:
-        before = plan.struck.total()
+        before = plan.killed_at.total()
         plan.begin_run()
         found = _finish(options, storage.join(options.output, f"killed-{plan.runs}"), plan)
         if found != expected:
             print(f"run {plan.runs} ended with {found}, undisturbed: {expected}")
             return 1
-        in_vain = 0 if plan.struck.total() > before or not plan.owed else in_vain + 1
-        if in_vain == IN_VAIN:
-            print(f"not met in {IN_VAIN} runs: {', '.join(map(str, plan.owed))}")
+        n_without_progress = 0 if plan.killed_at.total() > before or not plan.remaining else n_without_progress + 1
+        if n_without_progress == MAX_WITHOUT_PROGRESS:
+            print(f"not reached in {MAX_WITHOUT_PROGRESS} runs: {', '.join(map(str, plan.remaining))}")
             return 1
     print(json.dumps({"identical_runs": plan.runs, **plan.tally()}))
     return 0
@@ -147,10 +151,12 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--output", required=True, help="folder or bucket; runs go to numbered places below it")
-    parser.add_argument("--kills", type=int, default=200, help="at least; what boundaries leave strikes at random")
-    parser.add_argument("--times", type=int, default=2, help="that each boundary is struck")
-    parser.add_argument("--at", nargs="+", type=Boundary.named, metavar="KIND:WHEN", help="instead of all boundaries")
+    parser.add_argument("--output", required=True, help="folder or bucket; runs go to numbered folders below it")
+    parser.add_argument("--kills", type=int, default=200, help="minimum number of kills; those that are not at "
+        "boundaries come at random moments")  # fmt: skip
+    parser.add_argument("--times", type=int, default=2, help="how often to kill at each boundary")
+    parser.add_argument("--at", nargs="+", type=Boundary.named, metavar="KIND:WHEN", help="boundaries to kill at "
+        "(default: all)")  # fmt: skip
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -159,14 +165,15 @@ def _parse() -> argparse.Namespace:
 def _draw(plan: Plan, ranks: int) -> Attempt:
     rng = plan.rng
     rank, group = rng.randrange(ranks), ranks == 1 or rng.random() < 0.5
-    share = 0 if plan.runs == 1 else 0.3  # the first run meets all boundaries, from the first to the last
-    if plan.n_random_left > 0 and (not plan.left or rng.random() < share):
+    # The first run uses all boundaries in their order. Later ones mix in 30% of random kills, if there are any left.
+    share = 0 if plan.runs == 1 else 0.3
+    if plan.n_random_left > 0 and (not plan.left_in_run or rng.random() < share):
         return Attempt([], 0, rng.uniform(0.05, 1.5), rank, group)
-    return Attempt(plan.left, rng.randrange(2), 0, rank, group)
+    return Attempt(plan.left_in_run, rng.randrange(2), 0, rank, group)
 
 
 def _finish(options: argparse.Namespace, output: str, plan: Plan) -> dict[str, str]:
-    """Runs the commands until each ends with 0; digests of what they published."""
+    """Runs each command until it ends with 0; returns digests of what they published."""
     where = ["--output", output]
     jobs = [
         (train.main, ["--data", options.data, *where, *SMALL, *COMPUTED]),
@@ -194,45 +201,45 @@ def _published(output: str) -> dict[str, bytes]:
 
 
 def _try(job: Callable[[list[str]], int], flags: list[str], ranks: int, plan: Plan) -> bool:
-    """Whether all ranks ended with 0; the plan learns what struck."""
+    """Makes one attempt at a command and notes its kills in the plan; returns whether all ranks ended with 0."""
     attempt = _draw(plan, ranks)
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as met:
         codes = _run(job, flags, ranks, attempt, said, met)
         met.seek(0)
-        told = [Boundary.named(line) for line in met.read().decode().splitlines()]
+        reached = [Boundary.named(line) for line in met.read().decode().splitlines()]
         killed = any(code == 137 for code in codes)
         if any(codes) and not killed:
             said.seek(0)
-            raise RuntimeError(f"an attempt that nobody killed ended with {codes}: {said.read().decode()[-4000:]}")
-    plan.note(told, killed and not told, attempt.group)
-    _check_whole(flags[flags.index("--output") + 1])
+            raise RuntimeError(f"an attempt without a kill ended with {codes}: {said.read().decode()[-4000:]}")
+    plan.note(reached, killed and not reached, attempt.group)
+    _check_undamaged(flags[flags.index("--output") + 1])
     return not any(codes)
 
 
-def _check_whole(output: str) -> None:
-    """Nothing that a kill leaves is damage."""
+def _check_undamaged(output: str) -> None:
+    """Raises RuntimeError when `fusion.verify` finds damage."""
     wrong = [str(finding) for finding in verify(output) if finding.verdict == "BAD"] if is_output(output) else []
     if wrong:
-        raise RuntimeError(f"verify calls what an attempt has left damaged: {wrong}")
+        raise RuntimeError(f"fusion.verify finds damage after an attempt: {wrong}")
 
 
 def _run(
     job: Callable[[list[str]], int], flags: list[str], ranks: int, attempt: Attempt, said: IO[bytes], met: IO[bytes]
 ) -> list[int]:
-    """Exit codes of the ranks; 137: killed."""
+    """Runs the ranks of one attempt; returns their exit codes, 137 for a rank that was killed."""
     port, children = _free_port(), []
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
-            _be_rank(rank, ranks, port, said)
-            # Only parts and ends of epochs are everybody's: there the last rank dies, elsewhere the one that writes.
-            arm([b for b in attempt.boundaries if rank == (ranks - 1 if b.everybodys else 0)], attempt.skip, met)
+            _become_rank(rank, ranks, port, said)
+            # At boundaries that all ranks reach, the last rank is killed; at others rank 0, which reaches them alone.
+            arm([b for b in attempt.boundaries if rank == (ranks - 1 if b.on_all_ranks else 0)], attempt.skip, met)
             os._exit(job(flags))
         children.append(child)
     return _wait(children, attempt)
 
 
-def _be_rank(rank: int, ranks: int, port: int, said: IO[bytes]) -> None:
+def _become_rank(rank: int, ranks: int, port: int, said: IO[bytes]) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.dup2(said.fileno(), 1)
@@ -247,16 +254,16 @@ def _wait(children: list[int], attempt: Attempt) -> list[int]:
             if child not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
                 codes[child] = 137 if os.WIFSIGNALED(ended[1]) else os.waitstatus_to_exitcode(ended[1])
         seconds = time.monotonic() - started
-        if seconds > PATIENCE:
-            raise RuntimeError(f"a rank still runs {PATIENCE:.0f} s after the attempt began: {codes}")
+        if seconds > HANG_SECONDS:
+            raise RuntimeError(f"a rank still runs {HANG_SECONDS:.0f} s after the attempt began: {codes}")
         if not victims and attempt.seconds and seconds > attempt.seconds:
             victims = {children[attempt.rank]}
         if 137 in codes.values():
             died = min(died, seconds)
-        # A rank that dies before the group has met leaves the others waiting for it.
-        if (attempt.group and (victims or died < math.inf)) or seconds > died + SETTLE:
+        # If a rank dies before the process group is formed, the others would wait for it.
+        if (attempt.group and (victims or died < math.inf)) or seconds > died + GRACE_SECONDS:
             victims = set(children)
-        for victim in victims - set(codes):  # not yet waited for, so their ids are still theirs
+        for victim in victims - set(codes):  # not yet reaped, so their process ids cannot have been reused
             os.kill(victim, signal.SIGKILL)
         time.sleep(0.01)
     return [codes[child] for child in children]

@@ -1,4 +1,7 @@
-"""A store that resets, refuses, dawdles, lies about lengths or goes away: commands get through, or end and go on."""
+"""A store that resets connections, returns errors, is slow, truncates answers or disappears for a while.
+
+Commands succeed nevertheless, or end with an error and succeed when they are started again.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +28,15 @@ from tests.conftest import BUCKET, SMALL, run_command, upload
 from tests.fault_proxy import RESETS, Fault, FaultProxy, Request, always, at_random, once, outage
 from tests.s3_server import S3Server
 
-OUTAGE = 20.0  # seconds
+OUTAGE = 20.0  # seconds; shorter than --store-timeout (60 s), and longer than several retries
 DATE = "2026-01-02"
 FLAGS = ["--run-id", "r", *SMALL, "--epochs", "3", "--checkpoint-steps", "3", "--keep", "2"]
 TRAIN = "fusion.all_embeddings.train"
 
 
 @dataclass
-class Place:
-    """A catalog in a bucket behind a proxy, and the commands on it."""
+class FaultyStore:
+    """A catalog in a bucket behind a proxy that injects faults, and the commands that read and write there."""
 
     url: str
     proxy: FaultProxy
@@ -54,7 +57,7 @@ class Place:
         return predict_test.main([*self.where, "--run-id", "r", "--date", DATE])
 
     def objects(self) -> dict[str, bytes]:
-        """Everything under the output, read from the server itself, past the proxy's faults."""
+        """All objects under the output, read without the proxy."""
         return dict(_objects(f"{self.url}/out".removeprefix(f"s3://{BUCKET}/")))
 
     def results(self) -> tuple[bytes, bytes]:
@@ -70,7 +73,7 @@ def _objects(prefix: str) -> Iterator[tuple[str, bytes]]:
     with _direct() as client:
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix):
             for entry in page.get("Contents", []):
-                with suppress(client.exceptions.NoSuchKey):  # pruned since it was listed
+                with suppress(client.exceptions.NoSuchKey):  # it was pruned after the listing
                     yield entry["Key"], client.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"].read()
 
 
@@ -91,7 +94,7 @@ def _is_one(key: str) -> bool:
 
 
 def damaged(objects: dict[str, bytes]) -> list[str]:
-    """Files that a manifest promises and that are not there, whole."""
+    """Files that are missing or differ from their manifest."""
     wrong = []
     for key in filter(_is_one, objects):
         for entry in json.loads(objects[key])["files"]:
@@ -102,13 +105,13 @@ def damaged(objects: dict[str, bytes]) -> list[str]:
 
 
 @contextmanager
-def watched(place: Place) -> Iterator[None]:
-    """Verifies every manifest again and again while commands run and at the end, as any reader of the bucket could."""
+def watched(store: FaultyStore) -> Iterator[None]:
+    """Verifies all manifests once per second while commands run, and at the end, as any reader of the bucket could."""
     done, seen = threading.Event(), list[list[str]]()
 
     def watch() -> None:
         while not done.wait(1):
-            seen.append(lasting(place, damaged(place.objects())))
+            seen.append(lasting(store, damaged(store.objects())))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -117,22 +120,22 @@ def watched(place: Place) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-    assert not any([*seen, damaged(place.objects())])
+    assert not any([*seen, damaged(store.objects())])
 
 
-def lasting(place: Place, wrong: list[str]) -> list[str]:
-    """Those of the damaged files whose manifest still stands: a checkpoint that is pruned loses it first."""
-    names = {name.rsplit("/", 1)[0] for name in place.objects() if _is_one(name)} if wrong else set()
+def lasting(store: FaultyStore, wrong: list[str]) -> list[str]:
+    """The damaged files whose manifest still exists. When a checkpoint is pruned, its manifest is removed first."""
+    names = {name.rsplit("/", 1)[0] for name in store.objects() if _is_one(name)} if wrong else set()
     return [name for name in wrong if name.rsplit("/", 1)[0] in names]
 
 
 @pytest.fixture
-def place(bucket: str, s3: S3Server, catalog: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def store(bucket: str, s3: S3Server, catalog: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
     upload(catalog, bucket)
     _server[:] = [s3]
     proxy = FaultProxy(s3.endpoint)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-    yield Place(bucket, proxy)
+    yield FaultyStore(bucket, proxy)
     proxy.stop()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
@@ -148,7 +151,7 @@ def undisturbed(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def is_commit(request: Request) -> bool:
-    """A checkpoint's manifest is being written: training is on its way."""
+    """Whether the request writes the manifest of a checkpoint."""
     return request.method == "PUT" and "/checkpoints/" in request.path and _is_one(request.path)
 
 
@@ -158,14 +161,14 @@ def check_two_lines(said: str, expected: str) -> None:
     assert expected in said.splitlines()[-2]
 
 
-def until_done(place: Place, command: str) -> int:
-    """Runs a command again while it ends with an error that says so; how often it ran."""
+def until_done(store: FaultyStore, command: str) -> int:
+    """Runs a command until it ends with 0, at most five times; returns how often it ran."""
     for n in range(1, 6):
-        code = place.train() if command == "train" else place.predict()
+        code = store.train() if command == "train" else store.predict()
         if code == 0:
             return n
         assert code in (69, 77)
-    raise AssertionError(f"{command} got nowhere")
+    raise AssertionError(f"{command} failed five times")
 
 
 SHARES: dict[str, tuple[float, tuple[Fault, ...]]] = {
@@ -177,88 +180,92 @@ SHARES: dict[str, tuple[float, tuple[Fault, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", SHARES)
-def test_a_share_of_requests_fails(kind: str, place: Place, undisturbed: tuple[bytes, bytes]) -> None:
-    share, faults = SHARES[kind]
-    place.proxy.plan = at_random(share, faults, seed=len(kind))
-    with watched(place):
-        assert (until_done(place, "train"), until_done(place, "predict")) == (1, 1)
-    assert all(place.proxy.met[fault] for fault in faults)
-    assert place.results() == undisturbed
-
-
-def test_with_little_patience_it_ends_and_goes_on(
-    place: Place, undisturbed: tuple[bytes, bytes], capsys: pytest.CaptureFixture[str]
+def test_commands_succeed_when_a_share_of_requests_fails(
+    kind: str, store: FaultyStore, undisturbed: tuple[bytes, bytes]
 ) -> None:
-    place.patience, place.proxy.plan = "0", at_random(0.03, RESETS, seed=2)
-    with watched(place):
-        codes = [place.train() for _ in range(2)]
+    share, faults = SHARES[kind]
+    store.proxy.plan = at_random(share, faults, seed=len(kind))
+    with watched(store):
+        assert (until_done(store, "train"), until_done(store, "predict")) == (1, 1)
+    assert all(store.proxy.met[fault] for fault in faults)
+    assert store.results() == undisturbed
+
+
+def test_a_training_without_retries_fails_and_resumes(
+    store: FaultyStore, undisturbed: tuple[bytes, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.patience, store.proxy.plan = "0", at_random(0.03, RESETS, seed=2)
+    with watched(store):
+        codes = [store.train() for _ in range(2)]
     assert set(codes) <= {0, 69} and 69 in codes
     assert "Traceback" not in capsys.readouterr().err
-    place.proxy.plan = None
-    assert (place.train(), place.predict()) == (0, 0)
-    assert place.results() == undisturbed
+    store.proxy.plan = None
+    assert (store.train(), store.predict()) == (0, 0)
+    assert store.results() == undisturbed
 
 
-def test_an_outage_is_waited_out(place: Place, undisturbed: tuple[bytes, bytes]) -> None:
-    place.proxy.plan = once(is_commit, outage(OUTAGE))
-    with watched(place):
-        assert place.train() == 0
-    assert place.proxy.met[Fault.RESET_BEFORE] > 2
-    assert place.predict() == 0
-    assert place.results() == undisturbed
+def test_a_training_survives_a_short_outage(store: FaultyStore, undisturbed: tuple[bytes, bytes]) -> None:
+    store.proxy.plan = once(is_commit, outage(OUTAGE))
+    with watched(store):
+        assert store.train() == 0
+    assert store.proxy.met[Fault.RESET_BEFORE] > 2
+    assert store.predict() == 0
+    assert store.results() == undisturbed
 
 
-def test_an_outage_longer_than_the_patience(place: Place, s3: S3Server, undisturbed: tuple[bytes, bytes]) -> None:
-    place.patience, place.proxy.plan = "1", once(is_commit, always(Fault.RESET_BEFORE))
-    env = s3.environment() | {"AWS_ENDPOINT_URL_S3": place.proxy.endpoint}
-    ended = run_command(TRAIN, *place.where, *FLAGS, env=env)
+def test_an_outage_longer_than_the_store_timeout_ends_with_69(
+    store: FaultyStore, s3: S3Server, undisturbed: tuple[bytes, bytes]
+) -> None:
+    store.patience, store.proxy.plan = "1", once(is_commit, always(Fault.RESET_BEFORE))
+    env = s3.environment() | {"AWS_ENDPOINT_URL_S3": store.proxy.endpoint}
+    ended = run_command(TRAIN, *store.where, *FLAGS, env=env)
     assert ended.code == 69
     check_two_lines(ended.err, "does not answer")
-    place.proxy.plan = None
-    assert (place.train(), place.predict()) == (0, 0)
-    assert place.results() == undisturbed
+    store.proxy.plan = None
+    assert (store.train(), store.predict()) == (0, 0)
+    assert store.results() == undisturbed
 
 
 @pytest.mark.parametrize("fault", [Fault.EXPIRED, Fault.DENIED])
-def test_credentials_that_expire(
-    fault: Fault, place: Place, undisturbed: tuple[bytes, bytes], capsys: pytest.CaptureFixture[str]
+def test_expired_credentials_end_with_77_and_the_training_resumes(
+    fault: Fault, store: FaultyStore, undisturbed: tuple[bytes, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     n_commits = iter(range(100))
-    place.proxy.plan = once(lambda request: is_commit(request) and next(n_commits) == 2, always(fault))
-    assert place.train() == 77
+    store.proxy.plan = once(lambda request: is_commit(request) and next(n_commits) == 2, always(fault))
+    assert store.train() == 77
     check_two_lines(capsys.readouterr().err, "no access to s3://")
-    assert place.predict() == 77
+    assert store.predict() == 77
     check_two_lines(capsys.readouterr().err, "no access to s3://")
-    place.proxy.plan = None
-    assert not damaged(place.objects())
-    assert (place.train(), place.predict()) == (0, 0)
+    store.proxy.plan = None
+    assert not damaged(store.objects())
+    assert (store.train(), store.predict()) == (0, 0)
     assert "event=resumed" in capsys.readouterr().err
-    assert place.results() == undisturbed
+    assert store.results() == undisturbed
 
 
-def test_a_flipped_bit_in_the_store(
-    place: Place, undisturbed: tuple[bytes, bytes], capsys: pytest.CaptureFixture[str]
+def test_a_flipped_bit_in_the_store_is_detected(
+    store: FaultyStore, undisturbed: tuple[bytes, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     n_commits = iter(range(100))
-    place.proxy.plan = once(lambda request: is_commit(request) and next(n_commits) == 2, always(Fault.DENIED))
-    assert place.train() == 77
-    place.proxy.plan = None
-    newest = RunFolder(place.run).checkpoints()[-1]
+    store.proxy.plan = once(lambda request: is_commit(request) and next(n_commits) == 2, always(Fault.DENIED))
+    assert store.train() == 77
+    store.proxy.plan = None
+    newest = RunFolder(store.run).checkpoints()[-1]
     _flip(storage.join(newest.url, manifests.MODEL))
     capsys.readouterr()
-    assert place.train() == 0
+    assert store.train() == 0
     said = capsys.readouterr().err
     assert f"event=checkpoint_damaged checkpoint={newest.url}" in said
-    best = RunFolder(place.run).best()
-    assert place.predict() == 0
-    assert place.results() == undisturbed
-    (submission,) = (key for key in place.objects() if key.endswith("submission.csv"))
+    best = RunFolder(store.run).best()
+    assert store.predict() == 0
+    assert store.results() == undisturbed
+    (submission,) = (key for key in store.objects() if key.endswith("submission.csv"))
     _flip(f"s3://{BUCKET}/{submission}")
-    assert place.predict() == 0
-    assert place.results() == undisturbed, "made again"
+    assert store.predict() == 0
+    assert store.results() == undisturbed, "the damaged submission was not made again"
     _flip(f"s3://{BUCKET}/{submission}")
     _flip(storage.join(best.url, manifests.MODEL))
-    assert place.predict() == 65
+    assert store.predict() == 65
     check_two_lines(capsys.readouterr().err, "model.safetensors is damaged: sha256")
 
 
@@ -268,32 +275,32 @@ def _flip(url: str) -> None:
     storage.write(url, bytes(content))
 
 
-def test_a_stalled_answer_is_given_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_answer_times_out(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backend._S3["config_kwargs"], "read_timeout", 1)
     monkeypatch.setattr(storage, "_patience", 0.5)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    place.proxy.plan = always(Fault.STALL)
-    for action in (lambda: storage.read(f"{place.url}/train.csv"), lambda: storage.write(f"{place.url}/x", b"1")):
+    store.proxy.plan = always(Fault.STALL)
+    for action in (lambda: storage.read(f"{store.url}/train.csv"), lambda: storage.write(f"{store.url}/x", b"1")):
         started = time.monotonic()
         with pytest.raises(UnreachableError, match="does not answer"):
             action()
         assert time.monotonic() - started < 12  # the proxy stalls for 300 s, and the client would wait 15 s each time
-    place.proxy.plan = None
-    storage.write(f"{place.url}/x", b"1")
-    assert storage.read(f"{place.url}/x") == b"1"
+    store.proxy.plan = None
+    storage.write(f"{store.url}/x", b"1")
+    assert storage.read(f"{store.url}/x") == b"1"
 
 
-def test_a_large_file_is_read_on_from_where_it_broke_off(place: Place) -> None:
-    url, content = f"{place.url}/large", bytes(range(256)) * 4096
+def test_reading_a_large_file_resumes_after_a_broken_connection(store: FaultyStore) -> None:
+    url, content = f"{store.url}/large", bytes(range(256)) * 4096
     storage.write(url, content)
-    place.proxy.plan = at_random(0.4, (*RESETS, Fault.TRUNCATE), seed=3)
+    store.proxy.plan = at_random(0.4, (*RESETS, Fault.TRUNCATE), seed=3)
     with storage.open_read(url) as file:
         parts = b"".join(iter(lambda: file.read(1 << 16), b""))
     assert parts == content
-    assert place.proxy.met[None] < 40
+    assert store.proxy.met[None] < 40
 
 
-def test_the_proxy_alone_changes_nothing(place: Place) -> None:
-    storage.write(f"{place.url}/x", b"12")
-    assert storage.read(f"{place.url}/x") == b"12"
-    assert set(place.proxy.met) == {None}
+def test_the_proxy_alone_changes_nothing(store: FaultyStore) -> None:
+    storage.write(f"{store.url}/x", b"12")
+    assert storage.read(f"{store.url}/x") == b"12"
+    assert set(store.proxy.met) == {None}

@@ -1,4 +1,4 @@
-"""Keys, certificates and kubeconfigs of a cluster that lives for one test run."""
+"""Makes keys, certificates and kubeconfigs of a cluster for one test run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ USERS = {"admin": "/O=system:masters/CN=admin", "node": "/O=system:nodes/CN=syst
 
 
 def make(folder: Path, server: str) -> None:
-    """Writes `ca`, `api`, `sa`, `admin` and `node` as .crt and .key, and a .conf for each user."""
+    """Writes keys and certificates `ca`, `api`, `sa`, `admin` and `node`, and a kubeconfig for admin and node."""
     folder.mkdir()
     _openssl(folder, "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.crt -days 2 -subj /CN=ca")
     (folder / "names").write_text(NAMES)

@@ -1,4 +1,4 @@
-"""Reads objects by `kubectl proxy`: tests look three times a second, and a kubectl takes 0.2 s of a core."""
+"""Reads objects through `kubectl proxy`: tests poll three times per second, and a kubectl takes 0.2 s of CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GROUPS = {
 
 
 class _Connection(http.client.HTTPConnection):
-    """HTTP over a Unix socket, whose path stands where the host does."""
+    """HTTP over a Unix socket; the argument `host` is the path of the socket."""
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
@@ -32,12 +32,12 @@ class _Connection(http.client.HTTPConnection):
 
 @dataclass(frozen=True)
 class Api:
-    """Answers of the API server behind the socket of a `kubectl proxy`."""
+    """The API server behind a `kubectl proxy`; `proxy` is the path of its socket."""
 
     proxy: str
 
     def get(self, path: str, **query: str) -> Any:
-        """What is at a path; None where there is nothing."""
+        """The object or list at a path; None when there is none."""
         connection = _Connection(self.proxy)
         try:
             connection.request("GET", f"/{path}?{urlencode(query)}", headers={"Host": "localhost"})

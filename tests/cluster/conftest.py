@@ -10,14 +10,14 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.cluster.namespace import Namespace
-from tests.cluster.place import Place
+from tests.cluster.place import Cluster
 from tests.s3_server import KEY, SECRET
 
-SHARED = ("test_apply.py", "test_exit_codes.py")  # whose tests share a namespace, and so a process
+SHARED = ("test_apply.py", "test_exit_codes.py")  # files whose tests share a namespace and so must run in one process
 
 
 class _OneByOne(LoadScopeScheduling):
-    """Gives out tests, and not files."""
+    """Schedules single tests, except those of the files SHARED, which stay together."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -29,9 +29,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
 
 
 @pytest.fixture(scope="session")
-def place() -> Iterator[Place]:
-    """The cluster; the environment of this process finds its S3 server."""
-    found = Place.of_tests()
+def cluster() -> Iterator[Cluster]:
+    """The cluster. The environment of this process is set for its S3 server."""
+    found = Cluster.of_tests()
     if not found:
         pytest.skip("`make test-cluster` starts the cluster that this needs")
     where = {"AWS_ENDPOINT_URL_S3": found.endpoint, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
@@ -43,24 +43,24 @@ def place() -> Iterator[Place]:
 
 
 @pytest.fixture(scope="session")
-def node(place: Place) -> Place:
-    """A cluster whose node a test may stop, and which has JobSet and Kueue."""
-    if not place.folder:
-        pytest.skip("not on the cluster of KUBECONFIG: this needs one that was started for the tests")
-    return place
+def node(cluster: Cluster) -> Cluster:
+    """The cluster if it was started for the tests, so that they may stop its node; it has JobSet and Kueue."""
+    if not cluster.folder:
+        pytest.skip("needs a cluster that was started for the tests, and not that of KUBECONFIG")
+    return cluster
 
 
 @pytest.fixture
 def namespace(
-    place: Place, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Namespace]:
-    yield from made(place, request.node.name, tmp_path_factory)
+    yield from made(cluster, request.node.name, tmp_path_factory)
 
 
-def made(place: Place, name: str, folders: pytest.TempPathFactory) -> Iterator[Namespace]:
-    """A namespace that is called after its test."""
+def made(cluster: Cluster, name: str, folders: pytest.TempPathFactory) -> Iterator[Namespace]:
+    """A namespace with the name of its test."""
     plain = re.sub("[^a-z0-9]+", "-", name.lower()).removeprefix("test-")[:50].strip("-")
-    namespace = Namespace(place, f"fusion-{plain}", folders.mktemp("k8s"))
+    namespace = Namespace(cluster, f"fusion-{plain}", folders.mktemp("k8s"))
     try:
         yield namespace
     finally:

@@ -1,7 +1,7 @@
-"""A Kubernetes of one node, made of processes of this machine: API server, controllers, scheduler, kubelet, containerd.
+"""Starts a Kubernetes of one node as processes: API server, controllers, scheduler, kubelet and containerd.
 
-Its binaries lie in the folder that FUSION_KUBERNETES names; `k8s/README.md` says how to build them. Needs
-root. All of it is on loopback and on a bridge of its own, and everything it writes is below one folder.
+The binaries are in the folder that FUSION_KUBERNETES names; `k8s/README.md` says how to build them. It needs root. The
+processes listen on loopback and on a network bridge of their own, and write below one folder.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from tests.cluster.one_layer import one_layer
 from tests.cluster.services import Service, free_ports, succeeds, until
 from tests.manifests import KUBECTL
 
-NODE = "localhost"  # a name that the API server resolves everywhere
+NODE = "localhost"  # a name that the API server can resolve on every machine
 BRIDGE, SUBNET, NETWORK = "fusion0", "10.213.7", "fusion-tests"
 COMPONENTS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet")
 PAUSE = "localhost/pause:3"
-N_GPUS = 8  # which the node offers and has not: what a pod finds is up to the pod
+N_GPUS = 8  # that the node claims to have, so that pods that request GPUs are scheduled
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Kubernetes:
-    """`start` and `stop` are for the process that made the folder; the rest is for all that know it."""
+    """The cluster in a folder. Only the process that made the folder may call `start` and `stop`."""
 
     def __init__(self, folder: Path, binaries: Path) -> None:
         self.folder, self.binaries = folder, binaries
@@ -39,7 +39,7 @@ class Kubernetes:
         self.kubeconfig = folder / "pki" / "admin.conf"
 
     def start(self, images: Sequence[Callable[[], None]] = ()) -> None:
-        """Starts everything; meanwhile each of `images` brings one to the node by `load`."""
+        """Starts all processes. In parallel, each function in `images` loads an image into the node with `load`."""
         ports = free_ports(4)
         self._start_containerd()
         with ThreadPoolExecutor() as pool:
@@ -70,17 +70,17 @@ class Kubernetes:
         return ["ctr", "--address", self.socket, "--namespace", "k8s.io", *arguments]
 
     def load(self, archive: Path | IO[bytes]) -> None:
-        """Brings the images of an archive, or of a pipe with one, to the node."""
+        """Loads the images of an archive, given as a file or a pipe, into the node."""
         source = archive.open("rb") if isinstance(archive, Path) else archive
         with source:
             subprocess.run(self.ctr("images", "import", "-"), check=True, stdin=source, stdout=subprocess.DEVNULL)
 
     def kill(self, container: str) -> None:
-        """Ends a container by SIGKILL, as no process inside of it can."""
+        """Kills a container with SIGKILL, from outside: processes inside cannot do that to its first process."""
         subprocess.run(self.ctr("tasks", "kill", "--signal=SIGKILL", container), check=True)
 
     def unpacked(self, name: str) -> Path:
-        """A binary of the folder, ready to run."""
+        """The path of a binary, which is unpacked if it is packed as .xz."""
         made, packed = self.folder / "bin" / name, self.binaries / f"{name}.xz"
         if not made.exists():
             made.parent.mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ class Kubernetes:
         return made
 
     def stop(self) -> None:
-        """Ends everything, pods included, and leaves nothing on the machine but the folder with its logs."""
+        """Ends all processes, pods included. On this machine only the folder with the logs remains."""
         for name in ("kueue", "jobset", "coredns", "scheduler", "controllers"):
             self.service(name).stop()
         self._end_pods()
@@ -102,7 +102,7 @@ class Kubernetes:
         _unmount(self.folder)
         subprocess.run(["ip", "link", "delete", BRIDGE], check=False, capture_output=True)
         for left in sorted(CGROUPS.glob("*/kubepods/**/"), reverse=True):
-            with suppress(OSError):  # of another cluster on this machine
+            with suppress(OSError):  # in use by another cluster on this machine
                 left.rmdir()
 
     def _unpack(self, *names: str) -> None:
@@ -112,7 +112,7 @@ class Kubernetes:
             (self.folder / "bin" / component).symlink_to("kubernetes")
 
     def _start_containerd(self) -> None:
-        content = self.folder / "containerd"  # in memory: a disk takes a minute for what is gone again in five
+        content = self.folder / "containerd"  # in memory, because unpacking the images to a disk takes a minute
         content.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8g", "tmpfs", content], check=True)
         (self.folder / "containerd.toml").write_text(CONTAINERD.format(folder=self.folder, pause=PAUSE))
@@ -143,7 +143,7 @@ class Kubernetes:
         self.service("kubelet").run(self.folder / "bin" / "kubelet", *flags, *more)
 
     def _start_name_server(self) -> None:
-        """On the bridge, which is made here because the network plugin makes it with the first pod only."""
+        """Starts CoreDNS on the bridge. The network plugin would create the bridge only with the first pod."""
         for command in ("link add {0} type bridge", "addr add {1}.1/24 dev {0}", "link set {0} up"):
             subprocess.run(["ip", *command.format(BRIDGE, SUBNET).split()], check=True)
         (self.folder / "Corefile").write_text(COREFILE.format(address=f"{SUBNET}.1", kubeconfig=self.kubeconfig))
@@ -159,10 +159,10 @@ class Kubernetes:
         self.kubectl("patch", "node", NODE, "--subresource=status", "--type=json", f"--patch={json.dumps(patch)}")
 
     def _end_pods(self) -> None:
-        """By the kubelet, which takes their networks down as well; what it leaves is killed."""
+        """Lets the kubelet end all pods, which also removes their networks; kills those that remain after 30 s."""
         pods = "delete", "pods", "--all", "--all-namespaces", "--force", "--grace-period=0", "--wait=false"
         with suppress(AssertionError):
-            assert self.answers(*pods), "the API server is gone"
+            assert self.answers(*pods), "the API server does not answer"
             until(lambda: not self._tasks(), "the end of all pods", 30)
         self.service("kubelet").stop()
         for task in self._tasks():
@@ -182,7 +182,7 @@ def _unmount(folder: Path) -> None:
 
 
 def can_start() -> bool:
-    """Whether this machine may run a node: as root."""
+    """Whether this process may run a node, which needs root."""
     return os.geteuid() == 0
 
 
@@ -193,7 +193,7 @@ state = "{folder}/containerd-state"
 [grpc]
   address = "{folder}/containerd.sock"
 [plugins."io.containerd.grpc.v1.cri"]
-  restrict_oom_score_adj = true  # a confined machine may not lower it
+  restrict_oom_score_adj = true  # within a container, lowering it may be forbidden
   disable_apparmor = true
   sandbox_image = "{pause}"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
@@ -203,7 +203,7 @@ state = "{folder}/containerd-state"
     conf_dir = "{folder}/cni"
 """
 
-# A node is lost after 20 s and not after 50: a test waits for it.
+# A node counts as lost after 20 s without a sign of life instead of the default 50, because a test waits for that.
 CONTROL_PLANE = {
     "etcd": "etcd --data-dir {folder}/etcd --unsafe-no-fsync --listen-client-urls http://127.0.0.1:{etcd} "
     "--advertise-client-urls http://127.0.0.1:{etcd} --listen-peer-urls http://127.0.0.1:{peer}",

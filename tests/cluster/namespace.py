@@ -1,4 +1,4 @@
-"""A namespace of one test, as k8s/README.md has it made, and what the test does there with kubectl."""
+"""A namespace for one test, set up as in k8s/README.md, and what tests do there with kubectl."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from typing import Any
 
 from fusion import storage
 from tests.cluster import small, store
-from tests.cluster.place import Place
+from tests.cluster.place import Cluster
 from tests.conftest import BUCKET
 from tests.manifests import KUBECTL, Object
 from tests.s3_server import WRITER_KEY, WRITER_SECRET
 
 SETTINGS = {"FUSION_WIDTH": "16", "FUSION_HIDDEN": "16,8", "FUSION_BATCH_SIZE": "64", "FUSION_LR": "0.01"}
-PATIENCE = 300  # seconds; on an idle machine of 2 cores nothing takes 60
+TIMEOUT = 300  # seconds that any condition may take; on an idle machine with 2 cores none takes 60
 LABEL = "pod-security.kubernetes.io"
-LONG = {"FUSION_EPOCHS": "100", "FUSION_PATIENCE": "100", "FUSION_CHECKPOINT_STEPS": "20"}  # to be interrupted
+LONG = {
+    "FUSION_EPOCHS": "100",
+    "FUSION_PATIENCE": "100",
+    "FUSION_CHECKPOINT_STEPS": "20",
+}  # enough time to interrupt it
 
 
 class Namespace:
-    """Starts on construction, with fusion-config and the Secret; `remove` deletes it with all that runs there."""
+    """Created by the constructor, with fusion-config and the Secret. `remove` deletes it with all that runs there."""
 
-    def __init__(self, place: Place, name: str, folder: Path) -> None:
-        self.place, self.name, self.folder = place, name, folder
-        self.output = f"s3://{BUCKET}/{name}/{uuid.uuid4().hex[:8]}"  # empty, also where the test ran before
+    def __init__(self, cluster: Cluster, name: str, folder: Path) -> None:
+        self.cluster, self.name, self.folder = cluster, name, folder
+        self.output = f"s3://{BUCKET}/{name}/{uuid.uuid4().hex[:8]}"  # a new folder for each run of the test
         self("create", "namespace", name)
         self("label", "namespace", name, f"{LABEL}/enforce=restricted", f"{LABEL}/warn=restricted")
         keys = {"AWS_ACCESS_KEY_ID": WRITER_KEY, "AWS_SECRET_ACCESS_KEY": WRITER_SECRET}
@@ -37,55 +41,55 @@ class Namespace:
         self.configure()
 
     def configure(self, **settings: str) -> None:
-        """Applies k8s/config.yaml with the bucket of this namespace, and further settings of all its jobs."""
+        """Applies k8s/config.yaml with the bucket of this namespace, and with further settings for all its jobs."""
         data = {"FUSION_DATA": f"s3://{BUCKET}/data", "FUSION_OUTPUT": self.output, **SETTINGS, **settings}
         data["AWS_ENDPOINT_URL_S3"] = store.ENDPOINT
         patch = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "fusion-config"}, "data": data}
         further = [{"patch": json.dumps(patch)}]
-        target = small.overlay(self.folder, "base/config", self.place.image, further=further)
+        target = small.overlay(self.folder, "base/config", self.cluster.image, further=further)
         self("apply", "--server-side", "--kustomize", str(target))
 
     def __call__(self, *arguments: str, text: str | None = None) -> str:
-        """What kubectl prints; an AssertionError with its complaint where it fails, or warns."""
+        """Runs kubectl and returns its output; raises AssertionError when it fails or prints a warning."""
         done = self.run(*arguments, text=text)
         assert (done.returncode, done.stderr) == (0, ""), f"kubectl {' '.join(arguments)}: {done.stderr}"
         return done.stdout
 
     def run(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-        command = [KUBECTL, f"--kubeconfig={self.place.kubeconfig}", f"--namespace={self.name}", *arguments]
+        command = [KUBECTL, f"--kubeconfig={self.cluster.kubeconfig}", f"--namespace={self.name}", *arguments]
         return subprocess.run(command, check=False, capture_output=True, text=True, input=text, timeout=180)
 
     def apply(self, source: str, environment: Mapping[str, str] | None = None, changes: Sequence[Object] = ()) -> None:
-        """Applies base/… or overlays/… as it is but for `small`."""
-        target = small.overlay(self.folder, source, self.place.image, environment, changes)
+        """Applies base/… or overlays/… with the changes that `tests.cluster.small` describes."""
+        target = small.overlay(self.folder, source, self.cluster.image, environment, changes)
         self("apply", "--server-side", "--kustomize", str(target))
 
     def get(self, kind: str, name: str) -> Any:
-        """An object; None where there is none."""
-        return self.place.api.one(self.name, kind, name)
+        """The object with this name; None when there is none."""
+        return self.cluster.api.one(self.name, kind, name)
 
     def items(self, kind: str, selector: str = "") -> list[Object]:
-        return self.place.api.items(self.name, kind, selector)
+        return self.cluster.api.items(self.name, kind, selector)
 
     def pods(self, job: str) -> list[Object]:
-        """Pods of a Job that are still there, the oldest first."""
+        """The existing pods of a Job, oldest first."""
         found = self.items("pods", f"batch.kubernetes.io/job-name={job}")
         return sorted(found, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
 
     def log(self, of: str) -> str:
-        """What the command of a Job or a pod has said."""
+        """The log of a Job (job/NAME) or a pod."""
         return self("logs", of, "--container=fusion", "--tail=-1")
 
-    def until(self, holds: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
-        """What a condition gives once it is true; an AssertionError with what is going on here when it never is."""
+    def until(self, holds: Callable[[], Any], what: str, seconds: float = TIMEOUT) -> Any:
+        """Polls a condition until it is true; returns its value, or fails with `situation` on timeout."""
         deadline = time.monotonic() + seconds
         while not (found := holds()):
             assert time.monotonic() < deadline, f"{what}: not in {seconds:.0f} s\n{self.situation()}"
             time.sleep(0.3)
         return found
 
-    def ended(self, job: str, seconds: float = PATIENCE) -> str:
-        """Complete, or the reason of a failure, once a Job has ended."""
+    def ended(self, job: str, seconds: float = TIMEOUT) -> str:
+        """Waits until a Job has ended; returns Complete, or the reason of its failure."""
 
         def ending() -> str:
             conditions = self.get("jobs", job)["status"].get("conditions", [])
@@ -95,7 +99,7 @@ class Namespace:
         return str(self.until(ending, f"the end of job/{job}", seconds))
 
     def first_checkpoint(self, run: str, job: str) -> None:
-        """Returns when a run has committed a checkpoint."""
+        """Waits until a run has committed a checkpoint."""
 
         def committed() -> bool:
             return any(storage.exists(f"{url}/MANIFEST.json") for url in self.checkpoints(run))
@@ -106,7 +110,7 @@ class Namespace:
         return list(storage.ls(f"{self.output}/runs/{run}/checkpoints"))
 
     def attempts(self, run: str) -> list[Object]:
-        """`exit.json` of the attempts at a run, in their order; empty where one could not write it."""
+        """The contents of `exit.json` of all attempts at a run, in order; empty for an attempt that was killed."""
         folder = f"{self.output}/runs/{run}/attempts"
         numbers = sorted(int(url.rstrip("/").rsplit("/", 1)[1]) for url in storage.ls(folder))
         return [self._attempt(f"{folder}/{number}") for number in numbers]
@@ -117,13 +121,13 @@ class Namespace:
         return json.loads(storage.read(f"{url}/exit.json")) if is_ended else {}
 
     def situation(self) -> str:
-        """Events, pods and the ends of their logs, for a test that has failed."""
-        told = [self.run("get", "jobs,pods", "--output=wide").stdout]
-        told += [self.run("get", "events", "--sort-by=.lastTimestamp").stdout[-3000:]]
+        """Jobs, pods, events and the last lines of logs, for the message of a failed test."""
+        lines = [self.run("get", "jobs,pods", "--output=wide").stdout]
+        lines += [self.run("get", "events", "--sort-by=.lastTimestamp").stdout[-3000:]]
         for pod in self.items("pods"):
             name = pod["metadata"]["name"]
-            told += [f"--- {name}", self.run("logs", name, "--tail=15").stdout]
-        return "\n".join(told)
+            lines += [f"--- {name}", self.run("logs", name, "--tail=15").stdout]
+        return "\n".join(lines)
 
     def remove(self) -> None:
         self.run("delete", "jobs,cronjobs,pods", "--all", "--force", "--grace-period=0", "--wait=false")

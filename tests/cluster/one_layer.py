@@ -1,4 +1,4 @@
-"""Images of one layer, for programs that need nothing beside themselves; made without a builder."""
+"""Makes container images of one layer, for programs without dependencies. Needs no image builder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def one_layer(archive: Path, name: str, files: Mapping[str, Path]) -> Path:
-    """Writes an image that holds these files at its root, and begins with the first of them."""
+    """Writes an image with these files in its root folder; its entry point is the first of them."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as packed:
         for place, path in files.items():

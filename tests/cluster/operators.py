@@ -1,4 +1,4 @@
-"""The controllers of JobSet and of Kueue with their webhooks, as processes beside the API server."""
+"""Starts the controllers of JobSet and Kueue with their webhooks, as processes of this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.cluster.kubernetes import Kubernetes
 from tests.cluster.services import free_ports, listens, until
 from tests.manifests import Object
 
-FIXED = Path("/etc/kueue/metrics/certs")  # where Kueue looks for a certificate, whatever its settings say
+FIXED = Path("/etc/kueue/metrics/certs")  # Kueue reads a certificate here, and has no setting for it
 SETTINGS = {
     "jobset": "apiVersion: config.jobset.x-k8s.io/v1alpha1\nkind: Configuration\n",
     "kueue": "apiVersion: config.kueue.x-k8s.io/v1beta2\nkind: Configuration\n"
@@ -28,12 +28,13 @@ health: {{healthProbeBindAddress: "127.0.0.1:{health}"}}
 webhook: {{host: 127.0.0.1, port: {port}, certDir: {certificates}}}
 """
 FLAGS = {"jobset": (), "kueue": ("--feature-gates=VisibilityOnDemand=false",)}
-# Paths of the webhooks that have something to answer: Kueue registers those of every kind of job that there is.
+# Paths of the webhooks that are registered. Kueue's manifest has webhooks for all kinds of jobs, also those not
+# installed.
 SERVED = {"jobset": re.compile(""), "kueue": re.compile("kueue-x-k8s-io|batch-v1-job$|jobset$")}
 
 
 def start(kubernetes: Kubernetes) -> None:
-    """Starts both: Jobs and JobSets are Kueue's where a label names a queue."""
+    """Starts JobSet and Kueue. Kueue manages the Jobs and JobSets that have a label with a queue."""
     certificates = kubernetes.folder / "webhooks"
     for folder in (certificates, FIXED):
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,7 @@ def start(kubernetes: Kubernetes) -> None:
 
 
 def remove_traces() -> None:
+    """Removes the files that `start` has written outside of the cluster's folder."""
     shutil.rmtree(FIXED.parents[1], ignore_errors=True)
 
 
@@ -66,7 +68,7 @@ def _start(kubernetes: Kubernetes, name: str, certificates: Path) -> None:
 
 
 def _here(registered: Object, name: str, port: int, ca: str) -> Object:
-    """Webhooks that listen on loopback, where the API server is too, under a name of their own."""
+    """A webhook configuration with loopback URLs in place of services, and with the controller's name in its own."""
     hooks = []
     for hook in registered["webhooks"]:
         path = hook["clientConfig"]["service"]["path"]

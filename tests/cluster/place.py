@@ -1,4 +1,4 @@
-"""The cluster that the tests run on: one that was started for them, or that of KUBECONFIG."""
+"""Prepares the cluster that the tests run on: that of KUBECONFIG, or one that is started for them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ VARIABLE = "FUSION_TEST_CLUSTER"
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a test must know of the cluster.
+class Cluster:
+    """What tests must know about the cluster.
 
     Attributes:
-        image: name of the project's image there.
-        endpoint: of the S3 server, as this machine sees it; pods see `store.ENDPOINT`.
-        proxy: socket of a `kubectl proxy`.
-        folder: of the Kubernetes that was started here; empty for a cluster that was given.
+        image: name of the project's image on the cluster.
+        endpoint: URL of the S3 server for this machine; pods use `store.ENDPOINT`.
+        proxy: path of the socket of a `kubectl proxy`.
+        folder: folder of a cluster that was started for the tests; empty for that of KUBECONFIG.
     """
 
     kubeconfig: str
@@ -43,8 +43,8 @@ class Place:
     folder: str = ""
 
     @classmethod
-    def of_tests(cls) -> Place | None:
-        """The one that `python -m tests.cluster` has prepared; None without."""
+    def of_tests(cls) -> Cluster | None:
+        """The cluster that `python -m tests.cluster` has prepared; None in a process that it did not start."""
         found = os.environ.get(VARIABLE)
         return cls(**json.loads(found)) if found else None
 
@@ -53,7 +53,7 @@ class Place:
         return Api(self.proxy)
 
     def kubernetes(self) -> Kubernetes:
-        """That which was started here."""
+        """The Kubernetes that was started for the tests."""
         return Kubernetes(Path(self.folder), Path(os.environ.get("FUSION_KUBERNETES", "")))
 
     def variables(self) -> dict[str, str]:
@@ -61,30 +61,30 @@ class Place:
 
 
 class MissingError(Exception):
-    """There is no cluster, for the reason that it says."""
+    """There is no cluster to test on; the message says why."""
 
 
 @contextmanager
-def prepared() -> Iterator[Place]:
-    """The cluster of KUBECONFIG, else a new one of the folder that FUSION_KUBERNETES names; with a filled S3 server.
+def prepared() -> Iterator[Cluster]:
+    """The cluster of KUBECONFIG, else a new one from the folder that FUSION_KUBERNETES names, with a filled S3 server.
 
     Raises:
-        MissingError: neither is to be had.
+        MissingError: there is neither.
     """
     given, binaries = os.environ.get("KUBECONFIG"), os.environ.get("FUSION_KUBERNETES")
     if given:
-        with _on(given) as place:
-            yield place
+        with _on(given) as cluster:
+            yield cluster
     elif binaries:
-        with started(Path(binaries)) as place:
-            yield place
+        with started(Path(binaries)) as cluster:
+            yield cluster
     else:
-        raise MissingError("KUBECONFIG names no cluster, and FUSION_KUBERNETES no folder to start one from")
+        raise MissingError("expected KUBECONFIG, or FUSION_KUBERNETES with the folder to start a cluster from")
 
 
 @contextmanager
-def started(binaries: Path) -> Iterator[Place]:
-    """A new cluster with the project's image, JobSet, Kueue and a filled S3 server; nothing of it is left behind."""
+def started(binaries: Path) -> Iterator[Cluster]:
+    """A new cluster with the project's image, JobSet, Kueue and a filled S3 server, which is removed afterwards."""
     _require_tools()
     image = engine.build()
     folder = Path(tempfile.mkdtemp(prefix="fusion-cluster-"))
@@ -97,7 +97,7 @@ def started(binaries: Path) -> Iterator[Place]:
         endpoint = f"http://{_address(kubernetes)}:{store.PORT}"
         store.fill(endpoint)
         with _proxy(folder, str(kubernetes.kubeconfig)) as proxy:
-            yield Place(str(kubernetes.kubeconfig), image, endpoint, proxy, str(folder))
+            yield Cluster(str(kubernetes.kubeconfig), image, endpoint, proxy, str(folder))
     finally:
         kubernetes.stop()
         operators.remove_traces()
@@ -105,12 +105,12 @@ def started(binaries: Path) -> Iterator[Place]:
 
 
 @contextmanager
-def _on(kubeconfig: str) -> Iterator[Place]:
+def _on(kubeconfig: str) -> Iterator[Cluster]:
     image, of_store = os.environ.get("FUSION_TEST_IMAGE"), os.environ.get("FUSION_TEST_STORE_IMAGE")
     if not image or not of_store:
         raise MissingError(
-            "on the cluster of KUBECONFIG, FUSION_TEST_IMAGE names the project's image, and FUSION_TEST_STORE_IMAGE "
-            "one of SeaweedFS whose entry point is weed"
+            "with KUBECONFIG, set FUSION_TEST_IMAGE to the project's image, and FUSION_TEST_STORE_IMAGE to one of "
+            "SeaweedFS whose entry point is weed"
         )
     kubectl = [KUBECTL, f"--kubeconfig={kubeconfig}"]
     subprocess.run([*kubectl, "apply", "--filename=-"], check=True, input=store.manifest(of_store), text=True)
@@ -120,7 +120,7 @@ def _on(kubeconfig: str) -> Iterator[Place]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             endpoint = stack.enter_context(_forwarded(folder, kubectl))
             store.fill(endpoint)
-            yield Place(kubeconfig, image, endpoint, stack.enter_context(_proxy(folder, kubeconfig)))
+            yield Cluster(kubeconfig, image, endpoint, stack.enter_context(_proxy(folder, kubeconfig)))
     finally:
         subprocess.run([*kubectl, "delete", "namespace", store.NAMESPACE], check=False)
 
@@ -161,7 +161,7 @@ def _wait_for_store(kubeconfig: str) -> None:
 
 def _require_tools() -> None:
     if os.geteuid():
-        raise MissingError("a node can be started by root alone")
+        raise MissingError("only root can start a node")
     if not engine.available():
         raise MissingError(f"podman and buildah are missing; on Debian: apt-get install {' '.join(engine.PACKAGES)}")
     if not _has_tools() and shutil.which("apt-get"):

@@ -1,4 +1,4 @@
-"""Processes that outlive the one that started them: any process stops and starts them by the files that they leave."""
+"""Background processes that any other process can stop and start again, by means of files in a folder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_started: list[subprocess.Popen[bytes]] = []  # kept: Python warns of a process that runs on when its object goes
+# References to the processes: Python warns when a Popen object is deleted while its process runs.
+_started: list[subprocess.Popen[bytes]] = []
 
 
 @dataclass(frozen=True)
 class Service:
-    """A program with its command in `<folder>/<name>.json`, its output in `.log` and its process in `.pid`."""
+    """A program. Its command is in `<folder>/<name>.json`, its output in `.log`, its process id in `.pid`."""
 
     folder: Path
     name: str
@@ -28,7 +29,7 @@ class Service:
         self.start()
 
     def start(self) -> None:
-        """Starts it, with the command of the time before."""
+        """Starts the program with the command of the last `run`."""
         command = json.loads((self.folder / f"{self.name}.json").read_text())
         with (self.folder / f"{self.name}.log").open("ab") as log:
             process = subprocess.Popen(
@@ -38,7 +39,7 @@ class Service:
         _started.append(process)
 
     def stop(self, patience: float = 10) -> None:
-        """Asks it to end, and kills it where it does not."""
+        """Sends SIGTERM, and after `patience` seconds SIGKILL."""
         if not self._pid.exists():
             return
         pid = int(self._pid.read_text())
@@ -66,14 +67,14 @@ def _has_ended(pid: int, seconds: float) -> bool:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except (FileNotFoundError, ProcessLookupError):
             return True
-        if stat.rpartition(")")[2].split()[0] == "Z":  # ended, and its parent has not looked
+        if stat.rpartition(")")[2].split()[0] == "Z":  # a zombie: it has ended, and its parent has not reaped it
             return True
         time.sleep(0.05)
     return False
 
 
 def until(holds: Callable[[], object], what: str, seconds: float = 60, pause: float = 0.3) -> None:
-    """Returns once a condition holds; an AssertionError says what was waited for in vain."""
+    """Waits until a condition holds; on timeout raises AssertionError with `what`."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"{what}: not in {seconds:.0f} s"
@@ -86,7 +87,7 @@ def succeeds(*command: str | Path) -> bool:
 
 
 def free_ports(n: int) -> list[int]:
-    """Ports of loopback that nobody listens on now."""
+    """Ports on loopback that no process listens on at the moment."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
@@ -95,6 +96,6 @@ def free_ports(n: int) -> list[int]:
 
 
 def listens(port: int) -> bool:
-    """Whether somebody answers on a port of loopback."""
+    """Whether a process listens on a port of loopback."""
     with socket.socket() as one:
         return not one.connect_ex(("127.0.0.1", port))

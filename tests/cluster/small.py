@@ -1,6 +1,6 @@
-"""The manifests of k8s/ on a machine that is smaller than what they ask for: a kustomization over each, as users write.
+"""Adapts the manifests of k8s/ to a small machine, with a kustomization over each, as users write them.
 
-Changed are the image, CPUs and memory, the device where there is no GPU, and what a test asks for.
+It changes the image, CPUs and memory, the device where there is no GPU, and what a test asks for.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ def overlay(
     changes: Sequence[Object] = (),
     further: Sequence[Object] = (),
 ) -> Path:
-    """Writes the kustomization of a folder of k8s/, such as base/train-all-embeddings, and returns its own folder.
+    """Writes a kustomization over a folder of k8s/, such as base/train-all-embeddings; returns the folder it is in.
 
-    Of every workload `environment` is added to that of its container, and `changes` are JSON patches; `POD` in their
-    paths stands for where its pod is. `further` are patches of other objects.
+    Args:
+        environment: variables to add to the container of every workload.
+        changes: JSON patches for every workload; `POD` in their paths stands for the path of its pod.
+        further: patches of other objects.
     """
     objects = list(yaml.safe_load_all(rendered(K8S / source)))
     patches = [_patch(one, environment or {}, changes) for one in objects if one["kind"] in PODS]

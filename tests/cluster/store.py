@@ -14,7 +14,7 @@ from tests.s3_server import IDENTITIES, KEY, SECRET
 
 IMAGE = "localhost/weed:test"
 NAMESPACE, PORT = "fusion-tests-store", 8333
-ENDPOINT = f"http://store.{NAMESPACE}.svc:{PORT}"  # as pods see it
+ENDPOINT = f"http://store.{NAMESPACE}.svc:{PORT}"  # for pods
 FLAGS = "-logtostderr=true server -dir=/data -ip=127.0.0.1 -ip.bind=0.0.0.0 -master.telemetry=false "
 FLAGS += f"-master.electionTimeout=1s -master.volumeSizeLimitMB=256 -volume.max=50 -filer -s3 -s3.port={PORT} "
 FLAGS += "-s3.config=/settings/s3.json -s3.port.iceberg=0 -s3.port.lance=0"
@@ -22,7 +22,7 @@ N_PRODUCTS = 303
 
 
 def manifest(image: str) -> str:
-    """What `kubectl apply` gets."""
+    """The objects of the S3 server as JSON, for `kubectl apply`."""
     labels = {"app": "store"}
     mounts = [{"name": name, "mountPath": f"/{name}"} for name in ("data", "tmp", "settings")]  # sockets are in /tmp
     ready = {"httpGet": {"path": "/healthz", "port": PORT}, "periodSeconds": 1}
@@ -47,7 +47,7 @@ def _object(kind: str, name: str, labels: dict[str, str] | None = None, **rest: 
 
 
 def fill(endpoint: str) -> None:
-    """Makes the bucket, with a small catalog below `data`."""
+    """Creates the bucket, and uploads a small catalog to `data`."""
     client = boto3.client(
         "s3", region_name="us-east-1", endpoint_url=endpoint, aws_access_key_id=KEY, aws_secret_access_key=SECRET
     )

@@ -1,4 +1,4 @@
-"""From the first smoke test to the nightly prices: the commands of k8s/README.md, on a real cluster, to their ends."""
+"""The commands of k8s/README.md on a real cluster: smoke job, training, evaluation and nightly predictions."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.cluster
 CRON = "fusion-predict-nightly"
 
 
-def test_the_smoke_job(namespace: Namespace) -> None:
+def test_the_smoke_job_completes(namespace: Namespace) -> None:
     namespace.apply("overlays/cpu-smoke")
     assert namespace.ended("fusion-cpu-smoke") == "Complete"
     assert "event=finished" in namespace.log("job/fusion-cpu-smoke")
     assert storage.exists(f"{namespace.output}/smoke/pointers/runs/all_embeddings/best.json")
 
 
-def test_a_training_its_metrics_and_the_nights_after_it(namespace: Namespace) -> None:
+def test_training_evaluation_and_nightly_predictions_complete(namespace: Namespace) -> None:
     namespace.configure(FUSION_DATA=f"{namespace.output}/data", FUSION_EPOCHS="10")
     _upload_catalog(namespace)
     namespace.apply("base/train-all-embeddings", {"FUSION_RUN_ID": "r"})
@@ -62,13 +62,13 @@ def _current(namespace: Namespace) -> str:
 
 
 def _nights(namespace: Namespace) -> set[str]:
-    """Names of the Jobs that the schedule has made."""
+    """Names of the Jobs that the CronJob has created."""
     owned = {one["metadata"]["name"] for one in namespace.items("jobs") if one["metadata"].get("ownerReferences")}
     return owned - {"predict-now"}
 
 
 def _next_night(namespace: Namespace, earlier: set[str]) -> str:
-    """Name of the next Job that the schedule makes, once it is complete."""
-    night = str(namespace.until(lambda: min(_nights(namespace) - earlier, default=""), "a Job of the schedule"))
+    """Waits for the next Job of the CronJob to complete; returns its name."""
+    night = str(namespace.until(lambda: min(_nights(namespace) - earlier, default=""), "a Job of the CronJob"))
     assert namespace.ended(night) == "Complete"
     return night

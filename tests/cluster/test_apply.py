@@ -1,4 +1,4 @@
-"""Every file and overlay of k8s/ as it is, applied by the server: what it refuses, and of what it warns."""
+"""Every file and overlay of k8s/, unchanged, can be applied to a real cluster without an error or a warning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.conftest import made
 from tests.cluster.namespace import Namespace
-from tests.cluster.place import Place
+from tests.cluster.place import Cluster
 from tests.manifests import FILES, K8S, OVERLAYS, Object
 
 pytestmark = pytest.mark.cluster
@@ -20,8 +20,8 @@ APPLIED += [pytest.param("--kustomize", path, id=str(path.relative_to(K8S))) for
 
 
 @pytest.fixture(scope="module")
-def empty(node: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespace]:
-    """A namespace where Jobs can be made, and none of their pods: the image is in no registry."""
+def empty(node: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespace]:
+    """A namespace with a quota of no pods, because the image of the unchanged files is in no registry."""
     for namespace in made(node, "apply", tmp_path_factory):
         namespace("create", "quota", "none", "--hard=pods=0")
         namespace("delete", "--filename", str(K8S / "config.yaml"))
@@ -30,7 +30,7 @@ def empty(node: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nam
 
 @pytest.mark.parametrize(("flag", "path"), APPLIED)
 def test_apply_again_changes_nothing_and_delete_leaves_nothing(empty: Namespace, flag: str, path: Path) -> None:
-    """No warning either, such as one of Pod Security; `Namespace` takes them for failures."""
+    """Warnings, such as those of Pod Security, count as failures too; see `Namespace`."""
     made = empty("apply", "--server-side", flag, str(path), "--output=name").split()
     before = _settled(empty, made)
     assert empty("apply", "--server-side", flag, str(path), "--output=name").split() == made
@@ -40,7 +40,7 @@ def test_apply_again_changes_nothing_and_delete_leaves_nothing(empty: Namespace,
 
 
 def _settled(empty: Namespace, names: list[str]) -> list[Object]:
-    """Objects without what controllers and each write of them change."""
+    """The objects without the fields that controllers and every write change."""
     found = json.loads(empty("get", *names, "--output=json"))
     items = found.get("items", [found])
     return [{key: one[key] for key in one if key != "status"} | {"metadata": _named(one["metadata"])} for one in items]
@@ -50,7 +50,7 @@ def _named(metadata: Object) -> Object:
     return {key: metadata.get(key) for key in ("name", "uid", "labels", "annotations")}
 
 
-def test_replace_starts_a_job_again(empty: Namespace) -> None:
+def test_replace_force_starts_a_job_again(empty: Namespace) -> None:
     path = str(K8S / "train-all-embeddings.yaml")
     uids = []
     for _ in range(2):

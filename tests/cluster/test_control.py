@@ -1,4 +1,4 @@
-"""jobs/control.py on a real cluster: a training through a lost pod to its cancellation, and one that fails."""
+"""jobs/control.py on a real cluster: a training that loses a pod and is cancelled, and a job that fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENDLESS = {**LONG, "FUSION_EPOCHS": "100000", "FUSION_PATIENCE": "100000"}  # un
 def start(namespace: Namespace, verb: str, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "jobs/control.py", verb, f"--namespace={namespace.name}", *arguments]
     path = f"{Path(KUBECTL).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "KUBECONFIG": namespace.place.kubeconfig}
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "KUBECONFIG": namespace.cluster.kubeconfig}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe)
 
@@ -40,7 +40,7 @@ def control(namespace: Namespace, verb: str, *arguments: str) -> Done:
     return ended(start(namespace, verb, *arguments))
 
 
-def test_a_training_is_followed_through_a_lost_pod_and_cancelled(namespace: Namespace) -> None:
+def test_a_log_is_followed_across_a_lost_pod_until_the_job_is_cancelled(namespace: Namespace) -> None:
     name = "fusion-train-qwen-clip"
     namespace.apply("base/train-qwen-clip", {**ENDLESS, "FUSION_RUN_ID": "r"})
     follower = start(namespace, "logs", "--follow", name)
@@ -64,7 +64,7 @@ def test_a_training_is_followed_through_a_lost_pod_and_cancelled(namespace: Name
     assert control(namespace, "status", name).code == 65
 
 
-def test_the_status_of_a_job_that_failed(namespace: Namespace) -> None:
+def test_the_status_of_a_failed_job_has_its_code_and_error(namespace: Namespace) -> None:
     name = "fusion-evaluate-all-embeddings"
     namespace.apply("base/evaluate-all-embeddings")
     assert control(namespace, "wait", name).code == 65

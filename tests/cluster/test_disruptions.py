@@ -1,4 +1,4 @@
-"""A training that is interrupted in every way that a cluster knows: it goes on, and ends with the same bytes."""
+"""A training that a cluster interrupts in various ways resumes, and ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import pytest
 from fusion import storage
 from tests.cluster.kubernetes import NODE
 from tests.cluster.namespace import LONG, Namespace
-from tests.cluster.place import Place
+from tests.cluster.place import Cluster
 from tests.conftest import BUCKET
 from tests.manifests import Object
 
 pytestmark = pytest.mark.cluster
 
 SOURCE, JOB = "base/train-qwen-clip", "fusion-train-qwen-clip"
-MODEL = f"s3://{BUCKET}/interrupted.sha256"  # of the weights that every training of this file ends with
+MODEL = f"s3://{BUCKET}/interrupted.sha256"  # the digest of the weights that all trainings of this file must end with
 
 
 def training(namespace: Namespace) -> Object:
-    """The pod of a training that has committed a checkpoint."""
+    """Starts a training; returns its pod when it has committed a checkpoint."""
     namespace.apply(SOURCE, {**LONG, "FUSION_RUN_ID": "r"})
     namespace.first_checkpoint("r", JOB)
     (pod,) = namespace.pods(JOB)
@@ -29,40 +29,46 @@ def training(namespace: Namespace) -> Object:
 
 
 def completes(namespace: Namespace, *codes: int | None, failed: int = 0) -> None:
-    """Its attempts have ended with these codes (None: killed before it could tell), and it with the weights of all."""
+    """Asserts that the training completes with the same weights as all others of this file.
+
+    Args:
+        codes: exit codes of its attempts before the last one; None for an attempt that was killed.
+        failed: number of failures that Kubernetes counts.
+    """
     assert namespace.ended(JOB) == "Complete"
     assert [attempt.get("code") for attempt in namespace.attempts("r")] == [*codes, 0]
     assert namespace.get("jobs", JOB)["status"].get("failed", 0) == failed
     last = max(namespace.checkpoints("r"))
     found = hashlib.sha256(storage.read(f"{last}/model.safetensors")).hexdigest()
-    storage.create(MODEL, found.encode())  # unless another has
+    storage.create(MODEL, found.encode())  # has no effect if another test has written it
     assert storage.read(MODEL).decode() == found
 
 
-def test_deleted(namespace: Namespace) -> None:
+def test_a_training_resumes_after_its_pod_is_deleted(namespace: Namespace) -> None:
     pod = training(namespace)
     namespace("delete", "pod", pod["metadata"]["name"])
     completes(namespace, 75)
 
 
-def test_drained(namespace: Namespace, node: Place) -> None:
+def test_a_training_resumes_after_its_node_is_drained(namespace: Namespace, node: Cluster) -> None:
     training(namespace)
     uid = namespace.get("jobs", JOB)["metadata"]["uid"]
-    of_job = f"--pod-selector=batch.kubernetes.io/controller-uid={uid}"  # other tests have jobs of this name
+    # By uid, because other tests have jobs with the same name.
+    of_job = f"--pod-selector=batch.kubernetes.io/controller-uid={uid}"
     done = namespace.run("drain", NODE, of_job, "--delete-emptydir-data", "--ignore-daemonsets")
     namespace("uncordon", NODE)
     assert not done.returncode, done.stderr
     completes(namespace, 75)
 
 
-def test_container_killed(namespace: Namespace, node: Place) -> None:
+def test_a_training_resumes_after_its_container_is_killed(namespace: Namespace, node: Cluster) -> None:
     pod = training(namespace)
     container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
     node.kubernetes().kill(container)
     completes(namespace, None, failed=1)
 
 
-def test_suspended(namespace: Namespace) -> None:
+def test_a_training_resumes_after_it_was_suspended(namespace: Namespace) -> None:
     training(namespace)
     namespace("patch", "job", JOB, '--patch={"spec": {"suspend": true}}')
     namespace.until(lambda: not namespace.pods(JOB), "the end of the pod")
@@ -70,7 +76,7 @@ def test_suspended(namespace: Namespace) -> None:
     completes(namespace, 75)
 
 
-def test_out_of_time(namespace: Namespace) -> None:
+def test_a_training_resumes_after_its_deadline_when_sent_again(namespace: Namespace) -> None:
     training(namespace)
     namespace("patch", "job", JOB, '--patch={"spec": {"activeDeadlineSeconds": 1}}')
     assert namespace.ended(JOB) == "DeadlineExceeded"
@@ -80,8 +86,8 @@ def test_out_of_time(namespace: Namespace) -> None:
     completes(namespace, 75)
 
 
-def test_node_lost_and_back(namespace: Namespace, node: Place) -> None:
-    """The kubelet is away for longer than a node may be; the containers do not notice."""
+def test_a_training_continues_when_its_node_is_lost_and_returns(namespace: Namespace, node: Cluster) -> None:
+    """The kubelet is stopped until the node counts as lost; the containers run on."""
     before = training(namespace)
     kubelet = node.kubernetes().service("kubelet")
     kubelet.stop()

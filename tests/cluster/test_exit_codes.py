@@ -1,4 +1,4 @@
-"""Containers that end with each exit code, and what the Job then does: the table of k8s/README.md."""
+"""What a Job does after each exit code, as in the table of k8s/README.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.cluster import store
 from tests.cluster.conftest import made
 from tests.cluster.namespace import Namespace
-from tests.cluster.place import Place
+from tests.cluster.place import Cluster
 from tests.manifests import Object
 
 pytestmark = pytest.mark.cluster
@@ -19,7 +19,7 @@ TRAIN = ["python", "-m", "fusion.launch", "fusion.qwen_clip.train"]
 MEMORY = "POD/containers/0/resources/{}/memory"
 REFUSED = {"AWS_ENDPOINT_URL_S3": f"{store.ENDPOINT.rpartition(':')[0]}:1", "FUSION_STORE_TIMEOUT": "1"}
 
-# Faults of a user, by what the container then ends with; the first two words of what it says.
+# User errors by exit code: the environment, the arguments, and a text in the container's message.
 MADE: dict[int, tuple[dict[str, str], list[str], str]] = {
     64: ({}, [*TRAIN, "--no-such-flag", "1"], "no-such-flag"),
     65: ({"FUSION_DATA": "s3://no-such-bucket/data"}, TRAIN, "no-such-bucket"),
@@ -35,15 +35,17 @@ def exits(code: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def jobs(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespace]:
-    """A Job per code, all of them at once; `<code>-made` where the project itself is brought to end so."""
-    for namespace in made(place, "exit codes", tmp_path_factory):
+def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespace]:
+    """One Job per exit code, all running together: exit-CODE runs a shell, made-CODE the project with a user error."""
+    for namespace in made(cluster, "exit codes", tmp_path_factory):
         for code in (*FINAL, *COUNTED, 75):
             _start(namespace, f"exit-{code}", exits(code))
         for code, (environment, args, _) in MADE.items():
             _start(namespace, f"made-{code}", args, environment)
-        little = [{"op": "replace", "path": MEMORY.format(kind), "value": "60Mi"} for kind in ("requests", "limits")]
-        _start(namespace, "made-137", TRAIN, {}, little)
+        too_little = [
+            {"op": "replace", "path": MEMORY.format(kind), "value": "60Mi"} for kind in ("requests", "limits")
+        ]
+        _start(namespace, "made-137", TRAIN, {}, too_little)
         yield namespace
 
 
@@ -60,7 +62,7 @@ def _start(
 
 
 def ends(namespace: Namespace, job: str) -> list[Object]:
-    """How the containers of a Job's pods have ended: exitCode, reason, message."""
+    """The terminated states of the containers of a Job's pods, with exitCode, reason and message."""
     states = (pod["status"].get("containerStatuses", [{"state": {}}])[0]["state"] for pod in namespace.pods(job))
     return [state["terminated"] for state in states if "terminated" in state]
 
@@ -71,20 +73,20 @@ def first_end(namespace: Namespace, job: str) -> Object:
 
 
 @pytest.mark.parametrize("code", FINAL)
-def test_what_would_fail_again_fails_the_job_at_once(jobs: Namespace, code: int) -> None:
+def test_permanent_failures_fail_the_job_at_once(jobs: Namespace, code: int) -> None:
     assert jobs.ended(f"exit-{code}") == "PodFailurePolicy"
     assert [end["exitCode"] for end in ends(jobs, f"exit-{code}")] == [code]
 
 
 @pytest.mark.parametrize("code", COUNTED)
-def test_what_may_pass_is_tried_again_and_counted(jobs: Namespace, code: int) -> None:
+def test_transient_failures_are_tried_again_and_counted(jobs: Namespace, code: int) -> None:
     jobs.until(lambda: len(ends(jobs, f"exit-{code}")) > 1, f"a second try of exit-{code}")
     assert {end["exitCode"] for end in ends(jobs, f"exit-{code}")} == {code}
     assert jobs.get("jobs", f"exit-{code}")["status"]["failed"] >= 1
 
 
 @pytest.mark.parametrize("code", MADE)
-def test_a_fault_of_the_user_ends_with_its_code_and_says_so(jobs: Namespace, code: int) -> None:
+def test_user_errors_end_with_their_code_and_a_hint(jobs: Namespace, code: int) -> None:
     end = first_end(jobs, f"made-{code}")
     said = end["message"].splitlines()
     assert end["exitCode"] == code, end["message"]
@@ -92,17 +94,17 @@ def test_a_fault_of_the_user_ends_with_its_code_and_says_so(jobs: Namespace, cod
     assert [line.partition(":")[0] for line in said[-2:]] == ["error", "hint"]
 
 
-def test_too_little_memory_is_an_end_by_the_kernel(jobs: Namespace) -> None:
+def test_out_of_memory_ends_with_137_and_is_tried_again(jobs: Namespace) -> None:
     end = first_end(jobs, "made-137")
     assert (end["exitCode"], end["reason"]) == (137, "OOMKilled")
     jobs.until(lambda: len(ends(jobs, "made-137")) > 1, "a second try")
 
 
-def test_after_four_tries_a_job_has_failed(jobs: Namespace) -> None:
+def test_a_job_fails_after_four_tries(jobs: Namespace) -> None:
     assert jobs.ended("exit-69") == "BackoffLimitExceeded"
     assert len(ends(jobs, "exit-69")) == 4
 
 
-def test_a_stop_on_request_is_gone_on_from_and_not_counted(jobs: Namespace) -> None:
-    jobs.until(lambda: len(ends(jobs, "exit-75")) > 2, "a third try")  # 10 s and then 20 s after the one before
+def test_a_stop_on_request_is_continued_and_not_counted(jobs: Namespace) -> None:
+    jobs.until(lambda: len(ends(jobs, "exit-75")) > 2, "a third try")  # tries are 10 s and 20 s apart
     assert not jobs.get("jobs", "exit-75")["status"].get("failed")

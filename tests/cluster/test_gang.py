@@ -1,4 +1,4 @@
-"""A training on two nodes by its headless Service: whatever ends one of them ends both, and both go on."""
+"""A training on two nodes: when one node ends, both end, and both resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.manifests import Object
 
 pytestmark = pytest.mark.cluster
 
-# Ends the ranks of a pod as the kernel does where memory is short; the image has no tool that does.
+# Kills the ranks of a pod as the kernel does when memory runs out. The image has no tool such as pkill.
 KILL = """
 import os, pathlib, signal
 for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
@@ -21,7 +21,7 @@ JOB = "fusion-train-all-embeddings-multinode"
 
 
 def training(namespace: Namespace) -> list[Object]:
-    """The two pods of a training that has committed a checkpoint, node 0 first."""
+    """Starts a training; returns its two pods, node 0 first, when it has committed a checkpoint."""
     namespace.apply("base/train-all-embeddings-multinode", {**LONG, "FUSION_RUN_ID": "r"})
     namespace.first_checkpoint("r", JOB)
     return sorted(namespace.pods(JOB), key=_index)
@@ -32,21 +32,21 @@ def _index(pod: Object) -> str:
 
 
 def completes(namespace: Namespace, first: int) -> None:
-    """Its first attempt ended with this code, and its second on both nodes."""
+    """Asserts that the first attempt ended with this code, and the second with 0 on both nodes."""
     assert namespace.ended(JOB) == "Complete"
     assert namespace.get("jobs", JOB)["status"]["succeeded"] == 2
     assert [attempt.get("code") for attempt in namespace.attempts("r")] == [first, 0]
     assert verify([f"{namespace.output}/runs/r"]) == 0
 
 
-def test_gang_rank_killed(namespace: Namespace) -> None:
+def test_both_nodes_resume_after_a_rank_is_killed(namespace: Namespace) -> None:
     _, second = training(namespace)
     namespace("exec", second["metadata"]["name"], "--container=fusion", "--", "python", "-c", KILL)
     completes(namespace, 137)
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_gang_pod_deleted(namespace: Namespace, node: int) -> None:
+def test_both_nodes_resume_after_a_pod_is_deleted(namespace: Namespace, node: int) -> None:
     pods = training(namespace)
     namespace("delete", "pod", pods[node]["metadata"]["name"])
     completes(namespace, 75)

@@ -1,4 +1,4 @@
-"""overlays/jobset with the JobSet controller and its webhooks: the gang to its end, with a pod killed on the way."""
+"""overlays/jobset with the JobSet controller and its webhooks: a training on two nodes of which one pod is killed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from fusion.verify.__main__ import main as verify
 from tests.cluster.namespace import LONG, Namespace
-from tests.cluster.place import Place
+from tests.cluster.place import Cluster
 
 pytestmark = pytest.mark.cluster
 
@@ -14,7 +14,7 @@ NAME = "fusion-train-all-embeddings-jobset"
 JOB = f"{NAME}-nodes-0"
 
 
-def test_jobset_starts_all_pods_again_where_one_was_killed(namespace: Namespace, node: Place) -> None:
+def test_a_jobset_restarts_all_pods_when_one_is_killed(namespace: Namespace, node: Cluster) -> None:
     namespace.apply("overlays/jobset", {**LONG, "FUSION_RUN_ID": "r"})
     namespace.first_checkpoint("r", JOB)
     before = {pod["metadata"]["uid"] for pod in namespace.pods(JOB)}

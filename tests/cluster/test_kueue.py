@@ -1,4 +1,4 @@
-"""overlays/kueue with Kueue's controller and its webhooks: a queue that is full, its order, and preemption."""
+"""overlays/kueue with Kueue's controller and its webhooks: order of a full queue, and preemption."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from tests.cluster.namespace import LONG, Namespace
-from tests.cluster.place import Place
+from tests.cluster.place import Cluster
 from tests.manifests import Object
 
 pytestmark = pytest.mark.cluster
@@ -22,8 +22,8 @@ SHORT = {"FUSION_EPOCHS": "3"}
 
 
 @pytest.fixture
-def queue(namespace: Namespace, node: Place) -> Iterator[Namespace]:
-    """A namespace whose LocalQueue `fusion` has room for one job: for its one GPU."""
+def queue(namespace: Namespace, node: Cluster) -> Iterator[Namespace]:
+    """A namespace whose LocalQueue `fusion` has a quota of one GPU, and so room for one job."""
     name = namespace.name
     quotas = [{"name": one, "nominalQuota": 1 if "gpu" in one else "100Gi"} for one in RESOURCES]
     flavors = [{"name": name, "resources": quotas}]
@@ -62,12 +62,12 @@ def is_admitted(queue: Namespace, name: str) -> bool:
     return not queue.get("jobs", name)["spec"]["suspend"]
 
 
-def test_kueue_admits_one_after_the_other_in_their_order(queue: Namespace) -> None:
+def test_kueue_admits_jobs_in_the_order_of_the_queue(queue: Namespace) -> None:
     names = ["first", "second", "third"]
     for number, name in enumerate(names):
         start(queue, name, SHORT)
         queue.until(lambda number=number: len(queue.items("workloads")) > number, f"Kueue to see {name}")
-        time.sleep(1)  # two workloads of one second have no order: their creationTimestamp is all that Kueue goes by
+        time.sleep(1)  # Kueue orders workloads by their creationTimestamp, which has whole seconds
     assert [is_admitted(queue, name) for name in names] == [True, False, False]
     assert [queue.ended(name) for name in names] == ["Complete"] * 3
     ended = [queue.get("jobs", name)["status"] for name in names]
@@ -75,7 +75,7 @@ def test_kueue_admits_one_after_the_other_in_their_order(queue: Namespace) -> No
     assert all(end <= start for (_, end), (start, _) in pairwise(times)), times
 
 
-def test_kueue_preempts_a_training_which_commits_and_goes_on(queue: Namespace) -> None:
+def test_a_training_preempted_by_kueue_commits_and_resumes(queue: Namespace) -> None:
     start(queue, "cheap", LONG)
     queue.first_checkpoint("cheap", "cheap")
     start(queue, "urgent", SHORT, priority=queue.name)

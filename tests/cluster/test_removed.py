@@ -1,4 +1,4 @@
-""" "remove everything but the bucket" of k8s/README.md leaves nothing of Fusion in the namespace."""
+"""The commands under "remove everything but the bucket" in k8s/README.md leave nothing of Fusion in the namespace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from tests.cluster.namespace import Namespace
-from tests.cluster.place import Place
+from tests.cluster.place import Cluster
 from tests.manifests import FILES, K8S
 
 pytestmark = pytest.mark.cluster
@@ -17,7 +17,7 @@ ROW = re.compile(r"^\| remove everything but the bucket \|.*$", re.MULTILINE)
 OF_EVERY_NAMESPACE = {"configmap/kube-root-ca.crt", "serviceaccount/default"}
 
 
-def test_nothing_is_left(namespace: Namespace, node: Place) -> None:
+def test_the_commands_of_the_readme_remove_everything(namespace: Namespace, node: Cluster) -> None:
     namespace("create", "quota", "none", "--hard=pods=0")
     for path in FILES:
         namespace("apply", "--server-side", "--force-conflicts", "--filename", str(path))

@@ -1,6 +1,6 @@
-"""jobs/submit.py --cluster k8s on a real cluster: `--wait` in every way that a job ends, and what is left of a job.
+"""jobs/submit.py --cluster k8s on a real cluster: `--wait` for jobs that end in various ways, and their removal.
 
-Its files are those of a checkout whose owner has put in what a small machine has.
+The jobs are made of a copy of k8s/ with resources for a small machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.cluster
 ROOT = K8S.parent
 SHORT = ["--gpus-per-node=0", "--", "--epochs=3", "--run-id=r"]
 LONG = ["--gpus-per-node=0", "--", "--epochs=500", "--patience=500", "--run-id=r"]
-PATIENCE = 12  # seconds: longer than between two looks of `--wait`
+TWO_POLLS = 12  # seconds; `--wait` asks for the state of a job every 5 s
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def checkout(namespace: Namespace, tmp_path: Path) -> Checkout:
 
 
 class Checkout:
-    """A copy of k8s/ and jobs/, and a kubeconfig whose context has the namespace of the test."""
+    """A copy of k8s/ and jobs/, and a kubeconfig whose context has the test's namespace."""
 
     def __init__(self, namespace: Namespace, folder: Path) -> None:
         self.namespace, self.folder = namespace, folder
-        self.kubeconfig = Path(shutil.copy(namespace.place.kubeconfig, folder / "kubeconfig"))
+        self.kubeconfig = Path(shutil.copy(namespace.cluster.kubeconfig, folder / "kubeconfig"))
         self.kubectl("config", "set-context", "--current", f"--namespace={namespace.name}")
         shutil.copytree(ROOT / "jobs", folder / "jobs")
         shutil.copytree(K8S, folder / "k8s")
@@ -52,7 +52,7 @@ class Checkout:
 
     def start(self, *flags: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(self.folder / "jobs" / "submit.py"), "--cluster=k8s"]
-        command += [f"--image={self.namespace.place.image}", *flags]
+        command += [f"--image={self.namespace.cluster.image}", *flags]
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("FUSION_", "AWS_"))}
         path = f"{Path(KUBECTL).parent}:{os.environ['PATH']}"
         environment = {**clean, "PATH": path, "PYTHONPATH": str(ROOT), "KUBECONFIG": str(self.kubeconfig)}
@@ -64,7 +64,7 @@ class Checkout:
 
 
 def ended(process: subprocess.Popen[str], seconds: float = 400) -> Done:
-    """How it ends; it is killed where it does not."""
+    """Waits for the end of a process, and kills it on timeout; returns its result."""
     try:
         out, _ = process.communicate(timeout=seconds)
     finally:
@@ -81,13 +81,13 @@ def _smaller(found: Object) -> Object:
 
 
 def job_of(said: str) -> str:
-    """Name of the Job that was made, by what submit.py prints."""
+    """The name of the created Job in the output of submit.py."""
     found = re.search(r"job\.batch/(\S+) created", said)
     assert found, said
     return found[1]
 
 
-def test_submitted_and_waited_for(checkout: Checkout) -> None:
+def test_wait_ends_with_0_when_the_job_completes(checkout: Checkout) -> None:
     done = checkout.submit("--wait", "--variant=qwen_clip", *SHORT)
     assert done.code == 0, done.out
     assert done.out.endswith("is complete\n")
@@ -99,20 +99,20 @@ def test_submitted_and_waited_for(checkout: Checkout) -> None:
         assert event in checkout.namespace.log(f"job/{names[-1]}")
 
 
-def test_submitted_with_data_that_is_not_there(checkout: Checkout) -> None:
+def test_wait_ends_with_65_when_data_is_missing(checkout: Checkout) -> None:
     done = checkout.submit("--wait", "--variant=qwen_clip", *SHORT, "--data=s3://no-such-bucket/data")
     assert done.code == 65, done.out
     assert "PodFailurePolicy" in done.out
     assert [line.partition(":")[0] for line in done.out.splitlines()[-2:]] == ["error", "hint"]
 
 
-def test_submitted_and_deleted_while_the_context_is_switched(checkout: Checkout) -> None:
+def test_wait_keeps_its_context_and_ends_with_143_when_the_job_is_deleted(checkout: Checkout) -> None:
     namespace, process = checkout.namespace, checkout.start("--wait", "--variant=qwen_clip", *LONG)
     try:
         (job,) = namespace.until(lambda: namespace.items("jobs"), "the Job")
         checkout.kubectl("config", "set-context", "elsewhere", "--namespace=default", "--cluster=tests", "--user=admin")
         checkout.kubectl("config", "use-context", "elsewhere")
-        time.sleep(PATIENCE)
+        time.sleep(TWO_POLLS)
         assert process.poll() is None
         namespace("delete", "job", job["metadata"]["name"])
     finally:
@@ -120,7 +120,7 @@ def test_submitted_and_deleted_while_the_context_is_switched(checkout: Checkout)
     assert (done.code, done.out.splitlines()[-1]) == (143, f"job/{job['metadata']['name']} was deleted")
 
 
-def test_submitted_twice_for_two_variants(checkout: Checkout) -> None:
+def test_jobs_that_run_already_are_not_started_again(checkout: Checkout) -> None:
     namespace = checkout.namespace
     namespace("create", "quota", "none", "--hard=pods=0")
     flags = ["--variant", "qwen_clip", "all_embeddings", "--", "--lr", "1e-5"]
@@ -134,27 +134,27 @@ def test_submitted_twice_for_two_variants(checkout: Checkout) -> None:
     assert checkout.submit(*flags).out == "".join(f"job/{name} is running already\n" for name in names)
 
 
-def test_submitted_over_quota(checkout: Checkout) -> None:
+def test_a_job_above_the_quota_is_refused(checkout: Checkout) -> None:
     checkout.namespace("create", "quota", "none", "--hard=count/jobs.batch=0")
     done = checkout.submit("--wait", "--variant=qwen_clip", *SHORT)
     assert done.code == 78, done.out
     assert "exceeded quota" in done.out and "kubectl describe resourcequota" in done.out
 
 
-def test_submitted_for_several_nodes_and_removed_with_all_that_belongs_to_it(checkout: Checkout) -> None:
+def test_deleting_a_job_removes_its_service_and_network_policy(checkout: Checkout) -> None:
     namespace = checkout.namespace
     done = checkout.submit("--nodes=2", "--variant=qwen_clip", *SHORT)
     name = job_of(done.out)
     assert namespace.ended(name) == "Complete"
     assert namespace.get("services", name) and namespace.get("networkpolicies", name)
     namespace("delete", "job", name)
-    namespace.until(lambda: not namespace.get("services", name), "the Service gone with its Job")
-    namespace.until(lambda: not namespace.get("networkpolicies", name), "the NetworkPolicy gone with its Job")
+    namespace.until(lambda: not namespace.get("services", name), "the removal of the Service")
+    namespace.until(lambda: not namespace.get("networkpolicies", name), "the removal of the NetworkPolicy")
     assert not namespace.items("pods")
 
 
 @pytest.mark.parametrize("flags", [["--task=predict", "--if-changed"]])
-def test_submitted_only_if_changed(checkout: Checkout, flags: Sequence[str]) -> None:
+def test_if_changed_is_refused_on_kubernetes(checkout: Checkout, flags: Sequence[str]) -> None:
     done = checkout.submit(*flags)
     assert done.code == 64
     assert "hint: " in done.out and not checkout.namespace.items("jobs")

@@ -1,8 +1,8 @@
-"""Podman and buildah, and the project's image, built from the real Dockerfile also where no registry can be reached.
+"""Builds the project's image from the real Dockerfile with buildah, also where no registry can be reached.
 
-    python -m tests.image.engine        builds localhost/fusion:test and says how long that took
+    python -m tests.image.engine        builds localhost/fusion:test and prints how long that took
 
-FUSION_TEST_BASE names another base image, FUSION_TEST_TORCH_INDEX another index of torch wheels ("": that of pip).
+FUSION_TEST_BASE names another base image, FUSION_TEST_TORCH_INDEX another index of torch wheels ("": pip's own).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ TOOLS = ("podman", "buildah", "runc")
 
 
 def environment() -> dict[str, str]:
-    """That of this process, in which podman and buildah find the settings beside this file."""
+    """The environment for podman and buildah, with the settings in containers.conf beside this file."""
     return {**os.environ, "CONTAINERS_CONF": str(Path(__file__).with_name("containers.conf"))}
 
 
 def podman(*arguments: str, errors: bool = False) -> str:
-    """What podman prints, with `errors` also on standard error; an AssertionError with its complaint where it fails."""
+    """Runs podman and returns its output, with `errors` also its standard error; raises AssertionError if it fails."""
     done = subprocess.run(["podman", *arguments], check=False, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, f"podman {' '.join(arguments)} ended with {done.returncode}: {done.stderr}"
     return done.stdout + done.stderr * errors
 
 
 def available() -> bool:
-    """Whether podman and buildah are here, after an attempt to install them where that is possible."""
+    """Whether podman and buildah are installed. As root on Debian, tries to install them first."""
     if not _installed() and os.geteuid() == 0 and shutil.which("apt-get"):
         install(*PACKAGES)
     return _installed()
@@ -71,9 +71,9 @@ def build() -> str:
 
 
 def make_image(folder: Path, name: str, *flags: str) -> tuple[int, str]:
-    """`make image` in a folder: its exit code, and what it says."""
+    """Runs `make image` in a folder; returns its exit code and its output."""
     with tempfile.TemporaryDirectory() as settings:
-        # chroot, because a confined machine lets no build step make namespaces of its own
+        # chroot, because within a container build steps may not be allowed to create namespaces
         flags = ("--isolation", "chroot", "--network", "host", "--layers", *_pip_settings(Path(settings)), *flags)
         variables = ["BUILDER=buildah", f"BASE={base()}", f"IMAGE={name}"]
         command = ["make", "image", *variables, f"IMAGE_FLAGS={' '.join((*flags, *_torch_index()))}"]
@@ -90,7 +90,7 @@ def make_image(folder: Path, name: str, *flags: str) -> tuple[int, str]:
 
 
 def base() -> str:
-    """The base of the Dockerfile where a registry has it, else a stand-in with Debian's own Python of that version."""
+    """The base image of the Dockerfile if it can be pulled, else one made of Debian with its Python of that version."""
     if given := os.environ.get("FUSION_TEST_BASE"):
         return given
     found = re.search(r"^ARG BASE=(\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
@@ -116,7 +116,7 @@ def _make_stand_in() -> None:
 
 
 def _pip_options() -> dict[str, str]:
-    """Settings of this machine's pip, such as `index-url` and `cert`, from its files and, above them, environment."""
+    """Settings of this machine's pip, such as `index-url` and `cert`; variables take precedence over its files."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     settings = dict(line.split("=", 1) for line in lines)
@@ -129,7 +129,7 @@ def _pip_options() -> dict[str, str]:
 
 
 def _pip_settings(folder: Path) -> list[str]:
-    """Flags that give the build what this machine's pip has: its settings as one file, and what they point to."""
+    """Flags of buildah that mount this machine's settings of pip into the build, and the files that they name."""
     options = _pip_options()
     file = folder / "pip.conf"
     file.write_text("[global]\n" + "".join(f"{key} = {' '.join(value.split())}\n" for key, value in options.items()))
@@ -138,13 +138,13 @@ def _pip_settings(folder: Path) -> list[str]:
         for part in value.split():
             path = Path(part.removeprefix("file://"))
             if path.is_absolute() and path.exists():
-                shared = path.parent if key.endswith("index-url") else path  # an index links to files beside itself
+                shared = path.parent if key.endswith("index-url") else path  # an index links to files in its folder
                 mounts[str(shared)] = str(shared)
     return [flag for source, target in mounts.items() for flag in ("--volume", f"{source}:{target}:ro")]
 
 
 def _torch_index() -> list[str]:
-    """The Dockerfile's own index, unless the environment names one or pip has wheels in places of its own."""
+    """Flags for another index of torch: the environment's, or none if pip has `find-links`; empty for the default."""
     if "FUSION_TEST_TORCH_INDEX" in os.environ:
         return ["--build-arg", f"TORCH_INDEX={os.environ['FUSION_TEST_TORCH_INDEX']}"]
     return ["--build-arg", "TORCH_INDEX="] if "find-links" in _pip_options() else []

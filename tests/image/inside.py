@@ -1,4 +1,4 @@
-"""Prints as JSON what a process of the image is and may do; run inside of it, with the standard library alone."""
+"""Prints as JSON the identity and permissions of a process in the image. Runs inside it, with the standard library."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from glob import glob
 from importlib.metadata import distributions
 from pathlib import Path
 
-ELSEWHERE = ("/proc", "/sys", "/dev")  # made by the engine, no files of the image
+ELSEWHERE = ("/proc", "/sys", "/dev")  # mounted by the engine, not part of the image
 TOOLS = ("gcc", "cc", "c++", "g++", "clang", "cpp", "as", "ld", "make", "nvcc", "git")
 
 
 def n_zombies() -> int:
-    """Processes that ended and that nobody has buried, after one more was left to PID 1."""
+    """The number of zombie processes, some time after a child process has been orphaned and adopted by PID 1."""
     subprocess.run(["sh", "-c", "sleep 0.2 &"], check=True)
     time.sleep(1)
     deadline = time.monotonic() + 20
@@ -27,7 +27,7 @@ def n_zombies() -> int:
 def _count_zombies() -> int:
     n = 0
     for stat in glob("/proc/[0-9]*/stat"):
-        with suppress(OSError):  # it has gone meanwhile
+        with suppress(OSError):  # the process has ended meanwhile
             n += ") Z " in Path(stat).read_text()
     return n
 

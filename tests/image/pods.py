@@ -1,8 +1,7 @@
-"""Runs the pod of a Job under podman as a cluster would: its own security context, volumes, environment and signals.
+"""Runs the pod of a Job under podman as a cluster would, with its security context, volumes, environment and signals.
 
-`podman kube play` refuses a Job, so its template is lifted into a Pod. Changed is only what the machine has not: the
-image's registry, the resources with the GPU, and the network, which is the host's so that the S3 server on loopback is
-reached.
+`podman kube play` does not accept a Job, so a Pod is made of its template. Changed are the image's registry, the
+resources (there is no GPU), and the network, which is the host's so that pods reach the S3 server on loopback.
 """
 
 from __future__ import annotations
@@ -25,7 +24,11 @@ RESOURCES = {"cpu": "1", "memory": "3Gi"}
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod that was started; its container is called fusion, as in all manifests."""
+    """A running pod. Its container is called fusion, as in all manifests.
+
+    Attributes:
+        grace: seconds between SIGTERM and SIGKILL.
+    """
 
     name: str
     grace: int
@@ -35,15 +38,15 @@ class Pod:
         return f"{self.name}-fusion"
 
     def wait(self) -> int:
-        """Exit code of the container, once it has ended."""
+        """Waits until the container has ended; returns its exit code."""
         return int(podman("wait", self.container))
 
     def stop(self) -> None:
-        """Ends it as a kubelet does: SIGTERM, and SIGKILL when the pod's grace period is over."""
+        """Stops the pod as a kubelet does: sends SIGTERM, and SIGKILL after the pod's grace period."""
         podman("stop", "--time", str(self.grace), self.container)
 
     def log(self) -> str:
-        """What the container has written to its standard output and its standard error."""
+        """The container's standard output and standard error."""
         return podman("logs", self.container, errors=True)
 
 
@@ -51,13 +54,16 @@ class Pod:
 def playing(
     source: str, settings: Mapping[str, str], keys: Mapping[str, str], folder: Path, args: Sequence[str] = ()
 ) -> Iterator[Pod]:
-    """The pod of the Job or CronJob in a file or overlay of k8s/, in an environment of ConfigMap and Secret.
+    """Runs the pod of the Job or CronJob in a file or overlay of k8s/; prints its log at the end.
 
-    `settings` go over those of the ConfigMap, `keys` are the Secret's, `args` replace the container's own. What podman
-    is given is written to the folder. The pod's log is printed at its end.
+    Args:
+        settings: override entries of the ConfigMap.
+        keys: entries of the Secret.
+        folder: where to write the manifest for podman.
+        args: replace the container's arguments.
     """
     config = {**one("config", "ConfigMap")["data"], **settings}
-    pod = _lifted(source, args, config)
+    pod = _pod(source, args, config)
     name, environment = pod["metadata"]["name"], [_config_map(CONFIG, config), _config_map(SECRET, keys)]
     manifest = folder / f"{name}.yaml"
     manifest.write_text(yaml.safe_dump_all([*environment, pod]))
@@ -66,11 +72,12 @@ def playing(
     try:
         yield started
     finally:
-        print(started.log())  # pytest shows it where the test fails
+        print(started.log())  # pytest shows it when the test fails
         podman("kube", "down", str(manifest))
 
 
-def _lifted(source: str, args: Sequence[str], config: Mapping[str, str]) -> Object:
+def _pod(source: str, args: Sequence[str], config: Mapping[str, str]) -> Object:
+    """The Pod that podman gets, made of the template of a Job."""
     (work,) = (work for work in workloads() if work.source == source)
     spec = deepcopy(work.pod)
     spec["hostNetwork"] = True
@@ -79,17 +86,17 @@ def _lifted(source: str, args: Sequence[str], config: Mapping[str, str]) -> Obje
         container["resources"] = {"requests": RESOURCES, "limits": RESOURCES}
         for entry in container.get("env", []):
             entry |= {"value": "cpu"} if entry["name"] == "FUSION_DEVICE" else {}
-        # podman 4.3 cannot read a Secret that it was given in a manifest
+        # podman 4.3 cannot read a Secret from a manifest, so the Secret is given as a ConfigMap.
         container["envFrom"] = [{"configMapRef": next(iter(place.values()))} for place in container.get("envFrom", [])]
     main = spec["containers"][0]
-    # as a kubelet replaces $(NAME), and podman 4.3 does not
+    # A kubelet replaces $(NAME) in arguments; podman 4.3 does not.
     main["args"] = list(args) or [re.sub(r"\$\((\w+)\)", lambda name: config[name[1]], arg) for arg in main["args"]]
     _leave_shm_to_podman(spec)
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": work.owner["metadata"]["name"]}, "spec": spec}
 
 
 def _leave_shm_to_podman(spec: Object) -> None:
-    """Podman's own /dev/shm is memory; an emptyDir there becomes a folder on disk that belongs to root."""
+    """Removes the volumes in memory: podman mounts /dev/shm itself, and makes such an emptyDir a folder of root."""
     in_memory = {volume["name"] for volume in spec["volumes"] if volume["emptyDir"].get("medium") == "Memory"}
     spec["volumes"] = [volume for volume in spec["volumes"] if volume["name"] not in in_memory]
     for container in spec["containers"]:

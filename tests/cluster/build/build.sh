@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds what tests/cluster starts a Kubernetes from, into a folder: tests/cluster/build/build.sh /somewhere/kubernetes
-# Needs Go 1.26 or later, a Go module proxy and about 8 minutes on 2 cores; for another architecture set GOARCH.
+# Builds the binaries of the Kubernetes that tests/cluster starts: tests/cluster/build/build.sh /somewhere/kubernetes
+# Needs Go 1.26 or later, a Go module proxy and about 8 minutes on 2 cores. Set GOARCH for another architecture.
 set -euo pipefail
 out=$(mkdir -p "${1:?a folder for the binaries}" && cd "$1" && pwd)
 cd "$(dirname "$0")"
@@ -16,7 +16,7 @@ release="-X $version.gitVersion=v1.34.4 -X $version.gitMajor=1 -X $version.gitMi
 (cd jobset && go build -trimpath -ldflags "$flags" -o "$out/jobset" sigs.k8s.io/jobset)
 (cd kueue && go build -trimpath -ldflags "$flags" -o "$out/kueue" sigs.k8s.io/kueue/cmd/kueue)
 
-# What the operators register, from the same modules.
+# The CRDs and webhook configurations of the operators, from the same modules.
 for name in jobset kueue; do
   module=$(cd "$name" && go list -m -f '{{.Dir}}' "sigs.k8s.io/$name")
   mkdir -p "$out/$name"

@@ -28,7 +28,7 @@ UNUSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("model", "concat", ("n_heads", "n_experts")),
     ("schedule", "cosine", ("lr_patience", "lr_factor", "min_lr")),
     ("schedule", "plateau", ("warmup",)),
-    ("neighbours", 0, ("neighbour_dropout",)),
+    ("neighbours", 0, ("neighbour_dropout", "approximate_above")),
 )
 
 C = TypeVar("C")
@@ -159,6 +159,12 @@ class RunConfig(StoreConfig):
     )
     neighbour_dropout: float = setting(
         0.3, "share of the neighbours hidden from a row in training", "model", ge=0, lt=1
+    )
+    approximate_above: int = setting(
+        1_000_000,
+        "labelled rows above which a CPU finds neighbours approximately, which needs faiss; a GPU never does",
+        "model",
+        ge=0,
     )
     components: int = setting(
         256, "principal components that each source is projected on; 0: no projection", "model", ge=0

@@ -100,6 +100,7 @@ PRINTED_BY = {
     "fusion/verify/__main__.py": ("verify",),
     "fusion/verify/submission.py": ("verify",),
     "fusion/distributed/watchdog.py": ("train",),
+    "fusion/training/memory_build.py": ("train",),
     "jobs/checks/store.py": ("doctor",),
     "jobs/schedulers/description.py": ("submit",),
     "jobs/schedulers/kubectl.py": ("submit", "control"),

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusion.nn.approximate import Index, Partition
 from fusion.nn.layers import uniform
 
 BAND_EDGES = (8, 32, 96, 192)  # components between the bands of a role; the last band ends where its components end
@@ -34,6 +35,9 @@ PART_COLUMNS = 64  # similarities of which the largest is looked at first
 # Rows whose candidates' keys are compared at a time: on a CPU a million numbers, which stay in its cache and in memory
 # that is there already (64 rows take five times as long), on a GPU so many that it is busy.
 GATHERED_ROWS = {"cpu": 8, "cuda": 256}
+BLOCK_ROWS = 2**20  # that a chunk of queries is compared with at a time: 4 GiB of float32 for 1,024 queries
+# Of what faiss finds by codes, one in so many is kept: by exact similarity, and without the row's own group.
+FOUND_PER_KEPT = 2
 
 
 def bands_of(dims: Mapping[str, int]) -> Tensor:
@@ -95,6 +99,7 @@ class Memory:
         folds: [N] int64 part of the split that each row is in; negative: the row is never a neighbour.
         groups: [N] int64 group of near-duplicates.
         bands: [C] int64, as of `bands_of`.
+        partition: by which a CPU searches approximately; None: it searches exactly, as a GPU always does.
     """
 
     keys: Tensor
@@ -102,15 +107,18 @@ class Memory:
     folds: Tensor
     groups: Tensor
     bands: Tensor
+    partition: Partition | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Memory:
-        return Memory(*(getattr(self, field.name).to(device) for field in fields(Memory)))
+        """On another device; one that is no CPU compares with all rows in less time than it takes to look in lists."""
+        moved = {name: getattr(self, name).to(device) for name in ("keys", "log_prices", "folds", "groups", "bands")}
+        return Memory(**moved, partition=self.partition if device.type == "cpu" else None)
 
     def of(self, rows: Tensor) -> Memory:
-        """Some of the rows [n]."""
+        """Some of the rows [n], few enough to be searched exactly."""
         return Memory(self.keys[rows], self.log_prices[rows], self.folds[rows], self.groups[rows], self.bands)
 
     def without(self, held_out: Sequence[int]) -> Memory:
@@ -121,19 +129,66 @@ class Memory:
         return replace(self, folds=torch.where(self.folds == parts.pop(), -1, self.folds))
 
     def search(self, queries: Tensor, weights: Tensor, k: int, groups: Tensor | None = None) -> Candidates:
-        """The k rows with the largest weighted similarity to each query, exactly but for rounding.
+        """The k rows with the largest weighted similarity to each query, exactly but for rounding or by `partition`.
 
         Args:
             queries: [B, C] float16 keys.
-            weights: [S] of the bands.
+            weights: [S] of the bands; by a partition, always the same ones.
             groups: [B] groups that are not neighbours of the row; None: all may be.
         """
-        total = self._totals(queries, weights)
-        total.masked_fill_(self.folds < 0, -torch.inf)
-        if groups is not None:
-            total.masked_fill_(groups.unsqueeze(1) == self.groups, -torch.inf)
-        found, rows = largest(total, min(k, len(self)))
+        k = min(k, len(self))
+        if self.partition is not None:
+            return self._in_lists(self.partition, queries, weights, k, groups)
+        return self._exactly(queries, weights, k, groups)
+
+    def _exactly(self, queries: Tensor, weights: Tensor, k: int, groups: Tensor | None) -> Candidates:
+        blocks = [
+            self._largest(queries, weights, k, groups, slice(start, start + BLOCK_ROWS))
+            for start in range(0, len(self), BLOCK_ROWS)
+        ]
+        found, rows = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
+        if len(blocks) > 1:
+            found, places = found.topk(k, dim=1)
+            rows = rows.gather(1, places)
         return self.candidates(rows, self.similarities(queries, rows), torch.isfinite(found))
+
+    def _largest(
+        self, queries: Tensor, weights: Tensor, k: int, groups: Tensor | None, block: slice
+    ) -> tuple[Tensor, Tensor]:
+        """The k largest weighted similarities to rows of the block that may be neighbours, and their positions."""
+        total = self._totals(queries, weights, block)
+        total.masked_fill_(self.folds[block] < 0, -torch.inf)
+        if groups is not None:
+            total.masked_fill_(groups.unsqueeze(1) == self.groups[block], -torch.inf)
+        found, rows = largest(total, min(k, total.shape[1]))
+        return found, rows + block.start
+
+    def _in_lists(
+        self, partition: Partition, queries: Tensor, weights: Tensor, k: int, groups: Tensor | None
+    ) -> Candidates:
+        """As `_exactly`, of rows that an index finds; exactly for queries to which it finds too few."""
+        rows = self._index(partition, weights).rows(queries, min(FOUND_PER_KEPT * k, len(self)))
+        may_be = (rows >= 0) & (self.folds[rows] >= 0)  # position -1 is the last row, which is as good as any
+        if groups is not None:
+            may_be &= groups.unsqueeze(1) != self.groups[rows]
+        similarities = self.similarities(queries, rows.clamp(min=0))
+        total = (similarities.float() @ weights.float()).masked_fill(~may_be, -torch.inf)
+        found, places = total.topk(k, dim=1)
+        bands = places.unsqueeze(2).expand(-1, -1, similarities.shape[2])
+        usable, rows, similarities = torch.isfinite(found), rows.gather(1, places), similarities.gather(1, bands)
+        few = torch.nonzero(~usable.all(1)).squeeze(1)
+        if len(few):
+            exact = self._exactly(queries[few], weights, k, None if groups is None else groups[few])
+            usable[few], rows[few], similarities[few] = exact.usable, exact.rows, exact.similarities.half()
+        return self.candidates(rows, similarities, usable)
+
+    def _index(self, partition: Partition, weights: Tensor) -> Index:
+        """Made at the first search, of the rows that may be neighbours then."""
+        made: list[Index] = self.__dict__.setdefault("_indexes", [])
+        if not made:
+            rows = torch.nonzero(self.folds >= 0).squeeze(1)
+            made.append(Index(partition, self.keys, rows, weights.double()[self.bands].sqrt()))
+        return made[0]
 
     def candidates(self, rows: Tensor, similarities: Tensor, usable: Tensor) -> Candidates:
         """Candidates from the positions [B, K] of rows."""
@@ -149,13 +204,13 @@ class Memory:
             parts.append(torch.bmm(keys.to(kind), some.to(kind).unsqueeze(2) * which).half())
         return torch.cat(parts)
 
-    def _totals(self, queries: Tensor, weights: Tensor) -> Tensor:
-        """[B, N] weighted similarities, in the arithmetic that this device is fast in."""
+    def _totals(self, queries: Tensor, weights: Tensor, block: slice = slice(None)) -> Tensor:
+        """[B, n] weighted similarities to a block of rows, in the arithmetic that this device is fast in."""
         weighted = queries.float() * weights.float()[self.bands]
         if self.keys.device.type == "cuda":
-            return weighted.half() @ self.keys.T
+            return weighted.half() @ self.keys[block].T
         kind = torch.bfloat16 if _has_bf16_tiles() else torch.float32
-        return weighted.to(kind) @ self._keys_as(kind).T
+        return weighted.to(kind) @ self._keys_as(kind)[block].T
 
     def _keys_as(self, kind: torch.dtype) -> Tensor:
         made: dict[torch.dtype, Tensor] = self.__dict__.setdefault("_converted", {})

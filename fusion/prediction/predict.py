@@ -21,6 +21,8 @@ from fusion.errors import DataError, DivergedError, UnreachableError
 from fusion.features.fitted import Features, columns_of, has_features, read_features
 from fusion.features.rows import compared, with_features
 from fusion.metrics import bootstrap_interval, row_smape
+from fusion.nn.approximate import HINT, is_installed
+from fusion.nn.neighbours import Memory
 from fusion.nn.price_model import Options, PriceModel, network_dims
 from fusion.prediction.resumable import Arrays, Compute, compute_parts, compute_rows, discard
 from fusion.records import checkpoint, find_run, intervals, manifests, memory
@@ -82,9 +84,18 @@ def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetw
         raise DataError(f"{chosen.url} was made by another version of this model: {reason}", "train again") from error
     if config.neighbours:
         remembered = place.on_main(lambda: memory.read(RunFolder.of_checkpoint(chosen), chosen.manifest.memory_sha256))
-        model.memory = remembered.memory.to(place.device)
+        model.memory = _searchable(remembered.memory, place).to(place.device)
         model.named_rows = pd.Series(remembered.prices, remembered.ids)
     return model.to(place.device)
+
+
+def _searchable(remembered: Memory, place: World) -> Memory:
+    """The memory, searched exactly where faiss is missing: the prices of a night are worth the time that this takes."""
+    if remembered.partition is None or place.device.type != "cpu" or is_installed():
+        return remembered
+    reason = f"neighbours of each row are looked for among all {len(remembered)}, which takes several times as long"
+    log.warning(event="no_faiss", reason=reason, hint=HINT)
+    return replace(remembered, partition=None)
 
 
 def named(computed: Arrays, model: PriceModel) -> Arrays:

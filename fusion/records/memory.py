@@ -7,6 +7,7 @@ is in which part of the split; and what keys are made with, so that a training t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from fusion import storage
 from fusion.errors import DataError
+from fusion.nn.approximate import Partition, fits
 from fusion.nn.neighbours import Memory, bands_of
 from fusion.records.manifests import MEMORY
 from fusion.records.run import RunFolder
 
 _COMPONENTS = "components."
 _ROWS = {"keys": np.float16, "folds": np.int64, "groups": np.int64}
+_PARTITION = {"centroids": np.float32, "lists": np.int32, "codebook": np.float32}
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ def to_bytes(remembered: Remembered) -> bytes:
     arrays = {name: getattr(memory, name).cpu().numpy() for name in _ROWS}
     arrays |= {"ids": np.frombuffer(text, np.uint8), "prices": remembered.prices, "weights": remembered.weights}
     arrays |= {f"{_COMPONENTS}{role}": values for role, values in remembered.components.items()}
+    if memory.partition is not None:
+        arrays |= {f"partition.{name}": getattr(memory.partition, name).numpy() for name in _PARTITION}
     arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}  # others are saved as they lie
     return safetensors.numpy.save(arrays, {"roles": json.dumps(list(remembered.components))})
 
@@ -75,13 +80,20 @@ def from_bytes(data: bytes, name: str) -> Remembered:
         rows = {key: torch.from_numpy(arrays[key].astype(kind, copy=False)) for key, kind in _ROWS.items()}
         log_prices = log_prices_of(arrays["prices"])
         bands = bands_of({role: values.shape[1] for role, values in components.items()})
-        memory = Memory(rows["keys"], log_prices, rows["folds"], rows["groups"], bands)
+        memory = Memory(rows["keys"], log_prices, rows["folds"], rows["groups"], bands, _partition(arrays))
         found = Remembered(ids, arrays["prices"], memory, components, arrays["weights"])
         _check(found)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         remedy = "`python -m fusion.verify URL` says what else is damaged; restore it, or train under another --run-id"
         raise DataError(f"{name} is damaged: {' '.join(str(error).split())[:200]}", remedy) from error
     return found
+
+
+def _partition(arrays: Mapping[str, np.ndarray]) -> Partition | None:
+    names = {name: f"partition.{name}" for name in _PARTITION}
+    if not any(name in arrays for name in names.values()):
+        return None  # there are few rows, or an earlier version wrote them
+    return Partition(**{key: torch.from_numpy(arrays[names[key]].astype(_PARTITION[key], copy=False)) for key in names})
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -98,6 +110,8 @@ def _check(found: Remembered) -> None:
         raise ValueError(f"its arrays are not of the same {n_rows} rows")
     if len(found.weights) != int(memory.bands.max()) + 1:
         raise ValueError(f"it has {len(found.weights)} weights of bands")
+    if memory.partition is not None and not fits(memory.partition, *memory.keys.shape):
+        raise ValueError("its lists are not those of its rows")
     values: list[Tensor] = [memory.keys, memory.log_prices, torch.from_numpy(found.weights)]
     if not all(bool(torch.isfinite(value).all()) for value in values):
         raise ValueError("a key, a price or a weight is not finite")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ from fusion.data.embeddings import stop_if_asked
 from fusion.data.row_store import RowStore
 from fusion.data.shared_memory import node_tensor
 from fusion.distributed.world import World
+from fusion.errors import ConfigError
 from fusion.loss_functions import SMAPELoss
+from fusion.nn import approximate
+from fusion.nn.approximate import Partition
 from fusion.nn.neighbours import Candidates, CandidateTable, Memory, band_weights, bands_of
 from fusion.nn.price_model import PriceModel
 from fusion.records import memory
@@ -39,38 +42,73 @@ WEIGHT_LR = 0.1
 def remember(config: RunConfig, model: PriceModel, data: TrainingData, place: World) -> TrainingData:
     """The data with the candidates of every row; the model gets its components, and the run its `memory.safetensors`.
 
-    A training that goes on uses the components and weights that it began with.
+    A training that goes on uses the components, weights and lists that it began with.
     """
     if not config.components:
         return data
     started, run = time.monotonic(), RunFolder.of(config)
     kept = place.on_main(lambda: _kept(run))
-    components = kept[0] if kept else place.on_main(lambda: _all_components(model, data))
+    components = kept.components if kept else place.on_main(lambda: _all_components(model, data))
     model.set_components(components)
     if not config.neighbours:
         return data
-    folds = torch.where(data.store.any_present(), data.folds, -1)  # a row without embeddings is nobody's neighbour
-    keys, log_prices = _keys(model, data.store, place), log_prices_of(data.all_prices)
-    remembered = Memory(keys, log_prices, folds, data.groups, _bands(components))
+    is_large = len(data.train) > config.approximate_above
+    if is_large and place.device.type == "cpu":
+        place.together(lambda: _check_faiss(config, len(data.train)))
+    remembered = _remembered(model, data, components, place)
     trained = remembered.without(config.held_out())
-    weights = kept[1] if kept else place.on_main(lambda: first_weights(trained, config, place))
+    weights = kept.weights if kept else place.on_main(lambda: first_weights(trained, config, place))
     model.set_search_weights(weights)
+    partition = kept.partition if kept else None
+    if is_large and kept is None:
+        partition = _partition(config, trained, weights, place)
     if kept is None:
-        everything = Remembered(data.all_ids, data.all_prices, remembered, components, weights)
+        searchable = replace(remembered, partition=partition)
+        everything = Remembered(data.all_ids, data.all_prices, searchable, components, weights)
         place.on_main(lambda: storage.write(run.at(MEMORY), memory.to_bytes(everything)))
-    table = _table(config, model, trained, place)
+    table = _table(config, model, replace(trained, partition=partition), place)
     seconds = time.monotonic() - started
     log.info(event="neighbours", rows=len(table.rows), candidates=table.rows.shape[1], seconds=seconds)
     return replace(data, store=replace(data.store, candidates=table))
 
 
-def _kept(run: RunFolder) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
-    """Components and weights of the run's memory, if it has one."""
+def _check_faiss(config: RunConfig, n_rows: int) -> None:
+    """Before anything that takes long: comparing so many rows with all takes hours, and nobody should find out late.
+
+    Raises:
+        ConfigError: faiss is not installed.
+    """
+    if not approximate.is_installed():
+        raise ConfigError(
+            f"{n_rows} rows train, more than --approximate-above {config.approximate_above}, and faiss, which finds "
+            "neighbours among so many, is not installed",
+            f"{approximate.HINT}, or give --approximate-above {n_rows} to compare each row with all",
+        )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a training that goes on reads of its run's memory, with the names of `Remembered` and `Memory`."""
+
+    components: dict[str, np.ndarray]
+    weights: np.ndarray
+    partition: Partition | None
+
+
+def _kept(run: RunFolder) -> Kept | None:
+    """Of the run's memory, if it has one."""
     if not storage.exists(run.at(MEMORY)):
         return None
     made = run.checkpoints()
     found = memory.read(run, made[-1].manifest.memory_sha256 if made else "")
-    return found.components, found.weights
+    return Kept(found.components, found.weights, found.memory.partition)
+
+
+def _remembered(model: PriceModel, data: TrainingData, components: dict[str, np.ndarray], place: World) -> Memory:
+    """All rows with their keys; one without embeddings is nobody's neighbour."""
+    folds = torch.where(data.store.any_present(), data.folds, -1)
+    keys = _keys(model, data.store, place)
+    return Memory(keys, log_prices_of(data.all_prices), folds, data.groups, _bands(components))
 
 
 def _bands(components: dict[str, np.ndarray]) -> Tensor:
@@ -159,6 +197,25 @@ def first_weights(remembered: Memory, config: RunConfig, place: World) -> np.nda
     return weights
 
 
+def _partition(config: RunConfig, trained: Memory, weights: np.ndarray, place: World) -> Partition:
+    """Lists of all rows; centroids and codes are fitted on those that train."""
+    rows = torch.nonzero(trained.folds >= 0).squeeze(1)
+    root, seed = torch.from_numpy(weights).double()[trained.bands].sqrt(), mixed(config.seed, "partition")
+    fitted = place.on_main(lambda: [one.numpy() for one in approximate.fitted(trained.keys[rows], root, seed)])
+    centroids, codebook = map(torch.from_numpy, fitted)
+    lists, there = node_tensor((len(trained),), torch.int32, place), place.device
+
+    def fill() -> None:
+        for chunk in _turns(len(trained), place):
+            stop_if_asked()
+            keys = trained.keys[chunk].to(there).float() * root.float().to(there)
+            lists[chunk] = approximate.nearest(keys, centroids.to(there)).int().cpu()
+
+    with torch.inference_mode():
+        place.together(fill)
+    return Partition(centroids, lists, codebook)
+
+
 def _table(config: RunConfig, model: PriceModel, remembered: Memory, place: World) -> CandidateTable:
     """The candidates of all rows, never of a row's own group; the ranks of a node find them in turn and share them."""
     n_rows, k = len(remembered), min(config.neighbours, len(remembered))
@@ -177,4 +234,5 @@ def _table(config: RunConfig, model: PriceModel, remembered: Memory, place: Worl
 
     with torch.inference_mode():
         place.together(fill)
+    local = replace(local, partition=None)  # all is found
     return CandidateTable(local, rows, similarities).resident_on(place.device)

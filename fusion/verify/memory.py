@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COMPONENTS = "components."
+PARTITION = ("partition.centroids", "partition.lists", "partition.codebook")
+COLUMNS_PER_CODE = 4  # as in `fusion.nn.approximate`, which loads torch
 WANTED = ("ids", "prices", "keys", "folds", "groups", "weights")
 
 
@@ -30,6 +32,7 @@ def check_memory(report: Report, content: bytes, split: bytes | None, facts: Run
     if arrays is None:
         return
     _check_shapes(report, arrays, facts)
+    _check_lists(report, arrays)
     rows = None if split is None else _rows(split)
     if rows is not None:
         _check_rows(report, arrays, rows)
@@ -62,6 +65,22 @@ def _check_shapes(report: Report, arrays: Mapping[str, np.ndarray], facts: RunFa
     broken = [name for name, one in arrays.items() if one.dtype.kind == "f" and not np.isfinite(one).all()]
     if broken:
         report.bad(f"{MEMORY}: numbers", "finite", f"others in {', '.join(broken)}")
+
+
+def _check_lists(report: Report, arrays: Mapping[str, np.ndarray]) -> None:
+    """Whether the lists that an approximate search looks through, if there are any, are lists of these rows."""
+    there = [name for name in PARTITION if name in arrays]
+    if not there:
+        return
+    if len(there) < len(PARTITION):
+        report.bad(f"{MEMORY}: lists of its rows", ", ".join(PARTITION), f"only {' and '.join(there)}")
+        return
+    (centroids, lists, codebook), keys = (arrays[name] for name in PARTITION), arrays["keys"]
+    report.expect(f"{MEMORY}: columns of the centroids", keys.shape[-1], centroids.shape[-1])
+    report.expect(f"{MEMORY}: codes of a key", -(-keys.shape[-1] // COLUMNS_PER_CODE), len(codebook))
+    report.expect(f"{MEMORY}: rows in lists", len(keys), len(lists))
+    if not ((lists >= 0) & (lists < len(centroids))).all():
+        report.bad(f"{MEMORY}: lists of its rows", f"numbers below {len(centroids)}, of centroids", "others")
 
 
 def _rows(split: bytes) -> pd.DataFrame | None:

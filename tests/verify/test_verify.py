@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,12 +258,13 @@ def test_a_run_without_what_it_began_with(
     assert all("split_sha256" in other for other in others), "of each checkpoint"
 
 
-def other_arrays(path: Path, **changes: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Changes a memory, and states the new digest in all checkpoints, as its own functions would."""
+def other_arrays(path: Path, without: Sequence[str] = (), **changes: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Changes a memory, or leaves arrays out, and states the new digest in all checkpoints, as its functions would."""
     with safetensors.safe_open(path, "numpy") as file:
         metadata = file.metadata()
     arrays = safetensors.numpy.load_file(path)
     arrays |= {name: np.ascontiguousarray(change(arrays[name])) for name, change in changes.items()}
+    arrays = {name: values for name, values in arrays.items() if name not in without}
     path.write_bytes(safetensors.numpy.save(arrays, metadata))
     for folder in (path.parent / "checkpoints").iterdir():
         edit(folder / "MANIFEST.json", memory_sha256=storage.sha256(path.read_bytes()))

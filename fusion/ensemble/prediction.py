@@ -17,12 +17,13 @@ from fusion.data.inputs import Inputs, find_inputs, find_table, table_sha256
 from fusion.data.row_store import RowStore
 from fusion.data.tables import Table, read_table
 from fusion.distributed.world import World, held, join_world
+from fusion.ensemble.comparables import all_named, merged, places_among
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
 from fusion.features.fitted import Features, columns_of
 from fusion.features.rows import compared, with_features
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
-from fusion.prediction.predict import check_dims, features_of, load_model, parts_folder, pricing, publish_prices
+from fusion.prediction.predict import check_dims, features_of, load_model, named, parts_folder, pricing, publish_prices
 from fusion.prediction.resumable import Compute, compute_parts, discard
 from fusion.records import find_run, schemas
 from fusion.records.best_run import pointed_to
@@ -185,7 +186,9 @@ def _predict(
     about = guards.about_embeddings(seen, agreement, last, origin)
     place.on_main(lambda: guards.conclude(settings, about))
     under_way = storage.join(settings.output, "parts", settings.name)
-    computed = compute_parts(_mixing(parts, models), store, place, parts_folder(under_way, origin, place))
+    known = all_named(models)
+    mixing = _mixing(parts, models, places_among(known, models, place.device))
+    computed = named(compute_parts(mixing, store, place, parts_folder(under_way, origin, place)), known)
     try:
         place.on_main(lambda: publish_prices(settings, origin, record.smape, held(table), computed, limits, seen, last))
     except (DataError, DivergedError):
@@ -246,8 +249,15 @@ def _agreement(part: Part, names: Mapping[str, str]) -> dict[str, float]:
     return {f"{first} {second}": value for a, b, value in both for first, second in ((a, b), (b, a))}
 
 
-def _mixing(parts: Sequence[Part], models: Sequence[PriceModel]) -> Compute:
-    """What computes {"price": [B] dollars} and, where all members have one, "spread" [B], their weighted means."""
+def _mixing(parts: Sequence[Part], models: Sequence[PriceModel], places: Sequence[Tensor]) -> Compute:
+    """What computes {"price": [B] dollars} and, where all members have one, "spread" [B], their weighted means.
+
+    And the comparable products of members that name some, with rows among those of all members.
+
+    Args:
+        places: of each member's rows there.
+    """
+    weights = [part.member.weight for part in parts]
     computes = [pricing(model) for model in models]
 
     def compute(batch: Batch) -> dict[str, Tensor]:
@@ -258,6 +268,7 @@ def _mixing(parts: Sequence[Part], models: Sequence[PriceModel]) -> Compute:
         mixed = {"price": torch.exp(_mean(parts, [torch.log(one["price"].double()) for one in found]))}
         if all("spread" in one for one in found):
             mixed["spread"] = _mean(parts, [one["spread"].double() for one in found])
+        mixed |= merged(found, weights, places)
         return mixed
 
     return compute

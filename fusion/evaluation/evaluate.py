@@ -46,8 +46,8 @@ from fusion.records.schemas import SCHEMA, Intervals, MetricsManifest, seal
 from fusion.records.split import read_split
 from fusion.records.validation import computed_frame
 from fusion.submissions import submission
+from fusion.submissions.predictions import COMPARABLES
 
-COMPARABLES = ("comparable_ids", "comparable_prices", "comparable_weights")  # the products that a price leans on
 COMPUTED = ("price", "predicted", "present", "smape")  # of each row; the user's columns of these names are not shown
 
 
@@ -75,7 +75,7 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         as_trained = place.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
         under_way = run.parts
         parts = parts_folder(under_way, origin, place)
-        computed = named(compute_parts(pricing(model), store.resident_on(place.device), place, parts), model)
+        computed = named(compute_parts(pricing(model), store.resident_on(place.device), place, parts), model.named_rows)
 
         def finish() -> None:
             rows = _predictions(held(table), computed["price"], store.present)

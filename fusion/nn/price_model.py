@@ -122,6 +122,7 @@ class PriceModel(nn.Module):
             for network, held_out in zip(networks, options.held_out, strict=True)
         )
         self.memory: Memory | None = None
+        self.n_comparables = N_COMPARABLES
         self.named_rows = pd.Series(dtype=float)  # prices of the memory's rows in dollars, by sample id
         self.register_load_state_dict_pre_hook(_complete)  # type: ignore[no-untyped-call]
 
@@ -186,7 +187,7 @@ class PriceModel(nn.Module):
         found = total.means()
         found["price"] = self._within(torch.exp(found.pop("log_price")))
         if candidates is not None:
-            weights, places = found.pop("weights").topk(min(N_COMPARABLES, candidates.rows.shape[1]), dim=1)
+            weights, places = found.pop("weights").topk(min(self.n_comparables, candidates.rows.shape[1]), dim=1)
             known = torch.stack(list(batch.present.values())).any(0)  # the others get the median, whatever is found
             weights = weights * known.unsqueeze(1)
             found |= {"comparable_rows": candidates.rows.gather(1, places), "comparable_weights": weights}

@@ -98,11 +98,15 @@ def _searchable(remembered: Memory, place: World) -> Memory:
     return replace(remembered, partition=None)
 
 
-def named(computed: Arrays, model: PriceModel) -> Arrays:
-    """What was computed, with the ids and prices of comparable products in place of their rows in the memory."""
+def named(computed: Arrays, known: pd.Series) -> Arrays:
+    """What was computed, with the ids and prices of comparable products in place of their rows.
+
+    Args:
+        known: prices in dollars of the rows, in their order, by sample id.
+    """
     if "comparable_rows" not in computed:
         return computed
-    rows, known = computed["comparable_rows"], model.named_rows
+    rows = computed["comparable_rows"]
     named_here = {"comparable_ids": known.index.to_numpy()[rows], "comparable_prices": known.to_numpy()[rows]}
     return {**{name: values for name, values in computed.items() if name != "comparable_rows"}, **named_here}
 
@@ -177,7 +181,7 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         seen = look(model, compared(store), ids, place)
         about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
         place.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
-        computed = named(compute_parts(pricing(model), store, place, parts), model)
+        computed = named(compute_parts(pricing(model), store, place, parts), model.named_rows)
         try:
             place.on_main(
                 lambda: publish_prices(settings, origin, chosen.smape, held(table), computed, limits, seen, last)

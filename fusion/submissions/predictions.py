@@ -14,6 +14,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+COMPARABLES = ("comparable_ids", "comparable_prices", "comparable_weights")  # the products that a price leans on
+ROUNDING = 1e-4  # of a sum of weights
 ROWS_PER_GROUP = 65_536  # what writer and readers need in memory at a time: 5 MB for 10 columns
 
 
@@ -57,3 +59,16 @@ def from_parquet(data: bytes) -> pd.DataFrame:
         return frame.astype({"sample_id": "str", "price": np.float64})
     except (OSError, KeyError, TypeError) as error:  # pyarrow's errors are among them
         raise ValueError(str(error)) from error
+
+
+def misnamed(rows: pd.DataFrame) -> int:
+    """How many rows do not name different products at prices above 0, the weightiest first, with weights of at most 1.
+
+    Raises:
+        KeyError, ValueError: a column of `COMPARABLES` is missing, or rows name more products than others.
+    """
+    ids, prices, weights = (np.stack(rows[name].to_list()) for name in COMPARABLES)
+    codes = np.sort(pd.factorize(ids.ravel())[0].reshape(ids.shape), axis=1)
+    is_right = (np.diff(codes, axis=1) != 0).all(1) & (np.isfinite(prices) & (prices > 0)).all(1)
+    is_right &= (weights >= 0).all(1) & (np.diff(weights, axis=1) <= 0).all(1) & (weights.sum(1) <= 1 + ROUNDING)
+    return int((~is_right).sum())

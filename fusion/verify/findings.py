@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -14,6 +14,9 @@ from fusion import storage
 from fusion.errors import DataError
 from fusion.records.manifests import MANIFEST
 from fusion.records.schemas import FileEntry, Manifest, Seal, reason, seal_of, validated
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Manifest)
@@ -125,6 +128,23 @@ def check_once(report: Report, what: str, ids: Sequence[str]) -> None:
         report.bad(what, "each once, none empty", f"{len(twice)} others: {some(twice)}")
     else:
         report.ok(f"{what}: each once")
+
+
+def check_comparables(report: Report, what: str, rows: pd.DataFrame) -> None:
+    """Whether rows that name comparable products name some that can be."""
+    from fusion.submissions.predictions import COMPARABLES, misnamed
+
+    if not any(name in rows for name in COMPARABLES):
+        return  # a model without neighbours
+    try:
+        n_wrong = misnamed(rows)
+    except (KeyError, ValueError, TypeError) as error:
+        report.bad(what, f"lists {', '.join(COMPARABLES)}", first_line(error))
+        return
+    if n_wrong:
+        report.bad(what, "different comparable products, the weightiest first", f"{n_wrong} other rows")
+    else:
+        report.ok(f"{what}: comparable products")
 
 
 def parsed(report: Report, what: str, data: bytes | None, kind: type[T], *, sealed: bool = True) -> T | None:

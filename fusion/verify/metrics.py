@@ -13,7 +13,7 @@ from fusion.metrics import compute_smape
 from fusion.records.manifests import ABLATION, EPOCHS, LINES, MANIFEST, MODEL
 from fusion.records.run import RunFolder
 from fusion.records.schemas import AblationRecord, CheckpointManifest, MetricsManifest, RunFacts
-from fusion.verify.findings import Report, check_files, first_line, parsed, read, some
+from fusion.verify.findings import Report, check_comparables, check_files, first_line, parsed, read, some
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,6 +122,7 @@ def _check_content(
     if not math.isclose(smape, stated, rel_tol=TOLERANCE):
         report.bad("metrics/summary.json: smape, recomputed", smape, stated)
     _check_coverage(report, rows, summary)
+    check_comparables(report, "metrics/predictions.parquet", rows)
     if groups.to_csv(index=False).encode() != contents["groups.csv"]:
         report.bad("metrics/groups.csv", "the rows of groups.parquet", "others")
     if validating is not None and validating != ids:

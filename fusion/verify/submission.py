@@ -16,7 +16,7 @@ from fusion.records.manifests import ENSEMBLE, MANIFEST, MODEL, PREDICTIONS, SUB
 from fusion.records.run import CONFIG, RunFolder
 from fusion.records.schemas import CheckpointManifest, DataOfRun, EnsembleRecord, SubmissionManifest, read_required
 from fusion.submissions.submission import plain
-from fusion.verify.findings import Report, check_files, check_once, first_line, parsed, some
+from fusion.verify.findings import Report, check_comparables, check_files, check_once, first_line, parsed, some
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,6 +90,7 @@ def _check_predictions(report: Report, data: bytes, rows: list[list[str]]) -> No
     else:
         report.bad(PREDICTIONS, f"ids and prices of {SUBMISSION}", "others")
     _check_bounds(report, found)
+    check_comparables(report, PREDICTIONS, found)
 
 
 def _check_bounds(report: Report, rows: pd.DataFrame) -> None:

@@ -155,6 +155,11 @@ def test_a_run_of_all_folds_beside_fold_runs(copied: Path, catalog: Path) -> Non
         expected = expected + member["weight"] * np.log(submission(copied, run_id))
     np.testing.assert_allclose(np.log(submission(copied, "both")), expected, atol=2e-5)
     assert wrong(copied) == []
+    (weight,) = (member["weight"] for member in record(copied, "both")["members"] if member["run"] == "runs/best")
+    mine, alone = comparables(copied, "both"), comparables(copied, "best")
+    assert (mine[0] == alone[0]).mean() > 0.95, "the others have no neighbours; of equal weights any may come first"
+    np.testing.assert_array_equal(mine[1][mine[0] == alone[0]], alone[1][mine[0] == alone[0]])
+    np.testing.assert_allclose(mine[2], weight * alone[2], rtol=1e-5)
 
 
 def test_the_same_command_changes_nothing(copied: Path, capsys: Capture) -> None:
@@ -260,6 +265,13 @@ def weighted_mean(output: Path, where: list[str]) -> Any:
     return total
 
 
+def comparables(output: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, prices and weights [N, n]."""
+    rows = submitted(output, name)
+    ids, prices, weights = (np.stack(rows[f"comparable_{part}"].to_list()) for part in ("ids", "prices", "weights"))
+    return ids, prices, weights
+
+
 def submitted(output: Path, name: str) -> pd.DataFrame:
     current = pointers.read(SubmissionPointer, str(output), "submissions", name, "current")
     assert current is not None
@@ -315,6 +327,9 @@ def test_runs_with_a_memory_whose_members_hold_out_all_folds(trained: Path, cata
             assert not misplaced(submitted(output, name), "price")
     alone = ["--output", str(output), "--date", "2026-01-02", "--run-id", "whole", "--name", "alone"]
     assert predict_two.main(alone) == 0
+    one, two = comparables(output, "alone"), comparables(output, "two")
+    assert (one[0] == two[0]).mean() > 0.95, "a run beside itself leans on what it leans on alone"
+    np.testing.assert_allclose(one[2], two[2], atol=1e-6)
     np.testing.assert_allclose(submission(output, "alone"), submission(output, "two"), rtol=1e-4)
 
 

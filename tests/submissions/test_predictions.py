@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,21 @@ def current(output: Path, name: str) -> Path:
     pointer = pointers.read(SubmissionPointer, str(output), "submissions", name, "current")
     assert pointer is not None
     return output / "submissions" / pointer.submission
+
+
+def each(rows: pd.DataFrame, name: str, change: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    return {name: [change(np.array(values)) for values in rows[name]]}
+
+
+HARMED: dict[str, Callable[[pd.DataFrame], dict[str, Any]]] = {
+    "twice": lambda rows: each(rows, "comparable_ids", lambda ids: [ids[0], *ids[:-1]]),
+    "rising": lambda rows: each(rows, "comparable_weights", lambda weights: weights[::-1]),
+    "heavy": lambda rows: each(rows, "comparable_weights", lambda weights: weights + 0.3),
+    "negative": lambda rows: each(rows, "comparable_weights", lambda weights: weights - 0.5),
+    "free": lambda rows: each(rows, "comparable_prices", lambda prices: prices * 0),
+    "ragged": lambda rows: {"comparable_ids": [ids[: 3 + row % 2] for row, ids in enumerate(rows["comparable_ids"])]},
+    "lists": lambda rows: {},
+}
 
 
 def wrong(folder: Path) -> list[str]:
@@ -95,7 +111,7 @@ def test_a_night_after_they_were_lost_publishes_what_is_left(output: Path, capsy
     assert current(output, "lost").parent.name == "2026-01-03" and wrong(current(output, "lost")) == []
 
 
-@pytest.mark.parametrize("change", ["price", "order", "column", "bounds", "bound"])
+@pytest.mark.parametrize("change", ["price", "order", "column", "bounds", "bound", *HARMED])
 def test_rows_that_are_not_those_of_the_csv_are_found(change: str, output: Path) -> None:
     folder = published(output, change)
     path = folder / "predictions.parquet"
@@ -104,6 +120,8 @@ def test_rows_that_are_not_those_of_the_csv_are_found(change: str, output: Path)
         rows.loc[0, "price"] += 0.001
     changed = {"price": rows, "order": rows.iloc[::-1], "column": rows.drop(columns="sample_id")}
     changed |= {"bounds": rows.assign(low_80=rows["high_80"]), "bound": rows.drop(columns="high_90")}
+    changed |= {name: rows.assign(**harm(rows)) for name, harm in HARMED.items()}
+    changed["lists"] = rows.drop(columns="comparable_prices")
     changed[change].to_parquet(path, index=False)
     files = {name: (folder / name).read_bytes() for name in ("submission.csv", path.name, "fingerprints.parquet")}
     edit(folder / "MANIFEST.json", files=[vars(entry) for entry in manifests.entries(files)])

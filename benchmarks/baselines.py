@@ -1,11 +1,11 @@
-"""What a run's SMAPE is worth: the median price and ridge on the run's own split, and near-copies that a split missed.
+"""Compares a run with the median price and ridge regression on the run's own split, also without near-copies.
 
     python benchmarks/baselines.py OUTPUT/runs/RUN_ID [--data URL]
 
-Ridge works on the log price from all sources, standardised and concatenated; its strength is chosen by cross-validation
-among the training rows. Validation rows are then told apart by how close their text vector (cosine) comes to one in
-training: listings that differ in size or colour are no exact duplicates, and stay on both sides of a split unless
---group-column names what they share.
+Ridge regression predicts the log price from all sources, standardised and concatenated; its regularisation is chosen by
+cross-validation on the training rows. The scores are also printed for the validation rows whose text vector is not too
+close (by cosine) to that of a training row. Listings that differ in size or colour are not exact duplicates, so they
+may be on both sides of a split unless --group-column names what they have in common.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fusion.data.tables import read_table
 from fusion.distributed.world import join_world
 from fusion.metrics import bootstrap_interval, row_smape
 
-CLOSE = (0.8, 0.9, 0.95)
+CLOSE = (0.8, 0.9, 0.95)  # cosines to the nearest training row; rows above each are left out in turn
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def _ridge(inputs: np.ndarray, prices: np.ndarray, wanted: np.ndarray) -> np.nda
 
 
 def _print(prices: np.ndarray, guesses: dict[str, np.ndarray], nearest: np.ndarray, role: str) -> None:
-    parts = {"all validation rows": nearest <= 2}
+    parts = {"all validation rows": nearest <= 2}  # always true: a cosine is at most 1
     parts |= {f"nearest training {role} below {cosine}": nearest < cosine for cosine in reversed(CLOSE)}
     for name, rows in parts.items():
         print(f"{name}: {rows.sum()} rows")

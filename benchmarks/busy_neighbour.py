@@ -1,11 +1,12 @@
 """Step time of training beside a busy process: `python benchmarks/busy_neighbour.py [--steps 20] [--spin 300000 1000]`.
 
-OpenMP's threads meet at the end of each parallel loop. A thread that waits spins, in the belief that the others are
-about to arrive. Where another process takes a core away, even one of the lowest priority, they are not, and all wait
-for a time slice at each of the thousands of loops of a step. `GOMP_SPINCOUNT` says how often a thread looks before it
-sleeps: 300000 is the library's own choice, 1000 the one of Fusion's commands (see `fusion.environment`).
+OpenMP threads wait for each other at the end of each parallel loop, by spinning, because usually the others arrive
+soon. If another process occupies a core, even at the lowest priority, one of them arrives late, and all wait for a time
+slice in each of the thousands of loops of a step. `GOMP_SPINCOUNT` sets how often a thread polls before it sleeps: the
+library's default is 300000, that of Fusion's commands 1000 (see `fusion.environment`).
 
-Trains all_embeddings on 1,280 rows of the published dimensions, in a new process each, and prints the median.
+Trains all_embeddings on 1,280 rows with the published dimensions, in a new process for each setting, and prints the
+median time per step.
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ def _step_time(n_steps: int, spin: int) -> float:
 
 @contextmanager
 def _neighbours(n: int) -> Iterator[None]:
-    """Inside, `n` processes of the lowest priority compute.
+    """Runs `n` busy processes of the lowest priority inside the block.
 
-    Each has a session of its own, as another user's job has: between sessions the kernel shares the time out evenly,
-    whatever their priorities are (sched_autogroup).
+    Each has its own session, like another user's job. The kernel divides CPU time evenly between sessions, whatever
+    their priorities are (sched_autogroup).
     """
     command = ["nice", "-n", "19", sys.executable, "-c", "while True: pass"]
     running = [subprocess.Popen(command, start_new_session=True) for _ in range(n)]

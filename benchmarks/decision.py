@@ -1,9 +1,10 @@
-"""Which price to name, when it is SMAPE that counts: `python benchmarks/decision.py RUN [--output OUTPUT]`.
+"""Would shifted predictions have a lower SMAPE? `python benchmarks/decision.py RUN [--output OUTPUT]`.
 
-Of a finished run with `--folds`, takes what it priced unseen and the distribution of its log errors, smoothed, and
-moves each price to where the expected SMAPE is least: all prices alike, by tier of the price, or by tier and spread of
-the neighbours. What rows are moved by comes from other rows than themselves and their near-duplicates. Prints the SMAPE
-of each decision and the difference to the prices as they are, with its standard error by groups of near-duplicates.
+Takes the out-of-fold predictions of a finished run with `--folds`, and shifts their log prices to minimise the expected
+SMAPE, given the smoothed distribution of log errors. The shift is the same for all rows, or depends on the tier of the
+price, or on the tier and the spread of the neighbours' prices. It is estimated from rows of other folds than the row
+and its near-duplicates. Prints the SMAPE of each rule and its difference to the unshifted predictions, with a standard
+error that is clustered by groups of near-duplicates.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from fusion.compare.out_of_fold import find_run, scored
 from fusion.compare.standard_errors import clustered_mean
 from fusion.metrics import row_smape
 
-FOLDS = 10
-MOVES = np.linspace(-0.5, 0.5, 201)  # of log prices
-SMOOTHING = 0.05  # deviation of what is added to log errors: atoms lose, see the kernel's prices
+FOLDS = 10  # of the cross-fitting of shifts
+MOVES = np.linspace(-0.5, 0.5, 201)  # candidate shifts of log prices
+# Standard deviation of the noise that smooths the distribution of log errors. Without it, the best shift would be drawn
+# to errors that occur often exactly, such as 0 if all neighbours have the row's price.
+SMOOTHING = 0.05
 N_TIERS, N_SPREADS = 5, 3
 
 
@@ -45,7 +48,7 @@ def main() -> None:
 
 
 def _moves(rows: pd.DataFrame, bins: np.ndarray, move: Callable[[np.ndarray], float]) -> np.ndarray:
-    """[n] of log prices, each from the errors in the same bin of other groups."""
+    """[n] shifts of log prices, each estimated from the errors of the rows in the same bin and in other folds."""
     errors = np.log(rows["price"].to_numpy()) - np.log(rows["predicted"].to_numpy())
     groups = rows["group"].to_numpy()
     fold = np.random.default_rng(0).integers(FOLDS, size=groups.max() + 1)[groups]
@@ -60,7 +63,8 @@ def _moves(rows: pd.DataFrame, bins: np.ndarray, move: Callable[[np.ndarray], fl
 
 def _least_smape(errors: np.ndarray) -> float:
     smooth = errors + np.random.default_rng(1).normal(0, SMOOTHING, (20, len(errors)))
-    expected = [np.tanh(np.abs(smooth - one) / 2).mean() for one in MOVES]  # half the SMAPE of prices exp(one) apart
+    # SMAPE is proportional to tanh(|log error| / 2), see fusion.loss_functions.
+    expected = [np.tanh(np.abs(smooth - one) / 2).mean() for one in MOVES]
     return float(MOVES[int(np.argmin(expected))])
 
 

@@ -1,7 +1,8 @@
 """Speed and peak memory of reading embeddings: `python benchmarks/loading.py [--rows 75000]`.
 
-Writes four sources of the published dimensions to a temporary folder, then reads them in a new process, as training
-does. Prints MB/s of the tensors' size, and the peak of memory beyond the libraries' own, relative to the tensors.
+Writes four sources with the published dimensions to a temporary folder, then reads them in a new process, as training
+does. Prints the speed in MB of tensors per second, and the peak memory, without that of the libraries, relative to the
+size of the tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fusion.distributed.world import join_world
 from fusion.data.embeddings import load
 
 def peak():
-    status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's
+    status = open("/proc/self/status").read()  # ru_maxrss would include the peak of the parent process
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 names = sys.argv[3].split(",")
@@ -35,8 +36,8 @@ with join_world("cpu") as world:
     before, start = peak(), time.perf_counter()
     store = load(sys.argv[1], "train", dict(zip(names, names)), ids, world)
     seconds, size = time.perf_counter() - start, sum(v.nbytes for v in store.values.values())
-    rate, beyond = size / 1e6 / seconds, (peak() - before) / size
-    print(f"{size / 1e6:.0f} MB in {seconds:.2f} s: {rate:.0f} MB/s, peak {beyond:.2f}x")
+    rate, relative_peak = size / 1e6 / seconds, (peak() - before) / size
+    print(f"{size / 1e6:.0f} MB in {seconds:.2f} s: {rate:.0f} MB/s, peak {relative_peak:.2f}x")
 """
 
 

@@ -1,8 +1,8 @@
 """Seconds to price rows by their neighbours: `python benchmarks/neighbours.py [--rows 75000] [--memory 60000]`.
 
-Makes a model of `all_embeddings` with the published dimensions and a memory of random keys in clusters, prices a sample
-of the rows in chunks as a prediction does, and prints seconds of its parts for all rows: finding candidates, comparing
-with them, and everything, networks included.
+Builds a model of `all_embeddings` with the published dimensions and a memory of random keys, and predicts a sample of
+the rows in chunks, as `predict_test` does. Prints the seconds for all rows of each step: the search for candidates, the
+similarities by band, and a complete prediction with networks.
 
 `--approximate` also makes the lists of a memory of more than a million rows, on the CPU, and says how long that takes,
 how long a search in them, and which share of what an exact search finds they find: of all candidates, and by the weight
@@ -106,7 +106,7 @@ def _approximate(memory: Memory, queries: Tensor, weights: Tensor, options: argp
 
 
 def _seconds(action: Callable[[], object], times: int, device: torch.device) -> float:
-    """Of one call, after a first one."""
+    """Seconds per call, without the first call."""
     with torch.inference_mode():
         action()
         started = time.monotonic()

@@ -1,11 +1,11 @@
-"""Which nights are published: honest ones, and those on embeddings or prices that went wrong on their way.
+"""Tests the checks before publication: are damaged nightly inputs refused, and correct ones published?
 
     python benchmarks/nights.py --data DATA --output WORK [flags of all_embeddings.train]
 
-Trains small models on the data, then runs `predict_test` on nights that are changed in one way each: the second night
-after an honest one, or the very first. Prints for each whether it was published, and the reasons. Its limits are those
-of `fusion/submissions/guards.py`, which were chosen from this table. It takes about 10 minutes for 10,000 rows on 2
-cores.
+Trains small models on the data, then runs `predict_test` as on successive nights, with embeddings or prices that are
+damaged in one way each: on the second night after a correct one, or on the first night. Prints for each whether the
+submission was published, and the reasons. The limits in `fusion/submissions/guards.py` were chosen with this table. It
+takes about 10 minutes for 10,000 rows on 2 cores.
 
     python benchmarks/nights.py --data DATA --output WORK --sources.clip-image my_images … --epochs 8
 """
@@ -28,11 +28,11 @@ from fusion.all_embeddings.config import Config
 from fusion.command.settings import parse
 
 SMALL = ["--width", "64", "--hidden", "64", "32", "--loss", "smape", "--lr", "1e-3", "--epochs", "8", "--device", "cpu"]
-NEW = 0.2  # share of products that are new one night
-MONTH = (1.0, 1.033, 1.067, 1.1)  # of prices, in four trainings of a month
+NEW = 0.2  # share of products that are new on one of the nights
+MONTH = (1.0, 1.033, 1.067, 1.1)  # factors of all prices in four weekly trainings: a rise of 10% in a month
 
-Sources = dict[str, tuple[np.ndarray, np.ndarray]]  # of the test rows: name to ids [N] and vectors [N, D]
-Change = Callable[[Sources], None]
+Sources = dict[str, tuple[np.ndarray, np.ndarray]]  # of the test rows: source to ids [N] and vectors [N, D]
+Change = Callable[[Sources], None]  # changes the sources in place
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def rescaled(name: str, factor: float) -> Change:
 
 
 def rotated(name: str) -> Change:
-    """A random rotation keeps all distances: as good an encoder, but not the one that the model knows."""
+    """Rotates all vectors at random: as from an equally good encoder other than that of the training."""
 
     def change(sources: Sources) -> None:
         ids, vectors = sources[name]
@@ -99,7 +99,7 @@ def rotated(name: str) -> Change:
 
 
 def with_new_content(names: list[str]) -> Change:
-    """The first products exchange what they are with others, in all sources alike, and get noise on top: new ones."""
+    """Replaces the first products by new ones: mixes vectors of other products with noise, alike in all sources."""
 
     def change(sources: Sources) -> None:
         for name in names:
@@ -122,7 +122,7 @@ def rounded(names: list[str]) -> Change:
 
 
 class Nights:
-    """Runs nights on a copy of the data's test rows, which each may change."""
+    """Runs nightly predictions on a copy of the test rows, which each night may change."""
 
     def __init__(self, data: Path, work: Path, flags: list[str], bindings: Mapping[str, str]) -> None:
         self.data, self.work, self.flags, self.bindings = data, work, flags, bindings
@@ -135,7 +135,7 @@ class Nights:
         self.number = 0
 
     def train(self, run_id: str, *flags: str) -> None:
-        """A run on what lies in the work folder."""
+        """Trains a run on the data in the work folder."""
         given = ["--data", str(self.work / "data"), "--output", self.output, "--run-id", run_id, *self.flags, *flags]
         with _silently():
             assert train.main(given) == 0, f"training {run_id} failed"
@@ -150,7 +150,7 @@ class Nights:
         self._print(what, *self._night("2026-03-01", change))
 
     def of_other_models(self) -> None:
-        """Trainings on other seeds and prices, each with a night that follows one of the first model."""
+        """Nights with models of other seeds and prices, each after a night with the first model."""
         self.train("seed", "--seed", "7")
         self.number += 1
         self._night("2026-03-01", lambda sources: None)

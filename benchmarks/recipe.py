@@ -1,8 +1,9 @@
-"""What each part of the default recipe is worth: `python -m benchmarks.recipe --data DATA --output FOLDER [-- FLAGS]`.
+"""Measures changes of the default recipe: `python -m benchmarks.recipe --data DATA --output FOLDER [-- FLAGS]`.
 
-Trains the default with 5 folds, and once more with each change; FLAGS, such as --sources.clip-image, go to every
-training. Prints the out-of-fold SMAPE of each, and the difference to the default row by row, with its standard error by
-groups of near-duplicates. A change of less than two standard errors is none. Finished runs are not trained again.
+Trains the default recipe with 5 folds, and again with each change. FLAGS, such as --sources.clip-image, are passed to
+every training. Prints the out-of-fold SMAPE of each, and the paired difference to the default, with a standard error
+that is clustered by groups of near-duplicates. A difference of less than two standard errors may be chance. Finished
+runs are not trained again.
 
     … --only "no noise" "batches of 64"             these changes alone
     … --variant qwen_clip                             of the other variant
@@ -61,7 +62,7 @@ CHANGES = {
 
 
 class _Averaged(Fit):
-    """Validates the moving average of the weights of all steps."""
+    """Validates with an exponential moving average of the weights."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -84,8 +85,8 @@ def _unit_vector(_: PriceModel, role: str, x: Tensor) -> Tensor:
     return scaled
 
 
-# Changes that no flag makes: what is replaced, and by what. Mixup is not among them: a mixture of two products has no
-# neighbours of its own for its price to start from.
+# Changes without a flag: name to what is replaced in the code, and by what. Mixup is not among them, because a mixture
+# of two products has no neighbours from which its price could be computed.
 IN_CODE: dict[str, tuple[str, Any]] = {
     "average of weights": ("fusion.training.loop.Fit", _Averaged),
     "unit vectors": ("fusion.nn.price_model.PriceModel.standardised_role", _unit_vector),
@@ -123,7 +124,12 @@ def _table(options: argparse.Namespace) -> Iterator[str]:
 def _said(difference: Estimate) -> str:
     if not difference.error:
         return ""
-    verdict = "chance" if not difference.is_significant else "better" if difference.mean < 0 else "worse"
+    if not difference.is_significant:
+        verdict = "chance"
+    elif difference.mean < 0:
+        verdict = "better"
+    else:
+        verdict = "worse"
     return f"{difference.mean:+.2f} ({difference.error:.2f}) {verdict}"
 
 
@@ -137,7 +143,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True)
     parser.add_argument("--variant", default="all_embeddings", choices=("all_embeddings", "qwen_clip"))
     parser.add_argument("--only", nargs="+", choices=ALL, default=ALL, metavar="CHANGE")
-    parser.add_argument("flags", nargs="*", help="of every training")
+    parser.add_argument("flags", nargs="*", help="flags of every training")
     return parser.parse_args(argv)
 
 

@@ -1,13 +1,13 @@
 """Seconds and memory per row as tables grow: `python benchmarks/scale.py [--rows 100000 1000000] [--ranks 1 2]`.
 
-Makes tables with texts of 10 to 40,000 letters and four small sources in a temporary folder (below --folder), then runs
-reading and splitting, training of one epoch, evaluation and prediction on them with a tiny model, each in new processes
-on CPUs. Prints a line per stage:
+Generates tables with texts of 10 to 40,000 characters and four small sources in a temporary folder (below --folder).
+Then runs four stages on them with a tiny model, each in new processes on CPUs: reading and splitting, training of one
+epoch, evaluation, and prediction. Prints a line per stage with:
 
-- seconds, and microseconds of wall time and of CPU time (of all ranks together) per row. On a machine that others use,
-  only the CPU time says whether the cost per row stays the same.
-- the peak of memory more than the libraries' own: of rank 0 in MiB; the same without the tensors of the embeddings, as
-  a multiple of the table's file; and of the largest other rank, without these tensors, in bytes per row.
+- seconds, and microseconds per row of wall time and of CPU time (of all ranks together). On a machine that others use,
+  only the CPU time shows whether the cost per row is constant.
+- peak memory without that of the libraries: of rank 0 in MiB; the same without the tensors of the embeddings, as a
+  multiple of the size of the table's file; and of the largest other rank, without these tensors, in bytes per row.
 
 10 million rows need 10 GB of disk.
 """
@@ -33,16 +33,17 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 SOURCES = ("clip_image", "siglip_image", "siglip_text", "qwen_text")
-DIM = 8  # of each source: what is measured is the cost per row, not per number
-TEST_SHARE = 4  # a test table has one row for this many of the training table's
-CHUNK = 100_000  # rows made at a time
-# Lengths of texts: lognormal with the median and spread of the titles of a shop, and one in 10,000 of full length.
+DIM = 8  # of each source; small, because this measures the cost per row, not per number of a vector
+TEST_SHARE = 4  # the training table has so many rows per row of the test table
+CHUNK = 100_000  # rows generated at a time
+# Lengths of texts in characters: lognormal, with the median and spread of a shop's titles; one in 10,000 is the
+# longest.
 MEDIAN_LENGTH, SPREAD, SHORTEST, LONGEST, SHARE_OF_LONGEST = 60, 0.9, 10, 40_000, 1e-4
-SHARE_OF_COPIES = 0.03  # texts that are those of another row
+SHARE_OF_COPIES = 0.03  # share of texts that equal that of another row
 FLAGS = ["--width", "8", "--hidden", "8", "--device", "cpu", "--epochs", "1", "--run-id", "scale"]
 FLAGS += ["--batch-size", "4096", "--checkpoint-seconds", "3600"]
-EMBEDDING_BYTES = len(SOURCES) * (4 * DIM + 2)  # per row: float32, and two marks for each source
-VALIDATING = 0.2  # share of the rows that an evaluation predicts: the default of --val-fraction
+EMBEDDING_BYTES = len(SOURCES) * (4 * DIM + 2)  # per row: float32 values, and two bools (present, zeros) per source
+VALIDATING = 0.2  # share of the rows that an evaluation predicts; the default of --val-fraction
 STAGES = ("read", "train", "evaluate", "predict")
 
 WORKER = """
@@ -57,7 +58,7 @@ from fusion.command.settings import parse
 from fusion.records.start import start_run
 
 def peak():
-    status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's
+    status = open("/proc/self/status").read()  # ru_maxrss would include the peak of the parent process
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 def read(flags):
@@ -83,7 +84,14 @@ rows      ranks  stage       seconds    wall      CPU      MiB         x its tab
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage on all ranks: seconds, seconds of CPU time, and bytes of memory on rank 0 and the largest other rank."""
+    """Measurements of a stage.
+
+    Attributes:
+        seconds: of the slowest rank.
+        cpu: seconds of CPU time of all ranks together.
+        main, other: bytes of peak memory of rank 0, and of the largest other rank.
+        log: of rank 0.
+    """
 
     seconds: float
     cpu: float
@@ -111,7 +119,8 @@ def measure(folder: Path, n_rows: int, n_ranks: int, stages: Sequence[str]) -> N
     where = ["--data", str(folder), "--output", str(folder / f"output-{n_ranks}")]
     for stage in stages:
         flags = [*where, *(FLAGS if stage in ("read", "train") else ["--device", "cpu", "--run-id", "scale"])]
-        flags += ["--force"] if stage == "predict" else []  # random prices teach a model one price, which is refused
+        # Prices are random, so the model predicts nearly one price for all, which the checks would refuse to publish.
+        flags += ["--force"] if stage == "predict" else []
         found = run(stage, flags, n_ranks)
         of = n_rows // TEST_SHARE if stage == "predict" else n_rows
         for name, seconds in _parts(stage, found, n_rows):
@@ -121,7 +130,7 @@ def measure(folder: Path, n_rows: int, n_ranks: int, stages: Sequence[str]) -> N
 
 
 def _whole(folder: Path, stage: str, found: Measured, n_rows: int) -> str:
-    """What is known of a stage as a whole: CPU time and memory."""
+    """CPU time and memory of a stage, formatted for its line."""
     table = folder / ("test.csv" if stage == "predict" else "train.csv")
     embeddings = EMBEDDING_BYTES * n_rows * (VALIDATING if stage == "evaluate" else 1)
     main = (found.main - embeddings) / table.stat().st_size
@@ -130,7 +139,7 @@ def _whole(folder: Path, stage: str, found: Measured, n_rows: int) -> str:
 
 
 def _parts(stage: str, found: Measured, n_rows: int) -> Iterator[tuple[str, float]]:
-    """What the log tells of the seconds of a stage, and the stage as a whole."""
+    """Seconds of the parts of a stage, which are taken from its log, and of the whole stage."""
     if stage == "read":
         reading = float(re.findall(r"event=read .*seconds=(\S+)", found.log)[-1])
         yield "reading", reading
@@ -151,9 +160,9 @@ def run(stage: str, flags: list[str], n_ranks: int) -> Measured:
     for rank, (_, log) in zip(ranks, outputs, strict=True):
         if rank.returncode:
             sys.exit(f"{stage} ended with {rank.returncode}:\n{log[-3000:]}")
-    told = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
-    peaks = [one["peak"] for one in told]
-    seconds, cpu = max(one["seconds"] for one in told), sum(one["cpu"] for one in told)
+    used = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    peaks = [one["peak"] for one in used]
+    seconds, cpu = max(one["seconds"] for one in used), sum(one["cpu"] for one in used)
     return Measured(seconds, cpu, peaks[0], max(peaks[1:], default=0), outputs[0][1])
 
 
@@ -166,7 +175,7 @@ def _start(stage: str, flags: list[str], rank: int, n_ranks: int, port: int) -> 
 
 
 def make(folder: Path, n_rows: int) -> None:
-    """Writes train.csv, test.csv and four sources of each, whose rows are in another order than the tables'."""
+    """Writes train.csv, test.csv and four sources for each, with their rows in different orders."""
     generator = np.random.default_rng(0)
     for split, n in (("train", n_rows), ("test", n_rows // TEST_SHARE)):
         _write_table(folder / f"{split}.csv", n, generator, priced=split == "train")

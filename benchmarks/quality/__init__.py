@@ -1,1 +1,1 @@
-"""How well peers and Fusion's runs predict prices, on the same grouped folds; see `__main__.py` for the command."""
+"""Compares other models ("peers") with Fusion's runs on the same grouped folds; see `__main__.py` for the command."""

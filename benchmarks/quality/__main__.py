@@ -1,17 +1,18 @@
-"""How well peers and Fusion's runs predict the prices of products that they have not seen, on the same folds.
+"""Compares other models ("peers") with Fusion's runs by their out-of-fold predictions on the same folds.
 
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.quality --data DATA --sources clip_image=my_images qwen_text=my_texts --cache FOLDER
 
-Folds are those of `train --folds 5`, with near-duplicates on one side. Prints the SMAPE of out-of-fold predictions,
-its standard error with near-duplicates as one observation, and the paired difference to a reference. --neighbours and
---text measure the peers with what labelled neighbours say, and with the texts, as further inputs. Predictions are kept
-in --cache: the same command goes on where it was stopped, and computes only what is new.
+The folds are those of `train --folds 5`, with near-duplicates in one fold. Prints the SMAPE of out-of-fold predictions,
+its standard error (with near-duplicates as one observation), and the paired difference to a reference. With
+--neighbours and --text, peers are also measured with features of labelled neighbours, and with the texts, as further
+inputs. Predictions are kept in --cache, so the same command continues after a stop and only computes what is missing.
 
-    … --models ridge lightgbm --neighbours --text             some peers, on all inputs
-    … --output OUTPUT --runs my-run                             beside them Fusion's runs, trained with --folds 5
+    … --models ridge lightgbm --neighbours --text             some peers, with all inputs
+    … --output OUTPUT --runs my-run                           also Fusion's runs, trained with --folds 5
 
-Writes table.md and table.json into --cache. All of it takes hours on 2 cores: --models and --only-folds choose a part.
+Writes table.md and table.json into --cache. Everything takes hours on 2 cores; select a part with --models and
+--only-folds.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from fusion.command.settings import from_json
 from fusion.config import RunConfig
 from fusion.errors import ConfigError, DataError, Parser
 
-# Flags that are those of `train`, with its defaults but for --folds.
+# Flags with the meaning and the default that they have in `train`, except for the default of --folds.
 OF_TRAINING = ("data", "folds", "seed", "text_column", "group_column", "max_missing", "drop_bad_prices")
 NOT_MEASURED = {
     "TabPFN, TabICL and Mitra": "their weights have to be downloaded from a hub",
@@ -46,7 +47,7 @@ NOT_MEASURED = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of the command, as those of Fusion's own."""
+    """Runs the command and returns its exit code."""
     return guarded(lambda: _main(_parsed(argv)))
 
 
@@ -61,7 +62,7 @@ def _main(options: argparse.Namespace) -> int:
             compute(cache, *each, shared)
     found = [one for each in asked if (one := gathered(cache, *each)) is not None]
     if not found and not ours:
-        raise DataError(f"{options.cache} holds no predictions of these peers", "leave out --only-folds")
+        raise DataError(f"{options.cache} has no predictions of these peers", "leave out --only-folds")
     _finish(options, catalog, table.scored([*found, *table.blends(found, ours, catalog), *ours], catalog))
     return 0
 
@@ -82,7 +83,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 
 def _asked(options: argparse.Namespace) -> list[tuple[str, Peer, str]]:
-    """Name, peer and inputs of what is to be measured."""
+    """Name, peer and inputs of everything to measure."""
     given = {"neighbours": options.neighbours, "text": options.text}
     variants = [one for one in VARIANTS if all(given[word] for word in one.split(" + ")[1:])]
     peers = _installed(options.models)
@@ -90,16 +91,16 @@ def _asked(options: argparse.Namespace) -> list[tuple[str, Peer, str]]:
 
 
 def _installed(names: Sequence[str] | None) -> dict[str, Peer]:
-    """The peers to measure: those that were named, or all whose library is there.
+    """The peers to measure: those that were named, or all whose library is installed.
 
     Raises:
-        ConfigError: one was named, and its library is not installed.
+        ConfigError: the library of a named peer is not installed.
     """
     missing = {name: PEERS[name].library for name in names or PEERS if PEERS[name].version() is None}
     remedy = "pip install -r benchmarks/requirements.txt"
     if names and missing:
         name, library = next(iter(missing.items()))
-        raise ConfigError(f"--models names {name}, and {library} is not installed", remedy)
+        raise ConfigError(f"--models names {name}, but {library} is not installed", remedy)
     for name, library in missing.items():
         log.warning(event="not_measured", peer=name, reason=f"{library} is not installed", hint=remedy)
     return {name: PEERS[name] for name in names or PEERS if name not in missing}
@@ -118,12 +119,14 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", required=True, type=Path, help="folder that predictions and tables are kept in")
     parser.add_argument("--models", nargs="+", choices=list(PEERS), help="peers to measure (default: all installed)")
     parser.add_argument("--runs", nargs="*", default=[], metavar="RUN", help="runs to compare with: ids or folders")
-    parser.add_argument("--output", default="output", help="where the runs are that are named by their ids")
-    parser.add_argument("--neighbours", action="store_true", help="also with what labelled neighbours say")
-    parser.add_argument("--text", action="store_true", help="also with the texts of --text-column")
+    parser.add_argument("--output", default="output", help="bucket or folder of the runs that are named by their ids")
+    parser.add_argument("--neighbours", action="store_true", help="also measure with features of labelled neighbours")
+    parser.add_argument("--text", action="store_true", help="also measure with the texts of --text-column")
     parser.add_argument("--reference", help="name in the table (default: the best of --runs, else the best peer)")
     parser.add_argument("--folds", type=int, default=5, help="as of the training")
-    parser.add_argument("--only-folds", type=int, nargs="*", metavar="K", help="compute these now, or none at all")
+    parser.add_argument(
+        "--only-folds", type=int, nargs="*", metavar="K", help="compute only these folds; without values, no fold"
+    )
     parser.add_argument("--seed", type=int, default=41, help="of the folds, as of the training")
     parser.add_argument("--text-column", help="as of the training")
     parser.add_argument("--group-column", help="as of the training")
@@ -147,7 +150,7 @@ def _check(options: argparse.Namespace) -> None:
     if wrong:
         raise ConfigError(f"--only-folds names {wrong[0]}, expected 0..{options.folds - 1}", "--only-folds 0")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, and torch finds no GPU here", "--device cpu")
+        raise ConfigError("--device is cuda, but torch finds no GPU here", "--device cpu")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from fusion.ensemble.weights import fitted_weights
 
 
 def nested_blend(logs: np.ndarray, targets: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Convex blend of out-of-fold predictions: the weights of a fold's rows come from the other folds' rows.
+    """Convex blend of out-of-fold predictions. The weights for a fold's rows are fitted on the rows of other folds.
 
     Args:
-        logs: [M, N] log prices that M models predict.
+        logs: [M, N] log prices predicted by M models.
         targets: [N] log prices.
         folds: [N] fold of each row.
 

@@ -1,4 +1,4 @@
-"""The rows that everything is measured on, and their folds: those that `train --folds 5 --fold k` validates on."""
+"""The rows on which everything is measured, and their folds: those on which `train --folds 5 --fold k` validates."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Catalog:
     Attributes:
         ids: [N] in the order of `read_table`.
         prices: [N] dollars.
-        groups: [N] of `near_duplicate_groups`.
-        folds: [N] the fold that the row is validated in.
+        groups: [N] from `near_duplicate_groups`.
+        folds: [N] the fold in which the row validates.
         vectors: role to [N, D_role] float32, NaN where the row lacks the source.
-        texts: [N], empty unless they were asked for.
-        digest: of all of this.
+        texts: [N], empty unless they were requested.
+        digest: a digest of all of these except the texts.
     """
 
     ids: pd.Index
@@ -48,19 +48,19 @@ class Catalog:
 
 
 def read_catalog(config: RunConfig, sources: Mapping[str, str], *, with_text: bool) -> Catalog:
-    """Reads rows, embeddings and, if asked for, texts, and draws the folds.
+    """Reads rows, embeddings and, on request, texts, and draws the folds.
 
     Args:
-        config: where the data are, how many folds, their seed, and the columns that tell near-duplicates.
+        config: where the data are, the number of folds and their seed, and the columns that define near-duplicates.
         sources: role to the name of its source.
 
     Raises:
-        FusionError: as the commands raise it for such data.
+        FusionError: as for the commands, if the data are invalid.
     """
     per_fold = [name for name in sources.values() if "{fold}" in name]
     if per_fold:
         raise ConfigError(
-            f"the source {per_fold[0]!r} differs from fold to fold, and peers read one set of embeddings for all",
+            f"the source {per_fold[0]!r} differs between folds, but peers use the same embeddings for all folds",
             "leave it out of --sources",
         )
     table = read_table(config.data, "train", priced=True, drop_bad_prices=config.drop_bad_prices)

@@ -1,4 +1,4 @@
-"""What a peer sees of one fold: inputs of all rows, prices of its training rows only, and a split to tune on."""
+"""The data of a fold that a peer may use: inputs of all rows, prices of the training rows only, and a tuning split."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 
 from benchmarks.quality.catalog import Catalog
 
-TUNING_SHARE = 0.2  # of the training groups: as large a part of the training rows as a fold is of all rows
+TUNING_SHARE = 0.2  # of the training groups; the same share as that of a fold in all rows
 V = TypeVar("V")
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One of the folds, without the prices of the rows that are predicted.
+    """One of the folds, without the prices of the rows to predict.
 
     Attributes:
         number: of the fold.
         vectors, texts: as in the catalog, of all N rows.
-        train: [n] rows whose prices are known.
+        train: [n] training rows.
         held: [m] rows to predict.
         targets: [n] log prices of the training rows.
         groups: [n] groups of the training rows.
-        tunes: [n] bool: the training row is one that settings are chosen on; the same for all rows of a group.
+        tunes: [n] bool; whether the training row is used to choose settings. It is the same for all rows of a group.
     """
 
     number: int
@@ -57,8 +57,8 @@ def chosen(fold: Fold, values: Iterable[V], predict: Callable[[V, np.ndarray, np
     """The value with the lowest SMAPE on the tuning rows.
 
     Args:
-        predict: log prices of rows, learned from others: (value, training rows, wanted rows), both as positions among
-            the fold's training rows.
+        predict: function of (value, training rows, rows to predict) that returns log prices of the latter. Rows are
+            positions among the fold's training rows.
     """
     known, wanted = np.flatnonzero(~fold.tunes), np.flatnonzero(fold.tunes)
     losses = {value: log_smape(predict(value, known, wanted), fold.targets[wanted]) for value in values}

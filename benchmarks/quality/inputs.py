@@ -1,4 +1,4 @@
-"""Inputs of the peers for one fold; everything that is learned of the data is learned from its training rows."""
+"""Inputs of the peers for one fold. All transformations are fitted on the fold's training rows."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sklearn.preprocessing import normalize
 from benchmarks.quality.fold import Fold
 from benchmarks.quality.kernel import Kernel, Part
 
-CLAMP = 8.0  # standard deviations: beyond it are columns that are almost constant
-COMPONENTS = 128  # of each source, for peers that do not take thousands of columns
+CLAMP = 8.0  # standard deviations; only values of almost constant columns are larger
+COMPONENTS = 128  # principal components per source, for peers that cannot use thousands of columns
 TEXT_COMPONENTS = 256
-LABEL = re.compile(r"^\s*([^:\n]{1,30}):\s*(\S.{0,60}?)\s*$", re.MULTILINE)  # "Brand: X", but no sentence
-MIN_DF = 2  # a term of one row connects it with no other
+LABEL = re.compile(r"^\s*([^:\n]{1,30}):\s*(\S.{0,60}?)\s*$", re.MULTILINE)  # "Brand: X", but not whole sentences
+MIN_DF = 2  # a term that occurs in a single row relates it to no other row
 
 V = TypeVar("V")
 
@@ -31,24 +31,24 @@ VARIANTS = ("prices", "embeddings", "embeddings + neighbours", "embeddings + tex
 
 @dataclass(frozen=True)
 class Shared:
-    """What all variants of a fold's inputs have in common, made once."""
+    """The parts that several variants of a fold's inputs share, computed once."""
 
     fold: Fold
     device: torch.device
 
     @cached_property
     def standardised(self) -> dict[str, np.ndarray]:
-        """Role to [N, D]; missing rows are zeros, which is the mean."""
+        """Role to [N, D] standardised vectors. Missing vectors are zeros, which is the mean."""
         return {role: standardise(values, self.fold.train) for role, values in self.fold.vectors.items()}
 
     @cached_property
     def components(self) -> dict[str, np.ndarray]:
-        """Role to [N, at most 128] principal components, scaled together so that a source's mean variance is 1."""
+        """Role to [N, at most 128] principal components, with one scale per source, so that the mean variance is 1."""
         return {role: _principal(values, self.fold.train) for role, values in self.standardised.items()}
 
     @cached_property
     def terms(self) -> dict[str, csr_array]:
-        """TF-IDF of words and pairs of words, of 3 to 5 characters, and of lines such as "Brand: X", of unit length."""
+        """TF-IDF of words and pairs of words, of character 3- to 5-grams, and of lines such as "Brand: X"."""
         vectorizers = {
             "words": TfidfVectorizer(ngram_range=(1, 2), min_df=MIN_DF, sublinear_tf=True),
             "characters": TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), min_df=MIN_DF, sublinear_tf=True),
@@ -65,7 +65,7 @@ class Shared:
 
     @cached_property
     def topics(self) -> np.ndarray:
-        """[N, at most 256] of all terms, by a truncated SVD."""
+        """[N, at most 256] truncated SVD of all terms."""
         terms = csr_array(hstack(list(self.terms.values()), format="csr"))
         count = min(TEXT_COMPONENTS, terms.shape[1] - 1, len(self.fold.train) - 1)
         svd = TruncatedSVD(count, random_state=0).fit(terms[self.fold.train])
@@ -77,11 +77,11 @@ class Shared:
         return Kernel(self.fold, parts | (dict(self.terms) if with_text else {}), self.device)
 
     def weights(self, with_text: bool) -> torch.Tensor:
-        """[P] of the kernel, fitted once."""
+        """[P] weights of the kernel, fitted once."""
         return self._once(("weights", with_text), lambda: self.kernel(with_text).fitted())
 
     def neighbours(self, with_text: bool) -> np.ndarray:
-        """[N, 7] features of `Kernel.features`, made once."""
+        """[N, 7] features of neighbours, see `Kernel.features`; computed once."""
         weights = self.weights(with_text)
         return self._once(("neighbours", with_text), lambda: self.kernel(with_text).features(weights))
 
@@ -97,7 +97,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs [N, F] of all rows of a fold, in the form that a kind of peer takes."""
+    """Inputs [N, F] of all rows of a fold, in several forms for different kinds of peers."""
 
     shared: Shared
     variant: str
@@ -112,17 +112,17 @@ class Inputs:
 
     @cached_property
     def raw(self) -> np.ndarray:
-        """As they are, NaN where missing: for trees."""
+        """The original vectors, NaN where missing; for trees."""
         return np.hstack([*self.fold.vectors.values(), *self._further])
 
     @cached_property
     def wide(self) -> np.ndarray:
-        """Standardised, every dimension: for linear models."""
+        """All dimensions, standardised; for linear models."""
         return np.hstack([*self.shared.standardised.values(), *self._further_standardised])
 
     @cached_property
     def reduced(self) -> np.ndarray:
-        """Principal components of each source: for networks."""
+        """Principal components of each source; for networks."""
         return np.hstack([*self.shared.components.values(), *self._further_standardised])
 
     @property
@@ -147,7 +147,8 @@ def standardise(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def labels(text: str) -> list[str]:
-    """
+    """The terms of lines "Label: value" in a text.
+
     >>> labels("Item Name: Blue shirt\\nBrand: Acme \\nMade of cotton")
     ['item name=blue shirt', 'brand=acme']
     """

@@ -1,8 +1,7 @@
-"""Kernel regression on labelled neighbours: the mean log price of the training rows, weighted by similarity.
+"""Kernel regression: the mean log price of the training rows, weighted by similarity (Nadaraya, 1964; Watson, 1964).
 
-A row's weight is the softmax of a weighted sum of cosines, one per source, over all training rows of other groups
-(Nadaraya, 1964; Watson, 1964). The few weights of the sum are fitted to the SMAPE of the training rows, each predicted
-without its own group.
+The weights of training rows are a softmax over a weighted sum of cosines, one per source. The weights of that sum, one
+per source, are fitted to minimise the SMAPE of the training rows, each predicted without the rows of its own group.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from torch.nn.functional import softplus
 
 from benchmarks.quality.fold import Fold
 
-STEPS, BATCH, LR = 60, 1024, 0.15
-START = 4.0  # of every weight, before softplus
-COSINE_VALUES = 400_000_000  # kept while the weights are fitted, in float32: 1.6 GB
+STEPS, BATCH, LR = 60, 1024, 0.15  # of Adam, which fits the weights
+START = 4.0  # initial value of every weight, before softplus
+COSINE_VALUES = 400_000_000  # cosines kept in memory while the weights are fitted; in float32, 1.6 GB
 CHUNK = 512  # rows compared with all training rows at a time
-TOP = (1, 3, 10)  # neighbours whose mean similarity is a feature
+TOP = (1, 3, 10)  # numbers of nearest neighbours whose mean similarity is a feature
 Part: TypeAlias = np.ndarray | csr_array
 
 
@@ -33,9 +32,9 @@ class Kernel:
     """Similarity of the rows of a fold to its training rows.
 
     Attributes:
-        fold: the fold it is of.
-        parts: name to [N, D] of unit length, dense or sparse; zeros where a row lacks it.
-        device: where prices are computed.
+        fold: the fold.
+        parts: name to [N, D] unit vectors, dense or sparse; zeros where a row lacks them.
+        device: on which prices are computed.
     """
 
     fold: Fold
@@ -43,7 +42,7 @@ class Kernel:
     device: torch.device
 
     def fitted(self) -> Tensor:
-        """[P] weights of the parts, above zero."""
+        """[P] positive weights of the parts."""
         generator = torch.Generator().manual_seed(self.fold.number)
         queries, cosines = self._among_training_rows
         raw = torch.full((len(self.parts),), START, device=self.device, requires_grad=True)
@@ -61,14 +60,14 @@ class Kernel:
     def predicted(self, weights: Tensor) -> np.ndarray:
         """[m] log prices of the rows to predict."""
         fold = self.fold
-        none = np.full(len(fold.held), -1)
-        return np.concatenate([features[:, 0] for features in self._features(fold.held, none, weights)])
+        no_groups = np.full(len(fold.held), -1)
+        return np.concatenate([features[:, 0] for features in self._features(fold.held, no_groups, weights)])
 
     def features(self, weights: Tensor) -> np.ndarray:
-        """[N, 7] what a row's neighbours say of it; a training row is told nothing of its own group.
+        """[N, 7] features of each row's neighbours among the training rows; those of its own group are excluded.
 
-        Mean, deviation and effective number of its neighbours, mean similarity of the nearest 1, 3 and 10, log price
-        of the nearest.
+        They are: mean and standard deviation of the log prices, log of the effective number of neighbours, mean
+        similarity of the nearest 1, 3 and 10, and log price of the nearest.
         """
         fold, n_rows = self.fold, next(iter(self.parts.values())).shape[0]
         found = np.zeros((n_rows, 4 + len(TOP)), np.float32)
@@ -84,24 +83,24 @@ class Kernel:
             mean = chance @ self._targets
             square = chance @ self._targets.square() - mean.square()
             effective = chance.square().sum(1).reciprocal().log()
-            near, place = self._logits(cosines, weights, groups[chunk]).topk(min(max(TOP), chance.shape[1]), dim=1)
+            near, position = self._logits(cosines, weights, groups[chunk]).topk(min(max(TOP), chance.shape[1]), dim=1)
             near = (near / weights.sum()).clamp_min(-1)
             top = [near[:, :count].mean(1) for count in TOP]
-            columns = [mean, square.clamp_min(0).sqrt(), effective, *top, self._targets[place[:, 0]]]
+            columns = [mean, square.clamp_min(0).sqrt(), effective, *top, self._targets[position[:, 0]]]
             yield torch.stack(columns, dim=1).cpu().numpy()
 
     def _softmax(self, cosines: Tensor, weights: Tensor, groups: np.ndarray) -> Tensor:
         return self._logits(cosines, weights, groups).softmax(1)
 
     def _logits(self, cosines: Tensor, weights: Tensor, groups: np.ndarray) -> Tensor:
-        """[Q, n] weighted sums of cosines [P, Q, n]; minus infinity between rows of one group."""
+        """[Q, n] weighted sums of cosines [P, Q, n]; minus infinity for pairs of rows in the same group."""
         mine, others = torch.from_numpy(groups), torch.from_numpy(self.fold.groups)
         is_own = (mine[:, None] == others).to(self.device)
         return torch.einsum("p,pqn->qn", weights, cosines).masked_fill(is_own, float("-inf"))
 
     @cached_property
     def _among_training_rows(self) -> tuple[np.ndarray, Tensor]:
-        """Positions [Q] of training rows, as many as memory allows, and their cosines [P, Q, n] to all of them."""
+        """Positions [Q] of a sample of training rows, as large as memory allows, and their cosines [P, Q, n] to all."""
         n_rows = len(self.fold.train)
         n_queries = max(1, min(n_rows, COSINE_VALUES // (len(self.parts) * n_rows)))
         queries = np.sort(np.random.default_rng(self.fold.number).permutation(n_rows)[:n_queries])
@@ -109,7 +108,7 @@ class Kernel:
         return queries, torch.cat([self._cosines(chunk) for chunk in chunks], dim=1)
 
     def _cosines(self, rows: np.ndarray) -> Tensor:
-        """[P, Q, n] between these rows and the training rows."""
+        """[P, Q, n] cosines between these rows and the training rows."""
         found = [_products(part, rows, self.fold.train, self.device) for part in self.parts.values()]
         return torch.stack(found)
 

@@ -18,7 +18,7 @@ Settings = Mapping[str, Any]
 
 
 def tabm(inputs: Inputs, settings: Settings) -> np.ndarray:
-    """TabM with the L1 loss, for the number of epochs that was best on the tuning rows."""
+    """TabM with the L1 loss. The number of epochs is the one that is best on the tuning rows."""
     fold, device = inputs.fold, inputs.shared.device
     mean, deviation = fold.targets.mean(), fold.targets.std()
     x = torch.from_numpy(inputs.reduced).to(device)
@@ -38,7 +38,7 @@ def tabm(inputs: Inputs, settings: Settings) -> np.ndarray:
 
 
 class _TabM:
-    """A model in training; the same settings give the same model."""
+    """A TabM model and its optimizer. The same settings give the same model."""
 
     def __init__(self, n_features: int, settings: Settings, device: torch.device) -> None:
         from tabm import TabM
@@ -64,20 +64,20 @@ class _TabM:
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> np.ndarray:
-        """[n] mean of the k members."""
+        """[n] mean prediction of the k members."""
         self.model.eval()
         parts = [self.model(chunk)[..., 0].mean(1) for chunk in x.split(1024)]
         return torch.cat(parts).double().cpu().numpy()
 
 
 def realmlp(inputs: Inputs, settings: Settings) -> np.ndarray:
-    """RealMLP with its tuned defaults and the median for a loss; its best epoch is that of the tuning rows."""
+    """RealMLP with its tuned defaults, which predicts the median. The best epoch is chosen on the tuning rows."""
     from pytabkit import RealMLP_TD_Regressor
 
     fold, x = inputs.fold, inputs.reduced
     given = {"device": inputs.shared.device.type, "n_threads": n_threads(), "random_state": 0}
     given |= {"n_cv": 1, "n_refit": 1, "val_metric_name": "mae"}
     model = RealMLP_TD_Regressor(**given, **settings)
-    with contextlib.redirect_stdout(sys.stderr):  # it prints how far it is
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its progress
         model.fit(x[fold.train], fold.targets, val_idxs=np.flatnonzero(fold.tunes))
     return np.asarray(model.predict(x[fold.held]), np.float64).reshape(len(fold.held), -1)[:, 0]

@@ -1,8 +1,8 @@
-"""The peers: what a person would take in place of Fusion, each with its settings and how it is tuned.
+"""The peers: models that one might use instead of Fusion, with their settings and their tuning.
 
-Every peer predicts log prices. What is tuned (rounds, epochs, strength, number of neighbours) is tuned on a fifth of
-the fold's training groups; then the peer learns from all training rows. Settings are the libraries' defaults but for
-those below, which come from first tries on such tuning rows.
+Every peer predicts log prices. Boosting rounds, epochs, regularisation and the number of neighbours are tuned on a
+fifth of the fold's training groups; then the peer is trained on all training rows. Other settings are the libraries'
+defaults, except for those below, which were chosen by first tries on such tuning rows.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Learn = Callable[[Inputs, Settings], np.ndarray]
 
 @dataclass(frozen=True)
 class Peer:
-    """A model that prices can be predicted with.
+    """A model to compare with.
 
     Attributes:
-        learn: log prices [m] of a fold's rows to predict, from (inputs, settings).
-        settings: all that is not the library's default.
-        library: the distribution that it comes from; a prediction of another version is another prediction.
-        variants: the inputs that it is measured on; kernel regression, say, is neighbours already.
+        learn: function of (inputs, settings) that returns the log prices [m] of a fold's rows to predict.
+        settings: all settings that are not the library's defaults.
+        library: name of its distribution package. Predictions of another version are cached separately.
+        variants: the inputs with which it is measured; kernel regression, for example, always uses neighbours.
     """
 
     learn: Learn
@@ -40,7 +40,7 @@ class Peer:
     variants: tuple[str, ...]
 
     def version(self) -> str | None:
-        """Of its library; None if that is not installed."""
+        """Version of its library; None if it is not installed."""
         try:
             return metadata.version(self.library)
         except metadata.PackageNotFoundError:
@@ -88,7 +88,7 @@ def nearest(inputs: Inputs, settings: Settings) -> np.ndarray:
 
 
 def mlp(inputs: Inputs, settings: Settings) -> np.ndarray:
-    """scikit-learn's, on principal components, for the number of epochs that was best on the tuning rows."""
+    """scikit-learn's MLP on principal components. The number of epochs is the one that is best on the tuning rows."""
     from sklearn.neural_network import MLPRegressor
 
     fold, x = inputs.fold, inputs.reduced
@@ -154,7 +154,7 @@ def tree_inputs(inputs: Inputs, settings: Settings) -> np.ndarray:
 
 
 def booster_settings(settings: Settings) -> dict[str, Any]:
-    """The settings that the library itself takes."""
+    """The settings that are passed to the library."""
     return {name: value for name, value in settings.items() if name not in ("inputs", "rounds", "patience")}
 
 

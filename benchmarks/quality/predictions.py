@@ -1,4 +1,4 @@
-"""Out-of-fold predictions of peers, kept fold by fold: a stopped or further command computes only what is new."""
+"""Out-of-fold predictions of peers, cached by fold, so that a later command only computes what is missing."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from fusion.errors import DataError
 
 @dataclass(frozen=True)
 class Prediction:
-    """Log prices of some or all rows, each by a model that has not seen the row's group.
+    """Predicted log prices of some or all rows, each by a model that was not trained on the row's group.
 
     Attributes:
         name: of the peer, run or blend.
-        inputs: what it is given.
-        logs: [N], NaN where the row is not covered.
-        minutes: that it took, learning and tuning, NaN if that is not known. What peers share, such as neighbours,
-            counts for the first of them.
-        is_ours: a run of Fusion.
-        weights: of a blend: name of each member to its weight.
+        inputs: description of its inputs.
+        logs: [N] log prices, NaN for rows without a prediction.
+        minutes: for training and tuning; NaN if not known. Time for inputs that peers share, such as neighbours, is
+            counted for the first of them.
+        is_ours: whether it is a run of Fusion.
+        weights: for a blend, name of each member to its weight.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Prediction:
 
     @property
     def covered(self) -> np.ndarray:
-        """[N] bool."""
+        """[N] bool; whether the row has a prediction."""
         return ~np.isnan(self.logs)
 
 
@@ -59,10 +59,10 @@ class Cache:
         return self.folder / self.catalog.digest[:12] / f"{name}-{inputs}-{digest(settings)[:8]}" / f"{fold}.parquet"
 
     def read(self, file: Path, fold: int) -> pd.DataFrame | None:
-        """The fold's predictions; None if they are not there yet.
+        """The fold's predictions; None if they were not computed yet.
 
         Raises:
-            DataError: the file is damaged, or is of other rows.
+            DataError: the file is damaged, or contains other rows.
         """
         if not file.exists():
             return None
@@ -84,7 +84,7 @@ class Cache:
 
 
 def compute(cache: Cache, name: str, peer: Peer, variant: str, shared: Shared) -> None:
-    """Predicts a fold's rows, unless they are there already."""
+    """Predicts a fold's rows, unless their predictions are cached."""
     fold, file = shared.fold, cache.file(name, peer, variant, shared.fold.number)
     if file.exists():
         return
@@ -99,7 +99,7 @@ def compute(cache: Cache, name: str, peer: Peer, variant: str, shared: Shared) -
 
 
 def gathered(cache: Cache, name: str, peer: Peer, variant: str) -> Prediction | None:
-    """The predictions of all folds that are there; None if there are none."""
+    """All cached predictions of a peer; None if there are none."""
     logs, seconds = np.full(len(cache.catalog.ids), np.nan), 0.0
     for fold in np.unique(cache.catalog.folds):
         frame = cache.read(cache.file(name, peer, variant, int(fold)), int(fold))

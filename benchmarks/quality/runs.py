@@ -1,4 +1,4 @@
-"""Out-of-fold predictions of Fusion's own runs and ensembles: what each said of its own validation rows."""
+"""Out-of-fold predictions of Fusion's runs and ensembles, which are those of their validation rows."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fusion.errors import DataError
 
 
 def read_runs(runs: Sequence[str], output: str, catalog: Catalog) -> list[Prediction]:
-    """One prediction per run, or for the fold runs of one recipe together.
+    """Reads one prediction per run; runs of single folds with the same recipe are joined into one.
 
     Args:
         runs: ids of runs in `output`, or URLs of their folders.
 
     Raises:
-        DataError: a run without predictions, of other rows or prices, or two runs of one fold.
+        DataError: a run has no predictions, or other rows or prices, or there are two runs of the same fold.
     """
     return [_prediction(one, catalog) for one in stacked([scored(find_run(output, run)) for run in runs])]
 
 
 def _prediction(run: Scored, catalog: Catalog) -> Prediction:
-    places, logs = positions_of(run.rows.index, catalog.ids), np.full(len(catalog.ids), np.nan)
+    positions, logs = positions_of(run.rows.index, catalog.ids), np.full(len(catalog.ids), np.nan)
     remedy = "name the data that the run was trained on with --data, and its --folds and --seed"
-    if (places < 0).any():
-        n_unknown = int((places < 0).sum())
-        raise DataError(f"{n_unknown} of {len(places)} rows that {run.name} predicts are not in train.csv", remedy)
-    n_other = int((run.rows["price"].to_numpy(np.float64) != catalog.prices[places]).sum())
+    if (positions < 0).any():
+        n_unknown = int((positions < 0).sum())
+        raise DataError(f"{n_unknown} of {len(positions)} rows that {run.name} predicts are not in train.csv", remedy)
+    n_other = int((run.rows["price"].to_numpy(np.float64) != catalog.prices[positions]).sum())
     if n_other:
-        raise DataError(f"{run.name} was trained with other prices for {n_other} of {len(places)} rows", remedy)
-    logs[places] = np.log(run.rows["predicted"].to_numpy(np.float64))
+        raise DataError(f"{run.name} was trained with other prices for {n_other} of {len(positions)} rows", remedy)
+    logs[positions] = np.log(run.rows["predicted"].to_numpy(np.float64))
     return Prediction(run.name, "Fusion", logs, is_ours=True)

@@ -1,4 +1,4 @@
-"""The table: SMAPE out of fold, its error, and the paired difference to a reference."""
+"""The table of results: out-of-fold SMAPE, its standard error, and the paired difference to a reference."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class Score:
     """A line of the table.
 
     Attributes:
-        errors: [N] SMAPE of each row, NaN where it is not covered.
+        errors: [N] SMAPE of each row, NaN for rows without a prediction.
         smape: their mean, in percent.
-        difference: to the reference, over the rows that both cover; None of the reference itself, or without such rows.
+        difference: to the reference, over the rows that both predict; None for the reference itself, or if there are no
+            such rows.
     """
 
     prediction: Prediction
@@ -41,12 +42,12 @@ class Score:
 
     @property
     def label(self) -> str:
-        """What --reference calls it."""
+        """The name by which --reference selects it."""
         return f"{self.prediction.name}, {self.prediction.inputs}"
 
 
 def blends(peers: Sequence[Prediction], ours: Sequence[Prediction], catalog: Catalog) -> list[Prediction]:
-    """The best convex blend of the peers for each kind of input, of all peers, and of these with Fusion's runs."""
+    """The best convex blends: of the peers with each kind of inputs, of all peers, and of these and Fusion's runs."""
     whole = [one for one in peers if one.covered.all()]
     kinds = dict.fromkeys(one.inputs for one in whole if one.inputs != "prices")
     sets = {f"peers on {kind}": [one for one in whole if one.inputs in (kind, "prices")] for kind in kinds}
@@ -60,7 +61,7 @@ def blends(peers: Sequence[Prediction], ours: Sequence[Prediction], catalog: Cat
 def _blend(inputs: str, members: Sequence[Prediction], catalog: Catalog) -> Prediction:
     logs, weights = nested_blend(np.stack([one.logs for one in members]), catalog.logs, catalog.folds)
     named = {f"{one.name}, {one.inputs}": float(weight) for one, weight in zip(members, weights, strict=True)}
-    kept = {name: round(weight, 3) for name, weight in named.items() if weight >= 0.005}
+    kept = {name: round(weight, 3) for name, weight in named.items() if weight >= 0.005}  # others would show as 0.00
     return Prediction(BLEND, inputs, logs, sum(one.minutes for one in members), weights=kept)
 
 
@@ -75,7 +76,7 @@ def _score(prediction: Prediction, catalog: Catalog) -> Score:
 
 
 def compared(scores: Sequence[Score], reference: str | None, catalog: Catalog) -> list[Score]:
-    """The scores, grouped by inputs and each kind from the worst to the best, with differences to the reference."""
+    """The scores with their differences to the reference, grouped by inputs, and from worst to best in each group."""
     base = _reference(scores, reference)
     kinds = list(dict.fromkeys(one.prediction.inputs for one in scores))
     ordered = sorted(scores, key=lambda one: (kinds.index(one.prediction.inputs), -one.smape.mean))
@@ -89,12 +90,12 @@ def _reference(scores: Sequence[Score], named: str | None) -> Score:
             return found[0]
         there = "; ".join(repr(one.label) for one in found or scores)
         raise ConfigError(
-            f"--reference is {named!r}, and {len(found)} predictions are called that; there are {there}",
+            f"--reference is {named!r}, which is the name of {len(found)} predictions; there are {there}",
             f"--reference {(found or scores)[0].label!r}",
         )
     candidates = [one for one in scores if one.prediction.name != BLEND]
     candidates = [one for one in candidates if one.prediction.is_ours] or candidates
-    most = max(one.rows for one in candidates)  # some may be computed in part
+    most = max(one.rows for one in candidates)  # for some, not all folds may have been computed
     return min([one for one in candidates if one.rows == most], key=lambda one: one.smape.mean)
 
 
@@ -140,7 +141,7 @@ def _weights(blend: Prediction) -> str:
 
 
 def document(scores: Sequence[Score], catalog: Catalog) -> dict[str, Any]:
-    """What the table says, for programs; null where it says nothing."""
+    """The content of the table as JSON; null for empty cells."""
     return {
         "rows": len(catalog.ids),
         "groups": len(np.unique(catalog.groups)),

@@ -1,4 +1,4 @@
-"""Two image and two text sources: hierarchical attention and a gated mixture of experts, or plain concatenation."""
+"""Networks for two image and two text sources: attention with a mixture of experts, or plain concatenation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fusion.all_embeddings.config import Config
 from fusion.nn.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOfExperts
 
 IMAGES = ("clip_image", "siglip_image")
-N_TOKENS = 2
-GATE_WIDTH = 128
+N_TOKENS = 2  # per source, with `--model fusion`
+GATE_WIDTH = 128  # hidden features of the gate
 
 
 class FusionNetwork(nn.Module):
-    """Images look at each other, texts too, then images at texts and the reverse; three experts price the row.
+    """Self-attention among image tokens and among text tokens, then cross-attention, and a mixture of experts.
 
-    What is computed from a table counts as text.
+    Sources that are computed from a table count as text.
     """
 
     def __init__(self, config: Config, dims: Mapping[str, int]) -> None:
@@ -42,15 +42,15 @@ class FusionNetwork(nn.Module):
         images = self._tokens(IMAGES, inputs, present)
         texts = self._tokens([role for role in self.branches if role not in IMAGES], inputs, present)
         images, texts = self.among_images(images, images), self.among_texts(texts, texts)
-        looked = self.image_to_text(images, texts), self.text_to_image(texts, images)
-        return torch.cat([tokens.mean(1) for tokens in looked], dim=1)
+        attended = self.image_to_text(images, texts), self.text_to_image(texts, images)
+        return torch.cat([tokens.mean(1) for tokens in attended], dim=1)
 
     def _tokens(self, roles: Iterable[str], inputs: Inputs, present: Inputs) -> Tensor:
         return torch.cat([self.branches[role](inputs[role], present[role]) for role in roles], dim=1)
 
 
 def build_network(config: Config, dims: Mapping[str, int]) -> nn.Module:
-    """The network that `--model` names."""
+    """The network that `--model` selects."""
     if config.model == "concat":
         return ConcatNetwork(dims, config.width, config.hidden, config.dropout)
     return FusionNetwork(config, dims)

@@ -1,1 +1,1 @@
-"""Embeddings of other tools, brought to the layout that training reads: `python -m fusion.convert`."""
+"""Converts embeddings of other tools to the layout that training reads: `python -m fusion.convert`."""

@@ -1,17 +1,18 @@
-"""Converts embeddings of the original tools, `.npy` pairs and pickles, to the layout that training reads.
+"""Converts embeddings of the original tools (pairs of `.npy` files, or pickles) to the layout that training reads.
 
     python -m fusion.convert --embeddings image_embeddings.npy --ids sample_ids.npy \\
         --to s3://bucket/data/embeddings/train/clip_image.parquet
     python -m fusion.convert --pickle embeddings.pkl --to data/embeddings/train/qwen.parquet
 
-A SigLIP folder is two sources, so two commands; use image_sample_ids.npy for both where it is the only file of ids:
+A SigLIP folder contains two sources, so it takes two commands. Use image_sample_ids.npy for both if there is no other
+file of ids:
 
     python -m fusion.convert --embeddings siglip/image_embeddings.npy --ids siglip/image_sample_ids.npy \\
         --to data/embeddings/train/siglip_image.parquet
     python -m fusion.convert --embeddings siglip/text_embeddings.npy --ids siglip/text_sample_ids.npy \\
         --to data/embeddings/train/siglip_text.parquet
 
-A pickle is read as data and never executed (see fusion.convert.safe_pickle). Needs no GPU.
+Pickles are parsed as data; nothing in them is executed (see fusion.convert.safe_pickle). This needs no GPU.
 """
 
 from __future__ import annotations
@@ -41,16 +42,22 @@ from fusion.convert.numpy_file import read_npy
 from fusion.errors import DataError, ExitCode, Parser, UsageError, filled
 from fusion.storage.scratch import temporary_folder
 
-ROW_GROUP: Final = 8192
+ROW_GROUP: Final = 8192  # rows per row group of Parquet: enough for few requests, few enough to read in parallel
 _STACK_IDS: Final = "save the ids as one array of integers, or of text: np.save('ids.npy', ids.astype(str))"
-_PAIR: Final = "give embeddings and ids that one run wrote"
+_PAIR: Final = "give embeddings and ids that were written together"
 _PICKLE_LAYOUT: Final = "save a dict: {'embeddings': array of (rows, dim), 'sample_ids': list of ids}"
-_STACK_ROWS: Final = "save the embeddings as one array of float16 or float32 with a row for each sample"
+_STACK_ROWS: Final = "save the embeddings as one array of float16 or float32 with one row per sample"
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Ids, int64 or string, and vectors of shape (n, dim), or n vectors of length dim, to be stored as `dtype`."""
+    """Ids with their vectors.
+
+    Attributes:
+        ids: [n] int64 or string.
+        vectors: an array of shape (n, dim), or a list of n arrays of length dim.
+        dtype: in which the vectors are stored.
+    """
 
     ids: pa.Array
     vectors: NDArray[Any] | list[NDArray[Any]]
@@ -58,10 +65,10 @@ class Embeddings:
     dtype: np.dtype[Any]
 
     def batch(self, start: int) -> pa.RecordBatch:
-        """Rows from `start` on, as many as a row group holds. DataError where float32 cannot hold a float64."""
+        """A row group's rows from `start` on. DataError if a float64 is too large for float32."""
         rows = slice(start, start + ROW_GROUP)
         try:
-            with np.errstate(over="raise"):  # an infinity would pass for a missing embedding later
+            with np.errstate(over="raise"):  # training would treat an infinite value as a missing embedding
                 values = np.ascontiguousarray(self.vectors[rows], dtype=self.dtype)
         except FloatingPointError:
             raise DataError(f"a value from row {start} on is too large for float32", "scale the embeddings") from None
@@ -70,7 +77,11 @@ class Embeddings:
 
 
 def embeddings_of(vectors: object, ids: object, name: str, ids_name: str) -> Embeddings:
-    """Checks both and pairs them by position; `name` and `ids_name` are what errors call them. Raises DataError."""
+    """Checks vectors and ids, and pairs them by position. `name` and `ids_name` are their names in errors.
+
+    Raises:
+        DataError: one of them is invalid, or their numbers differ.
+    """
     id_column = ids_of(ids, ids_name)
     rows, dtypes, dim = rows_of(vectors, name)
     if len(rows) != len(id_column):
@@ -108,12 +119,16 @@ def _numeric(value: object, name: str, n_dims: tuple[int, ...]) -> NDArray[Any]:
         raise DataError(f"{name} has dtype {array.dtype}, expected numbers", _STACK_ROWS)
     if array.ndim not in n_dims or 0 in array.shape:
         expected = "(rows, dim)" if n_dims == (2,) else "(dim,) or (rows, dim)"
-        raise DataError(f"{name} has shape {array.shape}, expected {expected}, none of them 0", _STACK_ROWS)
+        raise DataError(f"{name} has shape {array.shape}, expected {expected} without a 0", _STACK_ROWS)
     return array
 
 
 def ids_of(value: object, name: str) -> pa.Array:
-    """Ids as int64 or string, each once, from an array of shape (n,) or (n, 1), or a list. Raises DataError."""
+    """Ids as int64 or string, from an array of shape (n,) or (n, 1), or from a list.
+
+    Raises:
+        DataError: they are not integers or text, or an id occurs twice.
+    """
     value = safe_pickle.unwrap(value, name)
     if not isinstance(value, np.ndarray | list | tuple):
         raise DataError(f"{name} is a {type(value).__name__}, expected a list or an array of ids", _STACK_IDS)
@@ -146,7 +161,7 @@ def _id_list(values: Sequence[object], name: str) -> pa.Array:
 
 
 def _id_scalar(value: object, name: str) -> object:
-    """`tensor(1)` and `array([1])` are the id 1, and never the text of their repr."""
+    """The id of an element: `tensor(1)` and `array([1])` give 1, rather than the text of their repr."""
     value = safe_pickle.unwrap(value, name)
     return value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
 
@@ -160,7 +175,10 @@ def _require_unique(ids: pa.Array, name: str) -> None:
 
 
 def read_pickle(path: Path, name: str) -> Embeddings:
-    """The pickled dict of `embeddings` and `sample_ids`; ids are optional where embeddings is a dict id -> vector."""
+    """Reads a pickled dict with `embeddings` and `sample_ids`.
+
+    If `embeddings` is itself a dict from id to vector, `sample_ids` is optional.
+    """
     root = safe_pickle.load(path, name)
     if not isinstance(root, dict):
         raise DataError(f"{name} holds a {type(root).__name__}, expected a dict", _PICKLE_LAYOUT)
@@ -175,7 +193,7 @@ def read_pickle(path: Path, name: str) -> Embeddings:
 
 
 def _by_id(vectors: dict[object, object], ids: object, name: str, ids_name: str) -> tuple[list[object], list[object]]:
-    """Rows of a dict id -> vector, in the order of `ids`, or in its own order without `ids`."""
+    """The vectors and ids of a dict from id to vector, in the order of `ids`, or of the dict if `ids` is None."""
     keys = ids_of(list(vectors), name).to_pylist()
     if ids is None:
         return list(vectors.values()), keys
@@ -198,7 +216,7 @@ def _open_store(url: str) -> tuple[Any, str]:
 
 
 def fetch(url: str, scratch: Path) -> Path:
-    """A local file with the bytes of `url`: itself where it is local, otherwise a copy in `scratch`."""
+    """A local file with the content of `url`: the file itself if it is local, else a copy in `scratch`."""
     store, path = _open_store(url)
     local = Path(path)
     if not isinstance(store, LocalFileSystem):
@@ -210,19 +228,21 @@ def fetch(url: str, scratch: Path) -> Path:
 
 
 def write(embeddings: Embeddings, url: str, scratch: Path) -> None:
-    """Writes Parquet to `url` so that the file is there whole or, after a kill at any moment, not at all."""
+    """Writes a Parquet file to `url` atomically: a kill at any moment leaves the complete file, or none."""
     store, path = _open_store(url)
     if isinstance(store, LocalFileSystem):
         storage.retrying(url, lambda: _write_local(embeddings, Path(path)))
         return
-    whole = scratch / "converted.parquet"  # a put of a whole file is atomic; closing a broken upload would commit it
+    # Uploading a complete file is atomic. If the file were written to the store piece by piece, then closing it after
+    # an error would commit an incomplete file.
+    whole = scratch / "converted.parquet"
     _write_local(embeddings, whole)
     storage.retrying(url, lambda: store.put_file(str(whole), path))
 
 
 def _write_local(embeddings: Embeddings, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")  # same folder: a rename there is atomic
+    temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")  # a rename is only atomic within a file system
     try:
         _write_parquet(embeddings, temporary)
         os.replace(temporary, target)
@@ -232,16 +252,16 @@ def _write_local(embeddings: Embeddings, target: Path) -> None:
 
 def _write_parquet(embeddings: Embeddings, path: Path) -> None:
     schema = embeddings.batch(0).schema
-    plain = {"compression": "none", "use_dictionary": False}  # floats hardly repeat
+    plain = {"compression": "none", "use_dictionary": False}  # embeddings hardly compress
     with path.open("wb") as file, pq.ParquetWriter(file, schema, **plain) as writer:
         for start in range(0, len(embeddings.ids), ROW_GROUP):
             writer.write_batch(embeddings.batch(start), row_group_size=ROW_GROUP)
         writer.close()
-        os.fsync(file.fileno())  # else a crash after the rename could leave the name without the bytes
+        os.fsync(file.fileno())  # otherwise a crash after the rename could leave an empty or incomplete file
 
 
 def convert(arguments: argparse.Namespace) -> str:
-    """Runs the command; gives the line that says what was written. Raises FusionError."""
+    """Converts as the arguments say, and returns a line that describes what was written. Raises FusionError."""
     with TemporaryDirectory(prefix="fusion-convert-", dir=temporary_folder()) as folder:
         scratch = Path(folder)
         if arguments.pickle:
@@ -260,7 +280,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="Any FILE or URL is a path or an fsspec URL; one in a store passes through a temporary folder (TMPDIR).",
+        epilog="FILE and URL are paths or fsspec URLs; objects of a store pass through a temporary folder (TMPDIR).",
     )
     parser.example = "--embeddings x.npy --ids ids.npy --to data/embeddings/train/clip_image.parquet"
     parser.add_argument("--embeddings", metavar="FILE", help=".npy with an array (rows, dim); needs --ids")
@@ -278,7 +298,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with `argv`; gives its exit code. `--help` raises SystemExit, as argparse does."""
+    """Runs the command and returns its exit code. `--help` raises SystemExit, as in argparse."""
 
     def job() -> ExitCode:
         print(convert(_parse(argv)))

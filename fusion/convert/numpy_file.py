@@ -1,4 +1,4 @@
-"""Arrays in `.npy` files, read without executing anything."""
+"""Reads arrays from `.npy` files, without executing anything in them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from fusion.errors import DataError
 
 
 def read_npy(path: Path, name: str) -> object:
-    """The array at `path`: numbers and text mapped into memory, Python objects as a list; errors call it `name`.
+    """Reads the array at `path`. Numbers and text are memory-mapped; an array of Python objects becomes a list.
 
-    pandas has ids as Python objects, which numpy.save pickles. They are read as data (see fusion.convert.safe_pickle).
+    numpy.save pickles arrays of Python objects, such as ids from pandas. These are parsed as data (see
+    fusion.convert.safe_pickle).
+
+    Args:
+        name: of the file, for messages.
 
     Raises:
-        DataError: it is not a complete .npy file, or its objects are not data.
+        DataError: the file is not a complete .npy file, or contains objects that are not plain data.
     """
     if zipfile.is_zipfile(path):
         raise _archive(path, name)
     try:
-        return np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it has no way to unpickle
+        return np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it never unpickles
     except (ValueError, EOFError, OSError, OverflowError) as error:
         if "Python objects" in str(error):
             return safe_pickle.load_objects(path, name)

@@ -1,8 +1,9 @@
-"""Reads the data in a pickle, or in a file of torch.save, without executing any of it.
+"""Reads the data in a pickle, or in a file of torch.save, without executing anything in it.
 
-A pickle is a program: it names callables and calls them. Here a name is looked up in a table, and what the table holds
-are not numpy's and torch's own callables but stand-ins for them, written in this file, that only accept plain numbers
-and text. So neither a name outside the table nor a forged dtype, shape, stride or state gets anywhere.
+A pickle is a program that names callables and calls them with arguments. This module only allows the names in a table.
+The table does not contain the callables of numpy and torch themselves, but stand-ins that are written in this file and
+only accept plain numbers and text. So a name outside the table is refused, and so is a forged dtype, shape, stride or
+state, which could make numpy or torch access memory outside an array.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _REMEDY: Final = (
     "pickle.dump({'embeddings': np.stack(rows), 'sample_ids': list(ids)}, file)"
 )
 _ALLOWED_IN_WORDS: Final = (
-    "allowed are numbers, text, lists, dicts, torch tensors and, but for torch.save, numpy arrays"
+    "allowed are numbers, text, lists, dicts, torch tensors and, except in files of torch.save, numpy arrays"
 )
 _ZIP_MAGIC: Final = b"PK\x03\x04"
 _TORCH_REFUSAL: Final = re.compile(r"GLOBAL ([\w.]+)|Unsupported (operand \d+)")
@@ -37,16 +38,16 @@ _PLAIN_DTYPE: Final = re.compile(r"[biu][1248]|f[248]|[US]\d{1,6}|O8?")
 
 
 class _Inert:
-    """Refuses BUILD, the opcode that would set attributes on an object or run its `__setstate__`."""
+    """Base class that refuses BUILD, the opcode that sets attributes of an object or calls its `__setstate__`."""
 
     __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        raise ValueError("a state for an object that takes none")
+        raise ValueError("a state for an object that has no state")
 
 
 class _Call(_Inert):
-    """A stand-in: the only kind of object in a pickle's reach that can be called."""
+    """A stand-in for a callable. A pickle can reach no other objects that can be called."""
 
     __slots__ = ("_function",)
 
@@ -58,7 +59,10 @@ class _Call(_Inert):
 
 
 class _Dtype(_Inert):
-    """Stand-in for numpy.dtype, which accepts forged sizes, offsets and flags: numbers and fixed-width text only."""
+    """Stand-in for numpy.dtype that only allows numbers and fixed-width text.
+
+    numpy.dtype itself would accept forged sizes, offsets and flags.
+    """
 
     __slots__ = ("value",)
 
@@ -75,7 +79,7 @@ class _Dtype(_Inert):
 
 
 class PickledArray(_Inert):
-    """Stand-in for an array or tensor; `unwrap` gives what it holds."""
+    """Stand-in for an array or tensor; `unwrap` returns its content."""
 
     __slots__ = ("value",)
 
@@ -85,7 +89,7 @@ class PickledArray(_Inert):
     def __setstate__(self, state: object) -> None:
         if self.value is not None:
             raise ValueError("an array with two states")
-        shape, dtype, is_fortran, data = _as_tuple(state)[-4:]  # a version comes first, but not in old files
+        shape, dtype, is_fortran, data = _as_tuple(state)[-4:]  # before these comes a version, except in old files
         if isinstance(data, list):
             self.value = _object_list(data, shape)
         else:
@@ -111,7 +115,7 @@ def _object_list(data: list[object], shape: object) -> list[object]:
 
 
 def _from_bytes(data: Any, dtype: object, shape: object, order: Any, axes: object = None) -> NDArray[Any]:
-    """The array in `data`; numpy checks here that the bytes are as many as dtype and shape need."""
+    """The array in `data`. numpy checks that the number of bytes fits dtype and shape."""
     flat: NDArray[Any] = np.frombuffer(data, dtype=_plain_dtype(dtype))
     if order == "K" and axes is not None:
         return flat.reshape(_as_tuple(shape)).transpose(_as_tuple(axes))
@@ -125,11 +129,11 @@ def _frombuffer(*args: Any) -> PickledArray:
 def _reconstruct(subtype: object, *_: object) -> PickledArray:
     if subtype != "numpy.ndarray":
         raise ValueError("an array that is not a numpy.ndarray")
-    return PickledArray()  # the array itself comes as its state
+    return PickledArray()  # its content follows as a state, by BUILD
 
 
 def _scalar(dtype: object, data: bytes) -> object:
-    if not data:  # numpy has no text of width 0, a pickle of np.str_("") has
+    if not data:  # a pickle of np.str_("") has text of width 0, which numpy does not support
         return ""
     return np.frombuffer(data, dtype=_plain_dtype(dtype), count=1)[0].item()
 
@@ -141,7 +145,7 @@ def _encode(text: object, codec: object) -> bytes:
 
 
 def _load_storage(data: bytes) -> PickledArray:
-    """The numbers of a torch storage; torch's own version of this function executes what is in `data`."""
+    """The numbers of a torch storage. torch's own version of this function would unpickle `data` without limits."""
     import torch
 
     storage = _load_torch(io.BytesIO(data))
@@ -151,7 +155,7 @@ def _load_storage(data: bytes) -> PickledArray:
 
 
 def _rebuild_tensor(storage: object, offset: int, size: object, stride: object, *_: object) -> PickledArray:
-    """A view of the storage, inside its bounds: size and stride are as untrusted as the rest of the file."""
+    """A view of the storage. Size and stride come from the file, so this checks that they stay within the storage."""
     if not isinstance(storage, PickledArray) or not isinstance(storage.value, np.ndarray) or storage.value.ndim != 1:
         raise ValueError("a tensor without storage")
     flat, sizes, strides = storage.value, _as_tuple(size), _as_tuple(stride)
@@ -176,12 +180,15 @@ def _tensor_to_numpy(tensor: Any) -> NDArray[Any]:
 
 
 def _table() -> Mapping[tuple[str, str], object]:
-    """What a pickle may name. A text is inert: it can be passed on, but neither called nor given attributes."""
+    """The names that a pickle may use, with their stand-ins.
+
+    A stand-in that is a text can be passed as an argument, but can neither be called nor get attributes.
+    """
     table: dict[tuple[str, str], object] = {
         ("numpy", "ndarray"): "numpy.ndarray",
         ("numpy", "dtype"): _Call(_Dtype),
         ("_codecs", "encode"): _Call(_encode),
-        ("__builtin__", "bytes"): _Call(lambda: b""),  # how protocols 0 to 2 write no bytes
+        ("__builtin__", "bytes"): _Call(lambda: b""),  # in protocols 0 to 2, this call stands for b""
         ("collections", "OrderedDict"): _Call(lambda: {}),
         ("torch.storage", "_load_from_bytes"): _Call(_load_storage),
         ("torch._utils", "_rebuild_tensor"): _Call(_rebuild_tensor),
@@ -203,12 +210,12 @@ ALLOWED: Final = _table()
 
 
 class _RefusedError(ValueError):
-    """A pickle names a callable, `module.name`, that is not in the table."""
+    """A pickle contains a name, `module.name`, that is not in the table."""
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
-        """The stand-in for `module.name`. A dotted name of protocol 4 is one key here, so no attribute is ever read."""
+        """The stand-in for `module.name`. Protocol 4 allows dotted names, but here each is one key of the table."""
         if (module, name) not in ALLOWED:
             raise _RefusedError(f"{module}.{name}")
         return ALLOWED[module, name]
@@ -219,11 +226,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _load_torch(source: Path | BinaryIO) -> Any:
-    """What torch.save wrote, by torch's own reader of data, which has a table too and names what it refuses."""
+    """Reads a file of torch.save with torch's `weights_only` unpickler, which has a similar table."""
     import torch
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # it warns of pickle protocols that its own writer never uses
+        with warnings.catch_warnings(action="ignore"):  # it warns about pickle protocols other than torch.save's
             return torch.load(source, weights_only=True, map_location="cpu")
     except Exception as error:
         refused = _TORCH_REFUSAL.search(str(error))
@@ -242,15 +249,16 @@ def _load(path: Path) -> object:
 
 
 def load(path: Path, name: str) -> object:
-    """The object in the pickle at `path`, with `PickledArray` for its arrays; `name` is what errors call the file.
+    """The object in the pickle at `path`, with a `PickledArray` for each array. `name` is the file's name in errors.
 
-    Raises DataError where the file is no pickle, is truncated, or names anything but data.
+    Raises:
+        DataError: the file is not a pickle, is truncated, or contains anything but plain data.
     """
     return _as_data(lambda: _load(path), name)
 
 
 def load_objects(path: Path, name: str) -> object:
-    """As `load`, for an array of Python objects that numpy.save wrote: a header, and a pickle after it."""
+    """As `load`, for an array of Python objects that numpy.save wrote: a header followed by a pickle."""
 
     def read() -> object:
         with path.open("rb") as file:
@@ -269,18 +277,19 @@ def _as_data(read: Callable[[], object], name: str) -> object:
         return read()
     except _RefusedError as error:
         raise DataError(f"{name} asks for {error}, which is not data; {_ALLOWED_IN_WORDS}", _REMEDY) from None
-    except Exception as error:  # a broken pickle fails in any way, by the opcode that the damage made
+    except Exception as error:  # damaged bytes can be any opcode, so any kind of error may follow
         raise DataError(f"{name} is not a readable pickle of data ({_first_line(error)})", _REMEDY) from None
 
 
 def unwrap(value: object, name: str) -> object:
-    """The numpy array (or the list, for an object array) that `value` stands for; any other value as it is.
+    """The numpy array (or the list, for an array of objects) in a `PickledArray` or tensor; other values unchanged.
 
-    Raises DataError, calling it `name`, for a tensor without an array of numbers, such as a sparse one.
+    Raises:
+        DataError: a tensor cannot be converted, such as a sparse one; names it `name`.
     """
     if isinstance(value, PickledArray):
         return value.value
-    torch = sys.modules.get("torch")  # a tensor cannot be here unless torch already is
+    torch = sys.modules.get("torch")  # if torch has not been imported, the value cannot be a tensor
     if torch is None or not isinstance(value, torch.Tensor):
         return value
     try:

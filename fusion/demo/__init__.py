@@ -1,1 +1,1 @@
-"""The main job on a generated catalog: `python -m fusion.demo`."""
+"""A complete example on a generated catalog: `python -m fusion.demo`."""

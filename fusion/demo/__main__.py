@@ -1,7 +1,7 @@
-"""The main job on a generated catalog, from nothing to a submission: `python -m fusion.demo`, or `make demo`.
+"""A complete example on a generated catalog, from data to a submission: `python -m fusion.demo`, or `make demo`.
 
-Generates about 6,000 products in `demo/data`, trains, evaluates and predicts with `all_embeddings` as a user would, and
-compares the submission with what the test products were sold for, which no run has seen.
+Generates about 6,000 products in `demo/data`; trains, evaluates and predicts with `all_embeddings` as a user would; and
+compares the submission with the true prices of the test products, which no command has read.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A made-up product catalog with a known answer, to try every command without any data of one's own.
+"""Generates a product catalog with known true prices, to try all commands without data.
 
     python -c "from pathlib import Path; from fusion.demo.catalog import generate; generate(Path('demo'))"
 
-Each product has 12 visual and 12 textual latent factors, 4 of them shared. Its log price is a nonlinear function of
-both plus noise, so the best possible score is known. Each embedding source encodes the latents of its modality, with
-the oddities of real encoders: constant columns, scales of their own, placeholder images, missing and broken rows,
+Each product has 12 visual and 12 textual latent factors, 4 of which are shared. Its log price is a nonlinear function
+of both plus noise, so the best possible score is known. Each embedding source encodes the latents of its modality, with
+the flaws of real data: constant columns, different scales, placeholder images, missing and broken rows, and
 near-duplicate products.
 """
 
@@ -29,10 +29,14 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 DIMS: Mapping[str, int] = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
-N_LATENTS, N_OWN, N_BLIND, N_STRUCTURAL = 12, 8, 2, 3  # latents: those of the modality first, then the shared
+# Latents per modality: the first N_OWN are its own, the others are shared. A source does not see N_BLIND of them. The
+# last N_STRUCTURAL columns of Qwen's embeddings describe the text (its length, digits and quantity).
+N_LATENTS, N_OWN, N_BLIND, N_STRUCTURAL = 12, 8, 2, 3
+# Shares of products that are copies of others, and that have a placeholder image; deviation of a copy's log price.
 COPY_SHARE, PLACEHOLDER_SHARE, COPY_NOISE = 0.04, 0.0125, 0.02
-DECAY, SALIENCE = 0.6, 0.8  # what a latent adds to the price, and to an image or a text, relative to the one before it
-ENCODER_NOISE = 0.05  # std per column, where tanh spans -1 to 1
+# Effect of each latent relative to that of the previous one: on the price, and on embeddings.
+DECAY, SALIENCE = 0.6, 0.8
+ENCODER_NOISE = 0.05  # standard deviation per column; values are a tanh, from -1 to 1
 LOG_MEDIAN, LOG_STD, LOWEST, HIGHEST = math.log(18.0), 1.05, 1.0, 600.0  # US dollars
 QUANTITIES = np.array([1, 2, 3, 4, 6, 12])
 
@@ -57,10 +61,10 @@ VOCABULARY: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What the rows of `test.csv` sold for, in its order; all three arrays are [n_test].
+    """The true prices of the rows of `test.csv`, in its order; all three arrays are [n_test].
 
-    `prices` (dollars) include the noise. `medians` do not: SMAPE is symmetric in log price, and so is the noise, so no
-    prediction can be expected to score better than they do.
+    `prices` (dollars) include the noise; `medians` do not. As both SMAPE and the noise are symmetric in log price,
+    `medians` are the best possible prediction.
     """
 
     sample_ids: Ints
@@ -70,7 +74,7 @@ class Truth:
 
 @dataclass(frozen=True, eq=False)
 class _Catalog:
-    """Every product, training rows first; a copy has the latents and the text of its original."""
+    """All products, training rows first. A copy has the latents and the text of its original."""
 
     n_train: int
     sample_ids: Ints
@@ -95,18 +99,27 @@ def generate(
 ) -> Truth:
     """Write `train.csv`, `test.csv`, `test_truth.csv` and `embeddings/<split>/<source>.parquet` below `folder`.
 
-    `n_products` counts both splits, `n_test` is a sixth of it by default. A source of `dims` is visual when its name
-    contains "image", else textual. `noise` is the std of the log price, `missing` the share of ids absent from each
-    source. One row of each split is in no source, and three rows a source hold a NaN. Same arguments, same bytes.
+    One row of each split is in no source, and three rows per source contain a NaN. The same arguments give the same
+    bytes.
+
+    Args:
+        n_products: number of products in both splits together.
+        dims: source to dimension; a source is visual if its name contains "image", else textual.
+        n_test: number of test products; a sixth of all by default.
+        noise: standard deviation of the noise of log prices.
+        missing: share of ids that each source lacks.
+
+    Raises:
+        ConfigError: an argument is out of range.
     """
     n_test = n_products // 6 if n_test is None else n_test
     _check(n_products, n_test, dims, noise, missing)
     catalog = _catalog(n_products, n_products - n_test, noise, np.random.default_rng([seed, 0]))
     folder.mkdir(parents=True, exist_ok=True)
     truth = _write_tables(folder, catalog)
-    for place, name in enumerate(sorted(dims, key=lambda name: "image" in name)):
+    for index, name in enumerate(sorted(dims, key=lambda name: "image" in name)):
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        _write_source(folder, name, catalog, _embed(name, dims[name], place, catalog, rng), missing, rng)
+        _write_source(folder, name, catalog, _embed(name, dims[name], index, catalog, rng), missing, rng)
     return truth
 
 
@@ -134,7 +147,10 @@ def _catalog(n: int, n_train: int, noise: float, rng: Generator) -> _Catalog:
 
 
 def _origins(side: Ints, rng: Generator) -> Ints:
-    """For each row the row it copies, or itself. Copies stay in their split, else the medians would not be the best."""
+    """For each row, the row that it copies, or the row itself.
+
+    A copy is in the same split as its original. Otherwise its price could be predicted better than by the median.
+    """
     origins, order = side.copy(), rng.permutation(len(side))
     n_copies = round(COPY_SHARE * len(side))
     origins[order[:n_copies]] = side[rng.choice(order[n_copies:], n_copies)]
@@ -142,7 +158,7 @@ def _origins(side: Ints, rng: Generator) -> Ints:
 
 
 def _log_prices(visual: Floats, textual: Floats) -> Floats:
-    """[n, 12] and [n, 12] -> [n] log dollars: in part linear, in part bent, in part a product of both sides."""
+    """[n, 12] and [n, 12] -> [n] log dollars: linear terms, absolute values, and a product of both modalities."""
     weights = np.random.default_rng(41).standard_normal((4, N_LATENTS))
     weights *= DECAY ** np.arange(N_LATENTS)
     weights /= np.linalg.norm(weights, axis=1, keepdims=True)
@@ -158,7 +174,10 @@ def _dollars(log_price: Floats) -> Floats:
 
 
 def _levels(latent: Floats, n_levels: int) -> Ints:
-    """[n] standard normal -> [n] levels from 0 to n_levels - 1, each about as frequent."""
+    """[n] standard normal -> [n] levels from 0 to n_levels - 1 of about equal frequency.
+
+    A logistic function with slope 1.7 is close to the normal distribution function.
+    """
     share = 1 / (1 + np.exp(-1.7 * latent))
     return np.minimum(n_levels * share, n_levels - 1).astype(np.int64)
 
@@ -190,13 +209,17 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
     table.to_csv(path, index=False, float_format="%.2f", lineterminator="\n")
 
 
-def _embed(name: str, dim: int, place: int, catalog: _Catalog, rng: Generator) -> NDArray[np.float16]:
-    """[n, dim]: all latents but two seen through a random map; one vector for all that have no image."""
+def _embed(name: str, dim: int, index: int, catalog: _Catalog, rng: Generator) -> NDArray[np.float16]:
+    """[n, dim] embeddings: a random map of all latents but two; all products without an image get the same vector.
+
+    Args:
+        index: number of the source; sources with odd and even numbers miss different latents.
+    """
     visual = "image" in name
     latents = catalog.visual if visual else catalog.textual
     mixing = rng.standard_normal((N_LATENTS, dim), dtype=np.float32) / math.sqrt(N_LATENTS)
     mixing *= SALIENCE ** np.arange(N_LATENTS, dtype=np.float32)[:, None]
-    first = N_OWN - N_BLIND * (1 + place % 2)
+    first = N_OWN - N_BLIND * (1 + index % 2)
     mixing[first : first + N_BLIND] = 0
     bias = 0.2 * rng.standard_normal(dim, dtype=np.float32)
     values = np.tanh(latents.astype(np.float32) @ mixing + bias)
@@ -213,7 +236,7 @@ def _embed(name: str, dim: int, place: int, catalog: _Catalog, rng: Generator) -
 
 
 def _flatten_columns(values: NDArray[np.float32], rng: Generator) -> None:
-    """Make two columns constant and one nearly so, in place, as dead units of encoders are."""
+    """Make two columns constant and one nearly constant, in place, like dead units of encoders."""
     width = values.shape[1] - N_STRUCTURAL
     if width < 2:
         return
@@ -225,7 +248,7 @@ def _flatten_columns(values: NDArray[np.float32], rng: Generator) -> None:
 def _write_source(
     folder: Path, name: str, catalog: _Catalog, values: NDArray[np.float16], missing: float, rng: Generator
 ) -> None:
-    """Write both splits, each without its last row, without a share of the others, and in an order of its own."""
+    """Write both splits in random order, without the last row of each and without a share of the other rows."""
     train, test = np.split(np.arange(len(values)), [catalog.n_train])
     for split, rows, n_broken in (("train", train, 2), ("test", test, 1)):
         n_absent = max(1, round(missing * len(rows)))

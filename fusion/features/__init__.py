@@ -1,1 +1,1 @@
-"""Sources that are computed from the tables: texts, quantities and columns."""
+"""Sources that are computed from the tables: terms of texts, quantities in texts, and columns."""

@@ -1,4 +1,7 @@
-"""Columns of the tables as numbers: each is fitted on the training rows, and says later when it is another column."""
+"""Turns columns of the tables into vectors. Each column is fitted on the training rows.
+
+If a column has values of another type than in training, it is an error.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,24 @@ from pydantic import TypeAdapter
 
 from fusion.errors import DataError
 
-MISSING = pa.array(["", "nan", "na", "n/a", "null", "none", "<na>", "nat", "-"], pa.large_string())
-MOST_CATEGORIES = 64  # that get a place of their own; the others share one
-WIDE = 100.0  # times the median, in size: such columns count by their logarithm
-LARGEST = 8.0  # deviations
-# Rank correlation with the price from which a column is taken for the price under another name.
+MISSING = pa.array(["", "nan", "na", "n/a", "null", "none", "<na>", "nat", "-"], pa.large_string())  # lower case
+MOST_CATEGORIES = 64  # the most frequent categories have a dimension each; all others share one
+WIDE = 100.0  # if the largest absolute value is more than this times the median one, logarithms are used
+LARGEST = 8.0  # standard deviations at which scaled numbers are clamped; only outliers reach it
+# A column whose rank correlation with the price is higher than this (in absolute value) is taken for a copy of the
+# price in another unit. A real property of products is never that exact. Columns with fewer than FEWEST different
+# values are not checked, because few values can order rows like their prices by chance.
 SUSPICIOUS, FEWEST = 0.995, 20
 
 
 @dataclass(frozen=True)
 class Column:
-    """What is known of a column.
+    """A fitted column.
 
     Attributes:
-        is_log: numbers count by sign and log1p of their size.
-        centre, scale: of the numbers, or of their logarithms.
-        categories: the most frequent texts, by frequency.
+        is_log: whether a number x is replaced by sign(x) * log1p(|x|).
+        centre, scale: mean and standard deviation of the numbers, after this.
+        categories: the most frequent texts, in descending order of frequency.
     """
 
     name: str
@@ -40,17 +45,17 @@ class Column:
 
     @property
     def dim(self) -> int:
-        """Numbers: value, is missing. Categories: one each, any other, is missing."""
+        """Number of dimensions. Numbers: value and "is missing". Categories: one each, "any other" and "is missing"."""
         return 2 if self.kind == "number" else len(self.categories) + 2
 
     def vectors(self, texts: pa.Array, where: str) -> np.ndarray:
-        """[n, D] float32.
+        """[n, D] float32 vectors of the column's values.
 
         Args:
-            where: what the file is called in messages.
+            where: name of the file, for messages.
 
         Raises:
-            DataError: the column is of another type than in training.
+            DataError: the values have another type than in training.
         """
         return self._numbers(texts, where) if self.kind == "number" else self._one_hot(texts, where)
 
@@ -59,7 +64,7 @@ class Column:
         wrong = np.flatnonzero(np.isnan(values) & ~is_missing)
         if len(wrong):
             raise DataError(
-                f"column {self.name!r} of {where} has {texts[int(wrong[0])].as_py()!r}, and all its values were "
+                f"column {self.name!r} of {where} has {texts[int(wrong[0])].as_py()!r}, but all its values were "
                 "numbers in training",
                 "write it as it was in training, or train again",
             )
@@ -69,17 +74,17 @@ class Column:
 
     def _one_hot(self, texts: pa.Array, where: str) -> np.ndarray:
         is_missing = missing(texts)
-        place = pc.index_in(_trimmed(texts), value_set=pa.array(self.categories, pa.large_string()))
-        place = place.fill_null(len(self.categories)).to_numpy(zero_copy_only=False)
-        place = np.where(is_missing, len(self.categories) + 1, place)
-        is_other = place == len(self.categories)
+        index = pc.index_in(_trimmed(texts), value_set=pa.array(self.categories, pa.large_string()))
+        index = index.fill_null(len(self.categories)).to_numpy(zero_copy_only=False)
+        index = np.where(is_missing, len(self.categories) + 1, index)
+        is_other = index == len(self.categories)
         if is_other.any() and is_other[~is_missing].all() and not np.isnan(numbers(texts)[is_other]).any():
             raise DataError(
-                f"column {self.name!r} of {where} has numbers only, and its values were texts such as "
+                f"column {self.name!r} of {where} has only numbers, but its values were texts such as "
                 f"{self.categories[0]!r} in training",
                 "write it as it was in training, or train again",
             )
-        found: np.ndarray = (place[:, None] == np.arange(self.dim)).astype(np.float32)
+        found: np.ndarray = (index[:, None] == np.arange(self.dim)).astype(np.float32)
         return found
 
 
@@ -87,10 +92,13 @@ COLUMNS = TypeAdapter(tuple[Column, ...])
 
 
 def fit(name: str, texts: pa.Array, prices: np.ndarray) -> Column:
-    """What the training rows say of a column; the prices [n] only serve to find out whether they are its values.
+    """Fits a column on the training rows.
+
+    Args:
+        prices: [n]; only used to find out whether the column is a copy of them.
 
     Raises:
-        DataError: it has no values, or they are the prices.
+        DataError: the column has no values, or is a copy of the prices.
     """
     values, is_missing = numbers(texts), missing(texts)
     if is_missing.all():
@@ -102,13 +110,13 @@ def fit(name: str, texts: pa.Array, prices: np.ndarray) -> Column:
 
 
 def missing(texts: pa.Array) -> np.ndarray:
-    """[n] bool: there is no value."""
+    """[n] bool: whether the value is missing."""
     found = pc.is_in(pc.utf8_lower(_trimmed(texts)), value_set=MISSING)
     return np.asarray(found.to_numpy(zero_copy_only=False), bool)
 
 
 def numbers(texts: pa.Array) -> np.ndarray:
-    """[n] float64; NaN for what is no finite number."""
+    """[n] float64; NaN for values that are not finite numbers."""
     found: pd.Series = pd.to_numeric(_trimmed(texts).to_pandas(), errors="coerce")
     values = np.asarray(found, np.float64)
     return np.where(np.isfinite(values), values, np.nan)
@@ -142,7 +150,7 @@ def _refuse_prices(name: str, values: np.ndarray, prices: np.ndarray) -> None:
     correlation = float(ranks["value"].corr(ranks["price"]))
     if abs(correlation) > SUSPICIOUS:
         raise DataError(
-            f"column {name!r} orders the rows as their prices do (rank correlation {correlation:.4f}): it is the price "
-            "under another name, and a score with it would say nothing",
+            f"column {name!r} orders the rows as their prices do (rank correlation {correlation:.4f}): it seems to be "
+            "a copy of the price, which would make scores meaningless",
             "leave it out of --columns",
         )

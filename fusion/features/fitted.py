@@ -1,7 +1,8 @@
-"""Sources that are computed from the tables: what a text says, the quantities in it, and columns of the user's.
+"""The computed sources of a run: terms of texts, quantities in texts, and columns that the user names.
 
-They are fitted once per run, on texts and columns of its training rows and never on prices, and are stored with it as
-`features.safetensors`, which no kill and no other machine changes afterwards: predictions and evaluations read it back.
+They are fitted once per run, on the texts and columns of its training rows, and never on prices. They are stored in the
+run's folder as `features.safetensors`. A resumed training, an evaluation and a prediction read that file instead of
+fitting again, so that all of them compute the same vectors.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from fusion.features.text import Space, shortened
 from fusion.records.manifests import FEATURES
 from fusion.records.run import RunFolder
 
-# Of a chunk of rows or of all: column to [n] large_string without nulls.
+# Column to [n] large_string without nulls, for all rows or a chunk of them.
 Columns = Mapping[str, pa.Array]
-# Role to vectors [n, D] float32, and whether the row [n] has any.
+# Role to vectors [n, D] float32, and whether the row has the role, [n] bool.
 Vectors = dict[str, tuple[np.ndarray, np.ndarray]]
 
 _REMEDY = "restore it, or train under another --run-id"
@@ -44,12 +45,12 @@ _REMEDY = "restore it, or train under another --run-id"
 
 @dataclass(frozen=True)
 class Features:
-    """What a run computes from a table.
+    """The fitted computed sources of a run.
 
     Attributes:
-        text_column: the column of texts; empty: texts are no source.
-        spaces: the kinds of terms that the training texts had.
-        columns: those of the user's.
+        text_column: the column of texts; empty if texts are not used.
+        spaces: the fitted TF-IDF spaces, one for each kind of terms that occurs in the training texts.
+        columns: the fitted columns.
     """
 
     text_column: str
@@ -58,7 +59,7 @@ class Features:
 
     @property
     def dims(self) -> dict[str, int]:
-        """Role to dimension, in the order of the model."""
+        """Role to dimension, in the model's order."""
         dims = {f"text_{space.kind}": features_text.DIM for space in self.spaces}
         if self.text_column:
             dims["text_numbers"] = features_numbers.DIM
@@ -66,17 +67,17 @@ class Features:
 
     @property
     def names(self) -> list[str]:
-        """The columns of a table that it needs."""
+        """Names of the columns of a table that are needed."""
         return [*([self.text_column] if self.text_column else []), *(column.name for column in self.columns)]
 
     def vectors(self, rows: Columns, where: str) -> Vectors:
-        """Vectors of these rows, each computed from its row alone.
+        """The vectors of these rows. Each depends on its row alone.
 
         Args:
-            where: what the file is called in messages.
+            where: name of the file, for messages.
 
         Raises:
-            DataError: a column is of another type than in training.
+            DataError: a column has values of another type than in training.
         """
         found: Vectors = {}
         if self.text_column:
@@ -92,19 +93,19 @@ class Features:
 
 
 def read_columns(config: RunConfig) -> list[str]:
-    """Columns that the settings' computed sources need, where the table has them."""
+    """Names of the columns that the settings' computed sources need."""
     return [*([config.text_column or TEXT_COLUMN] if config.features else []), *config.columns]
 
 
 def training_columns(config: RunConfig, table: Table) -> Columns:
-    """The columns that sources are computed from, by name, all rows [N].
+    """The columns from which sources are computed, by name, for all rows [N] of the training table.
 
     Raises:
-        DataError: there is no such column.
+        DataError: a column is missing.
     """
     if config.features and config.text_column is None and TEXT_COLUMN not in table.frame.columns:
         raise DataError(
-            f"{table.name} has no column {TEXT_COLUMN!r} whose texts could be a source; it has {list(table.columns)}",
+            f"{table.name} has no column {TEXT_COLUMN!r}, which --features text needs; it has {list(table.columns)}",
             "name the column of texts with --text-column, or leave out --features",
         )
     flags = dict.fromkeys(config.columns, "--columns")
@@ -112,10 +113,10 @@ def training_columns(config: RunConfig, table: Table) -> Columns:
 
 
 def columns_of(features: Features | None, table: Table) -> Columns:
-    """The same of another table; none without features.
+    """The same for another table than that of the training; empty without features.
 
     Raises:
-        DataError: it lacks a column that the model was trained with.
+        DataError: a column that the model was trained with is missing.
     """
     if features is None:
         return {}
@@ -124,7 +125,7 @@ def columns_of(features: Features | None, table: Table) -> Columns:
         raise DataError(
             f"{table.name} has no column {lacking[0]!r}, which the model was trained with; it has "
             f"{list(table.columns)}",
-            "add the column, or train without it",
+            "add the column, or train a model without it",
         )
     return {name: _texts(table, name, "") for name in features.names}
 
@@ -138,7 +139,7 @@ def _texts(table: Table, name: str, flag: str) -> pa.Array:
 
 
 def row_hashes(columns: Columns) -> np.ndarray:
-    """[n] uint64 of all that is computed from each row."""
+    """[n] uint64 hash of each row's values of these columns."""
     total = np.zeros(len(next(iter(columns.values()))), np.uint64)
     for name in sorted(columns):
         total = mix_bits(total + np.uint64(1)) ^ text_hashes(columns[name])
@@ -152,12 +153,13 @@ def fit_features(
 
     Args:
         columns: of all N rows.
-        prices: [N], to find out whether a column is the price under another name; nothing else depends on them.
-        trains: [N] bool; all rows where each is held out by some members only: their texts are seen, no price is.
-        beat: called now and then; it may raise.
+        prices: [N]; only used to find out whether a column is a copy of the price.
+        trains: [N] bool; the training rows. If all folds validate in one run, these are all rows: then the fit uses
+            texts of rows that some members hold out, but no prices.
+        beat: called regularly, for the watchdog; it may raise an exception to stop.
 
     Raises:
-        DataError: a column is empty, or is the price.
+        DataError: a column is empty, or is a copy of the price.
     """
     started, rows = time.monotonic(), np.flatnonzero(trains)
     of_training = {name: column.take(rows) for name, column in columns.items()}
@@ -174,7 +176,7 @@ def fit_features(
 
 
 def to_bytes(features: Features) -> bytes:
-    """The same bytes for the same features."""
+    """Serialises the features; equal features give equal bytes."""
     tensors: dict[str, np.ndarray] = {}
     for space in features.spaces:
         tensors |= {f"{space.kind}.terms": space.terms, f"{space.kind}.idf": space.idf}
@@ -184,9 +186,10 @@ def to_bytes(features: Features) -> bytes:
 
 
 def from_bytes(content: bytes, url: str) -> Features:
-    """Raises a DataError that names `url` when the content is not what `to_bytes` writes."""
+    """Parses what `to_bytes` wrote. Raises a DataError that names `url` if the content is damaged."""
     try:
         tensors = load(content)
+        # A safetensors file starts with the length of its JSON header; `load` does not return the header's metadata.
         length = int.from_bytes(content[:8], "little")
         facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["features"])
         spaces = tuple(Space(kind, tensors[f"{kind}.terms"], tensors[f"{kind}.idf"]) for kind in facts["kinds"])
@@ -200,18 +203,18 @@ def write_features(run: RunFolder, features: Features) -> None:
 
 
 def read_features(run: RunFolder, sha256: str = "") -> Features:
-    """The computed sources of a run.
+    """Reads the computed sources of a run.
 
     Args:
-        sha256: of the bytes that the run was trained with; unknown if empty.
+        sha256: expected sha256 of the file; empty if it is not known.
 
     Raises:
-        DataError: there are none, or the file is damaged.
+        DataError: the file does not exist, or is damaged.
     """
     url = run.at(FEATURES)
     content = storage.read_if_exists(url)
     if content is None:
-        raise DataError(f"{url} does not exist, and the run computes sources with it", _REMEDY)
+        raise DataError(f"{url} does not exist, but the run needs it to compute sources", _REMEDY)
     if sha256 not in ("", storage.sha256(content)):
         raise DataError(f"{url} is not the one that the run was trained with", _REMEDY)
     return from_bytes(content, url)

@@ -1,4 +1,4 @@
-"""Computed sources as rows of the store: each node computes them once, its ranks in turn, into tensors they share."""
+"""Adds computed sources to a row store. Each node computes them once; its ranks take turns and share the tensors."""
 
 from __future__ import annotations
 
@@ -14,66 +14,68 @@ from fusion.distributed.world import World, held
 from fusion.features.fitted import Columns, Features, row_hashes
 from fusion.features.text import CHUNK_ROWS
 
-COMPARED = "text_chars"
+COMPARED = "text_chars"  # the computed role of which `compared` keeps the vectors
 
 
 def with_features(
-    store: RowStore, features: Features | None, columns: Columns | None, name: str, place: World
+    store: RowStore, features: Features | None, columns: Columns | None, name: str, world: World
 ) -> RowStore:
-    """The store with the computed roles after its own; the same for any number of ranks.
+    """The store with the computed roles added after its own. The result does not depend on the number of ranks.
 
     Args:
-        features: on every rank; None: there are none.
-        columns: what they are computed from, of all rows; only on rank 0.
-        name: of the table's file, for messages.
+        features: the fitted sources, on every rank; None if there are none.
+        columns: their columns of all rows; only needed on rank 0.
+        name: name of the table's file, for messages.
 
     Raises:
-        DataError: a column is of another type than in training.
+        DataError: a column has values of another type than in training.
         StopRequested: one of the ranks was asked to stop.
     """
     if features is None:
         return store
     target = RowStore(
-        {role: node_tensor((len(store), dim), _dtype(role), place) for role, dim in features.dims.items()},
-        {role: node_tensor((len(store),), torch.bool, place) for role in features.dims},
+        {role: node_tensor((len(store), dim), _dtype(role), world) for role, dim in features.dims.items()},
+        {role: node_tensor((len(store),), torch.bool, world) for role in features.dims},
         tuple(features.dims),
-        node_tensor((len(store),), torch.int64, place),
+        node_tensor((len(store),), torch.int64, world),
     )
     for number, start in enumerate(range(0, len(store), CHUNK_ROWS)):
-        _fill_chunk(target, features, columns, name, place, number, start)
+        _fill_chunk(target, features, columns, name, world, number, start)
     return replace(target, values=store.values | target.values, present=store.present | target.present)
 
 
 def compared(store: RowStore) -> RowStore:
-    """The roles by which nights are compared: those that were read, and the pieces of the texts' words.
+    """The store with the roles by which the embeddings of two nightly runs are compared.
 
-    The texts stand under the right ids, so that embeddings under wrong ones, of all sources alike, disagree with them.
-    The other computed roles say the same, or hold few different vectors.
+    These are all roles that were read, and `text_chars`. Texts come from the table, so they belong to the right ids.
+    If the embeddings of all sources stand under the same wrong ids, they do not fit the texts. The other computed roles
+    would add nothing: they follow from the same texts, or have few different vectors.
     """
     return store.of_roles([role for role in store.values if role not in store.computed or role == COMPARED])
 
 
 def _dtype(role: str) -> torch.dtype:
+    # Quantities and numbers of columns may need more precision than the normalised vectors of terms.
     return torch.float32 if role in ("text_numbers", "columns") else torch.float16
 
 
 def _fill_chunk(
-    target: RowStore, features: Features, columns: Columns | None, name: str, place: World, number: int, start: int
+    target: RowStore, features: Features, columns: Columns | None, name: str, world: World, number: int, start: int
 ) -> None:
-    """Sends a chunk of texts to all ranks; the one of each node whose turn it is computes."""
+    """Sends a chunk of texts to all ranks. On each node, the rank whose turn it is computes its vectors."""
     rows = slice(start, min(start + CHUNK_ROWS, len(target)))
 
     def cut() -> Columns:
-        taken = np.arange(rows.start, rows.stop)  # a slice would be sent with all that it is a slice of
+        taken = np.arange(rows.start, rows.stop)  # copies; a slice of an Arrow array would be sent with the whole array
         return {column: values.take(taken) for column, values in held(columns).items()}
 
     def compute() -> None:
         stop_if_asked()
-        if number % place.local_size == place.local_rank:
+        if number % world.local_size == world.local_rank:
             _fill(target, features, chunk, rows, name)
 
-    chunk = place.on_main(cut)
-    place.together(compute)
+    chunk = world.on_main(cut)
+    world.together(compute)
 
 
 def _fill(target: RowStore, features: Features, chunk: Columns, rows: slice, name: str) -> None:

@@ -1,9 +1,9 @@
-"""The terms of texts, as 64-bit hashes: words and pairs of words, pieces of words, and short lines "Label: value".
+"""Extracts terms from texts, as 64-bit hashes: words and pairs of words, character n-grams, and lines "Label: value".
 
-A whole chunk of texts is cut up in the compiled code of Arrow, NumPy and SciPy, and each different word once: a Python
-function called for each term, as the vectorizers of scikit-learn do it, takes twenty times as long. Hashes of 64 bits
-stand for the terms: two of a million terms share one in 1 of 30 million catalogs, and a vocabulary of hashes is an
-array like any other.
+A chunk of texts is tokenised in the compiled code of Arrow, NumPy and SciPy, and each distinct word is processed once.
+scikit-learn's vectorizers call a Python function per term, and take twenty times as long. Terms are represented by
+hashes of 64 bits, so that a vocabulary is a plain array. Two of a million terms have the same hash in one of 30 million
+catalogs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from scipy import sparse
 from fusion.data.text_hashes import mix_bits, text_hashes
 
 _BETWEEN_WORDS = r"[^\pL\pN]+"
-_FIELD = r"^\s*(?P<label>[^:]{1,40}?)\s*:\s*(?P<value>\S.{0,59}?)\s*$"  # longer values are sentences, not properties
-PIECES = (3, 4, 5)  # letters of a piece of a word, as usual for TF-IDF of characters
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, with its bits well spread (the golden ratio)
+# A line "Label: value". Longer labels and values are usually sentences instead of properties.
+_FIELD = r"^\s*(?P<label>[^:]{1,40}?)\s*:\s*(?P<value>\S.{0,59}?)\s*$"
+PIECES = (3, 4, 5)  # lengths of character n-grams; a common choice for TF-IDF
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: an odd multiplier that spreads bits well
 _SPACE = ord(" ")
 
 
@@ -30,30 +31,30 @@ class Terms:
     """The terms of n texts.
 
     Attributes:
-        hashes: [T] uint64, ascending, each once.
-        counts: [n, T] how often each text has each term.
+        hashes: [T] uint64, ascending and unique.
+        counts: [n, T] how often each text contains each term.
     """
 
     hashes: np.ndarray
     counts: sparse.csr_array
 
     def n_rows(self) -> np.ndarray:
-        """[T] number of texts that have the term."""
+        """[T] number of texts that contain each term."""
         return np.bincount(self.counts.indices, minlength=len(self.hashes))
 
     def among(self, vocabulary: np.ndarray) -> sparse.csr_array:
-        """[n, V] counts of the terms of a vocabulary [V] uint64, ascending; those of a row in this order."""
-        place = np.searchsorted(vocabulary, self.hashes).clip(max=max(0, len(vocabulary) - 1))
+        """[n, V] counts of the terms of a vocabulary [V] uint64, which is ascending; each row's indices are sorted."""
+        position = np.searchsorted(vocabulary, self.hashes).clip(max=max(0, len(vocabulary) - 1))
         known = np.flatnonzero(np.isin(self.hashes, vocabulary))
         kept = self.counts[:, known]
         shape = (kept.shape[0], len(vocabulary))
-        found = sparse.csr_array((kept.data, place[known][kept.indices], kept.indptr), shape=shape)
+        found = sparse.csr_array((kept.data, position[known][kept.indices], kept.indptr), shape=shape)
         found.sort_indices()
         return found
 
 
 def words(texts: pa.Array) -> Terms:
-    """Words of letters and digits, small, and pairs of neighbouring words."""
+    """Words of letters and digits, in lower case, and pairs of neighbouring words."""
     rows, tokens = _words(texts)
     hashes = text_hashes(tokens.dictionary)[tokens.indices.to_numpy()]
     is_pair = rows[1:] == rows[:-1]
@@ -62,7 +63,7 @@ def words(texts: pa.Array) -> Terms:
 
 
 def chars(texts: pa.Array) -> Terms:
-    """Runs of 3 to 5 letters within the words, which have a space at either end."""
+    """Character n-grams (see `PIECES`) within words, where each word is padded with a space at both ends."""
     rows, tokens = _words(texts)
     shape = (len(texts), len(tokens.dictionary))
     of_texts = sparse.csr_array((np.ones(len(rows)), (rows, tokens.indices.to_numpy())), shape=shape)
@@ -71,7 +72,7 @@ def chars(texts: pa.Array) -> Terms:
 
 
 def fields(texts: pa.Array) -> Terms:
-    """Lines such as "Brand: Alder", small and without space around label and value."""
+    """Lines such as "Brand: Alder", in lower case, with label and value trimmed."""
     rows, lines = _flattened(pc.split_pattern(pc.utf8_lower(texts), "\n"))
     found = pc.extract_regex(lines, _FIELD)
     hashes = text_hashes(pc.binary_join_element_wise(*found.flatten(), _text(":")))
@@ -82,7 +83,7 @@ KINDS: dict[str, Callable[[pa.Array], Terms]] = {"words": words, "chars": chars,
 
 
 def _words(texts: pa.Array) -> tuple[np.ndarray, pa.DictionaryArray]:
-    """Row of each word, ascending, and the words."""
+    """The row of each word, ascending, and the words."""
     rows, found = _flattened(pc.split_pattern_regex(pc.utf8_lower(texts), _BETWEEN_WORDS))
     is_word = pc.not_equal(found, "")
     return rows[is_word.to_numpy(zero_copy_only=False)], pc.dictionary_encode(found.filter(is_word))
@@ -98,25 +99,25 @@ def _pieces(words: pa.Array) -> Terms:
 
 
 def _runs(letters: np.ndarray, row_of: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and hash of each run of letters with spaces at its ends only."""
+    """Row and hash of each n-gram of this length that lies within one padded word: spaces only at its ends."""
     if len(letters) < length:
         return np.empty(0, np.int64), np.empty(0, np.uint64)
     windows = np.lib.stride_tricks.sliding_window_view(letters, length)
     is_within = (windows[:, 1:-1] != _SPACE).all(axis=1)
     hashes = np.full(int(is_within.sum()), length, np.uint64)
-    for place in range(length):
-        hashes = hashes * _FACTOR + windows[is_within, place]
+    for position in range(length):
+        hashes = hashes * _FACTOR + windows[is_within, position]
     return row_of[: len(windows)][is_within], mix_bits(mix_bits(hashes))
 
 
 def _counted(rows: np.ndarray, hashes: np.ndarray, n_rows: int) -> Terms:
-    different, place = np.unique(hashes, return_inverse=True)
-    counts = sparse.coo_array((np.ones(len(rows)), (rows, place)), shape=(n_rows, len(different)))
-    return Terms(different, sparse.csr_array(counts))
+    unique, column = np.unique(hashes, return_inverse=True)
+    counts = sparse.coo_array((np.ones(len(rows)), (rows, column)), shape=(n_rows, len(unique)))
+    return Terms(unique, sparse.csr_array(counts))
 
 
 def _flattened(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Row of each element of a list array, and the elements."""
+    """The row of each element of a list array, and the elements."""
     return np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy()), pc.list_flatten(lists)
 
 

@@ -1,1 +1,1 @@
-"""The networks: layers, the price model around them, and its labelled neighbours."""
+"""The networks: layers, the price model around them, and its kernel regression on labelled neighbours."""

@@ -1,4 +1,4 @@
-"""Rows as a model gets them."""
+"""A batch of rows, as a model takes them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fusion.nn.neighbours import Candidates
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows as a model gets them.
+    """B rows as a model takes them.
 
     Attributes:
         inputs: role to [B, D_role] float32; zeros where the role is missing.
-        present: role to [B] bool.
-        folds: [B] part of the split that each row is in; None: they are not of a split.
-        groups: [B] group of near-duplicates of each row; None: they have none.
-        candidates: the rows of the memory that may be neighbours; None: they are still to be found.
+        present: role to [B] bool; whether the row has this role.
+        folds: [B] part of the split that each row is in; None for rows outside a split, such as those of test.csv.
+        groups: [B] group of near-duplicates of each row; None if they are not known.
+        candidates: rows of the memory that may be neighbours of each row; None if they were not searched yet.
     """
 
     inputs: dict[str, Tensor]

@@ -1,7 +1,7 @@
-"""The blocks that models are made of.
+"""The building blocks of the networks.
 
-B is the number of rows, D a source's dimension, W the width, T the tokens a source is given, E the number of experts.
-No block mixes rows: no batch normalisation, and attention runs over the tokens of one row.
+B is the number of rows, D the dimension of a source, W the width, T the number of tokens per source, E the number of
+experts. No block mixes rows: there is no batch normalisation, and attention is among the tokens of one row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class _Draws:
-    """Random numbers of one step: drawn for all rows of the global batch, of which this rank keeps its own."""
+    """The random numbers of a step. They are drawn for all rows of the global batch; a rank uses those of its rows."""
 
     generator: torch.Generator
     rows: slice
@@ -33,10 +33,12 @@ _draws: ContextVar[_Draws | None] = ContextVar("draws", default=None)
 
 @contextmanager
 def random_rows(seed: int, rows: slice, n_rows: int, device: torch.device) -> Iterator[None]:
-    """Inside, what is drawn for a row depends on `seed` and its place in the global batch, not on the ranks.
+    """Inside the block, random numbers of a row depend on `seed` and its position in the global batch alone.
+
+    So they do not depend on the number of ranks.
 
     Args:
-        rows: this rank's part of the global batch of `n_rows`.
+        rows: this rank's slice of the global batch of `n_rows` rows.
     """
     token = _draws.set(_Draws(torch.Generator(device).manual_seed(seed), rows, n_rows))
     try:
@@ -46,7 +48,7 @@ def random_rows(seed: int, rows: slice, n_rows: int, device: torch.device) -> It
 
 
 def uniform(like: Tensor) -> Tensor:
-    """Random numbers in [0, 1) of the shape of `like` [B, …]."""
+    """Uniform random numbers in [0, 1), with the shape of `like` [B, …]."""
     draws = _draws.get()
     if draws is None:
         return torch.rand(like.shape, device=like.device)
@@ -55,7 +57,7 @@ def uniform(like: Tensor) -> Tensor:
 
 
 def normal(like: Tensor) -> Tensor:
-    """Normally distributed random numbers of the shape of `like` [B, …]."""
+    """Standard normal random numbers, with the shape of `like` [B, …]."""
     draws = _draws.get()
     if draws is None:
         return torch.randn(like.shape, device=like.device)
@@ -64,7 +66,7 @@ def normal(like: Tensor) -> Tensor:
 
 
 class RowDropout(nn.Module):
-    """Dropout whose mask belongs to the row: the same with any number of ranks (see `random_rows`)."""
+    """Dropout whose mask of a row does not depend on the number of ranks (see `random_rows`)."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -77,9 +79,10 @@ class RowDropout(nn.Module):
 
 
 class Branch(nn.Module):
-    """A source's vector to T tokens: projection, norm, GELU, dropout; then each token adds its own view of the result.
+    """Maps a source's vector to T tokens.
 
-    Rows without the source get learned tokens instead.
+    The vector goes through projection, norm, GELU and dropout. Each token is the sum of the result and a linear map of
+    it, one per token. Rows without the source get learned tokens instead.
 
     Shape:
         x [B, D], present [B] bool -> [B, T, W]
@@ -99,7 +102,7 @@ class Branch(nn.Module):
 
 
 class Attention(nn.Module):
-    """Tokens look at the tokens of a context: pre-norm multi-head attention with a residual connection.
+    """Pre-norm multi-head attention of tokens to the tokens of a context, with a residual connection.
 
     Shape:
         x [B, N, W], context [B, M, W] -> [B, N, W]
@@ -123,7 +126,7 @@ class Attention(nn.Module):
         return x + seen
 
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """[B, heads, N, M] how much each token takes from each token of the context; rows sum to 1."""
+        """[B, heads, N, M] attention weights of each token over the tokens of the context; they sum to 1 over M."""
         query, key, _ = self._heads(x, context)
         weights: Tensor = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
         return weights
@@ -135,7 +138,7 @@ class Attention(nn.Module):
 
 
 class Experts(nn.Module):
-    """E networks of the same shape computed as one batched product, each with one output.
+    """E networks of the same shape with one output each, computed together as batched matrix products.
 
     Shape:
         x [B, I] -> [B, E]
@@ -158,7 +161,7 @@ class Experts(nn.Module):
 
 
 class _ExpertLinear(nn.Module):
-    """One linear map an expert: [B, E, I] -> [B, E, O]."""
+    """One linear map per expert: [B, E, I] -> [B, E, O]."""
 
     def __init__(self, n_experts: int, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -167,14 +170,14 @@ class _ExpertLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_experts, 1, dim_out).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The gradient of a bias must have the bias's own strides, or DDP warns and copies. Through this view it has
-        # them also for a batch of one row, whose gradient is otherwise handed through with the strides of the output.
+        # DDP warns and copies if the gradient of a parameter has other strides than the parameter. For a batch of one
+        # row, autograd would pass the gradient of the bias through with the strides of the output; this view avoids it.
         bias = self.bias.flatten(1).unsqueeze(1)
         return torch.baddbmm(bias, x.transpose(0, 1), self.weight).transpose(0, 1)
 
 
 class MixtureOfExperts(nn.Module):
-    """A gate that sees the input weighs the experts' outputs (Jacobs et al. 1991, all experts computed).
+    """Mean of the experts' outputs, weighted by a gate on the input (Jacobs et al. 1991). All experts are computed.
 
     Shape:
         x [B, I] -> [B]
@@ -190,14 +193,14 @@ class MixtureOfExperts(nn.Module):
         return self.explained(x)[0]
 
     def explained(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output [B], and {"gate": [B, E]}: the weight of each expert; rows sum to 1."""
+        """The output [B], and {"gate": [B, E]}, the weights of the experts; they sum to 1 over E."""
         x = self.norm(x)
         gate: Tensor = self.gate_network(x).softmax(-1)
         return (gate * self.experts(x)).sum(-1), {"gate": gate}
 
 
 class ConcatNetwork(nn.Module):
-    """The base model of every variant: one token a source, concatenated, and a plain network.
+    """The network of `--model concat`: one token per source, concatenated, and a plain network.
 
     Shape:
         {role: [B, D_role]}, {role: [B] bool} -> [B]

@@ -1,10 +1,11 @@
-"""Which labelled rows a row is most like, and the price that they give it: a kernel regression with a learned metric.
+"""Kernel regression with a learned metric: finds the most similar labelled rows, and predicts a price from theirs.
 
-The price of a row is the mean log price of its neighbours, weighted by a softmax over similarities (Nadaraya, 1964;
-Watson, 1964). A row's key is, for each role, the unit vector of its principal components. Bands of components count
-with learned weights of their own: in embeddings the small components, which plain cosines drown, tell products apart.
+The predicted log price of a row is the mean log price of its neighbours, weighted by a softmax over similarities
+(Nadaraya, 1964; Watson, 1964). The key of a row is the concatenation over roles of the unit vector of its principal
+components. The components of a role are divided into bands, and each band has a learned weight in the similarity: the
+components with little variance distinguish products, but hardly affect a plain cosine.
 
-B is the number of rows asked for, N of rows remembered, K of candidates, C of key columns, S of bands.
+B is the number of query rows, N of rows in the memory, K of candidates per query, C of columns of a key, S of bands.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FOUND_PER_KEPT = 2
 
 
 def bands_of(dims: Mapping[str, int]) -> Tensor:
-    """[C] int64: the band of each column of a key, of roles with these numbers of components.
+    """[C] int64: the band of each column of a key, for roles with these numbers of components.
 
     >>> bands_of({"a": 10, "b": 3}).tolist()
     [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 2]
@@ -54,23 +55,24 @@ def bands_of(dims: Mapping[str, int]) -> Tensor:
 
 
 def band_weights(change: Tensor) -> Tensor:
-    """[S] float64 weights of the bands, from what was learned [S], zeros before any is.
+    """[S] float64 weights of the bands, from the learned parameter [S], which is 0 before training.
 
-    Learned are small changes, which float32 tells apart finely, as it does not the weights themselves.
+    The parameter is a change relative to `FIRST_WEIGHT`, because float32 resolves small changes near 0 more finely than
+    near the weight itself.
     """
     return F.softplus(math.log(math.expm1(FIRST_WEIGHT)) + change.double())
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The rows of a memory that are most like each of B rows.
+    """The rows of a memory that are most similar to each of B query rows.
 
     Attributes:
         rows: [B, K] int64 positions in the memory.
-        similarities: [B, K, S] parts of the cosines that each band contributes.
-        log_prices: [B, K] float32.
-        folds: [B, K] part of the split that each is in.
-        usable: [B, K] bool; false where there are fewer than K.
+        similarities: [B, K, S] contribution of each band to the cosine similarities.
+        log_prices: [B, K] float32 log prices of the candidates.
+        folds: [B, K] part of the split that each candidate is in.
+        usable: [B, K] bool; false for padding, if a row has fewer than K candidates.
     """
 
     rows: Tensor
@@ -80,25 +82,25 @@ class Candidates:
     usable: Tensor
 
     def of(self, rows: Tensor) -> Candidates:
-        """Those of some of the rows [b]."""
+        """The candidates of some of the query rows [b]."""
         return Candidates(**{name: value[rows] for name, value in vars(self).items()})
 
     @staticmethod
     def joined(parts: Sequence[Candidates]) -> Candidates:
-        """Those of all rows, from those of some."""
+        """Concatenates the candidates of several sets of query rows."""
         return Candidates(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Candidates)))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Labelled rows that neighbours are taken from.
+    """The labelled rows among which neighbours are searched.
 
     Attributes:
         keys: [N, C] float16.
         log_prices: [N] float32.
-        folds: [N] int64 part of the split that each row is in; negative: the row is never a neighbour.
-        groups: [N] int64 group of near-duplicates.
-        bands: [C] int64, as of `bands_of`.
+        folds: [N] int64 part of the split that each row is in; if negative, the row is never a neighbour.
+        groups: [N] int64 group of near-duplicates of each row.
+        bands: [C] int64 band of each column of the keys, from `bands_of`.
         partition: by which a CPU searches approximately; None: it searches exactly, as a GPU always does.
     """
 
@@ -118,23 +120,25 @@ class Memory:
         return Memory(**moved, partition=self.partition if device.type == "cpu" else None)
 
     def of(self, rows: Tensor) -> Memory:
-        """Some of the rows [n], few enough to be searched exactly."""
+        """A memory of some of the rows [n], few enough for an exact search."""
         return Memory(self.keys[rows], self.log_prices[rows], self.folds[rows], self.groups[rows], self.bands)
 
     def without(self, held_out: Sequence[int]) -> Memory:
-        """The same, in which no row is a neighbour that all members hold out."""
+        """The same memory without neighbours from the parts that all members hold out."""
         parts = set(held_out)
         if len(parts) > 1:
             return self
         return replace(self, folds=torch.where(self.folds == parts.pop(), -1, self.folds))
 
     def search(self, queries: Tensor, weights: Tensor, k: int, groups: Tensor | None = None) -> Candidates:
-        """The k rows with the largest weighted similarity to each query, exactly but for rounding or by `partition`.
+        """The k rows with the largest weighted similarity to each query.
+
+        The search is exact except for rounding; with a `partition` it is approximate.
 
         Args:
             queries: [B, C] float16 keys.
-            weights: [S] of the bands; by a partition, always the same ones.
-            groups: [B] groups that are not neighbours of the row; None: all may be.
+            weights: [S] weights of the bands; with a partition, the same in every call.
+            groups: [B] group of each query, whose rows must not be its neighbours; None if there is no such limit.
         """
         k = min(k, len(self))
         if self.partition is not None:
@@ -195,7 +199,7 @@ class Memory:
         return Candidates(rows, similarities.float(), self.log_prices[rows], self.folds[rows], usable)
 
     def similarities(self, queries: Tensor, rows: Tensor) -> Tensor:
-        """[B, K, S] float16 of the queries [B, C] and the rows at these positions [B, K]."""
+        """[B, K, S] float16 similarities of the queries [B, C] to the rows at these positions [B, K], by band."""
         device = self.keys.device.type
         kind, n_rows = torch.float16 if device == "cuda" else torch.float32, GATHERED_ROWS[device]
         which, parts = F.one_hot(self.bands).to(kind), []
@@ -205,7 +209,7 @@ class Memory:
         return torch.cat(parts)
 
     def _totals(self, queries: Tensor, weights: Tensor, block: slice = slice(None)) -> Tensor:
-        """[B, n] weighted similarities to a block of rows, in the arithmetic that this device is fast in."""
+        """[B, n] weighted similarities to a block of rows, in the precision in which this device is fastest."""
         weighted = queries.float() * weights.float()[self.bands]
         if self.keys.device.type == "cuda":
             return weighted.half() @ self.keys[block].T
@@ -220,9 +224,10 @@ class Memory:
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row [B, N] and their positions, in falling order; several times as fast as `topk` alone.
+    """The k largest values of each row [B, N] in descending order, and their positions; much faster than `topk` alone.
 
-    The k largest values lie in the k parts with the largest maxima.
+    The columns are divided into parts. The k largest values lie in the k parts with the largest maxima, so `topk` only
+    has to search these.
     """
     n_parts = values.shape[1] // PART_COLUMNS
     if n_parts < 4 * k:
@@ -239,17 +244,20 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def _has_bf16_tiles() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices several times as fast as float32 ones; others are slower at it."""
+    """Whether this CPU has AMX, with which products of bfloat16 matrices are several times as fast as of float32.
+
+    On other CPUs they are slower.
+    """
     cpu = Path("/proc/cpuinfo")
     return cpu.exists() and "amx_bf16" in cpu.read_text()
 
 
 @dataclass(frozen=True)
 class CandidateTable:
-    """Candidates of all rows of a store, found once before a training.
+    """The candidates of all rows of a store, which are searched once before a training.
 
     Attributes:
-        rows: [N, K] int32; -1 where there are fewer than K.
+        rows: [N, K] int32 positions in the memory; -1 for padding, if a row has fewer than K candidates.
         similarities: [N, K, S] float16.
     """
 
@@ -258,14 +266,14 @@ class CandidateTable:
     similarities: Tensor
 
     def resident_on(self, device: torch.device) -> CandidateTable:
-        """The same in the device's memory, or as it is where it would fill more than half of what is free."""
+        """The same table in the GPU's memory, or unchanged if it would fill more than half of its free memory."""
         n_bytes = self.rows.nbytes + self.similarities.nbytes
         if device.type != "cuda" or n_bytes > torch.cuda.mem_get_info(device)[0] // 2:
             return self
         return CandidateTable(self.memory, self.rows.to(device), self.similarities.to(device))
 
     def of(self, rows: Tensor) -> Candidates:
-        """Candidates of the rows [B] of the store, on the device of the memory."""
+        """The candidates of these rows [B] of the store, on the memory's device."""
         rows = rows.to(self.rows.device)
         device = self.memory.keys.device
         positions = self.rows[rows].long().to(device)
@@ -274,13 +282,13 @@ class CandidateTable:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """What the neighbours of B rows say.
+    """The result of the kernel regression for B rows.
 
     Attributes:
-        log_price: [B] float64 weighted mean of their log prices.
-        deviation: [B] weighted standard deviation of them.
-        weights: [B, K] float64 of the candidates; they add up to 1, or to 0 where none is usable.
-        features: [B, N_FACTS + S] without a gradient: what a network may know of the neighbourhood.
+        log_price: [B] float64 weighted mean of the neighbours' log prices.
+        deviation: [B] weighted standard deviation of these log prices.
+        weights: [B, K] float64 weights of the candidates; they sum to 1, or to 0 if no candidate is usable.
+        features: [B, N_FACTS + S] features of the neighbourhood for the network, without a gradient.
     """
 
     log_price: Tensor
@@ -290,7 +298,7 @@ class Neighbourhood:
 
 
 class Neighbours(nn.Module):
-    """Learned attention over candidates; its values are their log prices, and nothing else.
+    """Attention over candidates with learned similarities, whose values are the candidates' log prices.
 
     Shape:
         candidates of B rows, usable [B, K] bool, median log price [] -> Neighbourhood

@@ -1,4 +1,4 @@
-"""One image and one text source: cross-attention and a gated mixture of experts, or plain concatenation."""
+"""Networks for one image and one text source: cross-attention with a mixture of experts, or plain concatenation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fusion.nn.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOf
 from fusion.qwen_clip.config import Config
 
 IMAGE = "clip_image"
-N_TOKENS = 4
-GATE_WIDTH = 512
+N_TOKENS = 4  # per source, with `--model fusion`
+GATE_WIDTH = 512  # hidden features of the gate
 
 
 class FusionNetwork(nn.Module):
-    """Four tokens a source; image tokens look at text tokens and the reverse; three experts price the row.
+    """Cross-attention between image and text tokens, four per source, and a mixture of experts.
 
-    What is computed from a table counts as text.
+    Sources that are computed from a table count as text.
     """
 
     def __init__(self, config: Config, dims: Mapping[str, int]) -> None:
@@ -40,12 +40,12 @@ class FusionNetwork(nn.Module):
         tokens = {role: branch(inputs[role], present[role]) for role, branch in self.branches.items()}
         image = tokens.pop(IMAGE)
         text = torch.cat(list(tokens.values()), dim=1)
-        looked = self.image_to_text(image, text), self.text_to_image(text, image)
-        return torch.cat([tokens.mean(1) for tokens in looked], dim=1)
+        attended = self.image_to_text(image, text), self.text_to_image(text, image)
+        return torch.cat([tokens.mean(1) for tokens in attended], dim=1)
 
 
 def build_network(config: Config, dims: Mapping[str, int]) -> nn.Module:
-    """The network that `--model` names."""
+    """The network that `--model` selects."""
     if config.model == "concat":
         return ConcatNetwork(dims, config.width, config.hidden, config.dropout)
     return FusionNetwork(config, dims)

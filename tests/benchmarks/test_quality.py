@@ -1,4 +1,4 @@
-"""That the benchmark of quality cannot flatter: its folds, what peers see of a fold, its blend, and what runs said."""
+"""The quality benchmark does not leak: its folds, the inputs of peers, the blend, and the predictions of runs."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_no_peer_sees_the_prices_that_it_is_measured_on(name: str, catalog: Cata
 
 
 @pytest.mark.parametrize("name", ["kernel", "nearest", "ridge", "mlp"])
-def test_peers_learn_and_know_nothing_of_prices_at_random(name: str, catalog: Catalog) -> None:
+def test_peers_learn_prices_but_not_random_ones(name: str, catalog: Catalog) -> None:
     shuffled = replace(catalog, prices=np.random.default_rng(0).permutation(catalog.prices))
     real, random = (
         np.mean(
@@ -131,7 +131,7 @@ def quick(name: str) -> dict[str, object]:
     return {key: few.get(key, value) for key, value in PEERS[name].settings.items()}
 
 
-def test_neighbours_tell_a_training_row_nothing_of_its_own_group(catalog: Catalog) -> None:
+def test_neighbour_features_of_a_training_row_exclude_its_group(catalog: Catalog) -> None:
     fold = open_fold(catalog, 0)
     twins = np.flatnonzero(np.bincount(catalog.groups)[catalog.groups] > 1)
     group = catalog.groups[np.intersect1d(twins, fold.train)[0]]
@@ -143,7 +143,7 @@ def test_neighbours_tell_a_training_row_nothing_of_its_own_group(catalog: Catalo
     assert not np.array_equal(before, after)
 
 
-def test_a_blend_of_a_folds_rows_knows_nothing_of_their_prices() -> None:
+def test_blend_weights_of_a_fold_do_not_depend_on_its_prices() -> None:
     rng = np.random.default_rng(0)
     targets, folds = rng.standard_normal(300), np.arange(300) % 3
     logs = targets + rng.standard_normal((3, 300)) * np.array([[0.3], [0.6], [2.0]])
@@ -209,7 +209,7 @@ def test_runs_of_all_folds_are_one_prediction_of_all_rows(catalog: Catalog, outp
     assert log_smape(second.logs[second.covered], catalog.logs[second.covered]) == pytest.approx(smape)
 
 
-def test_a_run_that_does_not_fit_is_an_error(catalog: Catalog, output: Path) -> None:
+def test_rejects_a_run_on_other_data(catalog: Catalog, output: Path) -> None:
     with pytest.raises(DataError, match="two of them of one fold"):
         read_runs(["f0", "f0"], str(output), catalog)
     with pytest.raises(DataError, match="other prices"):
@@ -218,7 +218,9 @@ def test_a_run_that_does_not_fit_is_an_error(catalog: Catalog, output: Path) -> 
         read_runs(["f0"], str(output), replace(catalog, ids=catalog.ids + "x"))
 
 
-def test_runs_stand_beside_peers(data: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_and_peers_are_in_one_table(
+    data: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["--data", str(data), "--sources", "clip_image=images", "qwen_text=texts", "--cache", str(tmp_path)]
     given += ["--models", "median", "ridge", "--output", str(output), "--runs", *(f"f{fold}" for fold in range(5))]
     assert command.main(given) == ExitCode.DONE
@@ -244,11 +246,11 @@ def test_runs_stand_beside_peers(data: Path, output: Path, tmp_path: Path, capsy
             ExitCode.CONFIG,
             "--reference is 'ridge'",
         ),
-        (["--models", "median", "--only-folds"], ExitCode.DATA, "holds no predictions of these peers"),
+        (["--models", "median", "--only-folds"], ExitCode.DATA, "has no predictions of these peers"),
         (["--runs", "nowhere"], ExitCode.DATA, "no run nowhere"),
     ],
 )
-def test_what_cannot_be_measured_is_said(
+def test_reports_what_cannot_be_measured(
     given: list[str], code: int, said: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["--data", str(data), "--sources", "clip_image=images", "--cache", str(tmp_path)]

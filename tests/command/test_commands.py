@@ -192,7 +192,7 @@ def test_a_run_with_other_dims_than_the_test_data(catalog: Path, tmp_path: Path,
     assert "the model was trained with 12" in done.err
 
 
-def test_commands_that_find_no_run(tmp_path: Path, here: Here) -> None:
+def test_commands_without_a_run(tmp_path: Path, here: Here) -> None:
     for job in (fusion.qwen_clip.predict_test, fusion.qwen_clip.evaluate_by_groups):
         check_error(here(job.main, "--output", str(tmp_path)), 65, "no finished run of qwen_clip")
         done = here(job.main, "--run-dir", str(tmp_path / "nothing"))
@@ -288,7 +288,7 @@ def test_help_loads_nothing_slow_and_explains_every_flag(job: str) -> None:
     assert "--output URL" in done.stdout and "(default: output)" in done.stdout and "--config FILE" in done.stdout
 
 
-def test_ranks_that_fail_together_say_it_once(catalog: Path, tmp_path: Path) -> None:
+def test_ranks_that_fail_together_report_it_once(catalog: Path, tmp_path: Path) -> None:
     flags = ["--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "out"), *SMALL]
     done = run_command("fusion.all_embeddings.train", *flags, ranks=2)
     assert done.code != 0

@@ -1,4 +1,4 @@
-"""Every exit code of the table, provoked for real through `fusion.launch`, with one rank alone and with two."""
+"""Provokes every exit code through `fusion.launch`, with one rank and with two."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ BAD: dict[int, tuple[list[str], str]] = {
 
 @each
 @pytest.mark.parametrize("code", BAD)
-def test_what_a_user_can_mend(code: int, command: str, ranks: int, catalog: Path, run: Path, tmp_path: Path) -> None:
+def test_errors_that_a_user_can_fix(
+    code: int, command: str, ranks: int, catalog: Path, run: Path, tmp_path: Path
+) -> None:
     flags, message = BAD[code]
     output = tmp_path if command == "train" else run
     check(Job(ranks, command, *flags_of(command, catalog, output), *flags), code, message)
@@ -135,7 +137,9 @@ def test_75_a_training_that_is_asked_to_stop(ranks: int, catalog: Path, tmp_path
 
 @ranks
 @pytest.mark.parametrize("command", COMMANDS[1:])
-def test_75_an_early_stop_of_what_has_parts(command: str, ranks: int, catalog: Path, run: Path, tmp_path: Path) -> None:
+def test_75_an_early_stop_of_a_resumable_command(
+    command: str, ranks: int, catalog: Path, run: Path, tmp_path: Path
+) -> None:
     """The signal comes while the ranks still load torch: it is remembered."""
     folder = next((run / "runs").iterdir())
     job = Job(ranks, command, *flags_of(command, catalog, tmp_path), "--run-dir", str(folder))

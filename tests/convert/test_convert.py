@@ -96,7 +96,7 @@ def test_npy_vectors_that_are_objects(tmp_path: Path) -> None:
     assert np.array_equal(values, VECTORS)
 
 
-def test_npz_says_how_to_make_npy_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_npz_error_explains_how_to_extract_npy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "embeddings.npz", vectors=VECTORS)
     (tmp_path / "embeddings.npz").rename(tmp_path / "embeddings.npy")
     np.save(tmp_path / "ids.npy", np.array(IDS))
@@ -129,7 +129,7 @@ def test_row_groups_are_whole_and_uncompressed(tmp_path: Path) -> None:
     assert np.array_equal(converted(target)[1], vectors)
 
 
-def test_what_was_written_is_told_and_nothing_else_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_what_was_written_and_leaves_no_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = convert_npy(tmp_path, VECTORS, np.array(IDS))
     assert capsys.readouterr().out == f"wrote 4 rows of 3 float32 to {target}\n"
     assert list(target.parent.iterdir()) == [target]
@@ -333,8 +333,8 @@ FORGED: dict[str, tuple[object, str]] = {
     "past the storage": (Reduces(REBUILD, STORAGE, 2, (2, 2), (2, 1), False, OrderedDict()), "needs 6 numbers"),
     "before the storage": (Reduces(REBUILD, STORAGE, 3, (2,), (-1,), False, OrderedDict()), "stride (-1,)"),
     "storage of a text": (Reduces(REBUILD, "storage", 0, (2,), (1,), False, OrderedDict()), "without storage"),
-    "attribute of a callable": (b"cnumpy\ndtype\n}Vx\nI1\nsb.", "takes none"),
-    "slot of a callable": (b"cnumpy\ndtype\nN}V_function\nI1\ns\x86b.", "takes none"),
+    "attribute of a callable": (b"cnumpy\ndtype\n}Vx\nI1\nsb.", "has no state"),
+    "slot of a callable": (b"cnumpy\ndtype\nN}V_function\nI1\ns\x86b.", "has no state"),
     "attribute of a class": (b"cnumpy\nndarray\n}Vx\nI1\nsb.", "'str' object"),
     "a class to instantiate": (b"\x80\x02cnumpy\nndarray\nI4\n\x85\x81.", "must be a type"),
     "call of a text": (b"cnumpy\nndarray\nI4\n\x85R.", "not callable"),
@@ -478,7 +478,7 @@ def test_double_that_float32_cannot_hold_is_refused(tmp_path: Path, capsys: pyte
     assert "float32" in capsys.readouterr().err
 
 
-def test_failed_conversion_keeps_the_file_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_conversion_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = convert_pickle(tmp_path, {"embeddings": VECTORS, "sample_ids": IDS})
     before = target.read_bytes()
     n_rows = ROW_GROUP + 1

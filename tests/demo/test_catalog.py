@@ -108,7 +108,7 @@ def test_copies_share_text_and_image_and_nearly_the_price(demo: tuple[Path, Trut
     assert not set(train.catalog_content) & set(pd.read_csv(demo[0] / "test.csv").catalog_content)
 
 
-def test_the_placeholder_is_frequent_enough_to_be_told_from_copies(tmp_path: Path) -> None:
+def test_the_placeholder_is_frequent_enough_to_be_recognised(tmp_path: Path) -> None:
     generate(tmp_path, dims={"image": 6, "text": 6})
     counts = read(tmp_path, "train", "image").dropna().value_counts()
     assert counts.iloc[0] > 50

@@ -134,7 +134,7 @@ def test_quantities_are_read(text: str, name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["Men's tee", "Model 40339PK", "", "Value: 0\nUnit: Count", "Value: 12.0"])
-def test_what_is_no_quantity_is_none(text: str) -> None:
+def test_texts_without_quantities(text: str) -> None:
     found = features_numbers.quantities(texts([text]))[0]
     assert not found[1:-1:2].any()
     assert np.isfinite(found).all()
@@ -152,7 +152,7 @@ def test_a_projection_keeps_the_cosines() -> None:
     assert np.abs(found @ found.T - exact @ exact.T).mean() < 1 / features_text.DIM**0.5
 
 
-def test_a_row_depends_on_nothing_but_itself() -> None:
+def test_vectors_of_a_row_depend_on_that_row_alone() -> None:
     rows = table(price=[1.0, 2, 3, 4], catalog_content=TEXTS, shop=["a", "b", "", "a"])
     config = Config(features=("text",), columns=("shop",))
     features, columns = fitted(rows, config), training_columns(config, rows)
@@ -166,7 +166,7 @@ def test_a_row_depends_on_nothing_but_itself() -> None:
     assert {role: values.shape[1] for role, (values, _) in together.items()} == features.dims
 
 
-def test_nothing_of_a_row_that_validates_is_in_the_vocabulary() -> None:
+def test_the_vocabulary_contains_no_terms_of_validation_rows() -> None:
     rows = table(price=[1.0, 2, 3, 4], catalog_content=["red tea", "red tea", "rare word", "rare word"])
     features = fitted(rows, Config(features=("text",)), np.array([True, True, False, False]))
     rare = found(words, "rare word") | found(chars, "rare word")
@@ -182,7 +182,7 @@ def test_prices_change_no_feature() -> None:
     assert to_bytes(fitted(rows, config)) == to_bytes(fitted(other, config))
 
 
-def test_features_survive_their_bytes() -> None:
+def test_features_can_be_serialised() -> None:
     rows = table(price=[1.0, 2, 3, 4], catalog_content=TEXTS, shop=["a", "b", "", "a"], weight=["1", "2", "3000", ""])
     config = Config(features=("text",), columns=("shop", "weight"))
     features = fitted(rows, config)
@@ -204,7 +204,7 @@ def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
         read_features(RunFolder(str(tmp_path)), "0" * 64)
 
 
-def test_hashes_tell_rows_apart() -> None:
+def test_hashes_of_different_rows_differ() -> None:
     columns = {"one": texts(["a", "b", "a", ""]), "two": texts(["b", "a", "b", ""])}
     found = row_hashes(columns)
     assert found[0] == found[2] and len(set(found.tolist())) == 3
@@ -218,7 +218,7 @@ def test_numbers_are_scaled_and_wide_ones_by_their_logarithm() -> None:
     assert wide.is_log and np.isfinite(wide.vectors(texts(["1e308", "-1e308"]), "x")).all()
 
 
-def test_categories_have_a_place_each_and_others_share_one() -> None:
+def test_frequent_categories_have_a_dimension_each_and_others_share_one() -> None:
     many = [f"c{number}" for number in range(100) for _ in range(100 - number)]
     column = features_columns.fit("c", texts([*many, ""]), np.ones(len(many) + 1))
     assert column.categories[:2] == ("c0", "c1") and len(column.categories) == features_columns.MOST_CATEGORIES
@@ -229,8 +229,8 @@ def test_categories_have_a_place_each_and_others_share_one() -> None:
 @pytest.mark.parametrize(
     ("training", "later", "said"),
     [
-        (["1", "2"], ["3", "four"], "has 'four', and all its values were numbers in training"),
-        (["a", "b"], ["1", "2"], "has numbers only, and its values were texts such as 'a' in training"),
+        (["1", "2"], ["3", "four"], "has 'four', but all its values were numbers in training"),
+        (["a", "b"], ["1", "2"], "has only numbers, but its values were texts such as 'a' in training"),
     ],
 )
 def test_a_column_of_another_type_is_refused(training: list[str], later: list[str], said: str) -> None:
@@ -239,7 +239,7 @@ def test_a_column_of_another_type_is_refused(training: list[str], later: list[st
         column.vectors(texts(later), "test.csv")
 
 
-def test_the_price_under_another_name_is_refused() -> None:
+def test_rejects_a_copy_of_the_price() -> None:
     prices = np.random.default_rng(0).uniform(1, 100, 50)
     with pytest.raises(DataError, match=r"orders the rows as their prices do \(rank correlation -1\.0000\)") as caught:
         features_columns.fit("discount", texts([str(-price) for price in prices]), prices)
@@ -248,7 +248,7 @@ def test_the_price_under_another_name_is_refused() -> None:
         features_columns.fit("empty", texts(["", "nan"]), np.ones(2))
 
 
-def test_settings_that_cannot_work_are_refused() -> None:
+def test_rejects_invalid_settings() -> None:
     for flags, said in (
         (["--columns", "price"], "--columns names price"),
         (["--columns", "a", "a"], "names one thing twice"),
@@ -258,9 +258,9 @@ def test_settings_that_cannot_work_are_refused() -> None:
             parse(Config, flags, prog="train", description="")
 
 
-def test_a_column_that_is_not_there_is_named() -> None:
+def test_a_missing_column_is_named() -> None:
     rows = table(price=[1.0, 2], title=["a", "b"])
-    with pytest.raises(DataError, match="has no column 'catalog_content' whose texts could be a source") as caught:
+    with pytest.raises(DataError, match="has no column 'catalog_content', which --features text needs") as caught:
         training_columns(Config(features=("text",)), rows)
     assert "--text-column" in caught.value.remedy
     with pytest.raises(DataError, match="has no column 'tilte'") as caught:
@@ -271,7 +271,7 @@ def test_a_column_that_is_not_there_is_named() -> None:
         columns_of(features, replace(rows, frame=rows.frame.drop(columns="title")))
 
 
-def test_both_networks_see_the_computed_roles() -> None:
+def test_both_networks_use_the_computed_roles() -> None:
     dims = {"clip_image": 3, "siglip_image": 3, "siglip_text": 3, "qwen_text": 3, "text_words": 5, "columns": 2}
     for model in ("concat", "fusion"):
         network = build_network(Config(model=model, width=16, n_heads=2, hidden=(8,)), dims).eval()
@@ -317,7 +317,7 @@ def test_a_run_with_computed_sources(catalog: Path, tmp_path: Path, capsys: pyte
     assert "features.safetensors does not exist" in capsys.readouterr().err
 
 
-def test_a_night_without_the_column_is_refused(
+def test_rejects_a_test_table_without_the_column(
     catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, where = tmp_path / "data", ["--output", str(tmp_path / "out")]
@@ -361,7 +361,7 @@ def test_other_texts_are_other_data(catalog: Path, tmp_path: Path, capsys: pytes
     assert "the data have changed since run r began" in capsys.readouterr().err
 
 
-def test_any_number_of_ranks_computes_the_same(catalog: Path, tmp_path: Path) -> None:
+def test_the_result_does_not_depend_on_the_number_of_ranks(catalog: Path, tmp_path: Path) -> None:
     found = []
     for ranks in (1, 2):
         output = str(tmp_path / str(ranks))
@@ -375,7 +375,7 @@ def test_any_number_of_ranks_computes_the_same(catalog: Path, tmp_path: Path) ->
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
 
 
-def test_shuffled_prices_teach_nothing(catalog: Path, tmp_path: Path) -> None:
+def test_nothing_is_learned_from_shuffled_prices(catalog: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(catalog, data)
     rows = pd.read_csv(data / "train.csv", dtype="str")

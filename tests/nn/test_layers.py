@@ -124,7 +124,7 @@ def test_a_branch_is_projection_norm_gelu_dropout_and_then_a_residual_view(dropo
         torch.testing.assert_close(found, nn.functional.layer_norm(tokens, (16,)))
 
 
-def test_a_missing_source_is_replaced_by_what_was_learned(model: PriceModel) -> None:
+def test_a_missing_source_is_replaced_by_learned_tokens(model: PriceModel) -> None:
     model.eval()
     batch = batch_for(model, missing=0.0)
     role = next(iter(batch.inputs))
@@ -151,7 +151,7 @@ def test_the_output_starts_at_the_training_median(model: PriceModel) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_constant_columns_do_no_harm(recipe: dict[str, Any]) -> None:
+def test_constant_columns_are_ignored(recipe: dict[str, Any]) -> None:
     model = build("all", "fusion", **recipe).eval()
     role, dim = "clip_image", model.dims["clip_image"]
     rows = torch.randn(100, dim)
@@ -168,7 +168,7 @@ def test_constant_columns_do_no_harm(recipe: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize(("value", "noise"), [(0.0, 1e-9), (3.0, 1e-6)], ids=["std 1e-9", "rounding of 3"])
-def test_near_constant_columns_do_no_harm(value: float, noise: float, recipe: dict[str, Any]) -> None:
+def test_nearly_constant_columns_are_ignored(value: float, noise: float, recipe: dict[str, Any]) -> None:
     model = build("all", "fusion", **recipe).eval()
     role, dim = "clip_image", model.dims["clip_image"]
     rows = torch.randn(100, dim)
@@ -183,7 +183,7 @@ def test_near_constant_columns_do_no_harm(value: float, noise: float, recipe: di
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_modality_dropout_never_hides_all_there_is(recipe: dict[str, Any]) -> None:
+def test_modality_dropout_never_hides_all_roles_of_a_row(recipe: dict[str, Any]) -> None:
     model = build("all", "concat", modality_dropout=0.4, **{**recipe, "dropout": 0.0})
     seen = []
     model.members[0].network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
@@ -197,7 +197,7 @@ def test_modality_dropout_never_hides_all_there_is(recipe: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("cuts", [(0, 64), (0, 21, 42, 64), (0, 1, 2, 64)])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_dropout_belongs_to_the_row_whatever_the_ranks(cuts: tuple[int, ...], recipe: dict[str, Any]) -> None:
+def test_dropout_does_not_depend_on_the_number_of_ranks(cuts: tuple[int, ...], recipe: dict[str, Any]) -> None:
     model = build("all", "fusion", **recipe).train()
     batch = batch_for(model, 64)
 

@@ -1,4 +1,4 @@
-"""Neighbours: found exactly, never of a row's own group or of a held-out fold, and weighed as the formula says."""
+"""Neighbours: the search is exact, excludes a row's group and held-out folds, and weights follow the formula."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_all_rows_in_one_group_have_no_candidates() -> None:
     assert not kept.search(kept.keys, WEIGHTS, 5, kept.groups).usable.any()
 
 
-def test_rows_that_are_in_no_part_are_never_found(is_rough: bool) -> None:
+def test_rows_in_no_part_of_the_split_are_never_candidates(is_rough: bool) -> None:
     kept = memory(60)
     kept.folds[::4] = -1
     found = kept.search(kept.keys, WEIGHTS, 60)
@@ -103,13 +103,13 @@ def test_rows_that_are_in_no_part_are_never_found(is_rough: bool) -> None:
 
 
 @pytest.mark.parametrize(("held_out", "left"), [((1,), {0, 2}), ((0, 0), {1, 2}), ((0, 1, 2), {0, 1, 2})])
-def test_what_all_members_hold_out_is_nobodys_neighbour(held_out: tuple[int, ...], left: set[int]) -> None:
+def test_parts_that_all_members_hold_out_are_not_neighbours(held_out: tuple[int, ...], left: set[int]) -> None:
     kept = memory(60).without(held_out)
     found = kept.search(kept.keys, WEIGHTS, 60)
     assert set(found.folds[found.usable].tolist()) == left
 
 
-def test_a_query_alone_finds_what_it_finds_among_others() -> None:
+def test_the_result_of_a_query_does_not_depend_on_the_batch() -> None:
     kept, queries = memory(700), keys(40, seed=1)
     together = kept.search(queries, WEIGHTS, 9)
     for row in range(0, 40, 7):
@@ -117,7 +117,7 @@ def test_a_query_alone_finds_what_it_finds_among_others() -> None:
         assert set(alone.rows[0].tolist()) == set(together.rows[row].tolist())
 
 
-def test_a_table_gives_what_was_searched() -> None:
+def test_a_candidate_table_returns_the_search_results() -> None:
     kept = memory(90)
     found = kept.search(kept.keys, WEIGHTS, 90, kept.groups)
     table = CandidateTable(kept, torch.where(found.usable, found.rows, -1).int(), found.similarities.half())
@@ -142,7 +142,7 @@ def attention() -> Neighbours:
     return Neighbours(5, dropout=0.0)
 
 
-def test_the_price_is_the_mean_that_the_softmax_weighs() -> None:
+def test_the_price_is_the_mean_weighted_by_the_softmax() -> None:
     known, model = candidates(torch.linspace(0, 5, 8)), attention().eval()
     usable = known.usable.clone()
     usable[1, 3:], usable[2] = False, False
@@ -161,13 +161,13 @@ def test_the_price_is_the_mean_that_the_softmax_weighs() -> None:
     assert not found.weights[~usable].any() and found.log_price[2] == 2.0, "the median, where there are none"
 
 
-def test_what_a_network_knows_of_a_neighbourhood_teaches_the_attention_nothing() -> None:
+def test_features_of_a_neighbourhood_have_no_gradient() -> None:
     found = attention()(candidates(torch.linspace(0, 5, 8)), torch.ones(4, 8, dtype=torch.bool), torch.tensor(2.0))
     assert not found.features.requires_grad and found.log_price.requires_grad
     assert found.features.isfinite().all() and found.features.shape == (4, 4 + 5)
 
 
-def test_each_weight_of_the_attention_moves_the_price() -> None:
+def test_each_weight_of_the_attention_affects_the_price() -> None:
     """AdamW turns the rounding of a gradient that is 0 into steps of full length, other ones on more ranks."""
     known, model = candidates(torch.linspace(0, 5, 8).double()), attention().double()
     known = replace(known, similarities=known.similarities.double())
@@ -177,7 +177,7 @@ def test_each_weight_of_the_attention_moves_the_price() -> None:
 
 
 @pytest.mark.parametrize("dollars", [1e-6, 1.0, 1e6, 1e30])
-def test_equal_prices_are_that_price(dollars: float) -> None:
+def test_neighbours_of_equal_price_give_that_price(dollars: float) -> None:
     price = float(np.log(dollars))
     found = attention()(candidates(torch.full((8,), price)), torch.ones(4, 8, dtype=torch.bool), torch.tensor(price))
     np.testing.assert_allclose(found.log_price.detach().exp(), dollars, rtol=1e-4)
@@ -185,7 +185,7 @@ def test_equal_prices_are_that_price(dollars: float) -> None:
     found.log_price.sum().backward()
 
 
-def test_hidden_neighbours_are_as_if_they_were_not_there() -> None:
+def test_hidden_neighbours_have_no_effect() -> None:
     torch.manual_seed(0)
     model = Neighbours(5, dropout=0.5).train()
     known = candidates(torch.linspace(0, 5, 400))

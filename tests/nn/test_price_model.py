@@ -68,14 +68,14 @@ def test_every_loss_learns_them(loss: str, median: float) -> None:
     assert smape_after(vectors, prices, loss) < of_the_median / 1.25
 
 
-def test_one_absurd_price_does_not_spoil_the_others() -> None:
+def test_one_extreme_price_does_not_affect_the_others() -> None:
     vectors, prices = catalog(20.0)
     expected = smape_after(vectors, prices)
     prices[7] = 1e308
     assert smape_after(vectors, prices) < expected + 2
 
 
-def test_the_usual_catalogs_start_as_before() -> None:
+def test_usual_catalogs_are_calibrated_as_in_earlier_versions() -> None:
     """The spread is the plain deviation, and the unit a dollar, so that weights keep their bytes."""
     for median in (0.2, 20.0, 5000.0):
         model, targets = calibrated(*catalog(median))
@@ -95,7 +95,7 @@ def test_predictions_stay_within_ten_times_the_training_prices(median: float) ->
     assert found.max() == pytest.approx(prices.max() * 10, rel=1e-3)
 
 
-def test_a_nan_stays_one() -> None:
+def test_a_nan_stays_nan() -> None:
     model, _ = calibrated(*catalog(20.0))
     model.get_buffer("target_scale").fill_(float("nan"))
     assert model.eval().price(Batch({"a": torch.ones(1, DIM)}, {"a": torch.ones(1, dtype=torch.bool)})).isnan().all()

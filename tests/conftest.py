@@ -1,4 +1,4 @@
-"""What the tests share: a small catalog, a small model, a real S3 server, commands as a user types them."""
+"""Fixtures and functions for all tests: a small catalog, settings of a small model, a real S3 server, and commands."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ from fusion.demo.catalog import generate
 from tests.s3_server import KEY, SECRET, S3Server
 
 environment.prepare_libraries()  # nothing above loads torch
-os.environ["OMP_NUM_THREADS"] = "1"  # in every process alike: another number of threads rounds otherwise
+os.environ["OMP_NUM_THREADS"] = "1"  # in every process, because the number of threads affects how sums are rounded
 
 DIMS = {"clip_image": 12, "siglip_image": 10, "siglip_text": 8, "qwen_text": 14}
 BUCKET = "fusion-tests"
 SMALL = ["--width", "16", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu"]
 
-# Test files that take minutes, the longest first: started last, each would keep one process busy and the others idle.
+# Test files that take minutes, longest first. They are started first: at the end, one process would run such a file
+# while the others are idle.
 LONG = ["test_slurm", "test_slurm_outside", "test_resume", "test_exit_codes", "test_ensemble", "test_faults"]
-LONG += ["test_meeting", "test_answers", "test_verify_everything", "test_parts", "test_end_to_end", "test_ranks"]
+LONG += ["test_rendezvous", "test_errors", "test_verify_everything", "test_resumable", "test_end_to_end", "test_ranks"]
 LONG += ["test_quality", "test_leaks"]
 
 
 def pytest_configure() -> None:
-    """A shell ignores Ctrl-C in what it starts in the background, and so would every command that tests interrupt."""
+    """Restores the handler of SIGINT: shells ignore it in background jobs, and child processes would inherit that."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the long files first, and leaves the order inside of each file as it is."""
+    """Moves the long files to the front; the order of tests within a file stays."""
     order = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended."""
+    """The exit code and output of a command that has ended."""
 
     code: int
     out: str
@@ -66,7 +67,7 @@ def run_command(*arguments: str, env: Mapping[str, str] | None = None, ranks: in
 
 @pytest.fixture(scope="session")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generated catalog of 603 products; tests that change it copy it first."""
+    """A generated catalog of 603 products. Tests that change it must copy it first."""
     folder = tmp_path_factory.mktemp("catalog")
     generate(folder, n_products=603, dims=DIMS)
     return folder
@@ -74,12 +75,12 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def usual_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a command in this process has set is forgotten."""
+    """Resets the store timeout, which commands in this process may have changed, to its default."""
     monkeypatch.setattr(storage, "_patience", 60.0)
 
 
 def start_s3(folder: Path) -> S3Server:
-    """A server with the bucket that tests use; whoever starts it stops it."""
+    """Starts a server with the bucket of the tests. The caller must stop it."""
     server = S3Server(folder)
     where = {"endpoint_url": server.endpoint, "aws_access_key_id": KEY, "aws_secret_access_key": SECRET}
     boto3.client("s3", region_name="us-east-1", **where).create_bucket(Bucket=BUCKET)
@@ -95,20 +96,20 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """URL of an empty place in a bucket; the environment of the test finds it.
+    """URL of an empty folder in a bucket, for which the environment of the test has credentials.
 
-    One bucket for all tests: the server sets disk space aside for each.
+    All tests use the same bucket, because the server reserves disk space per bucket.
     """
     for key, value in s3.environment().items():
         monkeypatch.setenv(key, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    place = "".join(letter if letter.isalnum() else "-" for letter in request.node.nodeid.split("/")[-1])
-    return f"s3://{BUCKET}/{place}"
+    folder = "".join(letter if letter.isalnum() else "-" for letter in request.node.nodeid.split("/")[-1])
+    return f"s3://{BUCKET}/{folder}"
 
 
 def upload(folder: Path, url: str) -> None:
-    """Copies every file below a folder to the place in the bucket."""
-    place = url.removeprefix(f"s3://{BUCKET}/")
+    """Uploads all files below a folder to a URL in the bucket."""
+    prefix = url.removeprefix(f"s3://{BUCKET}/")
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            boto3.client("s3").upload_file(str(path), BUCKET, f"{place}/{path.relative_to(folder)}")
+            boto3.client("s3").upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder)}")

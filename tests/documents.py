@@ -1,4 +1,4 @@
-"""Changes documents of a bucket as a program of ours would: with a seal that fits."""
+"""Changes JSON documents of a bucket, and updates their seal (checksum) as the project's own code does."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from fusion.records.schemas import seal
 
 
 def edit(url: str | Path, **values: Any) -> None:
-    """Sets keys of a document, and seals it again."""
+    """Sets keys of a document, and updates its seal."""
     storage.write(str(url), seal(json.loads(storage.read(str(url))) | values))

@@ -1,6 +1,6 @@
-"""A proxy on loopback that hands S3 requests on unchanged, but for the faults that a test asks for.
+"""A proxy on loopback that forwards S3 requests, and injects the faults that a test asks for.
 
-One request a connection. The Host header stays the client's, so that its signature holds at the server behind.
+It handles one request per connection. It keeps the client's Host header, which is part of the request's signature.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from enum import StrEnum
 from typing import cast
 from urllib.parse import unquote
 
-MAX_DELAY = 0.3  # seconds
+MAX_DELAY = 0.3  # seconds; long enough to reorder parallel requests, short enough for tests with thousands of requests
 
 
 class Fault(StrEnum):
     """What can happen to one request."""
 
-    RESET_BEFORE = "reset before the server hears of it"
+    RESET_BEFORE = "reset before the server gets the request"
     RESET_IN_REQUEST = "reset when the server has half of the request"
-    RESET_IN_RESPONSE = "reset in the response, after the server did it"
-    TRUNCATE = "closed early in a body that was promised longer"
+    RESET_IN_RESPONSE = "reset in the response, after the server has executed the request"
+    TRUNCATE = "connection closed before the end of the body"
     SLOW_DOWN = "503 SlowDown"
     INTERNAL = "500 InternalError"
     EXPIRED = "400 ExpiredToken"
@@ -48,10 +48,14 @@ _ANSWERS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What the first lines of a request say."""
+    """The request line and headers of a request.
+
+    Attributes:
+        number: position among all requests of this proxy, from 0.
+    """
 
     head: bytes
-    number: int  # of all that this proxy saw, from 0
+    number: int
 
     @property
     def method(self) -> str:
@@ -68,7 +72,7 @@ class Request:
 
     @property
     def forwarded(self) -> bytes:
-        """The head for the server: this proxy has answered `Expect` itself, and keeps no connection open."""
+        """The head for the server, without `Expect`, which the proxy answers itself, and with `Connection: close`."""
         return re.sub(rb"(?i)\r\n(?:expect|connection): [^\r]*", b"", self.head[:-2]) + b"Connection: close\r\n\r\n"
 
 
@@ -76,13 +80,13 @@ Plan = Callable[[Request], Fault | None]
 
 
 def at_random(share: float, faults: Sequence[Fault], seed: int = 0) -> Plan:
-    """A share of the requests meets one of the faults."""
+    """Injects one of the faults into a random share of the requests."""
     generator = random.Random(seed)
     return lambda _: generator.choice(faults) if generator.random() < share else None
 
 
 def outage(seconds: float) -> Plan:
-    """Every connection is reset for a time that begins with the first request."""
+    """Resets all connections for some seconds, from the first request on."""
     began: list[float] = []
 
     def plan(_: Request) -> Fault | None:
@@ -93,7 +97,7 @@ def outage(seconds: float) -> Plan:
 
 
 def once(matches: Callable[[Request], bool], then: Plan) -> Plan:
-    """Nothing until the first request that matches; from that one on, `then`."""
+    """Injects no fault before the first request that matches; from that one on, follows the plan `then`."""
     met = threading.Event()
 
     def plan(request: Request) -> Fault | None:
@@ -109,12 +113,13 @@ def always(fault: Fault) -> Plan:
 
 
 class FaultProxy(socketserver.ThreadingTCPServer):
-    """Listens from construction until `stop`; `plan` decides what happens to each request.
+    """Listens from construction until `stop`.
 
     Attributes:
-        hold: called with each request before it is handed on, and may keep it waiting; the others go on meanwhile.
-        met: how often each fault was met; None counts the requests that passed.
-        seen: every request, as "GET /bucket/key", in their order.
+        plan: decides which fault each request gets; None: no faults.
+        hold: called with each request before it is forwarded; it may block, which does not affect other requests.
+        met: number of requests by fault; None counts the requests without a fault.
+        seen: all requests, as "GET /bucket/key", in order.
     """
 
     daemon_threads = True
@@ -151,11 +156,11 @@ class FaultProxy(socketserver.ThreadingTCPServer):
         return request, fault
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hung up is none of the test's concern."""
+        """Prints nothing when a client closes its connection."""
 
 
 class _Exchange(socketserver.StreamRequestHandler):
-    """One request and its answer."""
+    """Handles one request."""
 
     server: FaultProxy
     connection: socket.socket
@@ -214,6 +219,6 @@ def _refusal(request: Request, fault: Fault | None) -> bytes:
 
 
 def _reset(connection: socket.socket) -> None:
-    """Ends a connection with RST, as a crashed peer or a firewall does."""
+    """Closes a connection with a TCP RST, as a crashed peer or a firewall does."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()

@@ -92,7 +92,7 @@ def _wait(ranks: list[int]) -> int:
     while n_left and code == 0:
         _, status = os.wait()
         code, n_left = os.waitstatus_to_exitcode(status), n_left - 1
-    if code < 0:  # killed: how do the others end?
+    if code < 0:  # A rank was killed. The exit code is that of another rank that notices, if one does.
         code = next((other for other in (os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(n_left)) if other), 0)
     for pid in ranks:
         with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Runs as a training leaves them in a bucket or folder, written without one: for tests of what only reads."""
+"""Writes the files of a run as a training would, for tests of commands that only read runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ def make_run(
     started: str = "2026-01-02T03:04:05Z",
     split: str = SHA,
 ) -> str:
-    """The run's URL. `code` None: its attempt has not ended. Without `smapes` it never read its data."""
+    """Writes a run and returns its URL.
+
+    Args:
+        smapes: validation SMAPE of each checkpoint, None for one that was not validated; empty for a run that ended
+            before it had read its data.
+        code: exit code of its only attempt; None: the attempt has not ended.
+        split: digest of the validation rows.
+    """
     run = storage.join(output, "runs", run_id)
     write(f"{run}/config.json", {"data": "data", "width": 16})
     write(f"{run}/lease.json", {"attempt": 1, "token": "t", "started": started})
@@ -38,7 +45,7 @@ def make_run(
 
 
 def checkpoint(step: int, smape: float | None, split: str = SHA) -> dict[str, Any]:
-    """A manifest, of no files."""
+    """The manifest of a checkpoint without files."""
     digests = {"config_sha256": SHA, "data_sha256": SHA, "split_sha256": split, "revision": "unknown"}
     return {"schema": 1, "files": [], "step": step, "epoch": step, "smape": smape, "finished": True, **digests}
 

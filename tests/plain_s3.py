@@ -1,6 +1,6 @@
-"""An S3 server in memory that reads, writes, lists and deletes, and takes no notice of anything else.
+"""An S3 server in memory that reads, writes, lists and deletes, and ignores everything else, such as conditions.
 
-Real stores differ in what they lack; `refuse` answers a request as one of them does.
+Real stores lack different operations. With `refuse` a test makes this server refuse requests as one of them does.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class PlainS3(ThreadingHTTPServer):
     """Listens from construction until `stop`; has one bucket, `plain`.
 
     Attributes:
-        objects: key to bytes.
-        refuse: what it answers instead, if anything.
+        objects: the stored bytes by key.
+        refuse: returns the status and error code to answer a request with, or None to execute it.
     """
 
     daemon_threads = True
@@ -108,7 +108,7 @@ class _Exchange(BaseHTTPRequestHandler):
         self.wfile.write(b"" if self.command == "HEAD" else body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing on standard error."""
+        """Prints no requests on standard error."""
 
 
 def _tag(data: bytes) -> str:

@@ -23,7 +23,7 @@ IDENTITIES = {
             "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
             "actions": ["Admin", "Read", "List", "Tagging", "Write"],
         },
-        {  # an administrator's write would create a missing bucket
+        {  # without Admin: with it, a write to a missing bucket would create the bucket
             "name": "writer",
             "credentials": [{"accessKey": WRITER_KEY, "secretKey": WRITER_SECRET}],
             "actions": ["Read", "List", "Tagging", "Write"],
@@ -38,7 +38,7 @@ IDENTITIES = {
 
 
 class S3Server:
-    """Starts on construction; `stop` kills it, `start` brings it back with its data."""
+    """A server that the constructor starts. `stop` kills it, and `start` starts it again with its data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ class S3Server:
         return f"http://127.0.0.1:{self.ports['s3']}"
 
     def environment(self, key: str = WRITER_KEY, secret: str = WRITER_SECRET) -> dict[str, str]:
-        """What a client finds the server and its credentials by."""
+        """Environment variables with the server's endpoint and credentials, for clients."""
         return {
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_ACCESS_KEY_ID": key,
@@ -74,7 +74,7 @@ class S3Server:
         self._wait(90)
 
     def stop(self) -> None:
-        self.process.kill()  # SIGTERM takes 16 s; nothing that was acknowledged is lost
+        self.process.kill()  # a stop by SIGTERM takes 16 s; SIGKILL loses no acknowledged write
         self.process.wait()
 
     def _wait(self, seconds: float) -> None:

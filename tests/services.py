@@ -1,4 +1,4 @@
-"""Services that a test needs and a machine may not have."""
+"""Skips tests that need a service which this machine does not have."""
 
 import os
 
@@ -6,9 +6,9 @@ import pytest
 
 
 def require(available: bool, what: str) -> None:
-    """Skips the test where `what` cannot be had; fails it where everything is demanded, as in CI."""
+    """Skips the test if a service is not available; with FUSION_REQUIRE_SERVICES=1, as in CI, fails it instead."""
     if available:
         return
     if os.environ.get("FUSION_REQUIRE_SERVICES") == "1":
-        pytest.fail(f"{what} is missing, and FUSION_REQUIRE_SERVICES demands it")
-    pytest.skip(f"left out: {what} is missing")
+        pytest.fail(f"{what} is missing, and FUSION_REQUIRE_SERVICES=1 requires it")
+    pytest.skip(f"{what} is missing")

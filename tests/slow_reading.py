@@ -1,6 +1,6 @@
-"""A command that reads its input for more than 20 s: `python -m tests.slow_reading train|evaluate_by_groups|… [flags]`.
+"""A command that reads its input for more than 20 s: `python -m tests.slow_reading train|evaluate_by_groups [flags]`.
 
-Every rank says so on standard error when it begins.
+Every rank prints `reading` on standard error when it begins.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""A real Slurm on this machine, for tests: two nodes, accounting, preemption; needs root and Debian's packages.
+"""Starts a real Slurm on this machine for tests, with two nodes, accounting and preemption. Needs root and Debian.
 
-Everything lives in one folder and on free ports of the loopback, and runs as children of the test. The one thing
-outside is the names of the nodes in /etc/hosts, with the number of the test's process, so that several clusters run
-side by side. They are taken out again at the end; those that a killed run has left, at the next start.
+The daemons are children of the test's process, use free ports on loopback, and write to one folder. Only the names of
+the nodes are outside, in /etc/hosts. They contain the test's process id, so that several clusters can run at the same
+time. They are removed at the end; after a killed test, the next start removes them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A job that was requeued waits until its credential has expired, by default two minutes.
+# A requeued job waits until its credential has expired, by default two minutes; 5 s keep the tests short.
 AuthInfo=socket={folder}/munge.sock,cred_expire=5
 CredType=cred/munge
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
@@ -99,11 +99,11 @@ def is_installed() -> bool:
     return all(shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") for name in PROGRAMS)
 
 
-PATIENTLY = ("-o", "DPkg::Lock::Timeout=600", "-o", "Acquire::Retries=3")  # with other users of apt, and the mirror
+PATIENTLY = ("-o", "DPkg::Lock::Timeout=600", "-o", "Acquire::Retries=3")  # waits for other users of apt; retries
 
 
 def install() -> bool:
-    """Whether Slurm is here, or could be installed."""
+    """Whether Slurm can be started. As root on Debian, tries to install it first."""
     if not is_installed() and os.geteuid() == 0 and shutil.which("apt-get"):
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
@@ -112,7 +112,7 @@ def install() -> bool:
 
 
 class SlurmCluster:
-    """Starts on construction; `stop` ends its jobs and all of its processes."""
+    """A cluster that the constructor starts. `stop` ends its jobs and all of its processes."""
 
     def __init__(self, folder: Path, cpus: int = 4) -> None:
         self.folder = folder
@@ -135,7 +135,7 @@ class SlurmCluster:
             raise
 
     def run(self, *command: str) -> str:
-        """Output of one of Slurm's commands."""
+        """Runs one of Slurm's commands; returns its output."""
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=self.environment)
         assert done.returncode == 0, f"{command}: {done.stderr}{self._logs()}"
         return done.stdout.strip()
@@ -177,13 +177,17 @@ class SlurmCluster:
         key.chmod(0o400)
         places = {"socket": "munge.sock", "key-file": key.name, "pid-file": "munge.pid"}
         places |= {"log-file": "munge.log", "seed-file": "munge.seed"}
-        # --force: the folders above this one belong to the tests, and may be open to all
+        # --force, because munge refuses parent folders that others can write, as those of tests may be
         self._spawn("munged", "--foreground", "--force", *(f"--{k}={self.folder / v}" for k, v in places.items()))
         _wait((self.folder / "munge.sock").exists, "munged", 120, self._logs)
 
     def _start_database(self) -> None:
         data = self.folder / "mysql"
-        common = ["--no-defaults", "--user=root", f"--datadir={data}"]  # folders of tests are open to their user alone
+        common = [
+            "--no-defaults",
+            "--user=root",
+            f"--datadir={data}",
+        ]  # as root, because no other user can read the folders of tests
         self.run("mariadb-install-db", *common, "--auth-root-authentication-method=socket", "--skip-test-db")
         socket = f"--socket={data}/sock"
         self._spawn("mariadbd", *common, socket, f"--pid-file={data}/pid", "--bind-address=127.0.0.1",
@@ -196,7 +200,7 @@ class SlurmCluster:
         path = shutil.which(program, path=self.environment["PATH"])
         assert path
         with (self.folder / f"{program}-{len(self._processes)}.log").open("wb") as log:
-            # Whatever ends the tests ends it too.
+            # The kernel kills the daemon when the process of the tests ends, however that ends.
             bond = partial(_die_with, os.getpid())
             command = [path, *arguments]
             process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, preexec_fn=bond)  # noqa: PLW1509
@@ -213,9 +217,9 @@ class SlurmCluster:
 
 
 def _name_nodes(line: str) -> None:
-    """Puts a line into /etc/hosts, in place of that of this process and of those of processes that have ended."""
+    """Adds a line to /etc/hosts, and removes this process's earlier line and those of processes that have ended."""
     with HOSTS.open("r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # of several tests that do so at once
+        fcntl.flock(file, fcntl.LOCK_EX)  # other tests may do the same at the same time
         lines = file.read().replace(HOSTS_LINE, "").splitlines(keepends=True)
         found = [(one, OF_PROCESS.fullmatch(one)) for one in lines]
         kept = [one for one, process in found if not process or Path(f"/proc/{process[1]}").exists()]
@@ -227,5 +231,5 @@ def _name_nodes(line: str) -> None:
 def _wait(condition: Callable[[], bool], what: str, seconds: float, logs: Callable[[], str]) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}\n{logs()}"
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s\n{logs()}"
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Small models of the variants, with and without neighbours, and rows for them."""
+"""Makes small models of the variants, with and without neighbours, and random inputs for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BEST = {"components": 6, "neighbours": 7}
 
 
 def build(variant: str, model: str, **settings: Any) -> PriceModel:
-    """A model with its first weights; one that leans on neighbours has a memory of `N_REMEMBERED` rows."""
+    """A model with its initial weights; one that uses neighbours has a memory of `N_REMEMBERED` rows."""
     config_class, build_network = (AllConfig, build_all) if variant == "all" else (PairConfig, build_pair)
     config: Any = config_class(**{"model": model, **SHAPE, **settings})
     dims = {role: ROLES[role] for role in config.bindings()}
@@ -41,14 +41,14 @@ def build(variant: str, model: str, **settings: Any) -> PriceModel:
 
 
 def components_for(dims: dict[str, int], n_components: int) -> dict[str, np.ndarray]:
-    """{role: [D, P]} with orthogonal columns."""
+    """Random components {role: [D, P]} with orthonormal columns."""
     generator = torch.Generator().manual_seed(2)
     squares = {role: torch.randn(dim, dim, generator=generator) for role, dim in dims.items()}
     return {role: torch.linalg.qr(square)[0][:, :n_components].numpy() for role, square in squares.items()}
 
 
 def memory_for(model: PriceModel, n_rows: int = N_REMEMBERED) -> Memory:
-    """Rows of `batch_for` in three folds, each in a group of its own."""
+    """A memory of random rows in three folds, with every row in a group of its own."""
     batch = batch_for(model, n_rows, missing=0.1, seed=3)
     keys = model.keys(model.inputs(batch.inputs, batch.present))
     log_prices = 3 + torch.randn(n_rows, generator=torch.Generator().manual_seed(4))
@@ -65,7 +65,7 @@ def batch_for(model: PriceModel, n: int = 32, missing: float = 0.3, seed: int = 
 
 
 def some_without_neighbours(model: PriceModel, batch: Batch) -> Batch:
-    """The same, in which the first rows have none."""
+    """The same batch with no usable neighbours for the first four rows."""
     found = model._candidates(batch)
     if found is None:
         return batch
@@ -75,11 +75,11 @@ def some_without_neighbours(model: PriceModel, batch: Batch) -> Batch:
 
 
 def take(batch: Batch, rows: slice) -> Batch:
-    """Some rows of a batch that has nothing but inputs and presence."""
+    """Some rows of a batch that has only inputs and presence."""
     parts = ({role: one[rows] for role, one in part.items()} for part in (batch.inputs, batch.present))
     return Batch(*parts)
 
 
 def target(model: PriceModel, batch: Batch) -> Tensor:
-    """[B] log1p(price) of a model with one member."""
+    """The predicted log1p(price) [B] of a model with one member."""
     return model(batch).price.squeeze(1)

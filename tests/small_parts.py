@@ -1,6 +1,6 @@
-"""A command with parts of 16 rows: `python -m tests.small_parts predict_test|evaluate_by_groups [flags]`.
+"""A command with resumable chunks of 16 rows: `python -m tests.small_parts predict_test|evaluate_by_groups [flags]`.
 
-Asked to stop, or killed, by the signal in FUSION_TEST_SIGNAL as soon as the last rank has done its second part.
+The last rank sends itself the signal that FUSION_TEST_SIGNAL names when it has written its second chunk.
 """
 
 import os
@@ -14,7 +14,7 @@ write = resumable._write
 written: list[str] = []
 
 
-def strike(url: str, arrays: resumable.Arrays) -> None:
+def write_and_signal(url: str, arrays: resumable.Arrays) -> None:
     write(url, arrays)
     written.append(url)
     last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
@@ -23,5 +23,5 @@ def strike(url: str, arrays: resumable.Arrays) -> None:
 
 
 if __name__ == "__main__":
-    resumable.PART_ROWS, resumable._write = 16, strike
+    resumable.PART_ROWS, resumable._write = 16, write_and_signal
     sys.exit(import_module(f"fusion.all_embeddings.{sys.argv[1]}").main(sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""Training on several ranks, of which the last is asked to stop at the step in FUSION_TEST_STOP_AT."""
+"""A training in which the last rank sends itself SIGTERM at the step that FUSION_TEST_STOP_AT names."""
 
 import os
 import signal

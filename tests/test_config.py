@@ -25,7 +25,7 @@ def read(*flags: str) -> Config:
     return parse(Config, flags, prog="train", description="")
 
 
-def test_the_published_recipe() -> None:
+def test_the_published_recipe_has_the_published_values() -> None:
     for config in (Config(recipe="published"), read("--recipe", "published")):
         assert (config.model, config.width, config.n_heads, config.n_experts) == ("fusion", 512, 8, 3)
         assert (config.hidden, config.neighbours, config.components) == ((1024, 512, 256), 0, 0)
@@ -37,14 +37,14 @@ def test_the_published_recipe() -> None:
     assert PairConfig(recipe="published").hidden == (512, 256, 128)
 
 
-def test_what_is_given_comes_before_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_settings_take_precedence_over_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("--recipe", "published", "--neighbours", "9", "--components", "4").neighbours == 9
     (tmp_path / "settings.toml").write_text('recipe = "published"\nwidth = 64\n')
     monkeypatch.setenv("FUSION_CONFIG", str(tmp_path / "settings.toml"))
     assert (read().width, read().dropout, read("--width", "32").width) == (64, 0.25, 32)
 
 
-def test_the_default_leans_on_neighbours() -> None:
+def test_the_default_recipe_uses_neighbours() -> None:
     config = Config()
     assert (config.recipe, config.model, config.neighbours, config.components) == ("best", "concat", 128, 256)
     assert (config.schedule, config.loss, config.patience, config.held_out()) == ("cosine", "smape", None, (0,))
@@ -61,11 +61,11 @@ def test_the_default_leans_on_neighbours() -> None:
         ("--folds 3 --fold 0", (0,)),
     ],
 )
-def test_what_each_member_holds_out(flags: str, held_out: tuple[int, ...]) -> None:
+def test_each_member_holds_out_one_fold(flags: str, held_out: tuple[int, ...]) -> None:
     assert read(*flags.split()).held_out() == held_out
 
 
-def test_a_run_of_an_earlier_version_is_of_the_published_recipe() -> None:
+def test_the_config_of_an_earlier_version_has_the_published_recipe() -> None:
     text = EARLIER.read_text()
     config = from_json(PairConfig, text, "config.json")
     assert config == PairConfig(
@@ -75,14 +75,16 @@ def test_a_run_of_an_earlier_version_is_of_the_published_recipe() -> None:
     assert (config.input_dropout, config.input_noise, config.neighbour_dropout, config.warmup) == (0, 0, 0, 0)
 
 
-def test_an_earlier_run_of_one_fold_keeps_it() -> None:
+def test_the_config_of_an_earlier_version_keeps_its_fold() -> None:
     values = json.loads(EARLIER.read_text())
     for fold in (0, 2):
         config = from_json(PairConfig, json.dumps(values | {"folds": 5, "fold": fold}), "config.json")
         assert config.held_out() == (fold,)
 
 
-def test_flag_before_environment_before_file_before_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_take_precedence_over_environment_file_and_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "settings.toml"
     file.write_text('epochs = 5\nlr = 0.5\nseed = 1\n[sources]\nclip_image = "from_file"\n')
     monkeypatch.setenv("FUSION_EPOCHS", "6")
@@ -96,7 +98,7 @@ def test_flag_before_environment_before_file_before_default(tmp_path: Path, monk
     assert read().seed == 1
 
 
-def test_lists_and_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_and_switches_are_read_from_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("--hidden", "8", "4").hidden == (8, 4)
     assert read("--drop-bad-prices").drop_bad_prices
     monkeypatch.setenv("FUSION_DROP_BAD_PRICES", "true")
@@ -107,7 +109,7 @@ def test_lists_and_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse(EvaluateConfig, [], prog="", description="").by == ("brand", "category")
 
 
-def test_a_column_and_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_column_and_a_date_are_read_from_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--validate-after", "created", "2026-01-31"]
     config = read(*flags)
     assert config.validate_after == ("created", "2026-01-31")
@@ -119,14 +121,14 @@ def test_a_column_and_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
         read("--validate-after", "created")
 
 
-def test_json_round_trip_and_reuse_as_a_config_file(tmp_path: Path) -> None:
+def test_a_config_survives_json_and_can_be_used_as_a_config_file(tmp_path: Path) -> None:
     config = read("--epochs", "3", "--sources.clip-image", "x", "--hidden", "8")
     assert from_json(Config, to_json(config), "config.json") == config
     (tmp_path / "config.json").write_text(to_json(config))
     assert read("--config", str(tmp_path / "config.json")) == config
 
 
-def test_json_with_a_key_that_nobody_knows() -> None:
+def test_an_unknown_key_in_json_is_an_error() -> None:
     values = json.loads(to_json(Config())) | {"learning_rate": 1}
     with pytest.raises(ConfigError, match="learning_rate"):
         from_json(Config, json.dumps(values), "config.json")
@@ -175,9 +177,9 @@ def test_a_setting_that_cannot_take_effect_is_an_error(flags: list[str], message
 def test_a_default_without_effect_is_no_error(tmp_path: Path) -> None:
     config = read("--model", "concat", "--folds", "5")
     (tmp_path / "config.json").write_text(to_json(config))
-    assert read("--config", str(tmp_path / "config.json")) == config, "which holds every default"
+    assert read("--config", str(tmp_path / "config.json")) == config, "the file contains all defaults"
     old = to_json(Config(model="concat", n_experts=5))
-    assert from_json(Config, old, "config.json").n_experts == 5, "of a run that exists"
+    assert from_json(Config, old, "config.json").n_experts == 5, "the config of an existing run must be readable"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_a_default_without_effect_is_no_error(tmp_path: Path) -> None:
         ["--recipe", "published", "--model", "concat"],
     ],
 )
-def test_what_a_recipe_says_is_not_what_was_given(flags: list[str], tmp_path: Path) -> None:
+def test_values_of_the_recipe_do_not_count_as_given(flags: list[str], tmp_path: Path) -> None:
     config = read(*flags)
     (tmp_path / "config.json").write_text(to_json(config))
     assert read("--config", str(tmp_path / "config.json")) == config
@@ -208,7 +210,7 @@ def test_rejects_two_different_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert caught.value.message == ("--run-dir is the run new, but --run-id is old; --run-id is in the environment")
 
 
-def test_a_config_file_that_is_missing_is_named_by_its_flag(tmp_path: Path) -> None:
+def test_a_missing_config_file_is_named_with_its_flag(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist") as caught:
         read("--config", str(tmp_path / "none.toml"))
     assert caught.value.remedy == "--config, or FUSION_CONFIG, must name a JSON or TOML file"
@@ -219,7 +221,7 @@ def test_flags_are_never_abbreviated() -> None:
         read("--epoch", "3")
 
 
-def test_the_run_id_follows_what_changes_the_result() -> None:
+def test_the_run_id_depends_on_settings_that_change_the_result() -> None:
     assert read().name() == read("--output", "elsewhere", "--device", "cpu").name()
     assert read().name() != read("--seed", "1").name()
     assert read().name().startswith("all-embeddings-")
@@ -235,7 +237,7 @@ def test_sources_can_differ_by_fold() -> None:
     assert read(*flags).bindings()["clip_image"] == "clip_without_3"
 
 
-def test_a_misspelt_variable_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warns_of_a_misspelt_variable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("FUSION_PRECISON", "FUSION_REVISION", "FUSION_EXIT_DIR", "FUSION_MAX_CHANGE", "FUSION_HIDDEN"):
         monkeypatch.setenv(name, "1")
     parse(EvaluateConfig, [], prog="x", description="")
@@ -244,7 +246,7 @@ def test_a_misspelt_variable_is_said(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 @pytest.mark.parametrize("seconds", ["-1", "inf", "nan"])
-def test_the_patience_with_a_store_is_a_time(seconds: str) -> None:
+def test_rejects_an_invalid_store_timeout(seconds: str) -> None:
     with pytest.raises(ConfigError, match="--store-timeout is "):
         read("--store-timeout", seconds)
 
@@ -256,12 +258,12 @@ def test_an_empty_variable_is_unset(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("flag", ["--output", "--data", "--run-id", "--text-column", "--sources.clip-image", "--lr"])
-def test_a_flag_that_is_empty_is_named(flag: str) -> None:
+def test_an_empty_flag_is_an_error(flag: str) -> None:
     with pytest.raises(ConfigError, match=f"^{flag} is empty$"):
         read(flag, "")
 
 
-def test_a_setting_that_is_empty_in_a_file_is_named(tmp_path: Path) -> None:
+def test_an_empty_setting_in_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text('output = ""\n')
     with pytest.raises(ConfigError, match=r"^--output is empty \(in .*settings.toml\)$"):
         read("--config", str(tmp_path / "settings.toml"))
@@ -277,14 +279,14 @@ def test_a_setting_that_is_empty_in_a_file_is_named(tmp_path: Path) -> None:
         (doctor.main, ["--data="]),
     ],
 )
-def test_no_command_takes_an_empty_url(
+def test_all_commands_refuse_an_empty_url(
     main: Callable[[list[str]], int], flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(flags) == 78
     assert " is empty\nhint: give " in capsys.readouterr().err
 
 
-def test_all_commands_take_an_empty_variable_for_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_commands_treat_an_empty_variable_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FUSION_OUTPUT", "FUSION_DATA", "FUSION_STORE_TIMEOUT", "FUSION_REVISION"):
         monkeypatch.setenv(name, "")
     given = pull._parser().parse_args(["runs"])
@@ -322,13 +324,13 @@ def test_all_commands_take_an_empty_variable_for_unset(monkeypatch: pytest.Monke
         ("--width 9", "--width 9 is not divisible by --n-heads 8", "change --width or --n-heads"),
     ],
 )
-def test_a_value_that_cannot_work_is_named(flags: str, message: str, remedy: str) -> None:
+def test_an_invalid_value_is_named_with_its_flag(flags: str, message: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as raised:
         read(*flags.split())
     assert raised.value.message.startswith(message) and raised.value.remedy == remedy
 
 
-def test_every_number_is_finite() -> None:
+def test_rejects_infinite_numbers() -> None:
     for config_class in (Config, EvaluateConfig, PredictConfig):
         for key, field in _flags(config_class).items():
             if _element(field.annotation) is float:
@@ -336,27 +338,27 @@ def test_every_number_is_finite() -> None:
                     parse(config_class, [_flag(key), "inf"], prog="x", description="")
 
 
-def test_a_name_that_no_file_system_takes() -> None:
+def test_rejects_a_name_that_cannot_be_a_folder() -> None:
     with pytest.raises(ConfigError, match="--name is "):
         parse(PredictConfig, ["--name", "n" * 101], prog="x", description="")
     with pytest.raises(ConfigError, match="--name is 'my prices/x': expected at most 100 letters"):
         parse(PredictConfig, ["--name", "my prices/x"], prog="x", description="")
 
 
-def test_a_day_that_does_not_exist_names_its_own_flag() -> None:
+def test_an_invalid_date_names_its_flag() -> None:
     with pytest.raises(ConfigError) as raised:
         parse(PredictConfig, ["--date", "2026-02-30"], prog="x", description="")
     assert raised.value.remedy == "change --date"
 
 
-def test_yaml_is_named(tmp_path: Path) -> None:
+def test_a_yaml_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("lr: 0.1\n")
     with pytest.raises(ConfigError) as raised:
         read("--config", str(tmp_path / "settings.yaml"))
     assert raised.value.remedy.startswith("YAML is not supported")
 
 
-def test_the_usual_name_of_a_flag_is_understood() -> None:
+def test_a_common_name_of_a_flag_gets_a_suggestion() -> None:
     with pytest.raises(UsageError) as raised:
         read("--learning-rate", "0.1")
     assert raised.value.remedy.startswith("did you mean --lr?")

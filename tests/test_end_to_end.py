@@ -1,4 +1,4 @@
-"""The main job as users run it: train, evaluate, predict, on a folder and on S3, on one rank and on several."""
+"""Training, evaluation and prediction as users run them, on folders and on S3."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_submission(output: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_train_evaluate_predict(variant: str, catalog: Path, tmp_path: Path) -> None:
+def test_training_evaluation_and_prediction_write_all_files(variant: str, catalog: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     trained, evaluated, predicted = chain(variant, str(catalog), output)
     assert [step.code for step in (trained, evaluated, predicted)] == [0, 0, 0], trained.err + evaluated.err
@@ -91,7 +91,7 @@ def test_train_evaluate_predict(variant: str, catalog: Path, tmp_path: Path) -> 
 
 
 def check_metrics(run: Path, data: Path, smape: float) -> None:
-    """What was reported is what the stored predictions of the stored validation rows give, with the table's prices."""
+    """Asserts that the reported metrics follow from the stored predictions of the validation rows and their prices."""
     split = pd.read_parquet(run / "split.parquet")
     rows = pd.read_parquet(run / "metrics" / "predictions.parquet")
     assert set(rows["sample_id"]) == set(split.loc[split["side"] == "validation", "sample_id"])
@@ -109,14 +109,14 @@ def check_metrics(run: Path, data: Path, smape: float) -> None:
     np.testing.assert_allclose(gates.sum(axis=1), 1, atol=1e-4)
 
 
-def test_the_chain_on_s3(bucket: str, s3: S3Server, catalog: Path) -> None:
+def test_training_evaluation_and_prediction_work_on_s3(bucket: str, s3: S3Server, catalog: Path) -> None:
     upload(catalog, bucket)
     steps = chain("all_embeddings", bucket, f"{bucket}/out", env=s3.environment())
     assert [step.code for step in steps] == [0, 0, 0], "".join(step.err for step in steps)
     check_submission(f"{bucket}/out", catalog)
 
 
-def test_the_environment_says_where_things_are(bucket: str, s3: S3Server, catalog: Path) -> None:
+def test_data_and_output_can_be_given_by_variables(bucket: str, s3: S3Server, catalog: Path) -> None:
     upload(catalog, bucket)
     places = {"FUSION_DATA": bucket, "FUSION_OUTPUT": f"{bucket}/out", "FUSION_EPOCHS": "1"}
     assert run_command("fusion.qwen_clip.train", *SMALL, env=s3.environment() | places).code == 0
@@ -134,10 +134,10 @@ def test_a_run_on_other_validation_rows_is_served_only_on_request(
     assert train.main([*flags, "--seed", "7", "--promote"]) == 0
     best = pointers.read(RunPointer, str(tmp_path), "runs", "all_embeddings", "best")
     latest = pointers.read(RunPointer, str(tmp_path), "runs", "all_embeddings", "latest")
-    assert best is not None and best == latest, "the same command on the finished run"
+    assert best is not None and best == latest, "--promote must work for a run that is finished already"
 
 
-def test_training_learns(catalog: Path, tmp_path: Path) -> None:
+def test_training_is_better_than_the_median(catalog: Path, tmp_path: Path) -> None:
     flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--loss", "smape", "--epochs", "25"]
     assert train.main(flags) == 0
     best = pointers.read(RunPointer, str(tmp_path), "runs", "all_embeddings", "best")
@@ -148,7 +148,7 @@ def test_training_learns(catalog: Path, tmp_path: Path) -> None:
     assert best.smape < 0.85 * naive
 
 
-def test_nothing_of_a_validation_row_or_its_copies_reaches_the_weights(catalog: Path, tmp_path: Path) -> None:
+def test_validation_rows_and_their_duplicates_do_not_affect_the_weights(catalog: Path, tmp_path: Path) -> None:
     data, models = tmp_path / "data", []
     shutil.copytree(catalog, data)
     for output in (tmp_path / "before", tmp_path / "after"):
@@ -185,7 +185,7 @@ def test_shuffled_input_files_give_the_same_run(catalog: Path, tmp_path: Path) -
     assert results[0] == results[1]
 
 
-def test_a_finished_run_is_left_alone(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_changed(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1"]
     assert train.main(flags) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -196,7 +196,7 @@ def test_a_finished_run_is_left_alone(catalog: Path, tmp_path: Path, capsys: pyt
     assert f"fusion.all_embeddings.predict_test --output {tmp_path} --run-id all-embeddings-" in said
 
 
-def test_a_second_prediction_publishes_nothing_new(catalog: Path, tmp_path: Path) -> None:
+def test_a_second_prediction_changes_nothing(catalog: Path, tmp_path: Path) -> None:
     where = ["--output", str(tmp_path)]
     assert train.main(["--data", str(catalog), *where, *SMALL, "--epochs", "1"]) == 0
     assert predict_test.main([*where, "--date", "2026-01-02"]) == 0
@@ -222,7 +222,9 @@ def test_rows_without_any_embedding_get_the_training_median(catalog: Path, tmp_p
         assert prices[sample_id] == pytest.approx(train_rows["price"].median(), rel=0.02)
 
 
-def test_a_leak_is_warned_of(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warns_when_test_prices_are_known_and_validation_was_too_good(
+    catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "data"
     shutil.copytree(catalog, data)
     where = ["--output", str(tmp_path / "out")]
@@ -236,7 +238,7 @@ def test_a_leak_is_warned_of(catalog: Path, tmp_path: Path, capsys: pytest.Captu
         assert warned is None or warned in said
 
 
-def test_rows_that_are_not_those_of_the_training_are_evaluated_only_when_asked_to(
+def test_changed_rows_are_evaluated_only_with_other_data(
     catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -245,7 +247,7 @@ def test_rows_that_are_not_those_of_the_training_are_evaluated_only_when_asked_t
     assert train.main(["--data", str(data), *where, *SMALL, "--epochs", "1"]) == 0
     table = pd.read_csv(data / "train.csv", dtype="str")
     table.assign(shop="x").iloc[::-1].to_csv(data / "train.csv", index=False)
-    assert evaluate_by_groups.main([*where, "--by", "shop"]) == 0, "order and other columns are free"
+    assert evaluate_by_groups.main([*where, "--by", "shop"]) == 0, "order and further columns may change"
     renumbered = dict(
         zip(table["sample_id"], table["sample_id"].to_numpy()[np.roll(np.arange(len(table)), 1)], strict=True)
     )
@@ -260,7 +262,7 @@ def test_rows_that_are_not_those_of_the_training_are_evaluated_only_when_asked_t
     assert json.loads((tmp_path / "out/runs/r/metrics/summary.json").read_text())["as_trained"] is False
 
 
-def test_evaluation_covers_validation_rows_even_when_prices_leave_every_bin(catalog: Path, tmp_path: Path) -> None:
+def test_evaluation_covers_prices_outside_of_the_usual_range(catalog: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(catalog, data)
     table = pd.read_csv(data / "train.csv")

@@ -81,7 +81,7 @@ def test_variables_of_ranks_are_used_or_ignored_together(expected: RankVariables
     indirect=["given"],
 )
 @pytest.mark.usefixtures("given")
-def test_a_contradiction_is_named(message: str) -> None:
+def test_rejects_contradicting_variables(message: str) -> None:
     with pytest.raises(ConfigError) as raised:
         rank_variables()
     assert message in raised.value.message

@@ -18,7 +18,7 @@ from tests.conftest import SMALL
 LINE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ info run=r rank=0/2 event=x text=\"a b\" loss=0\.123457\n"
 
 
-def test_a_line_is_keys_and_values(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_consists_of_keys_and_values(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("r", 0, 2)
     log.info(event="x", text="a b", loss=0.123456789)
     said = capsys.readouterr().err
@@ -26,13 +26,13 @@ def test_a_line_is_keys_and_values(capsys: pytest.CaptureFixture[str]) -> None:
     assert log.text().endswith(said)
 
 
-def test_a_value_cannot_end_its_line_nor_pass_for_another(capsys: pytest.CaptureFixture[str]) -> None:
+def test_special_characters_in_values_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     log.info(a='say "x"', b="k=v", c="two\nlines \x1b[31m", d="plain-\u00e9")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(r'a="say \"x\"" b="k=v" c="two\nlines \u001b[31m" d=plain-' + "\u00e9")
 
 
-def test_other_ranks_only_warn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_other_than_0_print_only_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("r", 1, 2)
     log.info(event="x")
     log.warning(event="y")
@@ -42,7 +42,7 @@ def test_other_ranks_only_warn(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("-", 0, 1)
 
 
-def test_a_terminal_gets_one_bar_below_short_lines(catalog: Path, tmp_path: Path) -> None:
+def test_a_terminal_shows_short_lines_and_one_progress_bar(catalog: Path, tmp_path: Path) -> None:
     output = tmp_path / "terminal"
     flags = ["--data", str(catalog), "--output", str(output), *SMALL, "--epochs", "2", "--run-id", "r"]
     command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags, "--checkpoint-steps", "1"]
@@ -60,7 +60,7 @@ def test_a_terminal_gets_one_bar_below_short_lines(catalog: Path, tmp_path: Path
 
 
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Stands for standard error; not a fixture, as pytest exchanges the stream again after those."""
+    """Replaces standard error by a fake terminal. Not a fixture, as pytest replaces the stream after fixtures."""
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", stream)
@@ -69,7 +69,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return stream
 
 
-def test_a_terminal_gets_short_lines_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_short_lines_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = terminal(monkeypatch)
     log.configure("r", 0, 1)
     log.info(epoch=1, event="x", text="a b")
@@ -87,7 +87,7 @@ def test_a_terminal_gets_short_lines_in_colour(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_colour_can_be_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_colour_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     stream = terminal(monkeypatch)
     monkeypatch.setenv(name, value)
     log.configure("r", 1, 2)
@@ -96,7 +96,7 @@ def test_colour_can_be_refused(monkeypatch: pytest.MonkeyPatch, name: str, value
     log.configure("-", 0, 1)
 
 
-def test_epochs_say_how_far_they_are(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_epochs_show_step_and_total(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "3", "--run-id", "r"]
     assert train.main(flags) == 0
     steps = pd.read_csv(tmp_path / "runs/r/metrics/epochs.csv")["step"].tolist()
@@ -108,5 +108,5 @@ def test_epochs_say_how_far_they_are(catalog: Path, tmp_path: Path, capsys: pyte
 def read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 65536)
-    except OSError:  # nobody writes to it any more
+    except OSError:  # the other end is closed
         return b""

@@ -1,4 +1,4 @@
-"""The losses: exact values, what their gradients do far away, and that a mean over rows is a mean over rows."""
+"""The losses: exact values, gradients of large errors, and independence of how rows are split into batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TIER_WEIGHTS = [10, 10, 8, 8, 6, 6, 4, 4, 2, 2, 1, 1]
 
 
 def draw_prices(n_rows: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """True prices around $20 and predictions that are off by a factor of about exp(spread)."""
+    """True prices around $20, and predictions that differ from them by a factor of about exp(spread)."""
     generator = torch.Generator().manual_seed(seed)
     true = torch.exp(3 + torch.randn(n_rows, generator=generator))
     return true, true * torch.exp(spread * torch.randn(n_rows, generator=generator))
@@ -83,7 +83,7 @@ def test_any_finite_target_has_a_finite_loss_and_gradient(name: str, predict_log
 
 
 @EVERY_LOSS
-def test_a_far_row_is_pulled_back(name: str) -> None:
+def test_the_gradient_of_a_large_error_does_not_vanish(name: str) -> None:
     loss, target = LOSSES[name](), model_space([20.0], True)
     near = gradient(loss, target + 1.5, target).abs()
     for output in (-3e38, -1e4, -100.0, -1.0, 0.0, 8.0, 20.0, 88.7, 1e4, 3e38):
@@ -93,13 +93,13 @@ def test_a_far_row_is_pulled_back(name: str) -> None:
 
 
 @EVERY_LOSS
-def test_a_far_row_is_pulled_back_in_prices(name: str) -> None:
+def test_the_gradient_of_a_large_error_does_not_vanish_for_prices(name: str) -> None:
     loss, target = LOSSES[name](predict_log=False), torch.tensor([20.0])
     for output in (-3e38, -100.0, -1.0, 0.0, 200.0, 1e5):
         assert torch.sign(gradient(loss, torch.tensor([output]), target)) == math.copysign(1, output - 20)
 
 
-def test_plain_smape_fades_and_the_tail_does_not() -> None:
+def test_the_tail_keeps_the_gradient_of_smape_from_vanishing() -> None:
     prediction, target = torch.tensor([12.0]), model_space([20.0], True)
     assert gradient(SMAPELoss(tail=None), prediction, target) < 0.1
     assert gradient(SMAPELoss(), prediction, target).item() == pytest.approx(100 / math.cosh(1) ** 2, rel=1e-4)
@@ -115,7 +115,7 @@ def test_a_perfect_prediction_has_no_loss(name: str, predict_log: bool) -> None:
 
 
 @BOTH_SPACES
-def test_smape_equals_the_metric(predict_log: bool) -> None:
+def test_the_smape_loss_equals_the_metric(predict_log: bool) -> None:
     true, pred = draw_prices(1000, 0.5)
     prediction, target = model_space(pred, predict_log), model_space(true, predict_log)
     assert (torch.log(pred / true).abs() < 2).all()
@@ -123,7 +123,7 @@ def test_smape_equals_the_metric(predict_log: bool) -> None:
         assert loss(prediction, target).item() == pytest.approx(compute_smape(true, pred), rel=1e-5)
 
 
-def test_smape_follows_the_metric_up_to_the_tail_and_its_tangent_beyond() -> None:
+def test_the_smape_loss_is_the_metric_up_to_the_tail_and_its_tangent_above() -> None:
     true = torch.full((5,), 50.0)
     log_error = torch.tensor([-4.0, -2.0, 1.0, 2.0, 3.0])
     prediction, target = model_space(true * torch.exp(log_error), True), model_space(true, True)
@@ -135,7 +135,7 @@ def test_smape_follows_the_metric_up_to_the_tail_and_its_tangent_beyond() -> Non
 
 
 @BOTH_SPACES
-def test_each_tier_has_its_weight_and_its_lower_edge(predict_log: bool) -> None:
+def test_tiers_include_their_lower_edge_and_have_their_weights(predict_log: bool) -> None:
     target = model_space(TIER_PRICES, predict_log)
     prediction = model_space([1.2 * price for price in TIER_PRICES], predict_log)
     weighted = WeightedSMAPELoss(predict_log=predict_log).rows(prediction, target)
@@ -143,7 +143,7 @@ def test_each_tier_has_its_weight_and_its_lower_edge(predict_log: bool) -> None:
     torch.testing.assert_close(weighted / plain, torch.tensor(TIER_WEIGHTS, dtype=torch.float32))
 
 
-def test_every_price_on_an_edge_is_in_the_tier_above() -> None:
+def test_a_price_on_an_edge_belongs_to_the_tier_above() -> None:
     cents = torch.arange(1, 40001, dtype=torch.float64) / 100
     expected = torch.tensor([10.0, 8, 6, 4, 2, 1])[
         torch.bucketize(cents, torch.tensor([5.0, 10, 30, 60, 200]), right=True)
@@ -153,7 +153,7 @@ def test_every_price_on_an_edge_is_in_the_tier_above() -> None:
         assert torch.equal(loss.row_weights(model_space(cents, predict_log)), expected)
 
 
-def test_weighted_smape_divides_by_rows_and_takes_other_tiers() -> None:
+def test_weighted_smape_divides_by_the_number_of_rows() -> None:
     target, prediction = model_space([1.0, 1000.0], True), model_space([1.1, 1100.0], True)
     smape = 200 * 0.1 / 2.1
     assert WeightedSMAPELoss()(prediction, target).item() == pytest.approx((10 * smape + smape) / 2, rel=1e-4)
@@ -186,7 +186,7 @@ def test_quantile_huber_estimates_its_quantiles() -> None:
     np.testing.assert_allclose(estimate.detach().numpy(), np.quantile(target.numpy(), quantiles), atol=0.02)
 
 
-def test_quantile_huber_takes_one_column_for_each_quantile() -> None:
+def test_quantile_huber_expects_one_column_per_quantile() -> None:
     target = torch.tensor([1.0, 2.0])
     one, three = QuantileHuberLoss((0.9,)), QuantileHuberLoss((0.1, 0.5, 0.9))
     assert one(target - 1, target).item() == pytest.approx(0.9 * (1 - 0.005))
@@ -214,7 +214,7 @@ def test_huber_mse_and_mae_equal_torch() -> None:
 
 
 @BOTH_SPACES
-def test_weighted_huber_has_the_root_of_the_price_and_doubles_above_100(predict_log: bool) -> None:
+def test_weighted_huber_weighs_by_the_root_of_the_price_and_doubles_above_100(predict_log: bool) -> None:
     target = model_space([4.0, 25.0, 100.0, 100.01, 400.0], predict_log)
     loss = WeightedHuberLoss(predict_log=predict_log)
     weights = loss.rows(target + 0.5, target) / HuberLoss(predict_log=predict_log).rows(target + 0.5, target)
@@ -222,7 +222,7 @@ def test_weighted_huber_has_the_root_of_the_price_and_doubles_above_100(predict_
 
 
 @BOTH_SPACES
-def test_adaptive_huber_has_a_wide_delta_for_cheap_and_a_narrow_one_for_dear(predict_log: bool) -> None:
+def test_adaptive_huber_has_a_larger_delta_for_cheap_rows(predict_log: bool) -> None:
     target = model_space([1.0, 5.0, math.sqrt(5 * 200), 200.0, 5000.0], predict_log)
     deltas = torch.tensor([2.0, 2.0, 1.25, 0.5, 0.5])
     loss = AdaptiveHuberLoss(predict_log=predict_log)
@@ -245,13 +245,13 @@ def test_focal_factors_follow_their_formula() -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-def test_focal_gradients_are_finite_at_no_error(gamma: float) -> None:
+def test_focal_gradients_are_finite_without_an_error(gamma: float) -> None:
     target = model_space([20.0], True)
     for loss in (FocalSMAPELoss(gamma), FocalHuberLoss(gamma)):
         assert gradient(loss, target, target).isfinite()
 
 
-def test_the_names_that_users_write_in_a_config() -> None:
+def test_losses_have_the_names_of_the_config() -> None:
     classes = {name: loss.__name__ for name, loss in LOSSES.items()}
     assert classes == {
         "smape": "SMAPELoss",
@@ -277,7 +277,7 @@ def test_every_loss_is_built_from_the_config(name: str) -> None:
         assert value.ndim == 0 and value > 0
 
 
-def test_options_reach_the_loss_and_nothing_lands_in_a_checkpoint() -> None:
+def test_options_reach_the_loss_and_are_not_saved_in_its_state() -> None:
     assert get_loss_function({"name": "focal_smape", "gamma": 1.5, "predict_log": False}).gamma == 1.5
     assert get_loss_function({"name": "huber", "predict_log": False}).predict_log is False
     assert not any(LOSSES[name]().state_dict() for name in LOSSES)
@@ -304,7 +304,7 @@ def test_options_reach_the_loss_and_nothing_lands_in_a_checkpoint() -> None:
         ({"name": "quantile_huber", "quantiles": [0.1, 0.9]}, "needs 2 predictions a row", "quantile"),
     ],
 )
-def test_a_wrong_config_says_what_is_allowed(config: Any, message: str, remedy: str) -> None:
+def test_an_invalid_option_names_the_allowed_values(config: Any, message: str, remedy: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         get_loss_function(config)
     assert remedy in caught.value.remedy
@@ -323,5 +323,5 @@ def test_shapes_that_would_broadcast_are_refused(name: str) -> None:
 
 
 @EVERY_LOSS
-def test_a_nan_output_is_not_hidden(name: str) -> None:
+def test_a_nan_output_gives_a_nan_loss(name: str) -> None:
     assert LOSSES[name]()(torch.tensor([math.nan, 1.0]), torch.ones(2)).isnan()

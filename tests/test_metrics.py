@@ -1,4 +1,4 @@
-"""The metrics against independent implementations: torchmetrics for SMAPE, scikit-learn for the rest."""
+"""Compares the metrics with independent implementations: SMAPE with torchmetrics, the others with scikit-learn."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def independent_metrics(true: np.ndarray, pred: np.ndarray) -> dict[str, float]:
     }
 
 
-def test_known_values_by_hand() -> None:
+def test_equals_values_computed_by_hand() -> None:
     true, pred = [100.0, 50.0, 0.0, 0.0], [50.0, 100.0, 0.0, 7.0]
     np.testing.assert_allclose(row_smape(true, pred), [200 / 3, 200 / 3, 0, 200])
     assert compute_smape(true, pred) == pytest.approx((200 / 3 + 200 / 3 + 200) / 4)
@@ -77,7 +77,7 @@ def test_many_float32_rows_keep_float64_precision() -> None:
 
 
 @pytest.mark.parametrize("exponent", [-990, 990, 1010])  # up to about 1e-298 and 1e304
-def test_huge_and_tiny_values_scale(exponent: int) -> None:
+def test_metrics_scale_with_huge_and_tiny_values(exponent: int) -> None:
     true, pred = draw_prices()
     expected = independent_metrics(true, pred)
     for name in ("mae", "rmse"):
@@ -85,10 +85,12 @@ def test_huge_and_tiny_values_scale(exponent: int) -> None:
     metrics = compute_metrics(np.ldexp(true, exponent), np.ldexp(pred, exponent))
     mape, expected_mape = metrics.pop("mape"), expected.pop("mape")
     assert metrics == pytest.approx(expected, rel=1e-6, abs=0)
-    assert mape == pytest.approx(expected_mape, rel=1e-6) or (exponent < 0 and mape < 1e-200)  # the floor of MAPE
+    assert mape == pytest.approx(expected_mape, rel=1e-6) or (
+        exponent < 0 and mape < 1e-200
+    )  # MAPE has a floor for its denominator
 
 
-def test_the_largest_and_smallest_floats() -> None:
+def test_the_largest_and_smallest_floats_are_computed() -> None:
     largest, smallest = np.finfo(np.float64).max, 5e-324
     np.testing.assert_allclose(
         row_smape([largest, largest, smallest, smallest, 1e300], [-largest, largest, 0, smallest, 1e-300]),
@@ -105,7 +107,7 @@ def test_r2_follows_scikit_learn_for_constant_targets(true: list[float], pred: l
     assert compute_metrics(true, pred)["r2"] == pytest.approx(reference)
 
 
-def test_one_row_has_no_r2_and_nan_and_infinity_stay_visible() -> None:
+def test_r2_of_one_row_is_nan_and_nan_and_infinity_are_propagated() -> None:
     metrics = compute_metrics([10.0], [30.0])
     assert math.isnan(metrics.pop("r2"))
     assert metrics == pytest.approx({"smape": 100, "mae": 20, "rmse": 20, "mape": 200})
@@ -115,14 +117,14 @@ def test_one_row_has_no_r2_and_nan_and_infinity_stay_visible() -> None:
 
 
 @pytest.mark.parametrize("function", [row_smape, compute_smape, compute_metrics, group_metrics])
-def test_shapes_that_differ_are_named(function: Any) -> None:
+def test_rejects_different_shapes(function: Any) -> None:
     with pytest.raises(ValueError, match=r"\(3,\) and \(2,\)"):
         function([1, 2, 3], [1, 2])
     with pytest.raises(ValueError, match=r"\(2,\) and \(2, 1\)"):
         function([1, 2], [[1], [2]])
 
 
-def test_no_rows() -> None:
+def test_empty_input_is_an_error_and_nan_for_groups() -> None:
     for function in (compute_smape, compute_metrics):
         with pytest.raises(ValueError, match="at least one row"):
             function([], [])
@@ -156,7 +158,7 @@ def test_bootstrap_interval_agrees_with_the_standard_error() -> None:
     assert bootstrap_interval(values, n_resamples=50) != bootstrap_interval(values, n_resamples=50, seed=1)
 
 
-def test_bootstrap_interval_of_few_rows_and_of_wrong_settings() -> None:
+def test_bootstrap_interval_handles_few_rows_and_rejects_wrong_settings() -> None:
     assert bootstrap_interval(np.array([12.5])) == (12.5, 12.5)
     assert np.isnan(bootstrap_interval(np.array([]))).all()
     for settings in ({"n_resamples": 0}, {"level": 1.0}):
@@ -165,7 +167,7 @@ def test_bootstrap_interval_of_few_rows_and_of_wrong_settings() -> None:
 
 
 @pytest.mark.parametrize("n_rows", [4000, 20_000])
-def test_bootstrap_memory_is_that_of_a_few_resamples(n_rows: int) -> None:
+def test_bootstrap_keeps_only_a_few_resamples_in_memory(n_rows: int) -> None:
     values = np.ones(n_rows)
     tracemalloc.start()
     bootstrap_interval(values, n_resamples=200)
@@ -174,14 +176,14 @@ def test_bootstrap_memory_is_that_of_a_few_resamples(n_rows: int) -> None:
     assert peak < 2**20, "a matrix of all resamples would be 200 times the values: 6 or 32 MB"
 
 
-def test_the_interval_of_many_rows_is_that_of_the_normal_distribution() -> None:
+def test_the_bootstrap_interval_of_many_rows_is_the_normal_approximation() -> None:
     values = np.random.default_rng(0).exponential(10, 6000)
     low, high = bootstrap_interval(values)
     half_width = 1.96 * values.std() / math.sqrt(len(values))
     assert (low, high) == pytest.approx((values.mean() - half_width, values.mean() + half_width), abs=1e-4)
 
 
-def test_numbers_for_reading_keep_what_says_something() -> None:
+def test_displayed_numbers_keep_significant_digits() -> None:
     shown = [readable(value) for value in (19.989, 0.1, 123456.7, -1234.5, 0.0, 0.000123, -0.004)]
     assert shown == ["19.99", "0.10", "123,457", "-1,234", "0.00", "0.00012", "-0.004"]
 

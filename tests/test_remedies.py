@@ -1,4 +1,4 @@
-"""Every flag, variable and command that a message names exists in the command that prints the message."""
+"""Every flag, variable and command that an error message or hint names exists in the command that prints it."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ MODULES = sorted(path for part in ("fusion", "jobs") for path in (ROOT / part).g
 
 
 def flags_of(command: str) -> set[str]:
-    """`--sources` stands for itself followed by a role."""
+    """The flags of a command; `--sources` stands for all flags `--sources.ROLE`."""
     if command in SETTINGS:
         keys = set(_flags(SETTINGS[command]))
         roles = {"--sources"} if any(key.startswith("sources.") for key in keys) else set()
@@ -142,7 +142,7 @@ def flags_of(command: str) -> set[str]:
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
-    """The texts given to every error and every log line, holes of f-strings left out."""
+    """The texts of all error messages, hints and log lines; expressions within f-strings are left out."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             for argument in [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "hint")]:
@@ -156,7 +156,7 @@ def named(tree: ast.AST) -> set[str]:
 
 
 def parts_of(path: Path) -> Iterator[tuple[str, ast.AST]]:
-    """What the table has an entry for: single functions and classes first, and the rest of the module."""
+    """The parts of a module that PRINTED_BY has entries for: functions and classes first, then the rest."""
     key, tree = str(path.relative_to(ROOT)), ast.parse(path.read_text())
     rest = []
     for node in tree.body:
@@ -173,11 +173,11 @@ def _name(function: ast.expr) -> str:
 
 
 @pytest.mark.parametrize("command", [*SETTINGS, *PARSERS])
-def test_the_flags_of_a_command_are_found(command: str) -> None:
+def test_flags_of_finds_flags(command: str) -> None:
     assert len(flags_of(command)) > 3
 
 
-def test_each_flag_exists_in_the_commands_that_name_it() -> None:
+def test_flags_in_messages_exist() -> None:
     for path in MODULES:
         for key, tree in parts_of(path):
             flags = named(tree) - FOREIGN.get(key, set())
@@ -186,12 +186,12 @@ def test_each_flag_exists_in_the_commands_that_name_it() -> None:
                 assert flags <= flags_of(command), (key, command, flags - flags_of(command))
 
 
-def test_the_table_names_what_is_there() -> None:
+def test_the_table_names_existing_code() -> None:
     there = {key for path in MODULES for key, _ in parts_of(path)}
     assert set(PRINTED_BY) <= there, "renamed or removed"
 
 
-def test_each_variable_that_is_named_exists() -> None:
+def test_variables_in_messages_exist() -> None:
     known = {_variable(key) for config in SETTINGS.values() for key in _flags(config)}
     for path in MODULES:
         read = re.findall(r'variable\("(FUSION_[A-Z_]+)', path.read_text())
@@ -201,14 +201,14 @@ def test_each_variable_that_is_named_exists() -> None:
             assert set(re.findall(r"FUSION_[A-Z_]+[A-Z]", text)) <= known, (path, text)
 
 
-def test_a_source_can_only_be_bound_in_training() -> None:
+def test_only_training_suggests_to_bind_another_source() -> None:
     for path in MODULES:
         for key, tree in parts_of(path):
             if any(command in PRINTED_BY.get(key, ()) for command in ("evaluate", "predict")):
                 assert not [text for text in texts(tree) if "bind another source" in text], key
 
 
-def test_each_module_that_is_named_exists() -> None:
+def test_modules_in_messages_exist() -> None:
     for path in MODULES:
         for text in texts(ast.parse(path.read_text())):
             for module in re.findall(r"python -m (fusion(?:\.[a-z_]+)+)(?![.\w{])", text):
@@ -218,7 +218,7 @@ def test_each_module_that_is_named_exists() -> None:
 
 
 @pytest.mark.parametrize("parser", [launcher._parser(), submit._parser()], ids=lambda parser: parser.prog)
-def test_the_example_is_a_call_that_the_parser_takes(parser: Parser) -> None:
+def test_the_example_of_a_parser_can_be_parsed(parser: Parser) -> None:
     with pytest.raises(UsageError) as caught:
         parser.parse_args([])
     assert (

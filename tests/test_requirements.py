@@ -1,4 +1,4 @@
-"""What the image installs is locked by hash, in the versions that the tests run with."""
+"""The packages of the image are locked by hash, in the versions that the tests run with."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from fusion.launch.processes import Stop
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Restores the handlers of this process at the end; SIGHUP starts out as not ignored, also under nohup."""
+    """Restores the handlers of this process at the end. Resets SIGHUP, which nohup would ignore."""
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
@@ -21,7 +21,7 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_every_stop_signal_is_remembered(number: signal.Signals) -> None:
+def test_every_stop_signal_counts_as_a_stop_request(number: signal.Signals) -> None:
     with signals.listening():
         assert not signals.requested()
         os.kill(os.getpid(), number)
@@ -29,7 +29,7 @@ def test_every_stop_signal_is_remembered(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_the_launcher_knows_which_signal_came_first(number: signal.Signals) -> None:
+def test_the_launcher_remembers_the_first_signal(number: signal.Signals) -> None:
     stop = Stop()
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), signal.SIGTERM)

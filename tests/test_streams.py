@@ -1,4 +1,4 @@
-"""What only shows never decides how a command ends."""
+"""Output that cannot be written never changes how a command ends."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ BROKEN: dict[str, Callable[[], IO[str] | None]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a broken file that is closed says so
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised when a broken file is closed
 def test_a_line_that_cannot_be_written_is_dropped(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", BROKEN[case]())
     log.info(event="nobody_sees_this", case=case)
-    assert f'case="{case}"' in log.text() or f"case={case}" in log.text()  # a run still keeps it
+    assert f'case="{case}"' in log.text() or f"case={case}" in log.text()  # the log of a run still contains the line
 
 
-def test_letters_that_the_encoding_lacks_are_replaced() -> None:
+def test_characters_outside_of_the_encoding_are_replaced() -> None:
     below = io.BytesIO()
     stream = Unfailing(io.TextIOWrapper(below, encoding="ascii"))
     stream.write("caf\u00e9\n")
@@ -75,7 +75,7 @@ def test_letters_that_the_encoding_lacks_are_replaced() -> None:
 @pytest.mark.parametrize(
     "shell", ["{} | head -c 1", "{} 2>&1 | head -c 1", "{} >&- 2>&-", "{} 2>&-", "{} >/dev/full 2>/dev/full"]
 )
-def test_the_exit_code_is_the_commands(shell: str, lines: int, tmp_path: Path) -> None:
+def test_broken_output_does_not_change_the_exit_code(shell: str, lines: int, tmp_path: Path) -> None:
     script = tmp_path / "command.py"
     script.write_text(COMMAND.format(lines=lines))
     line = shell.format(f"{sys.executable} {script}")
@@ -86,8 +86,8 @@ def test_the_exit_code_is_the_commands(shell: str, lines: int, tmp_path: Path) -
     assert done.returncode == 65, done.stderr
 
 
-def test_a_training_outlives_the_reader_of_its_log(catalog: Path, tmp_path: Path) -> None:
-    """`train 2>&1 | tee train.log`, and Ctrl-C, of which tee dies first."""
+def test_a_training_commits_a_checkpoint_after_the_reader_of_its_log_has_ended(catalog: Path, tmp_path: Path) -> None:
+    """As in `train 2>&1 | tee train.log` after Ctrl-C, which ends tee at once."""
     flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "100000", "--patience", "100000"]
     command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags, "--run-id", "r"]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -1,4 +1,4 @@
-"""The names that users import, with the signatures that they write against."""
+"""The public functions that users import, with their signatures."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_the_package_exports_what_it_names() -> None:
         fusion.nothing  # noqa: B018
 
 
-def test_metrics_are_the_same_as_the_packages() -> None:
+def test_metrics_equal_those_of_the_package() -> None:
     assert compute_smape([1], [3]) == pytest.approx(100.0)
     assert set(compute_metrics([1, 2], [2, 2])) == {"smape", "mae", "rmse", "mape", "r2"}
 
 
-def test_set_seed_repeats_every_generator() -> None:
+def test_set_seed_seeds_all_generators() -> None:
     def draw() -> tuple[float, float, float]:
         set_seed(7)
         return random.random(), float(np.random.rand()), torch.rand(1).item()
@@ -44,12 +44,12 @@ def test_set_seed_repeats_every_generator() -> None:
 
 
 @pytest.mark.parametrize(("mode", "scores"), [("min", [5, 4, 4.5, 4.2, 3, 3, 3]), ("max", [1, 2, 1.5, 1.8, 3, 3, 3])])
-def test_early_stopping(mode: str, scores: list[float]) -> None:
+def test_early_stopping_stops_after_patience(mode: str, scores: list[float]) -> None:
     stop = EarlyStopping(patience=2, mode=mode)
     assert [stop(score) for score in scores] == [False, False, False, True, False, False, True]
 
 
-def test_early_stopping_wants_more_than_min_delta() -> None:
+def test_early_stopping_requires_more_than_min_delta() -> None:
     stop = EarlyStopping(patience=1, min_delta=0.5)
     assert [stop(score) for score in (3.0, 2.4, 2.0)] == [False, False, True]
 
@@ -68,7 +68,7 @@ def parts() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_a_checkpoint_round_trip(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_checkpoint_can_be_saved_and_loaded(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     path = f"{tmp_path if place == 'local' else request.getfixturevalue('bucket')}/deep/model.pt"
     model, optimizer, scheduler = parts()
     model(torch.ones(2, 3)).sum().backward()
@@ -99,11 +99,11 @@ def test_a_checkpoint_is_never_executed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is no checkpoint: it holds [a-z]+.system, which could execute code"):
         load_checkpoint(str(path), nn.Linear(3, 1))
     assert not marker.exists()
-    torch.load(path, weights_only=False)  # the file does what it says where it is trusted
+    torch.load(path, weights_only=False)  # loaded with trust, the file executes its command
     assert marker.exists()
 
 
-def test_a_checkpoint_that_cannot_be_used(tmp_path: Path) -> None:
+def test_an_unusable_checkpoint_is_an_error(tmp_path: Path) -> None:
     path = str(tmp_path / "model.pt")
     save_checkpoint(nn.Linear(3, 1), None, None, 1, {}, path)
     model, optimizer, _ = parts()
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_cannot_be_used(tmp_path: Path) -> None:
     ],
     ids=repr,
 )
-def test_metrics_and_epochs_of_numpy_come_back_plain(value: object, plain: object, tmp_path: Path) -> None:
+def test_numpy_metrics_and_epochs_are_loaded_as_plain_numbers(value: object, plain: object, tmp_path: Path) -> None:
     path, model = str(tmp_path / "model.pt"), nn.Linear(3, 1)
     save_checkpoint(model, None, None, np.int64(3), {"x": value}, path)  # type: ignore[arg-type, dict-item]
     epoch, metrics = load_checkpoint(path, model)
@@ -139,7 +139,7 @@ def test_metrics_and_epochs_of_numpy_come_back_plain(value: object, plain: objec
 
 
 @pytest.mark.parametrize("part", ["metrics", "scheduler"])
-def test_what_could_not_be_loaded_is_not_saved(part: str, tmp_path: Path) -> None:
+def test_values_that_could_not_be_loaded_are_not_saved(part: str, tmp_path: Path) -> None:
     path, (model, optimizer, scheduler) = tmp_path / "model.pt", parts()
     scheduler.extra = Path("x")  # type: ignore[attr-defined]
     metrics = {"smape": Path("x")} if part == "metrics" else {}

@@ -1,6 +1,6 @@
 """A rank for the tests of the launcher: `python -m fusion.launch tests.worker BEHAVIOUR FOLDER [CODE]`.
 
-Every rank leaves its pid in FOLDER as `<rank>.pid` when it is ready, and a line a signal in `<rank>.signals`.
+Every rank writes its process id to FOLDER/<rank>.pid when it is ready, and one line per signal to <rank>.signals.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _wait_for_ranks(folder: Path) -> None:
 
 
 def _listen(folder: Path) -> list[int]:
-    """The signals that arrive from now on."""
+    """Handles stop signals from now on; returns the list to which they are added."""
     got: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -44,7 +44,7 @@ def _listen(folder: Path) -> list[int]:
 
 
 def reduce(folder: Path, code: int) -> int:
-    """Sums over all ranks until one was asked to stop, as training does; then `code`."""
+    """Sums over all ranks until one gets a stop signal, as training does; then ends with `code`."""
     import torch
     import torch.distributed as dist
 
@@ -64,7 +64,7 @@ def reduce(folder: Path, code: int) -> int:
 
 
 def reduce_at_second_try(folder: Path, code: int) -> int:
-    """Sums over all ranks once; then rank 1 dies with `code`, in the first attempt only."""
+    """Sums over all ranks once. In the first attempt, rank 1 then ends with `code`."""
     import torch
     import torch.distributed as dist
 
@@ -80,7 +80,7 @@ def reduce_at_second_try(folder: Path, code: int) -> int:
 
 
 def stop(folder: Path, code: int) -> int:
-    """Waits for a stop signal, then a little for a second one; then `code`."""
+    """Waits for a stop signal, then 0.3 s for a second one, and ends with `code`."""
     got = _listen(folder)
     _ready(folder)
     while not got:
@@ -90,6 +90,7 @@ def stop(folder: Path, code: int) -> int:
 
 
 def deaf(folder: Path, code: int) -> int:
+    """Handles stop signals, but does not end."""
     _listen(folder)
     _ready(folder)
     time.sleep(600)
@@ -97,14 +98,14 @@ def deaf(folder: Path, code: int) -> int:
 
 
 def unready(folder: Path, code: int) -> int:
-    """Does not listen to signals yet."""
+    """Has no handlers of signals yet, as a rank that is still importing."""
     _ready(folder)
     time.sleep(600)
     return code
 
 
 def end(folder: Path, code: int) -> int:
-    """Rank 1, or the only one, ends with `code`, or by signal -`code`; the others with 0."""
+    """The last rank ends with `code`, or by signal -`code` if that is negative; the others end with 0."""
     _ready(folder)
     with (folder / "starts").open("a") as lines:
         lines.write(f"{RANK}\n")
@@ -116,7 +117,7 @@ def end(folder: Path, code: int) -> int:
 
 
 def hang(folder: Path, code: int) -> int:
-    """Rank 1 ends with `code` once all are ready, the others never."""
+    """Rank 1 ends with `code` when all ranks are ready; the others do not end."""
     if RANK != 1:
         return deaf(folder, code)
     _ready(folder)
@@ -129,15 +130,15 @@ def bug(folder: Path, code: int) -> int:
 
 
 def report(folder: Path, code: int) -> int:
-    """What a command does with an error: every rank reports; rank 1 is the cause, though by its clock the last."""
+    """Every rank reports an error, as commands do. Rank 1 is the cause, although its report has the latest time."""
     error, code = {
         0: ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer", 70),
         1: ("train.csv is empty", code),
     }.get(RANK, ("expected 2 values, got 1", 70))
     _ready(folder)
     _wait_for_ranks(folder)
-    told = {"code": code, "error": error, "hint": "fill it", "time": 100.0 + (RANK == 1)}
-    (Path(os.environ["FUSION_EXIT_DIR"]) / f"{RANK}.json").write_text(json.dumps(told))
+    reported = {"code": code, "error": error, "hint": "fill it", "time": 100.0 + (RANK == 1)}
+    (Path(os.environ["FUSION_EXIT_DIR"]) / f"{RANK}.json").write_text(json.dumps(reported))
     return code
 
 

@@ -10,7 +10,7 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from typing import NoReturn
 
@@ -82,6 +82,18 @@ SYNONYMS = {
 }
 
 
+def did_you_mean(wrong: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The start of a hint, "did you mean NAME? ", with the most similar known name; empty if none is similar.
+
+    >>> did_you_mean("bath-size", ["batch-size", "lr"]), did_you_mean("x", ["lr"])
+    ('did you mean batch-size? ', '')
+
+    Args:
+        cutoff: the least similarity by difflib, from 0 to 1.
+    """
+    return "".join(f"did you mean {name}? " for name in difflib.get_close_matches(wrong, list(known), 1, cutoff))
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `UsageError`, with the most similar flag, instead of exiting.
 
@@ -96,12 +108,11 @@ class Parser(argparse.ArgumentParser):
         # argparse only gives its message; the first word in it that looks like a flag is the wrong one.
         wrong = next((word.split("=")[0].rstrip(":") for word in message.split() if word.startswith("--")), "")
         if wrong in known:  # the flag is right, so its value is wrong
-            near = []
+            remedy = ""
         elif SYNONYMS.get(wrong) in known:
-            near = [SYNONYMS[wrong]]
+            remedy = f"did you mean {SYNONYMS[wrong]}? "
         else:
-            near = difflib.get_close_matches(wrong, known, n=1)
-        remedy = f"did you mean {near[0]}? " if near else ""
+            remedy = did_you_mean(wrong, known)
         if self.example and "required" in message:
             remedy = f"for example `{self.prog} {self.example}`; "
         raise UsageError(message, f"{remedy}`{self.prog} --help` lists all flags")

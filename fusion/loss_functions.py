@@ -14,7 +14,6 @@ form can neither overflow nor divide by zero.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusion.errors import ConfigError
+from fusion.errors import ConfigError, did_you_mean
 
 PRICE_FLOOR = 0.01  # dollars; below it, log(price) continues as a straight line, so that every price has a gradient
 LARGEST_PRICE = 1e9  # dollars; larger predictions are clamped, so that squares times weights stay finite in float32
@@ -326,8 +325,7 @@ def _name_and_options(config: object) -> tuple[str, dict[str, Any]]:
 
 def _unknown(what: str, given: str, allowed: Iterable[str]) -> ConfigError:
     names = list(allowed)
-    close = difflib.get_close_matches(str(given).lower(), names, n=1, cutoff=0.5)
-    remedy = f"did you mean {close[0]!r}?" if close else "choose an allowed one"
+    remedy = did_you_mean(str(given).lower(), names, cutoff=0.5).strip() or "choose an allowed one"
     return ConfigError(f"unknown {what} {given!r}; allowed: {', '.join(names)}", remedy)
 
 

@@ -23,7 +23,7 @@ try:
     from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds, visible
     from jobs.arguments import refuse_empty
     from jobs.checks import machine, store
-    from jobs.checks.findings import Check, Finding, PlannedJob, fail, read_settings, warn
+    from jobs.checks.check import Check, CheckResult, PlannedJob, fail, read_settings, warn
     from jobs.schedulers.description import config_class
 except ImportError as wrong_python:
     if __name__ != "__main__":
@@ -57,30 +57,32 @@ CHECKS = (
 )
 
 
-def examine(job: PlannedJob, checks: Sequence[Check], say: Callable[[str, Finding], None]) -> dict[str, Finding]:
-    """Runs the checks in order; returns the findings by the name of the check.
+def examine(
+    job: PlannedJob, checks: Sequence[Check], say: Callable[[str, CheckResult], None]
+) -> dict[str, CheckResult]:
+    """Runs the checks in order; returns the results by the name of the check.
 
     Args:
-        say: called with each finding as soon as it is there.
+        say: called with each result as soon as it is there.
     """
-    findings: dict[str, Finding] = {}
+    results: dict[str, CheckResult] = {}
     unavailable: set[str] = set()  # names of checks that failed or were skipped
     for check in checks:
         is_skipped = check.needs in unavailable
         if is_skipped:
-            finding: Finding | None = warn(f"skipped: needs check {check.needs}", f"see check {check.needs}")
+            result: CheckResult | None = warn(f"skipped: needs check {check.needs}", f"see check {check.needs}")
         else:
-            finding = run_check(check, job)
-        if finding is None:
+            result = run_check(check, job)
+        if result is None:
             continue
-        if is_skipped or finding.verdict == "fail":
+        if is_skipped or result.verdict == "fail":
             unavailable.add(check.name)
-        findings[check.name] = finding
-        say(check.name, finding)
-    return findings
+        results[check.name] = result
+        say(check.name, result)
+    return results
 
 
-def run_check(check: Check, job: PlannedJob) -> Finding | None:
+def run_check(check: Check, job: PlannedJob) -> CheckResult | None:
     """What the check found. An exception in the check becomes a failure too, with exit code 70 if it is unexpected."""
     try:
         return check.run(job)
@@ -90,18 +92,18 @@ def run_check(check: Check, job: PlannedJob) -> Finding | None:
         return fail(f"this check broke: {type(error).__name__}: {error}", "report it as a bug in Fusion", ExitCode.BUG)
 
 
-def worst(findings: Sequence[Finding]) -> ExitCode:
+def worst(results: Sequence[CheckResult]) -> ExitCode:
     """The exit code of the worst failure; 0 when no check failed, and 70 for a code that WORST_FIRST does not list."""
-    codes = {finding.code for finding in findings if finding.verdict == "fail"}
+    codes = {result.code for result in results if result.verdict == "fail"}
     if not codes:
         return ExitCode.DONE
     return next((code for code in WORST_FIRST if code in codes), ExitCode.BUG)
 
 
-def _print(name: str, finding: Finding) -> None:
-    print(f"{finding.verdict:<5}{name:<12} {visible(finding.found)}", flush=True)
-    if finding.remedy:
-        print(f"{'':<17} hint: {visible(finding.remedy)}", flush=True)
+def _print(name: str, result: CheckResult) -> None:
+    print(f"{result.verdict:<5}{name:<12} {visible(result.found)}", flush=True)
+    if result.remedy:
+        print(f"{'':<17} hint: {visible(result.remedy)}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,14 +171,14 @@ def _read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, PlannedJob]:
 def _job(argv: Sequence[str] | None) -> ExitCode:
     given, job = _read(argv)
     checks = [check for check in CHECKS if not given.only or check.name in given.only]
-    findings = examine(job, checks, (lambda *_: None) if given.json else _print)
+    results = examine(job, checks, (lambda *_: None) if given.json else _print)
     if given.json:
-        listed = [{"check": name, **asdict(finding)} for name, finding in findings.items()]
+        listed = [{"check": name, **asdict(result)} for name, result in results.items()]
         sys.stdout.write(storage.as_json(listed).decode())
-        return worst([*findings.values()])
-    n_failed = sum(finding.verdict == "fail" for finding in findings.values())
-    print(f"{n_failed} of {len(findings)} checks failed" if n_failed else "OK")
-    return worst([*findings.values()])
+        return worst([*results.values()])
+    n_failed = sum(result.verdict == "fail" for result in results.values())
+    print(f"{n_failed} of {len(results)} checks failed" if n_failed else "OK")
+    return worst([*results.values()])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from fusion import log, storage
 from fusion.config import EvaluateConfig, PredictConfig, RunConfig, StoreConfig
 from fusion.environment import rank, variable
-from fusion.errors import ConfigError, DataError, Parser
+from fusion.errors import ConfigError, DataError, Parser, did_you_mean
 
 # The headings of --help, in the order in which they are shown.
 GROUPS = ("where", "sources", "data", "model", "training", "evaluation", "submission", "stopping", "machine")
@@ -252,8 +252,7 @@ def _read_file(url: str, flags: Mapping[str, Any]) -> dict[str, Any]:
 def _check_keys(origin: str, values: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
     for key in values:
         if key not in flags:
-            near = difflib.get_close_matches(key, flags, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(flags)}"
+            hint = did_you_mean(key, flags).strip() or f"allowed: {', '.join(flags)}"
             raise ConfigError(f"{origin} sets {key!r}, which is not a setting of this command", hint)
 
 

@@ -211,7 +211,9 @@ def _open_store(url: str) -> tuple[Any, str]:
     try:
         store, path = url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise UsageError(f"{url} is not a usable URL ({error})", "give a path, or a URL such as s3://bucket/a") from None
+        raise UsageError(
+            f"{url} is not a usable URL ({error})", "give a path, or a URL such as s3://bucket/a"
+        ) from None
     return store, path
 
 

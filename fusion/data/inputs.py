@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fusion import storage
 from fusion.config import digest
-from fusion.errors import DataError
+from fusion.errors import DataError, did_you_mean
 from fusion.storage import Entry
 
 _PARQUET = ".parquet"
@@ -142,7 +141,7 @@ def _names(found: Mapping[str, Entry]) -> set[str]:
 
 def _no_source(folder: str, split: str, role: str, name: str, found: Mapping[str, Entry]) -> DataError:
     there = sorted(_names(found))
-    near = "".join(f"did you mean {other}? " for other in difflib.get_close_matches(name, there, n=1))
+    near = did_you_mean(name, there)
     flag = f"name the source with --sources.{role.replace('_', '-')} NAME"
     if any(path.endswith((".npy", ".npz", ".pkl")) for path in found):
         flag = f"convert NumPy files and pickles with python -m fusion.convert, or {flag}"

@@ -5,7 +5,6 @@ Columns are stored in Arrow's memory, where a text takes only its bytes, without
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 from fusion import log, storage
 from fusion.data.inputs import find_table
 from fusion.data.table_file import Columns, parse_table
-from fusion.errors import DataError
+from fusion.errors import DataError, did_you_mean
 
 # Below this number of rows, there is a warning. A fifth of 500 rows validates; as SMAPE varies by about 40 points
 # between rows, the mean over 100 rows has a standard error of 4 points.
@@ -72,10 +71,9 @@ class Table:
             DataError: the file has no such column.
         """
         if name not in self.frame.columns:
-            near = difflib.get_close_matches(name, self.columns, n=1)
-            meant = f"did you mean {near[0]!r}? " if near else ""
             raise DataError(
-                f"{self.name} has no column {name!r}; it has {list(self.columns)}", f"{meant}correct {flag}"
+                f"{self.name} has no column {name!r}; it has {list(self.columns)}",
+                f"{did_you_mean(name, self.columns)}correct {flag}",
             )
         return self.frame[name]
 

@@ -32,7 +32,7 @@ from fusion.features import text as features_text
 from fusion.features.columns import COLUMNS, Column
 from fusion.features.terms import KINDS
 from fusion.features.text import Space, shortened
-from fusion.records.manifests import FEATURES
+from fusion.records.manifests import FEATURES, safetensors_metadata
 from fusion.records.run import RunFolder
 
 # Column to [n] large_string without nulls, for all rows or a chunk of them.
@@ -189,9 +189,7 @@ def from_bytes(content: bytes, url: str) -> Features:
     """Parses what `to_bytes` wrote. Raises a DataError that names `url` if the content is damaged."""
     try:
         tensors = load(content)
-        # A safetensors file starts with the length of its JSON header; `load` does not return the header's metadata.
-        length = int.from_bytes(content[:8], "little")
-        facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["features"])
+        facts = json.loads(safetensors_metadata(content)["features"])
         spaces = tuple(Space(kind, tensors[f"{kind}.terms"], tensors[f"{kind}.idf"]) for kind in facts["kinds"])
         return Features(str(facts["text_column"]), spaces, COLUMNS.validate_python(facts["columns"]))
     except (SafetensorError, ValueError, KeyError, TypeError, ValidationError) as error:

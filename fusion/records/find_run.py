@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +9,7 @@ from typing import TypeVar
 from fusion import storage
 from fusion.command.settings import from_json
 from fusion.config import ReadRunConfig, RunConfig
-from fusion.errors import ConfigError, DataError
+from fusion.errors import ConfigError, DataError, did_you_mean
 from fusion.records import manifests
 from fusion.records.best_run import pointed_to
 from fusion.records.run import CONFIG, RunFolder, config_digest
@@ -43,7 +42,7 @@ def _no_finished_run(output: str, variant: str) -> DataError:
 def no_run(output: str, run_id: str) -> DataError:
     """The error that there is no run of this id, with the nearest that exists."""
     known = {storage.base(url) for url in storage.ls(storage.join(output, "runs"))} - {run_id}
-    near = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(run_id, sorted(known), n=1))
+    near = did_you_mean(run_id, sorted(known))
     return DataError(
         f"no run {run_id} under {output}", f"{near}`python jobs/pull.py runs --output {output}` lists what is there"
     )

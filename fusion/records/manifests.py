@@ -84,12 +84,21 @@ def dims_in(model: bytes) -> dict[str, int]:
     Raises:
         ValueError: there is no such header, or a dimension is not a positive number.
     """
-    length = int.from_bytes(model[:8], "little")  # safetensors: the header's length, then the header as JSON
     try:
-        header = json.loads(model[8 : 8 + length])
-        return _DIMS.validate_json(header["__metadata__"]["dims"])
+        return _DIMS.validate_json(safetensors_metadata(model)["dims"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"its metadata lack {error}") from error
+
+
+def safetensors_metadata(content: bytes) -> dict[str, str]:
+    """The texts in the header of a safetensors file, which the library gives for files on a disk only.
+
+    Raises:
+        ValueError, KeyError, TypeError: there is no such header.
+    """
+    length = int.from_bytes(content[:8], "little")  # the file starts with the length of its header, which is JSON
+    found: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return found
 
 
 def is_whole(checkpoint: Checkpoint, name: str) -> bool:

@@ -22,7 +22,7 @@ from fusion import storage
 from fusion.errors import DataError
 from fusion.nn.approximate import Partition, fits
 from fusion.nn.neighbours import Memory, bands_of
-from fusion.records.manifests import MEMORY
+from fusion.records.manifests import MEMORY, safetensors_metadata
 from fusion.records.run import RunFolder
 
 _COMPONENTS = "components."
@@ -74,7 +74,7 @@ def from_bytes(data: bytes, name: str) -> Remembered:
     """
     try:
         arrays = safetensors.numpy.load(data)
-        roles = json.loads(_metadata(data)["roles"])
+        roles = json.loads(safetensors_metadata(data)["roles"])
         components = {role: arrays[f"{_COMPONENTS}{role}"] for role in roles}
         ids = pd.Index(arrays["ids"].tobytes().decode().split("\0"), dtype="str")
         rows = {key: torch.from_numpy(arrays[key].astype(kind, copy=False)) for key, kind in _ROWS.items()}
@@ -94,12 +94,6 @@ def _partition(arrays: Mapping[str, np.ndarray]) -> Partition | None:
     if not any(name in arrays for name in names.values()):
         return None  # there are few rows, or an earlier version wrote them
     return Partition(**{key: torch.from_numpy(arrays[names[key]].astype(_PARTITION[key], copy=False)) for key in names})
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    length = int.from_bytes(data[:8], "little")
-    found: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    return found
 
 
 def _check(found: Remembered) -> None:

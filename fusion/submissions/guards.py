@@ -52,27 +52,27 @@ UNUSUAL_FACTOR, UNUSUAL_NIGHTS, UNUSUAL_CHANGE = 3.0, 5, 1.0
 # The quartiles of any catalog are further apart: this model tells no product from another.
 FLAT = 1.01
 MOVED_PRICES = 1.05  # factor over the nights remembered from which the log notes it
-MOST_SAID = 3  # findings in an error; the log has them all
+MOST_SAID = 3  # anomalies in an error; the log has them all
 
 
 @dataclass(frozen=True)
-class Finding:
+class Anomaly:
     """Something unusual about a night; `refused`: enough to publish nothing."""
 
     what: str
     refused: bool
 
 
-def conclude(settings: PredictConfig, findings: Iterable[Finding]) -> None:
+def conclude(settings: PredictConfig, anomalies: Iterable[Anomaly]) -> None:
     """Warns of what is doubtful.
 
     Raises:
         DataError: something is wrong, and --force was not given. The last submission stays current.
     """
-    found = list(findings)
-    for finding in found:
-        log.warning(event="wrong" if finding.refused else "doubtful", reason=finding.what)
-    wrong = [finding.what for finding in found if finding.refused]
+    found = list(anomalies)
+    for anomaly in found:
+        log.warning(event="wrong" if anomaly.refused else "doubtful", reason=anomaly.what)
+    wrong = [anomaly.what for anomaly in found if anomaly.refused]
     if wrong and settings.force:
         log.warning(event="forced", reasons=len(wrong))
     elif wrong:
@@ -83,7 +83,7 @@ def conclude(settings: PredictConfig, findings: Iterable[Finding]) -> None:
         )
 
 
-def about_embeddings(look: Look, trained: Mapping[str, float], last: Last | None, origin: Origin) -> Iterator[Finding]:
+def about_embeddings(look: Look, trained: Mapping[str, float], last: Last | None, origin: Origin) -> Iterator[Anomaly]:
     """What is unusual about a night's embeddings.
 
     Args:
@@ -99,7 +99,7 @@ def about_embeddings(look: Look, trained: Mapping[str, float], last: Last | None
             yield from _about_distribution(role, look.shift[role], look.spread[role])
 
 
-def _about_distribution(role: str, shift: float, spread: float) -> Iterator[Finding]:
+def _about_distribution(role: str, shift: float, spread: float) -> Iterator[Anomaly]:
     log.info(event="looked", role=role, shift=shift, spread=spread)
     factor = max(spread, 1 / max(spread, 1e-9))
     if factor > SPREAD_DOUBTED or shift > SHIFT_DOUBTED:
@@ -107,10 +107,10 @@ def _about_distribution(role: str, shift: float, spread: float) -> Iterator[Find
             f"embeddings of {role} are not like those of the training: variance {spread:.2f} times theirs, mean "
             f"{shift:.2f} deviations away (another encoder, another scale, or another kind of product)"
         )
-        yield Finding(what, factor > SPREAD_REFUSED or shift > SHIFT_REFUSED)
+        yield Anomaly(what, factor > SPREAD_REFUSED or shift > SHIFT_REFUSED)
 
 
-def _about_agreement(prints: pd.DataFrame, trained: Mapping[str, float]) -> Iterator[Finding]:
+def _about_agreement(prints: pd.DataFrame, trained: Mapping[str, float]) -> Iterator[Anomaly]:
     shares = {}
     for pair, (measured, chance) in agreements_with_chance(prints).items():
         expected = trained.get(pair, 0.0)
@@ -121,10 +121,10 @@ def _about_agreement(prints: pd.DataFrame, trained: Mapping[str, float]) -> Iter
             f"embeddings of {', of '.join(shares)} do not belong together as in training: their agreement is "
             f"{min(shares.values()):.0%} of what it was there (one of the two is under wrong ids)"
         )
-        yield Finding(what, min(shares.values()) < AGREEMENT_REFUSED)
+        yield Anomaly(what, min(shares.values()) < AGREEMENT_REFUSED)
 
 
-def _about_ids(role: str, before: pd.Series, now: pd.Series, same_model: bool) -> Iterator[Finding]:
+def _about_ids(role: str, before: pd.Series, now: pd.Series, same_model: bool) -> Iterator[Anomaly]:
     found = compared(before, now)
     log.info(event="vectors_compared", role=role, known=found.known, moved=found.moved, new=found.new)
     if found.moved > max(MOVED_ALLOWED, MOVED_DOUBTED * found.known):
@@ -132,18 +132,18 @@ def _about_ids(role: str, before: pd.Series, now: pd.Series, same_model: bool) -
             f"{found.moved} of {found.known} known products have the {role} embedding that another one had in the last "
             "submission (ids and vectors in different orders)"
         )
-        yield Finding(what, found.moved > MOVED_REFUSED * found.known)
+        yield Anomaly(what, found.moved > MOVED_REFUSED * found.known)
     if found.new > max(MOVED_ALLOWED, NEW_DOUBTED * found.known):
         what = (
             f"{found.new} of {found.known} known products have another {role} embedding than in the last submission"
             + (", with the same model" if same_model else "")
         )
-        yield Finding(what, same_model and found.new > NEW_REFUSED * found.known)
+        yield Anomaly(what, same_model and found.new > NEW_REFUSED * found.known)
 
 
 def about_prices(
     settings: PredictConfig, prices: pd.Series, smape: float, last: Last | None, origin: Origin
-) -> Iterator[Finding]:
+) -> Iterator[Anomaly]:
     """What is unusual about a night's prices, by sample_id.
 
     Args:
@@ -151,7 +151,7 @@ def about_prices(
     """
     if len(prices) >= MIN_ROWS and prices.quantile(0.75) < FLAT * prices.quantile(0.25):
         what = f"all products get practically the same price, {readable(prices.median())}"
-        yield Finding(f"{what}: the model, or the embeddings, tell them not apart", True)
+        yield Anomaly(f"{what}: the model, or the embeddings, tell them not apart", True)
     if last is not None:
         yield from _against_last(settings, prices, smape, last, origin)
     yield from _against_training(settings, prices, RunFolder(origin.run))
@@ -159,10 +159,10 @@ def about_prices(
 
 def _against_last(
     settings: PredictConfig, prices: pd.Series, smape: float, last: Last, origin: Origin
-) -> Iterator[Finding]:
+) -> Iterator[Anomaly]:
     if len(prices) < settings.min_rows * len(last.prices):
         what = f"{len(prices)} rows, the last submission has {len(last.prices)} (--min-rows {settings.min_rows})"
-        yield Finding(what, True)
+        yield Anomaly(what, True)
     change = change_of(prices, last.prices)
     if change is not None:
         same_model = last.manifest.model_sha256 == origin.model_sha256
@@ -200,16 +200,16 @@ def largest_change(before: pd.Series, same_model: bool, smape: float, smape_befo
     return limit if smape_before is None else min(limit, math.hypot(smape, smape_before))
 
 
-def _about_change(change: float, limit: float, nights: Sequence[Night], model_sha256: str) -> Iterator[Finding]:
+def _about_change(change: float, limit: float, nights: Sequence[Night], model_sha256: str) -> Iterator[Anomaly]:
     what = f"prices of known products differ by {change:.1f}% (SMAPE) from the last submission's"
     if change > limit / 2:
-        yield Finding(
+        yield Anomaly(
             f"{what}: embeddings under other ids, or another model (--max-change {limit:.3g})", change > limit
         )
         return
     usual = [night.change for night in nights if night.model_sha256 == model_sha256]
     if len(usual) >= UNUSUAL_NIGHTS and change > max(UNUSUAL_CHANGE, UNUSUAL_FACTOR * max(usual)):
-        yield Finding(f"{what}, in {len(usual)} nights before by at most {max(usual):.1f}%", False)
+        yield Anomaly(f"{what}, in {len(usual)} nights before by at most {max(usual):.1f}%", False)
 
 
 def remembered(prices: pd.Series, last: Last | None, day: str, model_sha256: str) -> list[Night]:
@@ -228,17 +228,17 @@ def remembered(prices: pd.Series, last: Last | None, day: str, model_sha256: str
     return nights
 
 
-def _against_training(settings: PredictConfig, prices: pd.Series, run: RunFolder) -> Iterator[Finding]:
+def _against_training(settings: PredictConfig, prices: pd.Series, run: RunFolder) -> Iterator[Anomaly]:
     facts = run.facts()
     if facts and facts.price_quartiles:  # runs of earlier versions have none
         limit = settings.max_training_drift
         yield from _drift(prices, facts.price_quartiles, limit, "the training prices'", "--max-training-drift")
 
 
-def _drift(prices: pd.Series, expected: Sequence[float], limit: float, whose: str, flag: str) -> Iterator[Finding]:
+def _drift(prices: pd.Series, expected: Sequence[float], limit: float, whose: str, flag: str) -> Iterator[Anomaly]:
     for quantile, now, then in zip((25, 50, 75), _quartiles(prices), expected, strict=True):
         if max(now / then, then / now) > limit:
-            yield Finding(
+            yield Anomaly(
                 f"the {quantile}% quantile is {readable(now)}, {whose} {readable(then)} ({flag} {limit:g})", True
             )
 

@@ -24,7 +24,7 @@ import fusion
 from fusion.environment import variable
 from fusion.errors import ExitCode
 from fusion.storage.scratch import temporary_folder
-from jobs.checks.findings import Finding, PlannedJob, fail, ok, size, warn
+from jobs.checks.check import CheckResult, PlannedJob, fail, ok, size, warn
 
 SHM = Path("/dev/shm")
 # 1 GiB, for /dev/shm and for temporary folders: NCCL takes tens of MiB in /dev/shm per GPU of a node, and caches of
@@ -45,7 +45,7 @@ print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.device_count
 """
 
 
-def libraries(_: PlannedJob) -> Finding:
+def libraries(_: PlannedJob) -> CheckResult:
     """Checks that Python and every library have a version that Fusion supports."""
     try:
         about = metadata.metadata("fusion")
@@ -79,7 +79,7 @@ def _mismatch(name: str, needed: SpecifierSet, found: str | None) -> str:
     return "" if needed.contains(found, prereleases=True) else f"{name} is {found}, expected {needed}"
 
 
-def gpus(job: PlannedJob) -> Finding | None:
+def gpus(job: PlannedJob) -> CheckResult | None:
     """Checks the GPUs and their driver by means of nvidia-smi; does not apply where the job uses the CPU."""
     device = job.settings.device
     if device == "cpu":
@@ -138,7 +138,7 @@ def _has_gpus() -> bool:
         return False
 
 
-def torch(job: PlannedJob) -> Finding:
+def torch(job: PlannedJob) -> CheckResult:
     """Checks that torch loads and finds the GPUs, and reports its NCCL. A subprocess loads torch, with a timeout."""
     if not find_spec("torch"):
         return warn("torch is not installed: only the commands of jobs/ work here", "install torch where jobs run")
@@ -160,7 +160,7 @@ def torch(job: PlannedJob) -> Finding:
     return ok(f"torch {version}, CUDA {cuda}, NCCL {nccl}, {n_devices} GPUs")
 
 
-def shared_memory(_: PlannedJob) -> Finding:
+def shared_memory(_: PlannedJob) -> CheckResult:
     """Checks the size of /dev/shm, through which NCCL moves data between the GPUs of a node, and that it is writable.
 
     On Kubernetes a memory-backed emptyDir counts towards the memory limit of the pod, so that one as large as the limit
@@ -183,7 +183,7 @@ def shared_memory(_: PlannedJob) -> Finding:
     return ok(found)
 
 
-def memory(_: PlannedJob) -> Finding:
+def memory(_: PlannedJob) -> CheckResult:
     """Reports how much memory this job may use, and warns if it may open few files."""
     limit, total = memory_limit(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     n_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -216,7 +216,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def folders(_: PlannedJob) -> Finding:
+def folders(_: PlannedJob) -> CheckResult:
     """Checks that temporary files and caches can be written, and that there is space for them."""
     free: dict[str, int] = {}
     for name, folder in {"TMPDIR": temporary_folder(), **_caches()}.items():
@@ -251,7 +251,7 @@ def _nearest_existing(folder: Path) -> Path:
     return next(parent for parent in [folder, *folder.parents] if os.path.exists(parent))
 
 
-def names(_: PlannedJob) -> Finding:
+def names(_: PlannedJob) -> CheckResult:
     """Checks that the names of this machine and of the first node resolve."""
     own, master = socket.gethostname(), variable("MASTER_ADDR", "PET_MASTER_ADDR")
     if n_nodes() > 1 and not master and not variable("SLURM_STEP_NODELIST"):
@@ -273,7 +273,7 @@ def _resolves(name: str) -> bool:
         return False
 
 
-def cluster(_: PlannedJob) -> Finding:
+def cluster(_: PlannedJob) -> CheckResult:
     """Reports which scheduler runs this job, and warns when Slurm ends it soon."""
     env = os.environ
     if "SLURM_JOB_ID" in env:
@@ -284,7 +284,7 @@ def cluster(_: PlannedJob) -> Finding:
     return ok("neither Kubernetes nor Slurm: this machine alone")
 
 
-def _slurm(env: Mapping[str, str]) -> Finding:
+def _slurm(env: Mapping[str, str]) -> CheckResult:
     found = f"Slurm job {env['SLURM_JOB_ID']}, {n_nodes()} nodes"
     end = env.get("SLURM_JOB_END_TIME", "")
     if not end.isdecimal():
@@ -301,7 +301,7 @@ def n_nodes() -> int:
     return int(text) if text.isdecimal() else 1
 
 
-def grace(job: PlannedJob) -> Finding:
+def grace(job: PlannedJob) -> CheckResult:
     """Checks that training does not plan to take longer for a stop than its launcher allows (see FUSION_GRACE)."""
     seconds = job.settings.grace
     if seconds > LAUNCHER_GRACE:

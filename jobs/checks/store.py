@@ -19,7 +19,7 @@ from fusion import storage
 from fusion.data.inputs import find_sources, find_table, source_names
 from fusion.errors import DataError, ExitCode
 from fusion.storage import backend
-from jobs.checks.findings import Finding, PlannedJob, fail, ok, warn
+from jobs.checks.check import CheckResult, PlannedJob, fail, ok, warn
 
 MAX_SKEW = timedelta(minutes=15)  # S3 refuses requests that were signed by a clock that is off by more than this
 NOTABLE_SKEW = timedelta(seconds=30)  # a clock that is set by NTP is off by less than a second: this one is not
@@ -27,7 +27,7 @@ SOON = timedelta(minutes=15)  # credentials that expire earlier will expire in t
 SHOWN_ELSEWHERE = ("data", "output")  # settings that other checks print
 
 
-def credentials(job: PlannedJob) -> Finding | None:
+def credentials(job: PlannedJob) -> CheckResult | None:
     """Checks that there are credentials for S3, and when they expire; does not apply without an S3 bucket."""
     if not _buckets(job):
         return None
@@ -46,13 +46,13 @@ def credentials(job: PlannedJob) -> Finding | None:
     return _describe_lifetime(found.method, getattr(found, "_expiry_time", None), bool(token))
 
 
-def _no_credentials(cause: str) -> Finding:
+def _no_credentials(cause: str) -> CheckResult:
     to_do = "sign in again, or give the job a role (IRSA, workload identity), a profile or AWS_ACCESS_KEY_ID"
     return fail(f"no usable credentials: {cause}", to_do, ExitCode.CREDENTIALS)
 
 
-def _describe_lifetime(method: str, expiry: datetime | None, has_token: bool) -> Finding:
-    """The finding for credentials that exist.
+def _describe_lifetime(method: str, expiry: datetime | None, has_token: bool) -> CheckResult:
+    """The result for credentials that exist.
 
     Args:
         method: where botocore found them, such as env, shared-credentials-file, assume-role.
@@ -77,14 +77,14 @@ def _minutes(span: timedelta) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-def store(job: PlannedJob) -> Finding:
+def store(job: PlannedJob) -> CheckResult:
     """Checks that the store of the output answers, and lets this job list objects."""
     started = time.monotonic()
     storage.ls(job.output)
     return ok(f"{job.output} answers in {1000 * (time.monotonic() - started):.0f} ms")
 
 
-def clock(job: PlannedJob) -> Finding | None:
+def clock(job: PlannedJob) -> CheckResult | None:
     """Compares this machine's clock with the store's; does not apply without an S3 bucket."""
     buckets = _buckets(job)
     if not buckets:
@@ -132,7 +132,7 @@ def _buckets(job: PlannedJob) -> list[str]:
     return [found[1] for found in urls if found]
 
 
-def data(job: PlannedJob) -> Finding:
+def data(job: PlannedJob) -> CheckResult:
     """Checks that the tables and the embeddings exist."""
     bindings = job.settings.bindings() if job.variant else {}
     find_table(job.data, "train")
@@ -148,7 +148,7 @@ def data(job: PlannedJob) -> Finding:
     return ok(f"{job.data} has train, test, and for both {', '.join(sorted(needed))}")
 
 
-def _without_sources(job: PlannedJob, missing: dict[str, str], there: set[str]) -> Finding:
+def _without_sources(job: PlannedJob, missing: dict[str, str], there: set[str]) -> CheckResult:
     """The failure for sources that do not exist.
 
     Args:
@@ -170,7 +170,7 @@ def _has_test(job: PlannedJob) -> bool:
     return True
 
 
-def writable(job: PlannedJob) -> Finding:
+def writable(job: PlannedJob) -> CheckResult:
     """Checks that an object can be written below the output, read back, and removed."""
     url, content = storage.join(job.output, f".probe-{uuid.uuid4().hex}"), b"probe"
     try:
@@ -187,7 +187,7 @@ def writable(job: PlannedJob) -> Finding:
     return ok(f"wrote, read and removed an object below {job.output}")
 
 
-def conditions(job: PlannedJob) -> Finding:
+def conditions(job: PlannedJob) -> CheckResult:
     """Checks that the store supports conditional writes, which keep two jobs from writing to one run at a time."""
     if not storage.honours_conditions(job.output):
         missing = "conditional writes"
@@ -199,7 +199,7 @@ def conditions(job: PlannedJob) -> Finding:
     return warn(f"the store has no {missing}: two jobs could write to one run at the same time", to_do)
 
 
-def settings(job: PlannedJob) -> Finding:
+def settings(job: PlannedJob) -> CheckResult:
     """Checks that the settings are valid, and reports those that differ from the defaults."""
     found = job.settings
     defaults = asdict(type(found)())

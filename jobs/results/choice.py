@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from fusion import storage
-from fusion.errors import DataError, UsageError
+from fusion.errors import DataError, UsageError, did_you_mean
 from fusion.records.find_run import no_run
 from fusion.records.manifests import ENSEMBLE, FEATURES, MANIFEST, MEMORY, PULLED, SPLIT, STATE, Checkpoint
 from fusion.records.run import LEASE
@@ -202,8 +201,7 @@ def _is_committed(folder: str) -> bool:
 
 
 def _name_hint(wrong: str, known: Iterable[str], output: str) -> str:
-    near = difflib.get_close_matches(wrong, list(known), n=1)
-    return "".join(f"did you mean {name}? " for name in near) + _listing_hint("submissions", output)
+    return did_you_mean(wrong, known) + _listing_hint("submissions", output)
 
 
 def _listing_hint(what: str, output: str) -> str:

@@ -176,7 +176,7 @@ def test_bad_settings(flags: list[str], code: int, expected: str, tmp_path: Path
 
 def test_bad_settings_in_the_environment_and_in_a_file(tmp_path: Path, here: Here) -> None:
     check_error(run_command("fusion.qwen_clip.train", env={"FUSION_EPOCHS": "-1"}), 78, "(in the environment)")
-    for text, expected in (('{"epoch": 3}', "did you mean 'epochs'?"), ("[1", "not a JSON or TOML file")):
+    for text, expected in (('{"epoch": 3}', "did you mean epochs?"), ("[1", "not a JSON or TOML file")):
         (tmp_path / "c.json").write_text(text)
         check_error(here(fusion.qwen_clip.train.main, "--config", str(tmp_path / "c.json")), 78, expected)
 

@@ -144,7 +144,7 @@ def test_only_the_columns_that_are_asked_for_are_kept(tmp_path: Path) -> None:
     assert list(table.frame.columns) == ["price"] and table.columns == ("sample_id", "price", "title")
     with pytest.raises(DataError, match="has no column 'titel'; it has") as caught:
         table.column("titel", "--by")
-    assert caught.value.remedy == "did you mean 'title'? correct --by"
+    assert caught.value.remedy == "did you mean title? correct --by"
 
 
 def hashes(folder: Path) -> list[int]:

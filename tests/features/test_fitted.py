@@ -265,7 +265,7 @@ def test_a_missing_column_is_named() -> None:
     assert "--text-column" in caught.value.remedy
     with pytest.raises(DataError, match="has no column 'tilte'") as caught:
         training_columns(Config(columns=("tilte",)), rows)
-    assert caught.value.remedy == "did you mean 'title'? correct --columns"
+    assert caught.value.remedy == "did you mean title? correct --columns"
     features = fitted(rows, Config(columns=("title",)))
     with pytest.raises(DataError, match="has no column 'title', which the model was trained with"):
         columns_of(features, replace(rows, frame=rows.frame.drop(columns="title")))

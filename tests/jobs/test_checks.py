@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobs.checks import machine
-from jobs.checks.findings import Check, Finding, PlannedJob
+from jobs.checks.check import Check, CheckResult, PlannedJob
 from jobs.doctor import main
 from tests.conftest import Done
 from tests.services import require
@@ -125,7 +125,7 @@ def test_torch_that_loads_too_slowly_fails(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_ctrl_c_prints_an_error_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: PlannedJob) -> Finding:
+    def interrupted(_: PlannedJob) -> CheckResult:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("jobs.doctor.CHECKS", (Check("store", "", interrupted),))

@@ -27,7 +27,7 @@ from fusion import storage
 from fusion.errors import ExitCode
 from fusion.launch import launcher
 from jobs.checks import machine
-from jobs.checks.findings import Check, PlannedJob, fail, ok
+from jobs.checks.check import Check, PlannedJob, fail, ok
 from jobs.doctor import CHECKS, run_check, worst
 from jobs.doctor import main as doctor_main
 from tests.conftest import BUCKET, upload

@@ -13,7 +13,7 @@ from fusion.errors import DataError
 from fusion.records.schemas import Night, SubmissionManifest
 from fusion.submissions import guards
 from fusion.submissions.fingerprints import Look
-from fusion.submissions.guards import Finding
+from fusion.submissions.guards import Anomaly
 from fusion.submissions.submission import Last, Origin
 
 N = 400
@@ -138,7 +138,7 @@ def prints(seed: int = 0) -> pd.DataFrame:
     )
 
 
-def about(now: pd.DataFrame, before: pd.DataFrame | None = None, model: str = MODEL, **moments: float) -> list[Finding]:
+def about(now: pd.DataFrame, before: pd.DataFrame | None = None, model: str = MODEL, **moments: float) -> list[Anomaly]:
     shift, spread = (
         {role: moments.get(name, usual) for role in now} for name, usual in (("shift", 0.0), ("spread", 1.0))
     )
@@ -203,11 +203,11 @@ def test_new_content_of_a_fifth_of_the_products_passes() -> None:
 
 
 def test_force_publishes_and_says_what_was_wrong(capsys: pytest.CaptureFixture[str]) -> None:
-    findings = [Finding("one is odd", False), *(Finding(f"{number} is wrong", True) for number in range(2, 7))]
+    anomalies = [Anomaly("one is odd", False), *(Anomaly(f"{number} is wrong", True) for number in range(2, 7))]
     with pytest.raises(DataError, match="not published: 2 is wrong; 3 is wrong; 4 is wrong; and 2 more, see the log"):
-        guards.conclude(PredictConfig(), findings)
+        guards.conclude(PredictConfig(), anomalies)
     capsys.readouterr()
-    guards.conclude(PredictConfig(force=True), findings)
+    guards.conclude(PredictConfig(force=True), anomalies)
     said = capsys.readouterr().err
     assert 'event=doubtful reason="one is odd"' in said and 'event=wrong reason="6 is wrong"' in said
     assert "event=forced reasons=5" in said

@@ -1,4 +1,4 @@
-"""The types of `doctor.py`: a check, the job that it checks for, and the finding that it returns."""
+"""The types of `doctor.py`: a check, the job that it checks for, and the result that it returns."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _read_settings(variant: str | None, flags: tuple[str, ...], environment: tup
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """The result of one check: one line of the report.
 
     Attributes:
@@ -86,20 +86,20 @@ class Check:
 
     name: str
     about: str
-    run: Callable[[PlannedJob], Finding | None]
+    run: Callable[[PlannedJob], CheckResult | None]
     needs: str = ""
 
 
-def ok(found: str) -> Finding:
-    return Finding("ok", found)
+def ok(found: str) -> CheckResult:
+    return CheckResult("ok", found)
 
 
-def warn(found: str, remedy: str) -> Finding:
-    return Finding("warn", found, remedy)
+def warn(found: str, remedy: str) -> CheckResult:
+    return CheckResult("warn", found, remedy)
 
 
-def fail(found: str, remedy: str, code: ExitCode) -> Finding:
-    return Finding("fail", found, remedy, code)
+def fail(found: str, remedy: str, code: ExitCode) -> CheckResult:
+    return CheckResult("fail", found, remedy, code)
 
 
 def size(n_bytes: float) -> str:

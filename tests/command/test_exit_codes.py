@@ -71,7 +71,7 @@ def flags_of(command: str, catalog: Path, output: Path | str) -> list[str]:
 
 
 ranks = pytest.mark.parametrize("ranks", [1, 2])
-# The launcher carries the codes of all commands alike: one rank alone is tried with `train`.
+# The launcher treats the codes of all commands alike, so a single rank is only tested with `train`.
 each = pytest.mark.parametrize(("command", "ranks"), [("train", 1), *((command, 2) for command in COMMANDS)])
 
 
@@ -131,7 +131,7 @@ def test_70_a_loss_that_is_not_finite(ranks: int, catalog: Path, tmp_path: Path)
 def test_75_a_training_that_is_asked_to_stop(ranks: int, catalog: Path, tmp_path: Path) -> None:
     job = Job(ranks, "train", *flags_of("train", catalog, tmp_path), *ENDLESS)
     wait_for_checkpoint(tmp_path, job)
-    os.kill(job.ranks()[-1], signal.SIGTERM)  # one rank of several: all agree on the step
+    os.kill(job.ranks()[-1], signal.SIGTERM)  # to one of several ranks; all stop at the same step
     check(job, 75, "stopped on request at step")
 
 

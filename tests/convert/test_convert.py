@@ -21,7 +21,7 @@ from fusion.errors import DataError
 
 VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3) / 8
 IDS = [7, 3, 12, 5]
-PROTOCOLS = (0, 2, 4, 5)  # 1 and 3 differ from 0 and 2 in nothing that concerns arrays
+PROTOCOLS = (0, 2, 4, 5)  # 1 and 3 treat arrays like 0 and 2
 
 
 def converted(target: Path) -> tuple[list[int | str], np.ndarray[Any, Any]]:
@@ -483,7 +483,7 @@ def test_a_failed_conversion_keeps_the_previous_file(tmp_path: Path, monkeypatch
     before = target.read_bytes()
     n_rows = ROW_GROUP + 1
     vectors = np.zeros((n_rows, 2))
-    vectors[-1] = 1e300  # found in the second batch, with the first one written
+    vectors[-1] = 1e300  # the error is in the second batch, after the first one was written
     (tmp_path / "in.pkl").write_bytes(pickle.dumps({"embeddings": vectors, "sample_ids": list(range(n_rows))}))
     assert run_pickle(tmp_path) == 65
     assert target.read_bytes() == before

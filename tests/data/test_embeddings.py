@@ -322,7 +322,7 @@ import pandas as pd
 from fusion.distributed.world import join_world
 from fusion.data.embeddings import load
 def peak():
-    status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's
+    status = open("/proc/self/status").read()  # ru_maxrss would include the peak of the parent process
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 with join_world("cpu") as world:
     load(sys.argv[1], "train", {"a": "small"}, pd.Index(["0"]), world)

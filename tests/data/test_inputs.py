@@ -13,13 +13,13 @@ from fusion.errors import DataError
 ROLE = {"clip_image": "cnn"}
 
 
-def write(place: str, *names: str) -> None:
+def write(data: str, *names: str) -> None:
     for name in names:
-        storage.write(storage.join(place, name), name.encode())
+        storage.write(storage.join(data, name), name.encode())
 
 
-def files(place: str, split: str = "train") -> list[str]:
-    return [entry.url.split(f"/{split}/")[1] for entry in find_sources(place, split, ROLE)["clip_image"]]
+def files(data: str, split: str = "train") -> list[str]:
+    return [entry.url.split(f"/{split}/")[1] for entry in find_sources(data, split, ROLE)["clip_image"]]
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,10 @@ def test_a_bucket_that_is_missing_is_named(bucket: str) -> None:
 
 
 def test_a_written_object_changes_the_inputs(bucket: str, tmp_path: Path) -> None:
-    for place in (bucket, str(tmp_path)):
-        write(place, "train.csv", "embeddings/train/cnn/a.parquet")
-        before = find_inputs(place, "train", ROLE)
-        assert find_inputs(place, "train", ROLE) == before
-        storage.write(f"{place}/embeddings/train/cnn/a.parquet", b"another")
-        after = find_inputs(place, "train", ROLE)
+    for data in (bucket, str(tmp_path)):
+        write(data, "train.csv", "embeddings/train/cnn/a.parquet")
+        before = find_inputs(data, "train", ROLE)
+        assert find_inputs(data, "train", ROLE) == before
+        storage.write(f"{data}/embeddings/train/cnn/a.parquet", b"another")
+        after = find_inputs(data, "train", ROLE)
         assert after != before and after.sources_digest() != before.sources_digest() and after.table == before.table

@@ -18,13 +18,13 @@ PUBLISHED = [*SMALL, "--recipe", "published"]
 @pytest.fixture(scope="module")
 def dated(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The catalog with a day of each product, which is missing nowhere; near-duplicates are of different days."""
-    place = tmp_path_factory.mktemp("dated") / "data"
-    shutil.copytree(catalog, place)
-    table = pd.read_csv(place / "train.csv", dtype="str")
+    folder = tmp_path_factory.mktemp("dated") / "data"
+    shutil.copytree(catalog, folder)
+    table = pd.read_csv(folder / "train.csv", dtype="str")
     days = pd.date_range("2026-01-01", periods=len(table), freq="h")
     table["created"] = days.strftime("%Y-%m-%dT%H:%M:%S").to_series().sample(frac=1, random_state=0).to_numpy()
-    table.to_csv(place / "train.csv", index=False)
-    return place
+    table.to_csv(folder / "train.csv", index=False)
+    return folder
 
 
 def test_training_evaluation_and_prediction(dated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ def values_travel(world: World) -> None:
     answer = world.on_main(lambda: {"rows": np.arange(12).reshape(3, 4), "none": np.empty(0), "frame": frame})
     assert answer["rows"].tolist() == np.arange(12).reshape(3, 4).tolist() and answer["none"].size == 0
     assert answer["frame"].equals(frame)
-    answer["rows"][0] = 7  # what was received is this rank's own
+    answer["rows"][0] = 7  # the received array belongs to this rank alone
     mine = {"rank": world.rank, "rows": np.full(world.rank * 1000, world.rank)}
     gathered = world.gather_on_main(mine)
     assert [value["rank"] for value in gathered] == (list(range(world.size)) if world.is_main else [])

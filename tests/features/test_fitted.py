@@ -127,10 +127,10 @@ def test_rows_are_counted_once_per_term() -> None:
     ],
 )
 def test_quantities_are_read(text: str, name: str, value: float) -> None:
-    place = 2 * features_numbers.NAMES.index(name)
+    position = 2 * features_numbers.NAMES.index(name)
     found = features_numbers.quantities(texts([text]))[0]
-    assert found[place + 1] == 1
-    assert found[place] == pytest.approx(value, rel=1e-3)
+    assert found[position + 1] == 1
+    assert found[position] == pytest.approx(value, rel=1e-3)
 
 
 @pytest.mark.parametrize("text", ["Men's tee", "Model 40339PK", "", "Value: 0\nUnit: Count", "Value: 12.0"])

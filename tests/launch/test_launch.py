@@ -189,7 +189,7 @@ def test_if_a_rank_dies_hanging_ranks_are_killed(start: Start) -> None:
     assert launcher.process.returncode == 137
     assert launcher.err.startswith("error: rank 1 was killed by SIGKILL\n")
     assert is_gone(pid)
-    assert not (launcher.folder / "0.signals").exists()  # it would start to save for nobody
+    assert not (launcher.folder / "0.signals").exists()  # a stop signal would make it save a checkpoint in vain
 
 
 def test_a_rank_killed_amid_collectives_is_the_cause(start: Start) -> None:

@@ -78,7 +78,7 @@ def test_a_node_that_was_started_again_waits_for_a_new_try(start: Start, port: i
         launcher.process.terminate()
     ended = [launcher.end() for launcher in (new_0, new_1)]
     assert [code for code, _ in ended] == [75, 75]
-    assert not any("error:" in said for _, said in ended)  # torch may complain of the old node 0
+    assert not any("error:" in said for _, said in ended)  # torch may print warnings about the old node 0
 
 
 def test_no_rank_starts_before_all_nodes_have_joined(start: Start, port: int) -> None:

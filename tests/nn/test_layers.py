@@ -160,7 +160,7 @@ def test_constant_columns_are_ignored(recipe: dict[str, Any]) -> None:
     batch = batch_for(model, missing=0.0)
     batch.inputs[role] = rows[:32].clone()
     before = target(model, batch)
-    batch.inputs[role][:, :2] += 0.5  # a test row may have what no training row had
+    batch.inputs[role][:, :2] += 0.5  # a test row may have values that no training row had
     torch.testing.assert_close(target(model, batch), before)
     batch.inputs[role][:, 2] += 0.5
     assert (target(model, batch) - before).abs().max() > 1e-5

@@ -70,7 +70,7 @@ def test_similarities_are_the_parts_of_the_bands() -> None:
 @pytest.mark.parametrize("k", [1, 2, 9])
 def test_largest_is_topk_at_any_size(n_columns: int, k: int) -> None:
     values = torch.randn(12, n_columns, generator=torch.Generator().manual_seed(n_columns))
-    values[:, -1] = 99.0  # in what is left over of the parts
+    values[:, -1] = 99.0  # in the columns after the last complete part
     values[3] = -torch.inf
     k = min(k, n_columns)
     found, places = largest(values, k)

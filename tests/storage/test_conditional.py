@@ -111,7 +111,7 @@ def test_a_store_that_refuses_checksums(
     monkeypatch.setenv(variable, "when_required")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     act(f"{PLACE}/x")
-    assert storage.honours_conditions(PLACE) is False  # it ignores them: nothing else was held against it
+    assert storage.honours_conditions(PLACE) is False  # the only defect of this store is that it ignores conditions
 
 
 def failing(number: int) -> Callable[..., None]:

@@ -238,7 +238,7 @@ def test_rejected_access_keys(
     ids=["400", "301"],
 )  # fmt: skip
 def test_a_bucket_of_another_region(status: int, answer: str, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = serve((status, answer), (403, ""))  # botocore goes on to ask for the region, and is not told
+    service = serve((status, answer), (403, ""))  # botocore then requests the bucket's region, which fails, too
     use(monkeypatch, {**KEYS, "AWS_ENDPOINT_URL_S3": service.url})
     with pytest.raises(ConfigError) as caught:
         storage.write("s3://bucket/x", b"1")

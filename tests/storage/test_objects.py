@@ -220,7 +220,10 @@ def test_a_reader_may_not_write(bucket: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_stopped_server_is_unreachable_and_a_restarted_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server, bucket = start_s3(tmp_path), f"s3://{BUCKET}"  # of its own: a restarted server grants its writer more
+    server, bucket = (
+        start_s3(tmp_path),
+        f"s3://{BUCKET}",
+    )  # a separate server, because a restart changes the permissions of its users
     for key, value in server.environment().items():
         monkeypatch.setenv(key, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
@@ -246,7 +249,7 @@ def _use(monkeypatch: pytest.MonkeyPatch, key: str, secret: str) -> None:
 def test_an_object_is_created_once(root: str) -> None:
     url = storage.join(root, "deep", "lock")
     assert storage.create(url, b"first")
-    assert storage.create(url, b"first")  # the same bytes: perhaps an answer was lost
+    assert storage.create(url, b"first")  # the same bytes count as written, because an answer may have been lost
     assert not storage.create(url, b"second")
     assert storage.read(url) == b"first"
 

@@ -50,7 +50,7 @@ def test_retries_are_short_for_an_address_that_never_answered(
     use(monkeypatch, AWS_ENDPOINT_URL_S3=address)
     error, lasted = failure()
     assert address in error.message and "does not answer" in error.message
-    assert lasted < 10  # and not the 60 s of --store-timeout: half a second, and what the last try and the name take
+    assert lasted < 10  # not the 60 s of --store-timeout; half a second plus the last try and the name lookup
     assert capfd.readouterr().err.count("event=waiting") == 1
 
 
@@ -59,7 +59,7 @@ def test_a_store_that_has_answered_is_retried_for_the_whole_timeout(
 ) -> None:
     server = PlainS3()
     use(monkeypatch, AWS_ENDPOINT_URL_S3=server.endpoint)
-    assert not storage.exists(URL)  # that it lacks the object is an answer too
+    assert not storage.exists(URL)  # that the object is missing is an answer, too
     server.stop()
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # with the connections that are still open
     monkeypatch.setattr(storage, "_patience", 2.0)

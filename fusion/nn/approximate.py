@@ -1,13 +1,13 @@
-"""Which of millions of keys may be most like a row, without comparing it with all of them: inverted lists, by faiss.
+"""Approximate search for the most similar of millions of keys, with an inverted-file index of faiss.
 
-Keys are brought into lists by the centroid that is nearest by cosine (spherical k-means). Of a row that is asked for,
-the lists of the nearest centroids are looked through, one in `PROBED_SHARE`, by codes of 4 bits for every 4 columns
-(product quantisation; Jegou et al., 2011). `Memory.search` compares exactly what is found, and keeps a share of it.
+Each key belongs to the list of the centroid with the highest cosine (spherical k-means). A query only searches the
+lists of the nearest centroids, one of `PROBED_SHARE`. There, keys are compared by codes of 4 bits per 4 columns
+(product quantisation; Jegou et al., 2011). `Memory.search` then compares the found keys exactly, and keeps the best.
 
-Centroids and codes are fitted here, on a fixed sample and in float64, so that the number of threads does not change
-them. They lie with the memory, and faiss only encodes and searches.
+Centroids and codes are fitted in this module, on a fixed sample and in float64, so that they do not depend on the
+number of threads. They are stored with the memory; faiss only encodes and searches.
 
-C is the number of key columns, L of lists, G of codes of a key.
+C is the number of key columns, L of lists, G of codes per key.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLUMNS_PER_CODE = 4
-VALUES_PER_CODE = 16  # of 4 bits, which faiss adds up in registers
-# Lists of a million rows: 8,000 of 125. Many short lists lose less than few long ones when the same number of rows is
-# looked through, and cost a product with all centroids: of a hundredth of the time of one with all rows.
+VALUES_PER_CODE = 16  # codes of 4 bits, whose distance tables fit into CPU registers (faiss' "fast scan")
+# The number of lists, per square root of the number of rows: a million rows have 8,000 lists of 125 rows. If the same
+# number of rows is searched, many short lists miss fewer neighbours than a few long ones. But queries are compared with
+# all centroids; here that takes a hundredth of the time of a comparison with all rows.
 LISTS_PER_ROOT = 8
-LEAST_ROWS_PER_LIST = 4
-PROBED_SHARE = 8  # one list in so many is looked through, and
-LEAST_PROBED = 32
-SAMPLE_PER_LIST = 4  # rows that centroids are fitted on
-ROUNDS = 2  # of k-means; ten find centroids that are no better
-CODE_SAMPLE = 4096  # rows that codes are fitted on
-CODE_ROUNDS = 8
-BLOCK = 16_384  # rows at a time
+LEAST_ROWS_PER_LIST = 4  # on average; limits the number of lists of small memories
+PROBED_SHARE = 8  # a query searches one of so many lists,
+LEAST_PROBED = 32  # but at least so many lists
+SAMPLE_PER_LIST = 4  # rows per list on which centroids are fitted
+ROUNDS = 2  # iterations of k-means; with ten, the centroids were not better
+CODE_SAMPLE = 4096  # rows on which codes are fitted
+CODE_ROUNDS = 8  # iterations of k-means for codes
+BLOCK = 16_384  # rows that are processed at a time, to limit memory
 HINT = "pip install faiss-cpu"
 
 
 @dataclass(frozen=True)
 class Partition:
-    """How the rows of a memory are kept in lists.
+    """The division of a memory's rows into lists, and the codebook of their codes.
 
     Attributes:
         centroids: [L, C] float32 unit vectors.
         lists: [N] int32 list of each row.
-        codebook: [G, VALUES_PER_CODE, COLUMNS_PER_CODE] float32, what a code stands for.
+        codebook: [G, VALUES_PER_CODE, COLUMNS_PER_CODE] float32 vectors that the codes stand for.
     """
 
     centroids: Tensor
@@ -53,12 +54,18 @@ class Partition:
 
 
 def is_installed() -> bool:
-    """Whether faiss is."""
+    """Whether faiss is installed."""
     return importlib.util.find_spec("faiss") is not None
 
 
 def fitted(keys: Tensor, root: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Centroids and codebook of a `Partition`, from keys [n, C] and the square roots [C] of their columns' weights."""
+    """Fits the centroids and the codebook of a `Partition`.
+
+    Args:
+        keys: [n, C].
+        root: [C] square roots of the columns' weights. With both keys and queries multiplied by them, an inner product
+            is a weighted similarity.
+    """
     n_lists = number_of_lists(len(keys))
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed))
     sample = keys[order[: SAMPLE_PER_LIST * n_lists]].double() * root.double()
@@ -66,7 +73,8 @@ def fitted(keys: Tensor, root: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def number_of_lists(n_rows: int) -> int:
-    """
+    """The number of lists for so many rows.
+
     >>> [number_of_lists(n_rows) for n_rows in (1, 100, 1_000_000)]
     [1, 25, 8000]
     """
@@ -74,7 +82,7 @@ def number_of_lists(n_rows: int) -> int:
 
 
 def _centroids(rows: Tensor, n: int) -> Tensor:
-    """[n, C] unit vectors, of unit vectors [m, C] in random order."""
+    """[n, C] centroids of unit vectors [m, C], which are in random order; the first n are the initial centroids."""
     centroids = rows[:n]
     for _ in range(ROUNDS):
         sums = torch.zeros_like(centroids).index_add_(0, nearest(rows, centroids), rows)
@@ -83,12 +91,12 @@ def _centroids(rows: Tensor, n: int) -> Tensor:
 
 
 def nearest(rows: Tensor, centroids: Tensor) -> Tensor:
-    """[m] int64: which centroid [L, C] is nearest to each row [m, C] by cosine."""
+    """[m] int64: for each row [m, C], the centroid [L, C] with the highest cosine."""
     return torch.cat([(some @ centroids.T).argmax(1) for some in torch.split(rows, BLOCK // 8)])
 
 
 def _codebook(rows: Tensor) -> Tensor:
-    """[G, VALUES_PER_CODE, COLUMNS_PER_CODE] by k-means of the rows' [m, C] columns, four at a time."""
+    """[G, VALUES_PER_CODE, COLUMNS_PER_CODE] codebook: k-means of each group of columns of rows [m, C]."""
     points = _padded(rows).view(len(rows), -1, COLUMNS_PER_CODE).transpose(0, 1).contiguous()
     values = points[:, torch.arange(VALUES_PER_CODE) % len(rows)]
     for _ in range(CODE_ROUNDS):
@@ -100,12 +108,12 @@ def _codebook(rows: Tensor) -> Tensor:
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """The rows [m, C] with zeros behind them, so that their columns can be divided into codes."""
+    """The rows [m, C] padded with columns of zeros to a multiple of `COLUMNS_PER_CODE`."""
     return F.pad(rows, (0, -rows.shape[1] % COLUMNS_PER_CODE))
 
 
 def fits(partition: Partition, n_rows: int, n_columns: int) -> bool:
-    """Whether it is a partition of so many rows of so many columns, and all of its numbers are finite."""
+    """Whether the partition has the shapes for so many rows and columns, and contains only valid numbers."""
     centroids, lists, codebook = partition.centroids, partition.lists, partition.codebook
     n_codes = -(-n_columns // COLUMNS_PER_CODE)
     return (
@@ -119,12 +127,12 @@ def fits(partition: Partition, n_rows: int, n_columns: int) -> bool:
 
 
 class Index:
-    """Keys in the lists of a partition, as codes.
+    """A faiss index of the keys of a partition.
 
     Args:
         keys: [N, C] float16.
-        rows: [n] positions of those that may be found.
-        root: [C] square roots of the weights of the columns.
+        rows: [n] positions of the keys that may be found.
+        root: [C] square roots of the columns' weights.
     """
 
     def __init__(self, partition: Partition, keys: Tensor, rows: Tensor, root: Tensor) -> None:
@@ -156,13 +164,13 @@ class Index:
         return _padded(keys.float() * self.root).contiguous().numpy()
 
     def rows(self, queries: Tensor, k: int) -> Tensor:
-        """[B, k] int64 positions of rows that may be most similar to the queries [B, C]; -1 where there are fewer."""
+        """[B, k] int64 positions of probably most similar rows to the queries [B, C]; -1 for padding."""
         _set_threads()
         return torch.from_numpy(self.index.search(self._vectors(queries), k)[1])
 
 
 def _set_threads() -> None:
-    """faiss has a pool of threads of its own, which knows nothing of those that the ranks of a node may use."""
+    """Makes faiss use as many threads as torch. Its own default is all cores, which the ranks of a node share."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())

@@ -24,20 +24,27 @@ from torch import Tensor, nn
 from fusion.nn.approximate import Index, Partition
 from fusion.nn.layers import uniform
 
-BAND_EDGES = (8, 32, 96, 192)  # components between the bands of a role; the last band ends where its components end
-FIRST_WEIGHT = 6.0  # of every band, before any is learned
-PAIR_WIDTH = 8
-# Similarities lie in [-1, 1] and are multiplied by this before the small network that corrects their weighted sum, and
-# its output by the next one: so both work at the scale that linear layers are made for.
+BAND_EDGES = (
+    8,
+    32,
+    96,
+    192,
+)  # components at which a new band of a role starts; the last band contains all further ones
+FIRST_WEIGHT = 6.0  # initial weight of every band
+PAIR_WIDTH = 8  # hidden features of the small network that corrects the similarity of a pair of rows
+# Similarities are in [-1, 1]. They are multiplied by the first of these before that network, and its output by the
+# second, so that the network's inputs and outputs have the scale for which linear layers are initialised.
 SIMILARITY_SCALE = 4.0
 CORRECTION_SCALE = 10.0
 N_FACTS = 4  # features of a neighbourhood beside its mean similarity in each band
-PART_COLUMNS = 64  # similarities of which the largest is looked at first
-# Rows whose candidates' keys are compared at a time: on a CPU a million numbers, which stay in its cache and in memory
-# that is there already (64 rows take five times as long), on a GPU so many that it is busy.
+PART_COLUMNS = 64  # columns per part in `largest`
+# Queries whose candidates' keys are compared at a time. On a CPU, these are about a million numbers, which fit in its
+# cache and in memory that is already allocated; with 64 queries it takes five times as long. On a GPU, it is enough to
+# keep it busy.
 GATHERED_ROWS = {"cpu": 8, "cuda": 256}
-BLOCK_ROWS = 2**20  # that a chunk of queries is compared with at a time: 4 GiB of float32 for 1,024 queries
-# Of what faiss finds by codes, one in so many is kept: by exact similarity, and without the row's own group.
+BLOCK_ROWS = 2**20  # rows that are compared with a chunk of queries at a time; 4 GiB of float32 for 1,024 queries
+# The index returns so many times the wanted candidates. Of these, the best by exact similarity are kept, without rows
+# of the query's own group.
 FOUND_PER_KEPT = 2
 
 
@@ -115,12 +122,12 @@ class Memory:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Memory:
-        """On another device; one that is no CPU compares with all rows in less time than it takes to look in lists."""
+        """The memory on another device. On a GPU it has no partition, because there an exact search is faster."""
         moved = {name: getattr(self, name).to(device) for name in ("keys", "log_prices", "folds", "groups", "bands")}
         return Memory(**moved, partition=self.partition if device.type == "cpu" else None)
 
     def of(self, rows: Tensor) -> Memory:
-        """A memory of some of the rows [n], few enough for an exact search."""
+        """A memory of some of the rows [n], without a partition."""
         return Memory(self.keys[rows], self.log_prices[rows], self.folds[rows], self.groups[rows], self.bands)
 
     def without(self, held_out: Sequence[int]) -> Memory:
@@ -170,9 +177,9 @@ class Memory:
     def _in_lists(
         self, partition: Partition, queries: Tensor, weights: Tensor, k: int, groups: Tensor | None
     ) -> Candidates:
-        """As `_exactly`, of rows that an index finds; exactly for queries to which it finds too few."""
+        """As `_exactly`, but among the rows that an index finds. If it finds too few for a query, searches exactly."""
         rows = self._index(partition, weights).rows(queries, min(FOUND_PER_KEPT * k, len(self)))
-        may_be = (rows >= 0) & (self.folds[rows] >= 0)  # position -1 is the last row, which is as good as any
+        may_be = (rows >= 0) & (self.folds[rows] >= 0)  # -1 is padding; as an index it reads the last row, harmlessly
         if groups is not None:
             may_be &= groups.unsqueeze(1) != self.groups[rows]
         similarities = self.similarities(queries, rows.clamp(min=0))
@@ -187,7 +194,7 @@ class Memory:
         return self.candidates(rows, similarities, usable)
 
     def _index(self, partition: Partition, weights: Tensor) -> Index:
-        """Made at the first search, of the rows that may be neighbours then."""
+        """The index of the rows that may be neighbours. It is built at the first search."""
         made: list[Index] = self.__dict__.setdefault("_indexes", [])
         if not made:
             rows = torch.nonzero(self.folds >= 0).squeeze(1)
@@ -308,20 +315,20 @@ class Neighbours(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.change = nn.Parameter(torch.zeros(n_bands))
-        last = nn.Linear(PAIR_WIDTH, 1, bias=False)  # a softmax cannot tell one, which rounding alone would move
+        last = nn.Linear(PAIR_WIDTH, 1, bias=False)  # a softmax is invariant to a bias, so only rounding would train it
         self.correction = nn.Sequential(nn.Linear(n_bands, PAIR_WIDTH), nn.GELU(), last)
 
     def forward(self, candidates: Candidates, usable: Tensor, median: Tensor) -> Neighbourhood:
         if self.training and self.dropout:
             usable = usable & (uniform(usable) >= self.dropout)
-        with torch.autocast(usable.device.type, enabled=False):  # bfloat16 has too few digits for a softmax this sharp
+        with torch.autocast(usable.device.type, enabled=False):  # bfloat16 is too imprecise for logits this large
             logits = self._logits(candidates.similarities).masked_fill(~usable, -1e9)
             weights = torch.where(usable, logits.softmax(-1), 0.0)
             log_price = (weights * (candidates.log_prices - median)).sum(-1) + median
             return self._neighbourhood(candidates, logits, weights, log_price, median)
 
     def _logits(self, similarities: Tensor) -> Tensor:
-        """[B, K] from similarities [B, K, S]."""
+        """[B, K] logits of the softmax, from similarities [B, K, S]."""
         corrected = self.correction(SIMILARITY_SCALE * similarities).squeeze(-1)
         logits: Tensor = similarities.double() @ band_weights(self.change) + CORRECTION_SCALE * corrected
         return logits

@@ -4,9 +4,9 @@ Builds a model of `all_embeddings` with the published dimensions and a memory of
 the rows in chunks, as `predict_test` does. Prints the seconds for all rows of each step: the search for candidates, the
 similarities by band, and a complete prediction with networks.
 
-`--approximate` also makes the lists of a memory of more than a million rows, on the CPU, and says how long that takes,
-how long a search in them, and which share of what an exact search finds they find: of all candidates, and by the weight
-that these have in a price. `--memory 200000 --rows 100000 --approximate` takes a minute.
+With `--approximate`, also divides a memory of more than a million rows into lists, on the CPU. Prints how long that
+takes, how long a search takes then, and the recall of the candidates of an exact search: unweighted, and weighted by
+their weights in the price. `--memory 200000 --rows 100000 --approximate` takes a minute.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from fusion.prediction.resumable import CHUNK
 from fusion.training.memory_build import _partition
 
 DIMS = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
-K = 128
-ROWS_PER_CLUSTER = 200
+K = 128  # candidates per row; the default of --neighbours
+ROWS_PER_CLUSTER = 200  # random keys are clustered; without clusters, no row would have near neighbours
 
 
 def main() -> None:
@@ -91,8 +91,8 @@ def _pricing(model: PriceModel, memory: Memory) -> Callable[[], object]:
 
 def _approximate(memory: Memory, queries: Tensor, weights: Tensor, options: argparse.Namespace) -> None:
     started = time.monotonic()
-    with join_world("cpu") as place:
-        listed = replace(memory, partition=_partition(Config(), memory, weights.numpy(), place))
+    with join_world("cpu") as world:
+        listed = replace(memory, partition=_partition(Config(), memory, weights.numpy(), world))
     print(f"{'lists':22} {time.monotonic() - started:8.1f} s, once for a run", flush=True)
     started = time.monotonic()
     listed.search(queries[:1], weights, K)

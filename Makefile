@@ -1,12 +1,12 @@
 # make demo   installs, then trains, evaluates and predicts on a generated catalog
 # make test   installs what tests need, then lint, types, import contract and all tests; as root on Debian it installs
 #             Slurm, and adds two names to /etc/hosts while it runs
-# make image  builds the container image with docker, podman or buildah; IMAGE_FLAGS="…" is handed to its build
-# make lock   writes anew what the image installs, by version and hash, into requirements/; LOCKED="cpu cu126" says for
-#             which builds of torch, in uv's words (cuda: that of PyPI)
-# make test-image  builds the image, runs the jobs of k8s/ in it under podman; as root on Debian it installs podman
+# make image  builds the container image with docker, podman or buildah; IMAGE_FLAGS="…" is passed to the build
+# make lock   updates the lists of the image's packages, with versions and hashes, in requirements/; LOCKED="cpu cu126"
+#             selects builds of torch, by uv's names (cuda: the build on PyPI)
+# make test-image  builds the image, and runs the jobs of k8s/ in it with podman; as root on Debian it installs podman
 # make test-cluster  runs the jobs of k8s/ on the Kubernetes of KUBECONFIG, else on one that it starts, as root on Debian,
-#             from the folder that FUSION_KUBERNETES names; without either it says so and does nothing
+#             from the folder that FUSION_KUBERNETES names; without either it is skipped
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,10 +18,11 @@ CREATED = $(shell git log -1 --format=%cI 2>/dev/null)
 BASE ?= $(shell sed -n 's/^ARG BASE=//p' Dockerfile)
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))
 IMAGE ?= fusion:$(VERSION)
-# Test files side by side: one more than there are cores, because the files on Slurm and on stores mostly wait.
+# The number of test processes: one more than there are cores, because tests of Slurm and of stores mostly wait.
 TEST_PROCESSES ?= $(shell expr $$(nproc) + 1)
 
-# As Fusion's commands do, see fusion/environment.py: tests do not crawl on a machine that others use as well.
+# The same values as Fusion's commands set, see fusion/environment.py: they keep waiting OpenMP threads from spinning, which
+# would slow the tests down on a machine that is also used by others.
 export GOMP_SPINCOUNT ?= 1000
 export KMP_BLOCKTIME ?= 1
 
@@ -29,7 +30,7 @@ export KMP_BLOCKTIME ?= 1
 .PHONY: help demo test test-image test-cluster lint lint-code lint-manifests image lock clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 demo: $(VENV)/.run
 	$(BIN)/python -m fusion.demo
@@ -46,8 +47,8 @@ test-image: $(VENV)/.test
 test-cluster: $(VENV)/.test
 	$(BIN)/python -m tests.cluster
 
-# Files get one date for ever, the first that a zip file knows, and labels that of the commit: a layer that an earlier
-# commit has left is then the same as one that is made again. docker keeps the files' own times.
+# All files in the image get the same fixed date, 1980-01-01, the earliest that zip files support. Layers are then equal for
+# all commits that do not change their content. Labels have the date of the commit. docker keeps the files' own times.
 EPOCH = 315532800
 SAME_podman = --timestamp $(EPOCH)
 SAME_buildah = --timestamp $(EPOCH)
@@ -75,7 +76,7 @@ lock: $(BIN)/python
 	  $$(sed -n 's/==.*//; s/^[a-z]/--no-emit-package &/p' requirements/run.txt) - \
 	  --output-file requirements/torch-$$torch.txt || exit; done
 
-# Both at once, from the installations on.
+# Runs both in parallel, installations included.
 lint:
 	$(MAKE) --no-print-directory --jobs 2 lint-code lint-manifests
 
@@ -106,7 +107,7 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-# checkov pins old versions of what the product uses, so it lives alone.
+# checkov pins old versions of packages that the project uses, so it has a virtual environment of its own.
 $(VENV)/checkov/.done: Makefile
 	$(PYTHON) -m venv $(VENV)/checkov
 	$(VENV)/checkov/bin/pip install --quiet checkov==3.3.30

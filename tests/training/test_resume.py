@@ -312,7 +312,7 @@ def test_an_older_attempt_cannot_publish(catalog: Path, tmp_path: Path, monkeypa
     original = checkpoint.commit
 
     def commit(run: RunFolder, *arguments: object) -> manifests.Checkpoint:
-        take_lease(RunFolder(run))
+        take_lease(run)
         return original(run, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(checkpoint, "commit", commit)

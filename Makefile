@@ -84,6 +84,7 @@ lint-code: $(VENV)/.test
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell --dictionary - --dictionary docs/plain_words.txt
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -1,4 +1,4 @@
-"""Lists and controls the Jobs and JobSets of Kubernetes that have Fusion's label, whoever created them."""
+"""Lists and controls the Jobs and JobSets of Kubernetes that have Fusion's label, no matter who created them."""
 
 from __future__ import annotations
 

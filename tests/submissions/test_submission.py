@@ -224,7 +224,7 @@ def test_a_damaged_last_submission_does_not_stop_the_next(
     path.write_text("sample_id,price\n")
     assert night("2026-03-01") == 0
     assert "event=submission_damaged" in capsys.readouterr().err
-    assert path.read_bytes() == whole, "made again from the same model and data, it is mended"
+    assert path.read_bytes() == whole, "it is restored: made again from the same model and data"
     path.write_text("sample_id,price\n")
     half_the_rows(place)
     assert night("2026-03-02") == 0

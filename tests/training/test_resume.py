@@ -111,7 +111,7 @@ def test_three_stops_without_progress_are_a_bug(
                 "fusion.training.trainer.Fit.run_epoch", lambda self, beat: iter([None])
             )  # asked to stop before any step
             codes.append(train.main(flags(catalog, tmp_path)))
-    assert codes == [75, 70, 75]  # the count starts anew after the error
+    assert codes == [75, 70, 75]  # the count restarts after the error
     assert "stopped three times in a row without a newer checkpoint" in capsys.readouterr().err
 
 

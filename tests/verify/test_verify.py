@@ -386,7 +386,7 @@ def test_a_pointer_that_was_copied(output: Path, capsys: Capture) -> None:
 
 
 def test_a_smape_that_the_training_never_had(output: Path, capsys: Capture) -> None:
-    """It decides which model is served; whoever changes it with our own functions is found all the same."""
+    """It decides which model is served, so a change is found even if the digests were recomputed with it."""
     smape = RunFolder(str(output / "runs/r")).checkpoints()[-1].smape
     edit(newest(output) / "MANIFEST.json", smape=1.0)
     recomputed, of_history = wrong_lines(capsys, output / "runs/r")

@@ -301,7 +301,7 @@ def test_options_reach_the_loss_and_are_not_saved_in_its_state() -> None:
         ({"name": "weighted_smape", "tiers": 3}, "cannot be built", "tiers"),
         ({"name": "quantile_huber", "quantiles": [1.5]}, "quantile must be", "quantiles"),
         ({"name": "quantile_huber", "quantiles": []}, "at least one", "quantiles"),
-        ({"name": "quantile_huber", "quantiles": [0.1, 0.9]}, "needs 2 predictions a row", "quantile"),
+        ({"name": "quantile_huber", "quantiles": [0.1, 0.9]}, "needs 2 predictions per row", "quantile"),
     ],
 )
 def test_an_invalid_option_names_the_allowed_values(config: Any, message: str, remedy: str) -> None:

@@ -1,8 +1,7 @@
 """Starts a command's ranks on this node, waits for all of them, and exits with their exit code and a single message.
 
-    python -m fusion.launch --nproc-per-node 4 fusion.all_embeddings.train --data s3://bucket/data --output
-    s3://bucket/out python -m fusion.launch --nproc-per-node 2 fusion.all_embeddings.train --device cpu --epochs 5 …
-    (on a CPU)
+    python -m fusion.launch --nproc-per-node 4 fusion.all_embeddings.train --data s3://b/data --output s3://b/output
+    python -m fusion.launch --nproc-per-node 2 fusion.all_embeddings.train --device cpu --epochs 5 …    (on a CPU)
 
 Use it in place of torchrun. It sets the same variables (RANK, WORLD_SIZE, MASTER_ADDR, …), which torch's `env://`
 reads. It differs from torchrun in three ways: torchrun exits with 1 whatever the ranks' exit codes are, signals all
@@ -29,7 +28,6 @@ from fusion.environment import for_libraries, prepare_libraries, variable
 from fusion.errors import ConfigError, ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.launch.processes import Ending, Group, Rank, Stop
 from fusion.launch.rendezvous import MultiNodeRendezvous, Rendezvous
-from fusion.storage.scratch import temporary_folder
 from fusion.streams import unfailing
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # the CPU limit of this container, in cgroup v2
@@ -57,7 +55,7 @@ def launch(options: Options, stop: Stop) -> int:
     """
     if stop.name:
         raise StopRequested(f"asked to stop ({stop.name}) before any rank was started", "run the same command again")
-    temporary_folder()  # raises a ConfigError if there is none; done first, before a port is reserved
+    _temporary_folder()  # raises a ConfigError if there is none; done first, before a port is reserved
     rendezvous = _rendezvous(options, stop)
     for restart in range(options.max_restarts + 1):
         ending = _attempt(options, rendezvous, stop, restart)
@@ -77,7 +75,7 @@ def _rendezvous(options: Options, stop: Stop) -> Rendezvous:
 
 
 def _attempt(options: Options, rendezvous: Rendezvous, stop: Stop, restart: int) -> Ending:
-    with tempfile.TemporaryDirectory(prefix="fusion-", dir=temporary_folder()) as folder:
+    with tempfile.TemporaryDirectory(prefix="fusion-", dir=_temporary_folder()) as folder:
         shared = {**_environment(options, restart), **rendezvous.environment(), "FUSION_EXIT_DIR": folder}
         first = options.node_rank * options.nproc_per_node
         ranks = [
@@ -90,6 +88,12 @@ def _attempt(options: Options, rendezvous: Rendezvous, stop: Stop, restart: int)
         finally:
             group.kill()
         return group.ending(Path(folder))
+
+
+def _temporary_folder() -> str:
+    from fusion.storage.scratch import temporary_folder  # loads fsspec, which --help does not need
+
+    return temporary_folder()
 
 
 def _environment(options: Options, restart: int) -> dict[str, str]:

@@ -135,7 +135,7 @@ def test_one_process_needs_no_interface(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_interface_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib0-absent")
-    with pytest.raises(ConfigError, match="GLOO_SOCKET_IFNAME is ib0-absent, and the network interfaces"):
+    with pytest.raises(ConfigError, match="GLOO_SOCKET_IFNAME is ib0-absent, but the network interfaces"):
         _check_interface()
 
 

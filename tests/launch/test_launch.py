@@ -313,7 +313,7 @@ def test_threads_are_no_more_than_the_quota_of_the_container(
     quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = len(os.sched_getaffinity(0))
-    monkeypatch.setattr("fusion.launch.CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("fusion.launch.launcher.CPU_QUOTA", tmp_path / "cpu.max")
     assert _n_cores() == machine
     (tmp_path / "cpu.max").write_text(f"{quota}\n")
     assert _n_cores() == min(cores, machine)

@@ -37,7 +37,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlainS3]:
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_lacks", set())
+    monkeypatch.setattr(backend, "_unsupported", set())
 
 
 def refusing(

@@ -40,7 +40,7 @@ def test_the_launcher_reports_it(nowhere: None, capsys: pytest.CaptureFixture[st
 def test_doctor_reports_it(nowhere: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--only", "folders"]) == 78
     said = capsys.readouterr()
-    assert "no temporary folder can be written" in said.out and "TMPDIR" in said.out
+    assert "no temporary folder is writable" in said.out and "TMPDIR" in said.out
 
 
 def test_importing_looks_for_no_temporary_folder() -> None:

@@ -181,7 +181,7 @@ def _in_turn(n: int, room: np.ndarray) -> np.ndarray:
     """
     parts, left = np.full(n, len(room) - 1), np.arange(n)
     for part in range(len(room) - 1):
-        share = room[part] / max(room[part:].sum(), 1e-9)
+        share = room[part] / max(room[part:].sum(), 1e-9)  # 1e-9: no division by 0 if all parts are full
         counts = np.floor(np.arange(len(left) + 1) * share + 0.5)  # how many of the first i items the part gets
         is_drawn = np.diff(counts) > 0
         parts[left[is_drawn]] = part

@@ -54,6 +54,7 @@ class Heartbeats:
         self._keys = [f"{other}" for other in range(size)]
         self._counts: list[bytes] = []
         self._silence = [0.0] * size  # seconds since the last heartbeat of each rank, while this process was running
+        # A short timeout gets shorter beats, so that a single late heartbeat never counts as a stall.
         self._beat = min(BEAT, timeout / 10) if timeout else BEAT
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._beat_until_ended, self._watch)]

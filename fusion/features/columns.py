@@ -128,6 +128,7 @@ def _trimmed(texts: pa.Array) -> pa.Array:
 
 def _number(name: str, values: np.ndarray) -> Column:
     sizes = np.abs(values)
+    # 1e-9: if most numbers are 0, so is their median, and any other number counts as wide.
     is_log = bool(sizes.max() > WIDE * max(float(np.median(sizes)), 1e-9))
     values = _logs(values) if is_log else values
     return Column(name, "number", is_log, float(values.mean()), float(values.std()) or 1.0)

@@ -27,7 +27,8 @@ from fusion.errors import ConfigError
 from fusion.storage.errors import is_absence, is_no_bucket
 
 TEMPORARY = ".tmp"  # suffix of files that are being written
-# One try per request. Only `storage.retrying` retries, so that a command waits for as long as `--store-timeout` says.
+# Seconds until a request fails are few, because it is then retried. One try per request: only `storage.retrying`
+# retries, so that a command waits for as long as `--store-timeout` says.
 _S3 = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}}
 _S3_SCHEMES = ("s3://", "s3a://")
 # Matches misspelt URLs such as `s3:/bucket`, `s3:bucket` and `s3//bucket`, which would be taken as local paths.

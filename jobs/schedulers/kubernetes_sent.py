@@ -59,8 +59,11 @@ class KubernetesJobs:
             raise DataError(f"there is no {kind}/{name} in {where}", "`python jobs/control.py list` shows the jobs")
         pods = self._pods(kind, name)
         job = self._job(found, pods)
-        why = [self._warning(name) or job.why] if job.why == NO_POD else [job.why, self._of_kueue(found)]
-        return [replace(job, why=": ".join(filter(None, why)), said=self._said(job, pods))]
+        if job.why == NO_POD:
+            why = self._warning(name) or job.why
+        else:
+            why = ": ".join(filter(None, (job.why, self._of_kueue(found))))
+        return [replace(job, why=why, said=self._said(job, pods))]
 
     def log(self, job: SentJob, *, node: int, follow: bool) -> Iterator[str]:
         kind, name = split_id(job.id)
@@ -148,7 +151,11 @@ class KubernetesJobs:
         """Yields the log of a pod. A log that breaks off while the pod runs is continued after the last line."""
         since, deadline = "", time.monotonic() + RETRY_SECONDS
         while True:
-            flags = ["--timestamps", *(["--follow"] if follow else []), *([f"--since-time={since}"] if since else [])]
+            flags = ["--timestamps"]
+            if follow:
+                flags.append("--follow")
+            if since:
+                flags.append(f"--since-time={since}")
             last = since
             try:
                 for line in self._log(pod, *flags):

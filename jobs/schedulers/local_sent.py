@@ -75,11 +75,14 @@ def _job(pid: int) -> SentJob | None:
 def _name(words: Sequence[str]) -> str:
     """The name of the job with this command line; empty when it is not the command line of a launcher."""
     at = next((at for at, pair in enumerate(pairwise(words)) if pair == LAUNCHER), None)
-    modules = [word.split(".") for word in words[at + 2 :] if word.startswith("fusion.")] if at is not None else []
-    tasks = {module: task for task, module in MODULES.items()}
-    if not modules or len(modules[0]) != 3 or modules[0][2] not in tasks:
+    if at is None:
         return ""
-    return f"{PREFIX}{tasks[modules[0][2]]}-{modules[0][1].replace('_', '-')}"
+    module = next((word for word in words[at + 2 :] if word.startswith("fusion.")), "")
+    names = module.split(".")  # such as fusion.qwen_clip.train
+    tasks = {module: task for task, module in MODULES.items()}
+    if len(names) != 3 or names[2] not in tasks:
+        return ""
+    return f"{PREFIX}{tasks[names[2]]}-{names[1].replace('_', '-')}"
 
 
 def _runs_on_cluster(pid: int) -> bool:

@@ -34,6 +34,7 @@ SACCT = "JobID,JobName,State,ExitCode,DerivedExitCode,Submit,Start,End,NodeList,
 # The same columns for jobs that have not ended, which have no exit codes; the last column is why they wait.
 SQUEUE = "%i|%j|%T|0:0|0:0|%V|%S||%N|%r"
 N_COLUMNS = 10
+SUBMIT, SUBMIT_LINE = 5, 9  # columns with the time and the command line of the submission; squeue has no SubmitLine
 # submitit calls sbatch with a script in the folder of the logs, which is how the folder is found.
 FOLDER = re.compile(r"\bsbatch (/.*)/\.?submission_file_\w+\.sh")
 ARRAY = re.compile(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]")  # sacct shows all waiting tasks of an array in one row
@@ -73,7 +74,7 @@ class SlurmJobs:
 
     def wait(self, jobs: Sequence[SentJob]) -> int:
         slurm_wait.check_accounting()
-        return slurm_wait.wait_for_logs_in([job.id for job in jobs], str(Path(jobs[0].log).parent))
+        return slurm_wait.wait_with_logs([job.id for job in jobs], str(Path(jobs[0].log).parent))
 
     @cached_property
     def _folder(self) -> str:
@@ -101,18 +102,32 @@ class SlurmJobs:
             tries: rows of sacct, one per start of a requeued job, the oldest first.
             queued: the row of squeue; None for a job that has ended.
         """
-        job_id, name, state_text, code, derived, _, started, ended, nodes, reason = queued or tries[-1]
-        first, submitted = (tries or [queued or []])[0][5], tries[0][9] if tries else ""
+        newest = queued or tries[-1]
+        oldest = tries[0] if tries else newest
+        job_id, name, state_text, code, derived, _, started, ended, nodes, reason = newest
         word = state_text.split()[0]
         state = STATES.get(word, FAILED)
-        why = [word] if state not in (RUNNING, FINISHED) else []
-        why += [reason] if queued and state == WAITING else []
-        why += [f"on {nodes}"] if state == RUNNING and nodes not in NOWHERE else []
-        why += [f"requeued {len(tries) - 1} times"] if len(tries) > 1 else []
-        status = None if state in (WAITING, RUNNING) else slurm_wait.exit_status(state_text, code, derived)
-        # For a waiting job, Slurm gives the expected start.
-        times = _time(first), "" if state == WAITING else _time(started), _time(ended)
-        return SentJob(job_id, name, state, ", ".join(why), status, *times, self._path_of(job_id, submitted))
+        why = []
+        if state not in (RUNNING, FINISHED):
+            why.append(word)
+        if queued and state == WAITING:
+            why.append(reason)
+        if state == RUNNING and nodes not in NOWHERE:
+            why.append(f"on {nodes}")
+        if len(tries) > 1:
+            why.append(f"requeued {len(tries) - 1} times")
+        return SentJob(
+            job_id,
+            name,
+            state,
+            ", ".join(why),
+            code=None if state in (WAITING, RUNNING) else slurm_wait.exit_status(state_text, code, derived),
+            sent=_time(oldest[SUBMIT]),
+            # For a waiting job, Slurm gives the expected start.
+            started="" if state == WAITING else _time(started),
+            ended=_time(ended),
+            log=self._path_of(job_id, oldest[SUBMIT_LINE] if tries else ""),
+        )
 
     def _path_of(self, job_id: str, submitted: str) -> str:
         """The path of a job's log, from the command line of sbatch if Slurm has it, else from the settings."""

@@ -49,10 +49,10 @@ def wait(ids: Sequence[str], cluster: Cluster) -> int:
     Raises:
         UnreachableError: Slurm did not answer for `RETRY_SECONDS`.
     """
-    return wait_for_logs_in(ids, cluster.folder)
+    return wait_with_logs(ids, cluster.folder)
 
 
-def wait_for_logs_in(ids: Sequence[str], folder: str) -> int:
+def wait_with_logs(ids: Sequence[str], folder: str) -> int:
     """The same as `wait`, for jobs whose logs are in `folder`."""
     shown: dict[str, str] = {}
     while True:
@@ -148,8 +148,11 @@ def exit_status(state: str, exit_code: str, derived: str) -> int:
     code, signal = map(int, exit_code.split(":"))
     if state == "COMPLETED" or code:
         return code
-    by_slurm = ENDED_BY_SLURM.get(state.split()[0])
-    return by_slurm or (128 + signal if signal else int(derived.split(":")[0]) or 1)
+    if by_slurm := ENDED_BY_SLURM.get(state.split()[0]):
+        return by_slurm
+    if signal:
+        return 128 + signal
+    return int(derived.split(":")[0]) or 1
 
 
 def logged_error(log: Path) -> str:

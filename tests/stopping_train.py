@@ -11,7 +11,7 @@ agree = Saver.agree
 
 
 def stop_at(saver: Saver, **options: bool) -> None:
-    last = saver.place.rank == saver.place.size - 1
+    last = saver.world.rank == saver.world.size - 1
     if last and saver.fit.step >= int(os.environ["FUSION_TEST_STOP_AT"]):
         os.kill(os.getpid(), signal.SIGTERM)
     agree(saver, **options)

@@ -32,7 +32,7 @@ class Coalitions:
     sets: list[int]
     shapley: FloatArray
 
-    def place(self, coalition: int) -> int:
+    def column(self, coalition: int) -> int:
         """Its position in `sets`."""
         return self.sets.index(coalition)
 
@@ -68,10 +68,10 @@ def _sampled(n_sources: int, generator: np.random.Generator) -> Coalitions:
     single = [1 << source for source in range(n_sources)]
     asked = {one for chain in chains for one in chain} | {0, everything}
     sets = sorted(asked.union(single, (everything ^ one for one in single)))
-    places = {one: place for place, one in enumerate(sets)}
+    columns = {one: column for column, one in enumerate(sets)}
     shapley = np.zeros((n_sources, len(sets)))
     for order, chain in zip(orders, chains, strict=True):
         for source, (before, after) in zip(order, pairwise(chain), strict=True):
-            shapley[source, places[after]] += 1 / len(orders)
-            shapley[source, places[before]] -= 1 / len(orders)
+            shapley[source, columns[after]] += 1 / len(orders)
+            shapley[source, columns[before]] -= 1 / len(orders)
     return Coalitions(n_sources, sets, shapley)

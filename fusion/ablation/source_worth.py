@@ -62,20 +62,20 @@ def ablate(settings: AblateConfig) -> None:
         DataError: as `evaluate_by_groups`.
         StopRequested: a signal came; the parts that are done are kept.
     """
-    with join_world(settings.device) as place:
-        variant = place.on_main(lambda: _variant(settings))
+    with join_world(settings.device) as world:
+        variant = world.on_main(lambda: _variant(settings))
         config_class, build = config_class_of(variant), network_of(variant)
-        run, config, chosen, data = open_run(settings, config_class, place)
-        model = load_model(chosen, config, build, place)
-        priced = _price(settings, run, config, chosen, model, data, place)
+        run, config, chosen, data = open_run(settings, config_class, world)
+        model = load_model(chosen, config, build, world)
+        priced = _price(settings, run, config, chosen, model, data, world)
 
         def finish() -> None:
             record = _record(run, config, chosen, held(priced))
             storage.write(run.at("metrics", ABLATION), seal(asdict(record)))
             show(record)
 
-        place.on_main(finish)
-        place.on_main(lambda: discard(run.parts))
+        world.on_main(finish)
+        world.on_main(lambda: discard(run.parts))
 
 
 def _variant(settings: AblateConfig) -> str:
@@ -96,25 +96,25 @@ def _price(
     chosen: manifests.Checkpoint,
     model: PriceModel,
     data: str,
-    place: World,
+    world: World,
 ) -> Priced | None:
     """The validation rows with their errors, on rank 0."""
-    origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
-    features = place.on_main(lambda: features_of(run, config, chosen))
+    origin = world.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
+    features = world.on_main(lambda: features_of(run, config, chosen))
     names = features.names if features else []
-    table = place.on_main_alone(lambda: validation_rows(run, chosen, config, (), data, names))
-    columns = place.on_main_alone(lambda: columns_of(features, held(table)))
-    ids = place.on_main(lambda: held(table).ids)
-    store = load(data, "train", config.bindings(), ids, place, partial=True)
-    store = with_features(store, features, columns, "train.csv", place)
+    table = world.on_main_alone(lambda: validation_rows(run, chosen, config, (), data, names))
+    columns = world.on_main_alone(lambda: columns_of(features, held(table)))
+    ids = world.on_main(lambda: held(table).ids)
+    store = load(data, "train", config.bindings(), ids, world, partial=True)
+    store = with_features(store, features, columns, "train.csv", world)
     check_dims(store.dims, model.dims, f"{data}/embeddings/train")
-    store = as_validated(store, model, run, config, chosen, place)
-    as_trained = place.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
+    store = as_validated(store, model, run, config, chosen, world)
+    as_trained = world.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
     sets = coalitions(len(store.dims))
     log.info(event="ablating", rows=len(store), sets=len(sets.sets))
-    parts = parts_folder(run.parts, origin, place) + "-ablation"
-    computed = compute_parts(_hiding(model, sets), store.resident_on(place.device), place, parts)
-    if not place.is_main:
+    parts = parts_folder(run.parts, origin, world) + "-ablation"
+    computed = compute_parts(_hiding(model, sets), store.resident_on(world.device), world, parts)
+    if not world.is_main:
         return None
     prices = held(table).prices
     errors = np.stack([row_smape(prices, priced) for priced in computed["price"].T], axis=1)
@@ -133,7 +133,9 @@ def _hiding(model: PriceModel, sets: Coalitions) -> Compute:
 
 def _shown(batch: Batch, coalition: int) -> Batch:
     """The rows as they would be if they had no other sources than these."""
-    present = {role: there & bool(coalition >> place & 1) for place, (role, there) in enumerate(batch.present.items())}
+    present = {
+        role: there & bool(coalition >> number & 1) for number, (role, there) in enumerate(batch.present.items())
+    }
     inputs = {role: torch.where(present[role].unsqueeze(1), values, 0.0) for role, values in batch.inputs.items()}
     return replace(batch, inputs=inputs, present=present)
 
@@ -165,7 +167,7 @@ def _record(run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint, pri
 
 def _worth(priced: Priced, source: int, role: str, name: str) -> SourceWorth:
     sets, errors = priced.sets, priced.errors
-    alone, without = errors[:, sets.place(1 << source)], errors[:, sets.place(sets.everything ^ 1 << source)]
+    alone, without = errors[:, sets.column(1 << source)], errors[:, sets.column(sets.everything ^ 1 << source)]
     lost = clustered_mean(without - errors[:, -1], priced.groups)
     shapley = clustered_mean(-(errors @ sets.shapley[source]), priced.groups)
     return SourceWorth(role, name, _rounded(alone.mean()), _rounded(without.mean()), _effect(lost), _effect(shapley))

@@ -64,22 +64,22 @@ def predict_test(settings: PredictConfig) -> None:
         DataError: no such ensemble, a member that is gone or another, and as there.
         UnreachableError, StopRequested: as there.
     """
-    with join_world(settings.device) as place:
-        settings = replace(settings, date=place.on_main(settings.day))
-        if place.on_main(lambda: republish(settings, ENSEMBLE_VARIANT, ENSEMBLE_CODE)):
+    with join_world(settings.device) as world:
+        settings = replace(settings, date=world.on_main(settings.day))
+        if world.on_main(lambda: republish(settings, ENSEMBLE_VARIANT, ENSEMBLE_CODE)):
             return
-        folder, record, parts = place.on_main(lambda: _open(settings))
-        log.configure(record.run_id, place.rank, place.size)
-        data = place.on_main(lambda: find_run.data_of(settings, record.data))
-        inputs = place.on_main(lambda: find_inputs(data, "test", _sources(parts)))
-        origin = place.on_main(lambda: _origin(folder, record, parts, data, inputs))
+        folder, record, parts = world.on_main(lambda: _open(settings))
+        log.configure(record.run_id, world.rank, world.size)
+        data = world.on_main(lambda: find_run.data_of(settings, record.data))
+        inputs = world.on_main(lambda: find_inputs(data, "test", _sources(parts)))
+        origin = world.on_main(lambda: _origin(folder, record, parts, data, inputs))
         under_way = storage.join(settings.output, "parts", settings.name)
-        if place.on_main(lambda: submission.reuse(settings, origin)):
-            place.on_main(lambda: discard(under_way))
+        if world.on_main(lambda: submission.reuse(settings, origin)):
+            world.on_main(lambda: discard(under_way))
             return
-        limits = place.on_main_alone(lambda: _intervals(folder))
-        _predict(settings, record, parts, inputs, origin, limits, place)
-        place.on_main(lambda: discard(under_way))
+        limits = world.on_main_alone(lambda: _intervals(folder))
+        _predict(settings, record, parts, inputs, origin, limits, world)
+        world.on_main(lambda: discard(under_way))
 
 
 def _open(settings: PredictConfig) -> tuple[RunFolder, EnsembleRecord, list[Part]]:
@@ -163,36 +163,36 @@ def _predict(
     inputs: Inputs,
     origin: submission.Origin,
     limits: Intervals | None,
-    place: World,
+    world: World,
 ) -> None:
     """Reads, judges, prices and publishes the rows."""
     data = origin.data
-    models = [load_model(part.chosen, part.config, network_of(part.member.variant), place) for part in parts]
+    models = [load_model(part.chosen, part.config, network_of(part.member.variant), world) for part in parts]
     computed_of = [name for part in parts if part.features for name in part.features.names]
     columns = {"price", *([limits.by] if limits else []), *computed_of}
-    table = place.on_main_alone(lambda: read_table(data, "test", priced=False, columns=columns))
-    ids = place.on_main(lambda: held(table).ids)
+    table = world.on_main_alone(lambda: read_table(data, "test", priced=False, columns=columns))
+    ids = world.on_main(lambda: held(table).ids)
     most = min(part.config.max_missing for part in parts) if settings.max_missing is None else settings.max_missing
-    store = load(data, "test", _sources(parts), ids, place, max_missing=most, sources=inputs.sources)
-    store = _with_computed(store, parts, table, place)
+    store = load(data, "test", _sources(parts), ids, world, max_missing=most, sources=inputs.sources)
+    store = _with_computed(store, parts, table, world)
     for part, model in zip(parts, models, strict=True):
         check_dims(_view(store, part).dims, model.dims, f"{data}/embeddings/test")
-    if place.on_main(lambda: find_table(data, "test")) != inputs.table:
+    if world.on_main(lambda: find_table(data, "test")) != inputs.table:
         raise UnreachableError(
             f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
         )
-    store, last = store.resident_on(place.device), place.on_main_alone(lambda: submission.last(settings))
-    seen, agreement = _look(parts, models, store, ids, place)
+    store, last = store.resident_on(world.device), world.on_main_alone(lambda: submission.last(settings))
+    seen, agreement = _look(parts, models, store, ids, world)
     about = guards.about_embeddings(seen, agreement, last, origin)
-    place.on_main(lambda: guards.conclude(settings, about))
+    world.on_main(lambda: guards.conclude(settings, about))
     under_way = storage.join(settings.output, "parts", settings.name)
     known = all_named(models)
-    mixing = _mixing(parts, models, places_among(known, models, place.device))
-    computed = named(compute_parts(mixing, store, place, parts_folder(under_way, origin, place)), known)
+    mixing = _mixing(parts, models, places_among(known, models, world.device))
+    computed = named(compute_parts(mixing, store, world, parts_folder(under_way, origin, world)), known)
     try:
-        place.on_main(lambda: publish_prices(settings, origin, record.smape, held(table), computed, limits, seen, last))
+        world.on_main(lambda: publish_prices(settings, origin, record.smape, held(table), computed, limits, seen, last))
     except (DataError, DivergedError):
-        place.on_main(lambda: discard(under_way))
+        world.on_main(lambda: discard(under_way))
         raise
 
 
@@ -205,22 +205,22 @@ def _by_role(by_name: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
     return {role: by_name[name] for role, name in {**part.bindings, **part.computed}.items()}
 
 
-def _with_computed(store: RowStore, parts: Sequence[Part], table: Table | None, place: World) -> RowStore:
+def _with_computed(store: RowStore, parts: Sequence[Part], table: Table | None, world: World) -> RowStore:
     """The store with what each member computes of the table; members that compute the same share it."""
     values, present = dict(store.values), dict(store.present)
     for part in parts:
         if part.features is None or set(part.computed.values()) <= values.keys():
             continue
         features = part.features
-        columns = place.on_main_alone(lambda features=features: columns_of(features, held(table)))  # type: ignore[misc]
-        made = with_features(store, features, columns, "test.csv", place)
+        columns = world.on_main_alone(lambda features=features: columns_of(features, held(table)))  # type: ignore[misc]
+        made = with_features(store, features, columns, "test.csv", world)
         values |= {name: made.values[role] for role, name in part.computed.items()}
         present |= {name: made.present[role] for role, name in part.computed.items()}
     return RowStore(values, present)
 
 
 def _look(
-    parts: Sequence[Part], models: Sequence[PriceModel], store: RowStore, ids: pd.Index, place: World
+    parts: Sequence[Part], models: Sequence[PriceModel], store: RowStore, ids: pd.Index, world: World
 ) -> tuple[Look, dict[str, float]]:
     """What embeddings look like, by source, to the first member that reads each, and how pairs agreed in training."""
     seen, agreement, found = Look(pd.DataFrame(), {}, {}), dict[str, float](), list[Look]()
@@ -229,7 +229,7 @@ def _look(
         names = {role: name for role, name in _shown(part, shown).items() if name not in seen.shift}
         if not names:
             continue
-        one = look(model, shown, ids, place)
+        one = look(model, shown, ids, world)
         found.append(replace(one, prints=one.prints[list(names)].rename(columns=names)))
         seen.shift.update({name: one.shift[role] for role, name in names.items()})
         seen.spread.update({name: one.spread[role] for role, name in names.items()})

@@ -59,23 +59,23 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
             embeddings that are not those of the training.
         StopRequested: a signal came; the parts that are done are kept.
     """
-    with join_world(settings.device) as place:
-        run, config, chosen, data = open_run(settings, config_class, place)
-        model = load_model(chosen, config, build_network, place)
-        origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
-        features = place.on_main(lambda: features_of(run, config, chosen))
+    with join_world(settings.device) as world:
+        run, config, chosen, data = open_run(settings, config_class, world)
+        model = load_model(chosen, config, build_network, world)
+        origin = world.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
+        features = world.on_main(lambda: features_of(run, config, chosen))
         names = [intervals.category_column(config), *(features.names if features else [])]
-        table = place.on_main_alone(lambda: validation_rows(run, chosen, config, settings.by, data, names))
-        columns = place.on_main_alone(lambda: columns_of(features, held(table)))
-        ids = place.on_main(lambda: held(table).ids)
-        store = load(data, "train", config.bindings(), ids, place, partial=True)
-        store = with_features(store, features, columns, "train.csv", place)
+        table = world.on_main_alone(lambda: validation_rows(run, chosen, config, settings.by, data, names))
+        columns = world.on_main_alone(lambda: columns_of(features, held(table)))
+        ids = world.on_main(lambda: held(table).ids)
+        store = load(data, "train", config.bindings(), ids, world, partial=True)
+        store = with_features(store, features, columns, "train.csv", world)
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")
-        store = as_validated(store, model, run, config, chosen, place)
-        as_trained = place.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
+        store = as_validated(store, model, run, config, chosen, world)
+        as_trained = world.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
         under_way = run.parts
-        parts = parts_folder(under_way, origin, place)
-        computed = named(compute_parts(pricing(model), store.resident_on(place.device), place, parts), model.named_rows)
+        parts = parts_folder(under_way, origin, world)
+        computed = named(compute_parts(pricing(model), store.resident_on(world.device), world, parts), model.named_rows)
 
         def finish() -> None:
             rows = _predictions(held(table), computed["price"], store.present)
@@ -88,18 +88,18 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
             shown = _columns_of_report(settings.by, held(table).columns)
             _show(evaluation, held(table).frame.filter(items=list(dict.fromkeys(shown))))
 
-        place.on_main(finish)
-        place.on_main(lambda: discard(under_way))  # also what earlier ones left that did not end
+        world.on_main(finish)
+        world.on_main(lambda: discard(under_way))  # also what earlier ones left that did not end
 
 
 def as_validated(
-    store: RowStore, model: PriceModel, run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint, place: World
+    store: RowStore, model: PriceModel, run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint, world: World
 ) -> RowStore:
     """The validation rows such that the model prices each as in training: by the members that held it out.
 
     The model forgets the rows of its memory that all of its members held out.
     """
-    folds, groups = place.on_main(lambda: _validating_parts(run, config, chosen))
+    folds, groups = world.on_main(lambda: _validating_parts(run, config, chosen))
     if model.memory is not None:
         model.memory = model.memory.without(config.held_out())
     return replace(store, folds=torch.from_numpy(folds), groups=torch.from_numpy(groups))
@@ -211,7 +211,7 @@ def _columns_of_report(by: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _predictions(table: Table, prices: np.ndarray, present: Mapping[str, Tensor]) -> pd.DataFrame:
     """sample_id, price, predicted and, in words, which roles are present."""
-    codes = sum(there.numpy().astype(np.int64) << place for place, there in enumerate(present.values()))
+    codes = sum(there.numpy().astype(np.int64) << number for number, there in enumerate(present.values()))
     found, positions = np.unique(np.asarray(codes), return_inverse=True)
     words = np.array([_in_words(int(code), list(present)) for code in found], dtype=object)
     columns = {"sample_id": table.ids, "price": table.prices, "predicted": prices, "present": words[positions]}
@@ -219,7 +219,7 @@ def _predictions(table: Table, prices: np.ndarray, present: Mapping[str, Tensor]
 
 
 def _in_words(code: int, roles: list[str]) -> str:
-    missing = [role for place, role in enumerate(roles) if not code >> place & 1]
+    missing = [role for number, role in enumerate(roles) if not code >> number & 1]
     if len(missing) == len(roles):
         return "none"
     return f"without {', '.join(missing)}" if missing else "all"

@@ -38,13 +38,13 @@ C = TypeVar("C", bound=RunConfig)
 BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]
 
 
-def predict_rows(compute: Compute, store: RowStore, rows: Tensor, place: World) -> Arrays:
+def predict_rows(compute: Compute, store: RowStore, rows: Tensor, world: World) -> Arrays:
     """What `compute` says of the store's rows [n], name to [n, …], in their order: each once over all ranks.
 
     Rank 0 has them all; the others have none.
     """
-    mine = compute_rows(compute, store, rows[place.share(len(rows))], place.device)
-    parts = [part for part in place.gather_on_main(mine) if part]  # a rank may have no rows
+    mine = compute_rows(compute, store, rows[world.share(len(rows))], world.device)
+    parts = [part for part in world.gather_on_main(mine) if part]  # a rank may have no rows
     return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else {})}
 
 
@@ -59,23 +59,23 @@ def pricing(model: PriceModel) -> Compute:
     return model.explained
 
 
-def parts_folder(parent: str, origin: submission.Origin, place: World) -> str:
+def parts_folder(parent: str, origin: submission.Origin, world: World) -> str:
     """Where parts of what is made of `origin` are kept; another kind of device rounds differently."""
-    return storage.join(parent, f"{origin.key()[:12]}-{place.device.type}")
+    return storage.join(parent, f"{origin.key()[:12]}-{world.device.type}")
 
 
 def open_run(
-    settings: ReadRunConfig, config_class: type[C], place: World
+    settings: ReadRunConfig, config_class: type[C], world: World
 ) -> tuple[RunFolder, C, manifests.Checkpoint, str]:
     """As `find_run.open_run`, on every rank, and where the data are; from here on the log carries the run's name."""
-    run, config, best = place.on_main(lambda: find_run.open_run(settings, config_class))
-    log.configure(run.run_id, place.rank, place.size)
-    return run, config, best, place.on_main(lambda: find_run.data_of(settings, config.data))
+    run, config, best = world.on_main(lambda: find_run.open_run(settings, config_class))
+    log.configure(run.run_id, world.rank, world.size)
+    return run, config, best, world.on_main(lambda: find_run.data_of(settings, config.data))
 
 
-def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetwork[C], place: World) -> PriceModel:
+def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetwork[C], world: World) -> PriceModel:
     """The model of a checkpoint, verified, on this rank's device."""
-    tensors, dims = place.on_main(lambda: checkpoint.read_model(chosen))
+    tensors, dims = world.on_main(lambda: checkpoint.read_model(chosen))
     model = make_model(config, build_network, dims)
     try:
         model.load_state_dict(tensors)
@@ -83,15 +83,15 @@ def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetw
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{chosen.url} was made by another version of this model: {reason}", "train again") from error
     if config.neighbours:
-        remembered = place.on_main(lambda: memory.read(RunFolder.of_checkpoint(chosen), chosen.manifest.memory_sha256))
-        model.memory = _searchable(remembered.memory, place).to(place.device)
+        remembered = world.on_main(lambda: memory.read(RunFolder.of_checkpoint(chosen), chosen.manifest.memory_sha256))
+        model.memory = _searchable(remembered.memory, world).to(world.device)
         model.named_rows = pd.Series(remembered.prices, remembered.ids)
-    return model.to(place.device)
+    return model.to(world.device)
 
 
-def _searchable(remembered: Memory, place: World) -> Memory:
+def _searchable(remembered: Memory, world: World) -> Memory:
     """The memory, searched exactly where faiss is missing: the prices of a night are worth the time that this takes."""
-    if remembered.partition is None or place.device.type != "cpu" or is_installed():
+    if remembered.partition is None or world.device.type != "cpu" or is_installed():
         return remembered
     reason = f"neighbours of each row are looked for among all {len(remembered)}, which takes several times as long"
     log.warning(event="no_faiss", reason=reason, hint=HINT)
@@ -149,47 +149,47 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         UnreachableError: the input was written meanwhile.
         StopRequested: a signal came; the parts that are done are kept.
     """
-    with join_world(settings.device) as place:
-        settings = replace(settings, date=place.on_main(settings.day))  # one day for all ranks, also around midnight
-        if place.on_main(lambda: republish(settings, config_class.variant)):
+    with join_world(settings.device) as world:
+        settings = replace(settings, date=world.on_main(settings.day))  # one day for all ranks, also around midnight
+        if world.on_main(lambda: republish(settings, config_class.variant)):
             return
-        run, config, chosen, data = open_run(settings, config_class, place)
-        features = place.on_main(lambda: features_of(run, config, chosen))
-        inputs = place.on_main(lambda: find_inputs(data, "test", config.bindings()))
-        origin = place.on_main(lambda: submission.origin_of(run, chosen, config, data, found=inputs))
+        run, config, chosen, data = open_run(settings, config_class, world)
+        features = world.on_main(lambda: features_of(run, config, chosen))
+        inputs = world.on_main(lambda: find_inputs(data, "test", config.bindings()))
+        origin = world.on_main(lambda: submission.origin_of(run, chosen, config, data, found=inputs))
         under_way = storage.join(settings.output, "parts", settings.name)
-        parts = parts_folder(under_way, origin, place)
-        if place.on_main(lambda: submission.reuse(settings, origin)):
-            place.on_main(lambda: discard(under_way))  # of one that was killed after it had published
+        parts = parts_folder(under_way, origin, world)
+        if world.on_main(lambda: submission.reuse(settings, origin)):
+            world.on_main(lambda: discard(under_way))  # of one that was killed after it had published
             return
-        model = load_model(chosen, config, build_network, place)
-        limits = place.on_main_alone(lambda: intervals.intervals_of(chosen))
+        model = load_model(chosen, config, build_network, world)
+        limits = world.on_main_alone(lambda: intervals.intervals_of(chosen))
         names = ["price", *([limits.by] if limits else []), *(features.names if features else [])]
-        table = place.on_main_alone(lambda: read_table(data, "test", priced=False, columns=names))
-        columns = place.on_main_alone(lambda: columns_of(features, held(table)))
-        ids = place.on_main(lambda: held(table).ids)
+        table = world.on_main_alone(lambda: read_table(data, "test", priced=False, columns=names))
+        columns = world.on_main_alone(lambda: columns_of(features, held(table)))
+        ids = world.on_main(lambda: held(table).ids)
         bindings, sources = config.bindings(), inputs.sources
         most = config.max_missing if settings.max_missing is None else settings.max_missing
-        store = load(data, "test", bindings, ids, place, max_missing=most, sources=sources)
-        store = with_features(store, features, columns, "test.csv", place)
+        store = load(data, "test", bindings, ids, world, max_missing=most, sources=sources)
+        store = with_features(store, features, columns, "test.csv", world)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
-        if place.on_main(lambda: find_table(data, "test")) != inputs.table:
+        if world.on_main(lambda: find_table(data, "test")) != inputs.table:
             raise UnreachableError(
                 f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
             )
-        store, last = store.resident_on(place.device), place.on_main_alone(lambda: submission.last(settings))
-        seen = look(model, compared(store), ids, place)
+        store, last = store.resident_on(world.device), world.on_main_alone(lambda: submission.last(settings))
+        seen = look(model, compared(store), ids, world)
         about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
-        place.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
-        computed = named(compute_parts(pricing(model), store, place, parts), model.named_rows)
+        world.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
+        computed = named(compute_parts(pricing(model), store, world, parts), model.named_rows)
         try:
-            place.on_main(
+            world.on_main(
                 lambda: publish_prices(settings, origin, chosen.smape, held(table), computed, limits, seen, last)
             )
         except (DataError, DivergedError):
-            place.on_main(lambda: discard(under_way))  # refused: the input or the model will be replaced
+            world.on_main(lambda: discard(under_way))  # refused: the input or the model will be replaced
             raise
-        place.on_main(lambda: discard(under_way))  # also what earlier nights left that did not end
+        world.on_main(lambda: discard(under_way))  # also what earlier nights left that did not end
 
 
 def publish_prices(

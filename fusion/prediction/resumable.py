@@ -41,7 +41,7 @@ def with_beats(compute: Compute, beat: Callable[[], None]) -> Compute:
     return compute_and_beat
 
 
-def compute_parts(compute: Compute, store: RowStore, place: World, folder: str) -> Arrays:
+def compute_parts(compute: Compute, store: RowStore, world: World, folder: str) -> Arrays:
     """What `compute` says of all rows of the store, name to [N, …], in their order, on rank 0; nothing on the others.
 
     The parts are the same for any number of ranks. One that is in `folder` is read instead of computed.
@@ -50,7 +50,7 @@ def compute_parts(compute: Compute, store: RowStore, place: World, folder: str) 
         StopRequested: one of the ranks was asked to stop.
     """
     parts = torch.split(torch.arange(len(store)), PART_ROWS)
-    kept = set(place.on_main(lambda: storage.ls(folder)))
+    kept = set(world.on_main(lambda: storage.ls(folder)))
     if kept:
         log.info(event="resumed", parts=f"{len(kept)}/{len(parts)}", folder=folder)
     mine: dict[int, Arrays] = {}
@@ -58,21 +58,21 @@ def compute_parts(compute: Compute, store: RowStore, place: World, folder: str) 
     def do(number: int) -> None:
         url = storage.join(folder, f"{number:05d}")
         found = _read(url) if url in kept else None
-        mine[number] = compute_rows(compute, store, parts[number], place.device) if found is None else found
+        mine[number] = compute_rows(compute, store, parts[number], world.device) if found is None else found
         if found is None:
             _write(url, mine[number])
 
     with (
-        watched(STALL_TIMEOUT, lambda: f"rank {place.rank} at part {len(mine)}") as watchdog,
+        watched(STALL_TIMEOUT, lambda: f"rank {world.rank} at part {len(mine)}") as watchdog,
         log.progress("parts", len(parts)) as show,
     ):
         compute = with_beats(compute, watchdog.beat)
-        for first in range(0, len(parts), place.size):
-            _stop_if_asked(place, first, len(parts))
+        for first in range(0, len(parts), world.size):
+            _stop_if_asked(world, first, len(parts))
             watchdog.beat()
-            place.together(lambda number=first + place.rank: do(number) if number < len(parts) else None)  # type: ignore[misc]
-            show(min(first + place.size, len(parts)))
-    everything = {number: part for answer in place.gather_on_main(mine) for number, part in answer.items()}
+            world.together(lambda number=first + world.rank: do(number) if number < len(parts) else None)  # type: ignore[misc]
+            show(min(first + world.size, len(parts)))
+    everything = {number: part for answer in world.gather_on_main(mine) for number, part in answer.items()}
     ordered = [everything[number] for number in sorted(everything)]
     return {name: np.concatenate([part[name] for part in ordered]) for name in (ordered[0] if ordered else {})}
 
@@ -88,8 +88,8 @@ def discard(folder: str) -> None:
         log.warning(event="parts_left", folder=folder, reason=str(error))
 
 
-def _stop_if_asked(place: World, n_done: int, n_parts: int) -> None:
-    if any(place.exchange(signals.requested())):
+def _stop_if_asked(world: World, n_done: int, n_parts: int) -> None:
+    if any(world.exchange(signals.requested())):
         message = f"stopped on request, {n_done} of {n_parts} parts are done and kept"
         raise StopRequested(message, "run the same command again to go on")
 

@@ -65,13 +65,13 @@ class Comparison:
     new: int
 
 
-def look(model: PriceModel, store: RowStore, ids: pd.Index, place: World) -> Look:
+def look(model: PriceModel, store: RowStore, ids: pd.Index, world: World) -> Look:
     """Looks at all rows of the store, shared out among the ranks; the fingerprints of all rows are on rank 0 only."""
-    mine = torch.arange(len(store))[place.share(len(store))]
-    prints, sums = _of_rows(model, store, mine, place.device)
-    totals = np.split(np.array(place.sum(np.concatenate(list(sums.values())).tolist())), _bounds(sums))
+    mine = torch.arange(len(store))[world.share(len(store))]
+    prints, sums = _of_rows(model, store, mine, world.device)
+    totals = np.split(np.array(world.sum(np.concatenate(list(sums.values())).tolist())), _bounds(sums))
     moments = dict(zip(sums, totals, strict=True))
-    found = place.gather_on_main(prints)
+    found = world.gather_on_main(prints)
     table = pd.DataFrame(np.concatenate(found), index=ids) if found else pd.DataFrame(prints[:0])
     return Look(
         table.set_axis(list(store.dims), axis=1),

@@ -70,18 +70,18 @@ class TrainingData:
     groups: Tensor
 
 
-def read_data(config: RunConfig, place: World) -> TrainingData:
+def read_data(config: RunConfig, world: World) -> TrainingData:
     """Reads and splits what the run is made of; writes `split.parquet` and `run.json`, or reads the split back."""
     started = time.monotonic()
-    table = place.on_main_alone(lambda: _read_table(config))
-    ids, prices = place.on_main(lambda: (held(table).ids, held(table).prices))
-    store = load(config.data, "train", config.bindings(), ids, place, max_missing=config.max_missing)
+    table = world.on_main_alone(lambda: _read_table(config))
+    ids, prices = world.on_main(lambda: (held(table).ids, held(table).prices))
+    store = load(config.data, "train", config.bindings(), ids, world, max_missing=config.max_missing)
     log.info(event="read", rows=len(ids), seconds=time.monotonic() - started)
-    columns = place.on_main_alone(lambda: training_columns(config, held(table)))
-    split = place.on_main(lambda: _split(config, held(table), held(columns), store, place))
+    columns = world.on_main_alone(lambda: training_columns(config, held(table)))
+    split = world.on_main(lambda: _split(config, held(table), held(columns), store, world))
     trains, validates, folds, groups = map(torch.tensor, split)
-    features = place.on_main(lambda: _features(config)) if has_features(config) else None
-    store = with_features(store, features, columns, "train.csv", place)
+    features = world.on_main(lambda: _features(config)) if has_features(config) else None
+    store = with_features(store, features, columns, "train.csv", world)
     targets = torch.from_numpy(np.log1p(prices).astype(np.float32))
     train = torch.nonzero(trains & store.any_present()).squeeze(1)
     validation = torch.nonzero(validates).squeeze(1)
@@ -117,7 +117,7 @@ def warn_of_extreme_prices(table: Table) -> None:
 
 
 def _split(
-    config: RunConfig, table: Table, columns: Columns, store: RowStore, place: World
+    config: RunConfig, table: Table, columns: Columns, store: RowStore, world: World
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """[N] bool: the row trains; [N] bool: it validates; [N] part of the split that it is in; [N] its group."""
     groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
@@ -128,7 +128,7 @@ def _split(
     url = run.at(SPLIT)
     split = None if storage.exists(url) else split_rows(table, groups, config)
     computed = _computed_dims(config, table, columns, split)
-    describe_run(config, digest([*rows, store.digest()]), store.dims | computed, quartiles, place.size)
+    describe_run(config, digest([*rows, store.digest()]), store.dims | computed, quartiles, world.size)
     if split is not None:
         storage.write(url, to_parquet(split))
     made = run.checkpoints()

@@ -38,16 +38,16 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
         StopRequested: a signal came; what was done is committed.
         SupersededError: a newer attempt at the run began.
     """
-    with join_world(config.device, config.stall_timeout) as place:
-        log.configure(config.name(), place.rank, place.size)
-        smape = place.on_main(lambda: _smape_if_finished(config))
+    with join_world(config.device, config.stall_timeout) as world:
+        log.configure(config.name(), world.rank, world.size)
+        smape = world.on_main(lambda: _smape_if_finished(config))
         if smape is not None:
             log.info(event="finished_before", folder=RunFolder.of(config), smape=smape, hint=_next_commands(config))
             return
-        with attempt(RunFolder.of(config)) if place.is_main else nullcontext() as lease:
+        with attempt(RunFolder.of(config)) if world.is_main else nullcontext() as lease:
             record = None if lease is None else lambda error: record_end(lease, end_of(error))
             with recorded_by(record):
-                _train(config, build_network, place, lease)
+                _train(config, build_network, world, lease)
 
 
 def _smape_if_finished(config: RunConfig) -> float | None:
@@ -68,18 +68,18 @@ def _next_commands(config: RunConfig) -> str:
     return " or ".join(commands)
 
 
-def _train(config: C, build_network: BuildNetwork[C], place: World, lease: Lease | None) -> None:
-    data = read_data(config, place)
+def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease | None) -> None:
+    data = read_data(config, world)
     set_seed(config.seed)
     model = make_model(config, build_network, data.store.dims)
     model.calibrate({role: statistics(data, role) for role in data.store.dims}, data.targets[data.train])
-    data = remember(config, model, data, place)
-    fit = Fit(config, model.to(place.device), data, place)
+    data = remember(config, model, data, world)
+    fit = Fit(config, model.to(world.device), data, world)
     _log_start(fit)
     saver = Saver(config, fit, lease)
     saver.resume()
     # From here on: reading has time limits of its own.
-    with watched(config.stall_timeout, lambda: f"rank {place.rank} at step {fit.step}") as watchdog:
+    with watched(config.stall_timeout, lambda: f"rank {world.rank} at step {fit.step}") as watchdog:
         _run_epochs(fit, saver, watchdog)
         if fit.stopping.stopped:
             log.info(event="early_stop", epoch=fit.epoch, smape=fit.smape)
@@ -135,7 +135,7 @@ def _log_start(fit: Fit) -> None:
         event="start",
         parameters=sum(p.numel() for p in fit.model.parameters()),
         steps_per_epoch=fit.n_batches,
-        device=fit.place.device,
+        device=fit.world.device,
         loss=config.loss,
         batch_size=config.batch_size,
         lr=config.lr,

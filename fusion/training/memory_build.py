@@ -39,7 +39,7 @@ WEIGHT_BATCH = 1024
 WEIGHT_LR = 0.1
 
 
-def remember(config: RunConfig, model: PriceModel, data: TrainingData, place: World) -> TrainingData:
+def remember(config: RunConfig, model: PriceModel, data: TrainingData, world: World) -> TrainingData:
     """The data with the candidates of every row; the model gets its components, and the run its `memory.safetensors`.
 
     A training that goes on uses the components, weights and lists that it began with.
@@ -47,26 +47,26 @@ def remember(config: RunConfig, model: PriceModel, data: TrainingData, place: Wo
     if not config.components:
         return data
     started, run = time.monotonic(), RunFolder.of(config)
-    kept = place.on_main(lambda: _kept(run))
-    components = kept.components if kept else place.on_main(lambda: _all_components(model, data))
+    kept = world.on_main(lambda: _kept(run))
+    components = kept.components if kept else world.on_main(lambda: _all_components(model, data))
     model.set_components(components)
     if not config.neighbours:
         return data
     is_large = len(data.train) > config.approximate_above
-    if is_large and place.device.type == "cpu":
-        place.together(lambda: _check_faiss(config, len(data.train)))
-    remembered = _remembered(model, data, components, place)
+    if is_large and world.device.type == "cpu":
+        world.together(lambda: _check_faiss(config, len(data.train)))
+    remembered = _remembered(model, data, components, world)
     trained = remembered.without(config.held_out())
-    weights = kept.weights if kept else place.on_main(lambda: first_weights(trained, config, place))
+    weights = kept.weights if kept else world.on_main(lambda: first_weights(trained, config, world))
     model.set_search_weights(weights)
     partition = kept.partition if kept else None
     if is_large and kept is None:
-        partition = _partition(config, trained, weights, place)
+        partition = _partition(config, trained, weights, world)
     if kept is None:
         searchable = replace(remembered, partition=partition)
         everything = Remembered(data.all_ids, data.all_prices, searchable, components, weights)
-        place.on_main(lambda: storage.write(run.at(MEMORY), memory.to_bytes(everything)))
-    table = _table(config, model, replace(trained, partition=partition), place)
+        world.on_main(lambda: storage.write(run.at(MEMORY), memory.to_bytes(everything)))
+    table = _table(config, model, replace(trained, partition=partition), world)
     seconds = time.monotonic() - started
     log.info(event="neighbours", rows=len(table.rows), candidates=table.rows.shape[1], seconds=seconds)
     return replace(data, store=replace(data.store, candidates=table))
@@ -104,10 +104,10 @@ def _kept(run: RunFolder) -> Kept | None:
     return Kept(found.components, found.weights, found.memory.partition)
 
 
-def _remembered(model: PriceModel, data: TrainingData, components: dict[str, np.ndarray], place: World) -> Memory:
+def _remembered(model: PriceModel, data: TrainingData, components: dict[str, np.ndarray], world: World) -> Memory:
     """All rows with their keys; one without embeddings is nobody's neighbour."""
     folds = torch.where(data.store.any_present(), data.folds, -1)
-    keys = _keys(model, data.store, place)
+    keys = _keys(model, data.store, world)
     return Memory(keys, log_prices_of(data.all_prices), folds, data.groups, _bands(components))
 
 
@@ -144,29 +144,29 @@ def _largest_directions(covariance: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return spread, directions.masked_fill(is_noise, 0.0)
 
 
-def _keys(model: PriceModel, store: RowStore, place: World) -> Tensor:
+def _keys(model: PriceModel, store: RowStore, world: World) -> Tensor:
     """[N, C] float16 keys of all rows, which the ranks of a node compute in turn and share."""
     n_columns = sum(values.shape[1] for role, values in model.components().items())
-    keys = node_tensor((len(store), n_columns), torch.float16, place)
+    keys = node_tensor((len(store), n_columns), torch.float16, world)
     cpu = torch.device("cpu")
 
     def fill() -> None:
-        for rows in _turns(len(store), place):
+        for rows in _turns(len(store), world):
             stop_if_asked()
             batch = store.batch(rows, cpu)
             keys[rows] = model.keys(model.inputs(batch.inputs, batch.present))
 
     with torch.inference_mode():
-        place.together(fill)
+        world.together(fill)
     return keys
 
 
-def _turns(n_rows: int, place: World) -> Iterator[Tensor]:
+def _turns(n_rows: int, world: World) -> Iterator[Tensor]:
     """Chunks of rows of which this rank computes its node's share; the same chunks for any number of ranks."""
-    yield from torch.split(torch.arange(n_rows), CHUNK)[place.local_rank :: place.local_size]
+    yield from torch.split(torch.arange(n_rows), CHUNK)[world.local_rank :: world.local_size]
 
 
-def first_weights(remembered: Memory, config: RunConfig, place: World) -> np.ndarray:
+def first_weights(remembered: Memory, config: RunConfig, world: World) -> np.ndarray:
     """[S] weights of the bands that let a sample of rows price each other best, each without its own group.
 
     They find the candidates; training goes on learning them. Sums are in float64, so that the number of threads does
@@ -174,8 +174,8 @@ def first_weights(remembered: Memory, config: RunConfig, place: World) -> np.nda
     """
     rows = torch.nonzero(remembered.folds >= 0).squeeze(1)
     rows = rows[:: max(1, -(-len(rows) // WEIGHT_SAMPLE))]
-    sample = remembered.of(rows).to(place.device)
-    change = torch.zeros(int(remembered.bands.max()) + 1, dtype=torch.float64, device=place.device, requires_grad=True)
+    sample = remembered.of(rows).to(world.device)
+    change = torch.zeros(int(remembered.bands.max()) + 1, dtype=torch.float64, device=world.device, requires_grad=True)
     first = band_weights(change.detach())
     found = [
         sample.search(keys, first, config.neighbours, groups)
@@ -185,7 +185,7 @@ def first_weights(remembered: Memory, config: RunConfig, place: World) -> np.nda
     optimizer, loss = torch.optim.Adam([change], lr=WEIGHT_LR), SMAPELoss()
     generator = torch.Generator().manual_seed(mixed(config.seed, "weights"))
     for _ in range(WEIGHT_STEPS):
-        batch = torch.randint(len(rows), (min(WEIGHT_BATCH, len(rows)),), generator=generator).to(place.device)
+        batch = torch.randint(len(rows), (min(WEIGHT_BATCH, len(rows)),), generator=generator).to(world.device)
         some = candidates.of(batch)
         logits = (some.similarities.double() @ band_weights(change)).masked_fill(~some.usable, -1e9)
         price = (logits.softmax(-1) * some.log_prices).sum(-1)
@@ -197,42 +197,42 @@ def first_weights(remembered: Memory, config: RunConfig, place: World) -> np.nda
     return weights
 
 
-def _partition(config: RunConfig, trained: Memory, weights: np.ndarray, place: World) -> Partition:
+def _partition(config: RunConfig, trained: Memory, weights: np.ndarray, world: World) -> Partition:
     """Lists of all rows; centroids and codes are fitted on those that train."""
     rows = torch.nonzero(trained.folds >= 0).squeeze(1)
     root, seed = torch.from_numpy(weights).double()[trained.bands].sqrt(), mixed(config.seed, "partition")
-    fitted = place.on_main(lambda: [one.numpy() for one in approximate.fitted(trained.keys[rows], root, seed)])
+    fitted = world.on_main(lambda: [one.numpy() for one in approximate.fitted(trained.keys[rows], root, seed)])
     centroids, codebook = map(torch.from_numpy, fitted)
-    lists, there = node_tensor((len(trained),), torch.int32, place), place.device
+    lists, there = node_tensor((len(trained),), torch.int32, world), world.device
 
     def fill() -> None:
-        for chunk in _turns(len(trained), place):
+        for chunk in _turns(len(trained), world):
             stop_if_asked()
             keys = trained.keys[chunk].to(there).float() * root.float().to(there)
             lists[chunk] = approximate.nearest(keys, centroids.to(there)).int().cpu()
 
     with torch.inference_mode():
-        place.together(fill)
+        world.together(fill)
     return Partition(centroids, lists, codebook)
 
 
-def _table(config: RunConfig, model: PriceModel, remembered: Memory, place: World) -> CandidateTable:
+def _table(config: RunConfig, model: PriceModel, remembered: Memory, world: World) -> CandidateTable:
     """The candidates of all rows, never of a row's own group; the ranks of a node find them in turn and share them."""
     n_rows, k = len(remembered), min(config.neighbours, len(remembered))
     weights = model.get_buffer("search_weights")
-    rows = node_tensor((n_rows, k), torch.int32, place)
-    similarities = node_tensor((n_rows, k, len(weights)), torch.float16, place)
-    local = remembered.to(place.device)
+    rows = node_tensor((n_rows, k), torch.int32, world)
+    similarities = node_tensor((n_rows, k, len(weights)), torch.float16, world)
+    local = remembered.to(world.device)
 
     def fill() -> None:
-        for chunk in _turns(n_rows, place):
+        for chunk in _turns(n_rows, world):
             stop_if_asked()
-            mine = chunk.to(place.device)
-            found = local.search(local.keys[mine], weights.to(place.device), k, local.groups[mine])
+            mine = chunk.to(world.device)
+            found = local.search(local.keys[mine], weights.to(world.device), k, local.groups[mine])
             rows[chunk] = torch.where(found.usable, found.rows, -1).int().cpu()
             similarities[chunk] = found.similarities.half().cpu()
 
     with torch.inference_mode():
-        place.together(fill)
+        world.together(fill)
     local = replace(local, partition=None)  # all is found
-    return CandidateTable(local, rows, similarities).resident_on(place.device)
+    return CandidateTable(local, rows, similarities).resident_on(world.device)

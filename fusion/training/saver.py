@@ -32,7 +32,7 @@ class Saver:
     """Decides, together with the other ranks, when to save and when to stop. Only rank 0 writes."""
 
     def __init__(self, config: RunConfig, fit: Fit, lease: Lease | None) -> None:
-        self.config, self.fit, self.place = config, fit, fit.place
+        self.config, self.fit, self.world = config, fit, fit.world
         self.run, self.started = RunFolder.of(config), time.monotonic()
         self.saved_at, self.saved_step = self.started, 0
         self.blocked, self.warned = 0.0, False
@@ -55,7 +55,7 @@ class Saver:
 
     def resume(self) -> None:
         """Goes on from the newest committed checkpoint that is whole, if there is one."""
-        found = self.place.on_main(self._newest)
+        found = self.world.on_main(self._newest)
         if found is None:
             return
         made, best, state = found
@@ -89,16 +89,16 @@ class Saver:
         if not may_save:
             return
         if stop:
-            self.place.on_main(lambda: self._save(wait=True))
+            self.world.on_main(lambda: self._save(wait=True))
             raise StopRequested(
                 f"stopped on request at step {self.fit.step}, which is committed", "run the same command again to go on"
             )
         if due:
-            self.place.on_main(self._save)
+            self.world.on_main(self._save)
 
     def finish(self) -> None:
         """Commits the end of the training and points to it."""
-        self.place.on_main(self._finish)
+        self.world.on_main(self._finish)
 
     def _is_due(self) -> bool:
         if self.writer is None:
@@ -144,7 +144,7 @@ def _agreement(fit: Fit) -> dict[str, float]:
     store, train = fit.data.store, fit.data.train
     rows = train[:: -(-len(train) // MAX_AGREEMENT_ROWS)]
     store = compared(store)
-    prints = fingerprints(fit.model, store, rows, fit.place.device)
+    prints = fingerprints(fit.model, store, rows, fit.world.device)
     return agreements(pd.DataFrame(prints, columns=list(store.dims)))
 
 

@@ -51,9 +51,9 @@ class Fit:
             alone has them. None before the first validation.
     """
 
-    def __init__(self, config: RunConfig, model: PriceModel, data: TrainingData, place: World) -> None:
-        self.config, self.model, self.data, self.place = config, model, data, place
-        self.store, self.targets = data.store.resident_on(place.device), data.targets.to(place.device)
+    def __init__(self, config: RunConfig, model: PriceModel, data: TrainingData, world: World) -> None:
+        self.config, self.model, self.data, self.world = config, model, data, world
+        self.store, self.targets = data.store.resident_on(world.device), data.targets.to(world.device)
         self.held_out = torch.tensor(config.held_out())
         self.replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.loss = get_loss_function(config.loss)
@@ -70,7 +70,7 @@ class Fit:
         self.history: list[dict[str, Any]] = []
         self.best = _copy(model.state_dict())
         self.validated: Arrays | None = None
-        self._unshared = torch.zeros((), device=place.device)
+        self._unshared = torch.zeros((), device=world.device)
 
     @property
     def finished(self) -> bool:
@@ -106,7 +106,7 @@ class Fit:
         Raises:
             DivergedError: the loss is not finite; the same on every rank.
         """
-        total, *shared = self.place.sum([self._unshared.item(), *flags])
+        total, *shared = self.world.sum([self._unshared.item(), *flags])
         self.loss_sum += total
         self._unshared.zero_()
         if not math.isfinite(self.loss_sum):
@@ -187,21 +187,21 @@ class Fit:
 
     def _train_batch(self, batch: Tensor) -> Tensor:
         """This rank's part of the loss of a global batch [B]; over all ranks they add up to the mean over rows."""
-        part = self.place.share(len(batch))
+        part = self.world.share(len(batch))
         counts = self.data.folds[batch].unsqueeze(1) != self.held_out  # [B, M]: the member trains on the row
         n_counted = max(1.0, float(counts.sum()))
         if part.start == part.stop:  # fewer rows than ranks: this one computes a row that counts for nothing
             part, counts = slice(0, 1), torch.zeros_like(counts)
-        rows, mine = batch[part], counts[part].to(self.place.device)
+        rows, mine = batch[part], counts[part].to(self.world.device)
         seed = mixed(self.config.seed, "step", self.step)
-        device, bf16 = self.place.device, self.config.precision == "bf16"
+        device, bf16 = self.world.device, self.config.precision == "bf16"
         with random_rows(seed, part, len(batch), device), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             found = self.replica(self.store.batch(rows, device))
         share = float(mine.sum()) / n_counted
         loss = self._loss(found.price, rows, mine) * share
         others = 0.0 if found.neighbours is None else self._loss(found.neighbours, rows, mine) * share
         # The mean over ranks is taken, the rows want the sum; and each member learns as if it were alone.
-        torch.autograd.backward((loss + others) * self.place.size * len(self.held_out))
+        torch.autograd.backward((loss + others) * self.world.size * len(self.held_out))
         self._step()
         return loss.detach()
 
@@ -209,7 +209,7 @@ class Fit:
         """Mean loss of predictions [B, M] over the pairs that count; 0 with a gradient of 0 if there are none."""
         if not bool(counts.any()):
             return (prediction * 0).sum()
-        targets = self.targets[rows.to(self.place.device)].unsqueeze(1).expand_as(prediction)
+        targets = self.targets[rows.to(self.world.device)].unsqueeze(1).expand_as(prediction)
         loss: Tensor = self.loss(prediction[counts], targets[counts])
         return loss
 
@@ -232,8 +232,8 @@ class Fit:
 
     def _validate(self, beat: Beat) -> tuple[float, Arrays]:
         compute = with_beats(pricing(self.model), beat)
-        computed = predict_rows(compute, self.store, self.data.validation, self.place)
-        return self.place.on_main(lambda: compute_smape(self.data.prices, computed["price"])), computed
+        computed = predict_rows(compute, self.store, self.data.validation, self.world)
+        return self.world.on_main(lambda: compute_smape(self.data.prices, computed["price"])), computed
 
 
 def _parameter_groups(model: PriceModel, config: RunConfig) -> list[dict[str, Any]]:

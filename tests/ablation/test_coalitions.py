@@ -34,8 +34,8 @@ def test_many_sources_are_sampled_and_add_up_all_the_same() -> None:
     found = coalitions(9)
     assert len(found.sets) < 1 << 9 and found.sets[0] == 0 and found.sets[-1] == found.everything == 511
     for source in range(9):
-        assert found.sets[found.place(1 << source)] == 1 << source
-        assert found.sets[found.place(511 ^ 1 << source)] == 511 ^ 1 << source
+        assert found.sets[found.column(1 << source)] == 1 << source
+        assert found.sets[found.column(511 ^ 1 << source)] == 511 ^ 1 << source
     worth = np.array([5.0, 3, 2, 1, 0, 0, 0, 0, 0])
 
     def value(one: int) -> float:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tests.cluster.place import MissingError, prepared
+from tests.cluster.cluster import MissingError, prepared
 
 N_PROCESSES = 6  # tests mostly wait for pods
 

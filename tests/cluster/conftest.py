@@ -9,8 +9,8 @@ import fsspec
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.cluster.cluster import Cluster
 from tests.cluster.namespace import Namespace
-from tests.cluster.place import Cluster
 from tests.s3_server import KEY, SECRET
 
 SHARED = ("test_apply.py", "test_exit_codes.py")  # files whose tests share a namespace and so must run in one process

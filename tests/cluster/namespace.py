@@ -12,7 +12,7 @@ from typing import Any
 
 from fusion import storage
 from tests.cluster import small, store
-from tests.cluster.place import Cluster
+from tests.cluster.cluster import Cluster
 from tests.conftest import BUCKET
 from tests.manifests import KUBECTL, Object
 from tests.s3_server import WRITER_KEY, WRITER_SECRET

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.cluster import Cluster
 from tests.cluster.conftest import made
 from tests.cluster.namespace import Namespace
-from tests.cluster.place import Cluster
 from tests.manifests import FILES, K8S, OVERLAYS, Object
 
 pytestmark = pytest.mark.cluster

@@ -8,9 +8,9 @@ import json
 import pytest
 
 from fusion import storage
+from tests.cluster.cluster import Cluster
 from tests.cluster.kubernetes import NODE
 from tests.cluster.namespace import LONG, Namespace
-from tests.cluster.place import Cluster
 from tests.conftest import BUCKET
 from tests.manifests import Object
 

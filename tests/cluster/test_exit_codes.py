@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster import store
+from tests.cluster.cluster import Cluster
 from tests.cluster.conftest import made
 from tests.cluster.namespace import Namespace
-from tests.cluster.place import Cluster
 from tests.manifests import Object
 
 pytestmark = pytest.mark.cluster

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fusion.verify.__main__ import main as verify
+from tests.cluster.cluster import Cluster
 from tests.cluster.namespace import LONG, Namespace
-from tests.cluster.place import Cluster
 
 pytestmark = pytest.mark.cluster
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 
+from tests.cluster.cluster import Cluster
 from tests.cluster.namespace import LONG, Namespace
-from tests.cluster.place import Cluster
 from tests.manifests import Object
 
 pytestmark = pytest.mark.cluster

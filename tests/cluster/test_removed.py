@@ -7,8 +7,8 @@ import shlex
 
 import pytest
 
+from tests.cluster.cluster import Cluster
 from tests.cluster.namespace import Namespace
-from tests.cluster.place import Cluster
 from tests.manifests import FILES, K8S
 
 pytestmark = pytest.mark.cluster

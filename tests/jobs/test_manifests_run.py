@@ -20,7 +20,7 @@ from fusion.errors import ExitCode
 from fusion.launch.launcher import Options, _parse, _parser
 from fusion.launch.processes import SETTLE
 from tests import services
-from tests.cluster import place
+from tests.cluster import cluster
 from tests.conftest import run_command
 from tests.manifests import K8S, Workload, one, workloads
 
@@ -86,7 +86,7 @@ def test_every_variable_is_a_setting() -> None:
     classes = [config_class(f"fusion.{variant}.train") for variant in ("all_embeddings", "qwen_clip")]
     known = {_variable(flag) for one in (*classes, EvaluateConfig, PredictConfig) for flag in _flags(one)}
     known |= {
-        name for one in (place, services) for name in re.findall(r"\bFUSION_[A-Z_]+", Path(one.__file__).read_text())
+        name for one in (cluster, services) for name in re.findall(r"\bFUSION_[A-Z_]+", Path(one.__file__).read_text())
     }
     named = {name: path for path, text in TEXTS.items() for name in re.findall(r"\bFUSION_[A-Z_]+", text)}
     assert set(named) <= known, {name: str(path) for name, path in named.items() if name not in known}

@@ -87,7 +87,7 @@ def publish(output: str, record: EnsembleRecord, found: Sequence[Scored], rows: 
     made = intervals.fit(frame, by)
     files = {
         ENSEMBLE: seal(asdict(record)),  # first: it tells the folder from that of a run
-        FACTS: seal(_facts(record, members)),
+        FACTS: seal(schemas.written(_facts(record, members))),
         VALIDATION: to_parquet(frame.assign(group=rows.groups)),
         **({} if made is None else {INTERVALS: seal(asdict(made))}),
     }
@@ -123,19 +123,19 @@ def _check_same(folder: RunFolder, record: EnsembleRecord) -> None:
         )
 
 
-def _facts(record: EnsembleRecord, members: Sequence[Member]) -> dict[str, object]:
+def _facts(record: EnsembleRecord, members: Sequence[Member]) -> RunFacts:
     """`run.json`, as a run has it: what later nights, and pointers, ask of it."""
     first = schemas.read_required(RunFacts, members[0].run.at(FACTS))
-    return {
-        "run_id": record.run_id,
-        "variant": ENSEMBLE_VARIANT,
-        "config_sha256": record.model_sha256(),
-        "data_sha256": digest([member.data_sha256 for member in members]),
-        "dims": dict(first.dims),
-        "price_quartiles": first.price_quartiles,
-        "revision": revision(),
-        "started": schemas.now(),
-    }
+    return RunFacts(
+        run_id=record.run_id,
+        variant=ENSEMBLE_VARIANT,
+        config_sha256=record.model_sha256(),
+        data_sha256=digest([member.data_sha256 for member in members]),
+        dims=dict(first.dims),
+        price_quartiles=first.price_quartiles,
+        revision=revision(),
+        started=schemas.now(),
+    )
 
 
 def point_to(output: str, record: EnsembleRecord, *, promote: bool) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import signal
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from fusion import log, storage
 from fusion.errors import LOST_PEER, ExitCode, FusionError, StopRequested, SupersededError
 from fusion.records import manifests, schemas
 from fusion.records.contention import turns
 from fusion.records.run import EXIT, LEASE, LOG, START, RunFolder
-from fusion.records.schemas import AttemptEnd, LeaseRecord
+from fusion.records.schemas import AttemptEnd, AttemptStart, LeaseRecord
 
 PATIENCE_AT_THE_END = 5.0  # seconds to retry a silent store when an attempt has failed or was stopped
 
@@ -43,10 +42,19 @@ def take_lease(run: RunFolder) -> Lease:
     for _ in turns(url):
         held = storage.read_version(url)
         number = 1 if held is None else 1 + schemas.parse(LeaseRecord, held[0], url).attempt
-        data = schemas.seal({"attempt": number, "token": token, "started": schemas.now()})
+        data = schemas.seal(asdict(LeaseRecord(number, token, schemas.now())))
         if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
             return Lease(url, number, token)
     raise AssertionError("the turns end with an error")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended: its exit code and, for an error, what went wrong and what to do about it."""
+
+    code: int
+    error: str | None = None
+    hint: str | None = None
 
 
 @contextmanager
@@ -55,13 +63,13 @@ def attempt(run: RunFolder) -> Iterator[Lease]:
     storage.honours_conditions(run.url)  # or the log says that nothing keeps two attempts at this run from mixing
     lease = take_lease(run)
     folder = run.attempt_url(lease.attempt)
-    start = {"attempt": lease.attempt, "started": schemas.now()}
-    storage.write(storage.join(folder, START), schemas.seal(start))
-    end: dict[str, Any] = {"code": ExitCode.BUG}
+    start = AttemptStart(lease.attempt, schemas.now())
+    storage.write(storage.join(folder, START), schemas.seal(asdict(start)))
+    end = Ending(ExitCode.BUG)
     try:
         try:
             yield lease
-            end["code"] = ExitCode.DONE
+            end = Ending(ExitCode.DONE)
         except StopRequested:
             _check_progress(run, lease.attempt)
             raise
@@ -69,38 +77,46 @@ def attempt(run: RunFolder) -> Iterator[Lease]:
         end = end_of(error)
         raise
     except KeyboardInterrupt:
-        end |= {"code": 128 + signal.SIGINT, "error": "interrupted"}
+        end = Ending(128 + signal.SIGINT, "interrupted")
         raise
     except BaseException as error:
-        end |= _unexpected_end(error)
+        end = _unexpected_end(error)
         raise
     finally:
         record_end(lease, end)
 
 
-def _unexpected_end(error: BaseException) -> dict[str, Any]:
+def _unexpected_end(error: BaseException) -> Ending:
     """A bug; or, where another rank was lost, what the launcher ends with then."""
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, RuntimeError) and LOST_PEER.search(said):
         hint = "see how the other ranks ended; the same command goes on from the last checkpoint"
-        return {"code": 128 + signal.SIGKILL, "error": f"another rank was lost: {said}", "hint": hint}
-    return {"error": said}
+        return Ending(128 + signal.SIGKILL, f"another rank was lost: {said}", hint)
+    return Ending(ExitCode.BUG, said)
 
 
-def end_of(error: FusionError) -> dict[str, Any]:
-    return {"code": error.code, "error": error.message, "hint": error.remedy}
+def end_of(error: FusionError) -> Ending:
+    return Ending(error.code, error.message, error.remedy)
 
 
-def record_end(lease: Lease, end: Mapping[str, Any]) -> None:
+def record_end(lease: Lease, end: Ending) -> None:
     """Writes `exit.json` and `log.txt` of an attempt. A store that does not answer is no other end of it: a warning."""
     run = RunFolder(lease.url.rpartition("/")[0])
     folder = run.attempt_url(lease.attempt)
-    if end["code"] != ExitCode.DONE:
+    if end.code != ExitCode.DONE:
         storage.set_patience(min(PATIENCE_AT_THE_END, storage.patience()))  # the kill after a stop may be near
     try:
         (said,) = manifests.write_files(folder, {LOG: log.text().encode()})
-        facts = {"attempt": lease.attempt, **end, "step": _newest_step(run), "ended": schemas.now()}
-        storage.write(storage.join(folder, EXIT), schemas.seal(facts | {"log": asdict(said)}))
+        record = AttemptEnd(
+            attempt=lease.attempt,
+            code=end.code,
+            error=end.error,
+            hint=end.hint,
+            step=_newest_step(run),
+            ended=schemas.now(),
+            log=said,
+        )
+        storage.write(storage.join(folder, EXIT), schemas.seal(schemas.written(record)))
     except FusionError as error:
         log.warning(event="end_not_recorded", reason=error.message)
 

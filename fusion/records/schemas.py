@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import asdict, field
 from datetime import UTC, datetime
 from enum import Enum
 from functools import cache
@@ -317,24 +317,31 @@ class DataOfRun:
     data: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """`run.json`
+    """`run.json`: what a run is made from. Keys that are None are not written: an ensemble has fewer.
 
     Attributes:
         config_sha256: of the settings that decide what the run computes.
         config_json_sha256: of the bytes of `config.json`.
+        code_sha256: of the code that decides what a training computes.
+        dims: role to dimension of its embeddings.
+        price_quartiles: of the prices, in dollars.
+        versions: of Fusion, Python and the libraries that compute.
     """
 
     run_id: Name
     variant: str
     config_sha256: Sha256
+    config_json_sha256: str | None = None
+    code_sha256: str | None = None
     data_sha256: Sha256
     dims: dict[str, PositiveInt]
-    config_json_sha256: str = ""
-    revision: str = "unknown"
-    started: str = ""
     price_quartiles: tuple[float, float, float] | None = None
+    world_size: PositiveInt | None = None
+    revision: str = "unknown"
+    versions: dict[str, str] | None = None
+    started: str = ""
 
 
 @dataclass(frozen=True)
@@ -354,20 +361,23 @@ class AttemptStart:
     started: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttemptEnd:
-    """`attempts/<n>/exit.json`
+    """`attempts/<n>/exit.json`: how an attempt ended. Keys that are None are not written.
 
     Attributes:
+        code: the exit code of the command.
+        error, hint: what went wrong, and what to do about it.
         step: of the newest committed checkpoint; -1: there is none.
         log: what `log.txt` had then; an attempt that ends twice, as by the watchdog, appends to it.
     """
 
-    code: int
-    ended: str
-    step: int
-    error: str = ""
     attempt: int | None = None
+    code: int
+    error: str | None = None
+    hint: str | None = None
+    step: int
+    ended: str
     log: FileEntry | None = None
 
 
@@ -385,6 +395,12 @@ class Seal(Enum):
     WHOLE = "it is as it was written"
     BROKEN = "it has changed since it was written"
     ABSENT = "an earlier version wrote it, without a digest of itself"
+
+
+def written(document: object) -> dict[str, Any]:
+    """The keys of a document that are written: all that are not None."""
+    keys: dict[str, Any] = asdict(document)  # type: ignore[call-overload]
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def seal(document: Mapping[str, Any]) -> bytes:

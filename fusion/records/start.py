@@ -14,6 +14,7 @@ from fusion.errors import ConfigError, DataError
 from fusion.records import schemas
 from fusion.records.provenance import code_digest, revision
 from fusion.records.run import CONFIG, FACTS, RunFolder, config_digest
+from fusion.records.schemas import RunFacts
 
 
 def start_run(config: RunConfig) -> None:
@@ -63,23 +64,24 @@ def describe_run(
                 "train on the new data under another --run-id",
             )
         return
-    facts = {
-        "run_id": config.name(),
-        "variant": config.variant,
-        "config_sha256": config_digest(asdict(config)),
-        "config_json_sha256": storage.sha256(storage.read(RunFolder.of(config).at(CONFIG))),
-        "code_sha256": code_digest("training"),
-        "data_sha256": data_digest,
-        "dims": dict(dims),
-        "price_quartiles": list(quartiles),
-        "world_size": world_size,
-        "revision": revision(),
-        "versions": {
+    low, median, high = quartiles
+    facts = RunFacts(
+        run_id=config.name(),
+        variant=config.variant,
+        config_sha256=config_digest(asdict(config)),
+        config_json_sha256=storage.sha256(storage.read(RunFolder.of(config).at(CONFIG))),
+        code_sha256=code_digest("training"),
+        data_sha256=data_digest,
+        dims=dict(dims),
+        price_quartiles=(low, median, high),
+        world_size=world_size,
+        revision=revision(),
+        versions={
             "fusion": __version__,
             "python": platform.python_version(),
             "torch": metadata.version("torch"),
             "numpy": metadata.version("numpy"),
         },
-        "started": schemas.now(),
-    }
-    storage.write(url, schemas.seal(facts))
+        started=schemas.now(),
+    )
+    storage.write(url, schemas.seal(schemas.written(facts)))

@@ -119,11 +119,14 @@ def _check_settings(report: Report, run: RunFolder) -> tuple[RunFacts | None, st
 
 
 def _compare_settings(report: Report, settings: bytes, facts: RunFacts) -> None:
-    digest, written = config_digest(json.loads(settings)), facts.config_json_sha256
-    if digest != facts.config_sha256 or written in ("", storage.sha256(settings)):  # earlier versions: empty
+    digest, expected = config_digest(json.loads(settings)), facts.config_json_sha256
+    if digest != facts.config_sha256 or expected in (
+        None,
+        storage.sha256(settings),
+    ):  # earlier versions did not write it
         report.expect("config.json: config_sha256 of run.json", facts.config_sha256, digest)
     else:
-        report.bad("config.json: config_json_sha256 of run.json", written, storage.sha256(settings))
+        report.bad("config.json: config_json_sha256 of run.json", expected, storage.sha256(settings))
 
 
 def _check_split(report: Report, data: bytes | None, *, expected: bool) -> set[str] | None:

@@ -171,7 +171,7 @@ def _read_run(url: str, listing: Listing) -> Run:
         started=begun.started if begun else "",
         ended=end.ended if end else "",
         split=best.manifest.split_sha256[:12] if best else "",
-        error=end.error if end else "",
+        error=(end.error or "") if end else "",
     )
 
 

@@ -58,4 +58,4 @@ def test_the_code_of_a_training_counts_for_a_training(package: Path) -> None:
 
 def test_words_do_not_count(package: Path) -> None:
     assert not after(package / "nn/layers.py", "\n\n\ndef ", "\n\n\n# Said.\n\n\ndef ")
-    assert not after(package / "nn/layers.py", '"""The blocks', '"""The parts')
+    assert not after(package / "nn/layers.py", '"""The building', '"""Some building')

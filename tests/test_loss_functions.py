@@ -286,10 +286,10 @@ def test_options_reach_the_loss_and_are_not_saved_in_its_state() -> None:
 @pytest.mark.parametrize(
     ("config", "message", "remedy"),
     [
-        ("weighted_smap", "unknown loss 'weighted_smap'; allowed: smape, weighted_smape", "mean 'weighted_smape'"),
-        ("WeightedSMAPELoss", "unknown loss", "mean 'weighted_smape'"),
+        ("weighted_smap", "unknown loss 'weighted_smap'; allowed: smape, weighted_smape", "mean weighted_smape"),
+        ("WeightedSMAPELoss", "unknown loss", "mean weighted_smape"),
         ("xyz", "unknown loss 'xyz'; allowed: smape,", "choose"),
-        ({"name": "huber", "dleta": 2}, "option of loss 'huber': 'dleta'; allowed: delta, predict_log", "mean 'delta'"),
+        ({"name": "huber", "dleta": 2}, "option of loss 'huber': 'dleta'; allowed: delta, predict_log", "mean delta"),
         ({"gamma": 2}, "a mapping with a 'name'", "weighted_smape"),
         (SimpleNamespace(los="mse"), "a loss is a name", "weighted_smape"),
         (None, "a loss is a name", "weighted_smape"),

@@ -251,7 +251,7 @@ def test_rejects_a_copy_of_the_price() -> None:
 def test_rejects_invalid_settings() -> None:
     for flags, said in (
         (["--columns", "price"], "--columns names price"),
-        (["--columns", "a", "a"], "names one thing twice"),
+        (["--columns", "a", "a"], "lists the same name twice"),
         (["--features", "image"], "--features is 'image'"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -1,4 +1,4 @@
-"""Training: from embeddings to a committed model, on any number of ranks."""
+"""Training: reads embeddings, trains a model on any number of ranks, and commits it as checkpoints."""
 
 from fusion.training.loop import train
 

@@ -1,4 +1,4 @@
-"""What a training is made of: rows with prices and embeddings, and who of them validates."""
+"""The data of a training run: rows with prices and embeddings, split into training and validation rows."""
 
 from __future__ import annotations
 
@@ -37,24 +37,33 @@ from fusion.records.run import FACTS, RunFolder
 from fusion.records.split import read_split, to_parquet
 from fusion.records.start import describe_run
 
-# Times the median price. Catalogs from screws to machines stay within it; 99999999 and 1e308 do not.
+# A price is extreme if it is this many times the median price, or the median divided by it. The prices of a real
+# catalog, even one that has both screws and machines, stay within this range; placeholders such as 99999999 and 1e308
+# do not. Extreme prices only cause a warning.
 EXTREME_PRICE = 1e6
+# Rows whose mean is subtracted before squares are summed. Without this, the variance of a column with a large mean and
+# a small deviation would be lost to rounding.
+PIVOT_ROWS = 1024
+CHUNK = 4096  # rows per step of the sums in `statistics`: few enough that their float64 copy is small
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows to train on and to validate on.
+    """The N rows of `train.csv`, and which of them are trained on and which are validated on.
 
     Attributes:
+        store: the embeddings of all rows.
         targets: [N] log1p(price), float32.
-        train, validation: positions in the store, int64. Rows without any embedding are not trained on.
+        train, validation: positions of these rows in the store, int64. Rows without any embedding are in `validation`
+            but never in `train`.
         prices: [n_validation] dollars, float64.
         ids: [n_validation] sample ids.
-        category: [n_validation] text, named after its column; None: there is no such column, or this is not rank 0.
+        category: [n_validation] text of the column that intervals are grouped by, with that column's name; None if the
+            table has no such column, and on all ranks but 0.
         all_ids: [N] sample ids.
         all_prices: [N] dollars, float64.
-        folds: [N] part of the split that each row is in; -1: it is in none.
-        groups: [N] group of near-duplicates.
+        folds: [N] the part of the split that each row is in; -1 if it is in no part.
+        groups: [N] the group of near-duplicates that each row belongs to.
     """
 
     store: RowStore
@@ -71,7 +80,10 @@ class TrainingData:
 
 
 def read_data(config: RunConfig, world: World) -> TrainingData:
-    """Reads and splits what the run is made of; writes `split.parquet` and `run.json`, or reads the split back."""
+    """Reads the table and the embeddings of a run, and splits the rows.
+
+    The first attempt at a run writes `split.parquet` and `run.json`; later attempts read the split from there.
+    """
     started = time.monotonic()
     table = world.on_main_alone(lambda: _read_table(config))
     ids, prices = world.on_main(lambda: (held(table).ids, held(table).prices))
@@ -106,7 +118,10 @@ def _read_table(config: RunConfig) -> Table:
 
 
 def warn_of_extreme_prices(table: Table) -> None:
-    """Names rows whose price is a million times the median, or a millionth of it: placeholders, or another unit."""
+    """Warns of prices that are over a million times the median, or under a millionth of it.
+
+    Such prices are usually placeholders, or in another unit.
+    """
     distance = np.abs(np.log(table.prices) - np.log(np.median(table.prices)))
     extreme = np.flatnonzero(distance > np.log(EXTREME_PRICE))
     if extreme.size:
@@ -119,7 +134,15 @@ def warn_of_extreme_prices(table: Table) -> None:
 def _split(
     config: RunConfig, table: Table, columns: Columns, store: RowStore, world: World
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """[N] bool: the row trains; [N] bool: it validates; [N] part of the split that it is in; [N] its group."""
+    """Writes the split and `run.json` of a new run, or reads the split of an existing one; rank 0 alone calls this.
+
+    Returns:
+        Four arrays [N]: whether the row is trained on; whether it is validated on; the part of the split that it is in;
+        its group of near-duplicates.
+
+    Raises:
+        DataError: the data have changed since the run began.
+    """
     groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
     quartiles = np.quantile(table.prices, [0.25, 0.5, 0.75]).tolist()
     rows = [table.digest(), storage.sha256(groups.astype(np.int64).tobytes())]
@@ -133,18 +156,21 @@ def _split(
         storage.write(url, to_parquet(split))
     made = run.checkpoints()
     split = read_split(run, made[-1].manifest.split_sha256 if made else "")
-    if not pd.Index(split["sample_id"]).equals(table.ids):  # describe_run has found the data to be the same
-        raise DataError(f"{url} lists other rows than train.csv, or in another order", "train under another --run-id")
+    # `describe_run` has already refused changed data, so only a changed split.parquet can cause this.
+    if not pd.Index(split["sample_id"]).equals(table.ids):
+        raise DataError(f"{url} does not list the rows of train.csv in their order", "train under another --run-id")
     validates, folds = (split["side"] == "validation").to_numpy(bool), part_of(split, config.held_out()[0])
     trains = folds >= 0 if "fold" in split else (split["side"] == "train").to_numpy(bool)
     return trains, validates, folds, split["group"].to_numpy(np.int64)
 
 
 def _computed_dims(config: RunConfig, table: Table, columns: Columns, split: pd.DataFrame | None) -> dict[str, int]:
-    """Role to dimension of the computed sources, which are fitted and written before a run is described.
+    """Returns the dimension of each source that is computed from the table, by role.
+
+    `run.json` contains these dimensions, so a new run fits its computed sources, and writes them, before `run.json`.
 
     Args:
-        split: None: the run has one, and so was described.
+        split: the split of a new run; None if an earlier attempt has written one, and so has fitted the sources.
     """
     if not has_features(config):
         return {}
@@ -157,16 +183,17 @@ def _computed_dims(config: RunConfig, table: Table, columns: Columns, split: pd.
 
 
 def _features(config: RunConfig) -> Features:
+    """Reads what an earlier call, or an earlier attempt at the run, has fitted and written."""
     made = RunFolder.of(config).checkpoints()
     return read_features(RunFolder.of(config), made[-1].manifest.features_sha256 if made else "")
 
 
 def statistics(data: TrainingData, role: str) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [D] over the training rows that have the role."""
+    """Returns mean and standard deviation, both [D], over the training rows that have the role; 0 if no row has it."""
     rows = data.train[data.store.present[role][data.train]]
     total = torch.zeros(2, data.store.dims[role], dtype=torch.float64)
-    pivot = data.store.values[role][rows[:1024]].double().mean(0) if len(rows) else total[0]  # against cancellation
-    for chunk in torch.split(rows, 4096):
+    pivot = data.store.values[role][rows[:PIVOT_ROWS]].double().mean(0) if len(rows) else total[0]
+    for chunk in torch.split(rows, CHUNK):
         centred = data.store.values[role][chunk].double() - pivot
         total += torch.stack([centred.sum(0), centred.square().sum(0)])
     mean, square = total / max(1, len(rows))

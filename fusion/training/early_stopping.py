@@ -1,4 +1,4 @@
-"""Early stopping: when no epoch has been better for a while."""
+"""Early stopping: ends a training when the validation score has not improved for a number of epochs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from fusion.errors import DivergedError
 
 
 class EarlyStopping:
-    """Called with the score of each epoch; true when `patience` epochs in a row were not better by `min_delta`.
+    """Returns True once `patience` epochs in a row have not improved the best score by more than `min_delta`.
+
+    Call it with the score of each epoch. A score that is NaN or infinite raises DivergedError.
+
+    Args:
+        mode: "min" if lower scores are better, "max" if higher ones are.
 
     >>> stop = EarlyStopping(patience=2)
     >>> [stop(score) for score in (3.0, 2.0, 2.5, 2.0)]
@@ -25,13 +30,16 @@ class EarlyStopping:
     def __call__(self, score: float) -> bool:
         if not math.isfinite(score):
             raise DivergedError(f"the score is {score}", "look for the first epoch whose loss is not finite")
-        gain = 0.0 if self.best is None else (self.best - score if self.mode == "min" else score - self.best)
-        if self.best is None or gain > self.min_delta:
+        if self.best is None or self._gain(score, self.best) > self.min_delta:
             self.best, self.n_worse = score, 0
         else:
             self.n_worse += 1
         return self.n_worse >= self.patience
 
+    def _gain(self, score: float, best: float) -> float:
+        return best - score if self.mode == "min" else score - best
+
     @property
     def stopped(self) -> bool:
+        """Whether the last call returned True; also right after `best` and `n_worse` were restored."""
         return self.n_worse >= self.patience

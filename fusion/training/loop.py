@@ -1,6 +1,7 @@
-"""Training: `train(config, build_network)` from embeddings to a committed model, on any number of ranks.
+"""`train(config, build_network)`: the training loop, from embeddings to a committed model, on any number of ranks.
 
-The same command again goes on where the newest committed checkpoint left off, and leaves a finished run as it is.
+If a training was stopped or killed, the same command resumes it from the newest committed checkpoint. If the run is
+already finished, the command changes nothing and says so.
 """
 
 from __future__ import annotations
@@ -22,21 +23,24 @@ from fusion.records.manifests import MODEL
 from fusion.records.run import RunFolder
 from fusion.records.start import start_run
 from fusion.training.dataset import read_data, statistics
-from fusion.training.memory_build import remember
-from fusion.training.pace import Pace, seconds_left, standing
+from fusion.training.memory_build import build_memory
+from fusion.training.pace import Pace, progress_text, seconds_left
 from fusion.training.saver import Saver, baseline
 from fusion.training.seeds import set_seed
 from fusion.training.trainer import Fit
 
 
 def train(config: C, build_network: BuildNetwork[C]) -> None:
-    """Trains a run, committing checkpoints under `<output>/runs/<run id>`; a finished run is left as it is.
+    """Trains a run and commits checkpoints under `<output>/runs/<run id>`; does nothing if the run is finished.
+
+    Args:
+        build_network: makes the variant's network from the config and the dimension of each role.
 
     Raises:
-        DataError, ConfigError, CredentialsError, UnreachableError: see the modules called.
+        DataError, ConfigError, CredentialsError, UnreachableError: raised by the modules that this one calls.
         DivergedError: the loss or the validation SMAPE is not finite.
-        StopRequested: a signal came; what was done is committed.
-        SupersededError: a newer attempt at the run began.
+        StopRequested: a signal asked to stop; the steps that were taken are committed.
+        SupersededError: a newer attempt at the same run has begun.
     """
     with join_world(config.device, config.stall_timeout) as world:
         log.configure(config.name(), world.rank, world.size)
@@ -51,16 +55,20 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
 
 
 def _smape_if_finished(config: RunConfig) -> float | None:
+    """Starts or checks the run's folder; returns the SMAPE of its last checkpoint if the training is finished.
+
+    A finished checkpoint with a damaged model does not count, so that the training makes it again.
+    """
     start_run(config)
     for made in reversed(RunFolder.of(config).checkpoints()):
-        if made.manifest.finished and manifests.is_whole(made, MODEL):  # a damaged one is made again
-            point_to_run(config, made)  # a run may have been killed before it did
+        if made.manifest.finished and manifests.is_whole(made, MODEL):
+            point_to_run(config, made)  # an attempt may have been killed after this checkpoint, before the pointers
             return made.smape
     return None
 
 
 def _next_commands(config: RunConfig) -> str:
-    """What to type next, as it can be pasted into a shell."""
+    """Returns the commands that use the finished run, ready to paste into a shell."""
     where = shlex.join(["--output", config.output, "--run-id", config.name()])
     commands = (
         f"`python -m fusion.{config.variant}.{name} {where}`" for name in ("evaluate_by_groups", "predict_test")
@@ -73,12 +81,12 @@ def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease
     set_seed(config.seed)
     model = make_model(config, build_network, data.store.dims)
     model.calibrate({role: statistics(data, role) for role in data.store.dims}, data.targets[data.train])
-    data = remember(config, model, data, world)
+    data = build_memory(config, model, data, world)
     fit = Fit(config, model.to(world.device), data, world)
     _log_start(fit)
     saver = Saver(config, fit, lease)
     saver.resume()
-    # From here on: reading has time limits of its own.
+    # The watchdog starts here, because reads from the store, above, have their own time limits.
     with watched(config.stall_timeout, lambda: f"rank {world.rank} at step {fit.step}") as watchdog:
         _run_epochs(fit, saver, watchdog)
         if fit.stopping.stopped:
@@ -89,12 +97,13 @@ def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease
 def _run_epochs(fit: Fit, saver: Saver, watchdog: Watchdog) -> None:
     pace = Pace()
     n_steps = fit.config.epochs * fit.n_batches
-    with log.progress(standing(fit, pace), n_steps, done=fit.step, estimates=False) as show:
+    with log.progress(progress_text(fit, pace), n_steps, done=fit.step, estimates=False) as show:
         while not fit.finished:
             _run_epoch(fit, saver, watchdog, pace, show)
 
 
 def _run_epoch(fit: Fit, saver: Saver, watchdog: Watchdog, pace: Pace, show: log.Show) -> None:
+    """Trains on the rest of the epoch, validates, logs the epoch, and saves if a save is due."""
     begun = time.monotonic()
     n_rows = len(fit.data.train) - min(fit.batch * fit.config.batch_size, len(fit.data.train))
     _train_epoch(fit, saver, watchdog, pace, show)
@@ -103,18 +112,20 @@ def _run_epoch(fit: Fit, saver: Saver, watchdog: Watchdog, pace: Pace, show: log
     watchdog.beat()
     ended = time.monotonic()
     pace.validated(ended - trained)
-    show(fit.step, standing(fit, pace))
+    show(fit.step, progress_text(fit, pace))
     left = seconds_left(fit, pace)
-    log.info(**facts, rows_s=n_rows / (ended - begun), **({} if left is None else {"eta_s": left}))
+    estimate = {} if left is None else {"eta_s": left}
+    log.info(**facts, rows_s=n_rows / (ended - begun), **estimate)
     if not fit.finished:
         saver.agree()
 
 
 def _train_epoch(fit: Fit, saver: Saver, watchdog: Watchdog, pace: Pace, show: log.Show) -> None:
-    """Trains on what is left of the epoch, saving on the way."""
+    """Trains on the rest of the epoch and saves when a save is due."""
     step, started = fit.step, time.monotonic()
 
-    def count() -> None:
+    def measure() -> None:
+        """Adds the steps taken since the last call to `pace`, and their time, including that of saving."""
         nonlocal step, started
         now = time.monotonic()
         pace.trained(fit.step - step, now - started)
@@ -123,10 +134,10 @@ def _train_epoch(fit: Fit, saver: Saver, watchdog: Watchdog, pace: Pace, show: l
     for _ in fit.run_epoch(watchdog.beat):
         saver.agree()
         watchdog.beat()
-        count()
-        show(fit.step, standing(fit, pace))
-    saver.agree(may_save=False)
-    count()
+        measure()
+        show(fit.step, progress_text(fit, pace))
+    saver.agree(may_save=False)  # only adds up the losses: the epoch is saved after its validation
+    measure()
 
 
 def _log_start(fit: Fit) -> None:

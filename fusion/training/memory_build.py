@@ -1,4 +1,8 @@
-"""How the memory of a run is made before its first step: components, keys, and the candidates of every row."""
+"""Builds the memory of a run before its first step.
+
+The memory is what the kernel regression needs of the labelled rows: the principal components of each role, the key of
+every row, and, for each row of the training, its candidate neighbours. `fusion.nn.neighbours` explains these terms.
+"""
 
 from __future__ import annotations
 
@@ -28,55 +32,66 @@ from fusion.records.manifests import MEMORY
 from fusion.records.memory import Remembered, log_prices_of
 from fusion.records.run import RunFolder
 from fusion.training.dataset import TrainingData
-from fusion.training.seeds import mixed
+from fusion.training.seeds import derived_seed
 
-CHUNK = 1024  # rows whose neighbours are looked for at a time
-SAMPLE = 20_000  # rows that components are made of, at most
-ROUNDING = 1e-9  # of float64 sums over that many rows, relative to the largest
-WEIGHT_SAMPLE = 4096  # rows that the first weights of the bands are fitted on, at most
+CHUNK = 1024  # rows per search, so that memory stays bounded; also the unit that the ranks of a node divide
+# Principal components are computed from at most this many rows, evenly spaced. More rows take longer; the leading
+# components of a role with about a thousand dimensions hardly change.
+SAMPLE = 20_000
+# Numbers below this, relative to the largest, are rounding errors of float64 sums over so many rows. They are set to 0,
+# because they would differ between CPUs.
+ROUNDING = 1e-9
+# The first weights of the bands only have to be good enough to find candidates; the training then learns the weights.
+# A hundred steps of Adam on a sample of this size take seconds.
+WEIGHT_SAMPLE = 4096
 WEIGHT_STEPS = 100
 WEIGHT_BATCH = 1024
 WEIGHT_LR = 0.1
 
 
-def remember(config: RunConfig, model: PriceModel, data: TrainingData, world: World) -> TrainingData:
-    """The data with the candidates of every row; the model gets its components, and the run its `memory.safetensors`.
+def build_memory(config: RunConfig, model: PriceModel, data: TrainingData, world: World) -> TrainingData:
+    """Returns the data with the candidate neighbours of every row.
 
-    A training that goes on uses the components, weights and lists that it began with.
+    Also sets the components and search weights of the model, and writes `memory.safetensors` to the folder of a new
+    run. A resumed training reads its components, search weights and inverted lists from that file, so that it finds the
+    same neighbours as before.
+
+    Raises:
+        ConfigError: an approximate search is needed, and faiss is not installed.
     """
     if not config.components:
         return data
     started, run = time.monotonic(), RunFolder.of(config)
-    kept = world.on_main(lambda: _kept(run))
-    components = kept.components if kept else world.on_main(lambda: _all_components(model, data))
+    earlier = world.on_main(lambda: _earlier(run))
+    components = earlier.components if earlier else world.on_main(lambda: _all_components(model, data))
     model.set_components(components)
     if not config.neighbours:
         return data
     is_large = len(data.train) > config.approximate_above
     if is_large and world.device.type == "cpu":
         world.together(lambda: _check_faiss(config, len(data.train)))
-    remembered = _remembered(model, data, components, world)
-    trained = remembered.without(config.held_out())
-    weights = kept.weights if kept else world.on_main(lambda: first_weights(trained, config, world))
+    everything = _memory_of_all_rows(model, data, components, world)
+    trained = everything.without(config.held_out())
+    weights = earlier.weights if earlier else world.on_main(lambda: first_weights(trained, config, world))
     model.set_search_weights(weights)
-    partition = kept.partition if kept else None
-    if is_large and kept is None:
+    partition = earlier.partition if earlier else None
+    if is_large and earlier is None:
         partition = _partition(config, trained, weights, world)
-    if kept is None:
-        searchable = replace(remembered, partition=partition)
-        everything = Remembered(data.all_ids, data.all_prices, searchable, components, weights)
-        world.on_main(lambda: storage.write(run.at(MEMORY), memory.to_bytes(everything)))
-    table = _table(config, model, replace(trained, partition=partition), world)
+    if earlier is None:
+        searchable = replace(everything, partition=partition)
+        document = Remembered(data.all_ids, data.all_prices, searchable, components, weights)
+        world.on_main(lambda: storage.write(run.at(MEMORY), memory.to_bytes(document)))
+    table = _candidate_table(config, model, replace(trained, partition=partition), world)
     seconds = time.monotonic() - started
     log.info(event="neighbours", rows=len(table.rows), candidates=table.rows.shape[1], seconds=seconds)
     return replace(data, store=replace(data.store, candidates=table))
 
 
 def _check_faiss(config: RunConfig, n_rows: int) -> None:
-    """Before anything that takes long: comparing so many rows with all takes hours, and nobody should find out late.
+    """Raises ConfigError if faiss is not installed.
 
-    Raises:
-        ConfigError: faiss is not installed.
+    Without faiss, each row would be compared with all rows, which takes hours for so many. This check comes first, so
+    that the job fails at once.
     """
     if not approximate.is_installed():
         raise ConfigError(
@@ -87,25 +102,28 @@ def _check_faiss(config: RunConfig, n_rows: int) -> None:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a training that goes on reads of its run's memory, with the names of `Remembered` and `Memory`."""
+class EarlierMemory:
+    """What a resumed training reuses of the memory that an earlier attempt wrote; names as in `Remembered`."""
 
     components: dict[str, np.ndarray]
     weights: np.ndarray
     partition: Partition | None
 
 
-def _kept(run: RunFolder) -> Kept | None:
-    """Of the run's memory, if it has one."""
+def _earlier(run: RunFolder) -> EarlierMemory | None:
+    """Reads the memory that an earlier attempt at the run wrote; None if there is none."""
     if not storage.exists(run.at(MEMORY)):
         return None
     made = run.checkpoints()
     found = memory.read(run, made[-1].manifest.memory_sha256 if made else "")
-    return Kept(found.components, found.weights, found.memory.partition)
+    return EarlierMemory(found.components, found.weights, found.memory.partition)
 
 
-def _remembered(model: PriceModel, data: TrainingData, components: dict[str, np.ndarray], world: World) -> Memory:
-    """All rows with their keys; one without embeddings is nobody's neighbour."""
+def _memory_of_all_rows(
+    model: PriceModel, data: TrainingData, components: dict[str, np.ndarray], world: World
+) -> Memory:
+    """Returns a memory of all rows with their keys, including those that validate."""
+    # A row without any embedding gets part -1, so that no search returns it.
     folds = torch.where(data.store.any_present(), data.folds, -1)
     keys = _keys(model, data.store, world)
     return Memory(keys, log_prices_of(data.all_prices), folds, data.groups, _bands(components))
@@ -120,38 +138,50 @@ def _all_components(model: PriceModel, data: TrainingData) -> dict[str, np.ndarr
 
 
 def _components(model: PriceModel, data: TrainingData, role: str) -> np.ndarray:
-    """[D, P] the directions in which standardised training rows vary most, scaled so that values are about 1."""
-    there = data.train[data.store.present[role][data.train]]
-    rows, n_kept = there[:: max(1, -(-len(there) // SAMPLE))], model.get_buffer(f"components_{role}").shape[1]
+    """Returns the first P principal components [D, P] of the standardised training rows of a role.
+
+    They are scaled such that the projections have a root mean square of 1.
+    """
+    present = data.train[data.store.present[role][data.train]]
+    rows = present[:: _stride(len(present), SAMPLE)]
+    n_components = model.get_buffer(f"components_{role}").shape[1]
     covariance = torch.zeros(2 * (data.store.dims[role],), dtype=torch.float64)
     for chunk in torch.split(rows, CHUNK):
         values = model.standardised_role(role, data.store.values[role][chunk].float()).double()
         covariance += values.T @ values
-    spread, directions = _largest_directions(covariance / max(1, len(rows)), n_kept)
-    scaled: np.ndarray = (directions / spread.clamp_min(0).mean().sqrt().clamp_min(1e-6)).float().numpy()
+    variances, directions = _largest_directions(covariance / max(1, len(rows)), n_components)
+    deviation = variances.clamp_min(0).mean().sqrt().clamp_min(1e-6)  # not 0, even if all rows are equal
+    scaled: np.ndarray = (directions / deviation).float().numpy()
     return scaled
 
 
-def _largest_directions(covariance: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """[n] variances, falling, and [D, n] their directions, the same whatever the CPU and the number of threads.
+def _stride(n_rows: int, most: int) -> int:
+    """Returns the step with which a slice takes at most `most` of `n_rows` rows, evenly spaced."""
+    return max(1, -(-n_rows // most))
 
-    Of a direction and its opposite the one is taken whose largest number is positive; what is mere rounding is 0.
+
+def _largest_directions(covariance: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Returns the n largest eigenvalues [n], falling, and their eigenvectors [D, n].
+
+    The result does not depend on the CPU or the number of threads: the sign of each eigenvector is chosen such that its
+    largest entry is positive, and entries that are only rounding errors are set to 0.
     """
-    spread, directions = torch.linalg.eigh(covariance)
-    spread, directions = spread.flip(0)[:n], directions.flip(1)[:, :n]
-    directions = directions * torch.take_along_dim(directions, directions.abs().argmax(0, keepdim=True), 0).sign()
-    is_noise = (directions.abs() < ROUNDING) | (spread < ROUNDING * spread[0])
-    return spread, directions.masked_fill(is_noise, 0.0)
+    variances, directions = torch.linalg.eigh(covariance)
+    variances, directions = variances.flip(0)[:n], directions.flip(1)[:, :n]
+    largest = torch.take_along_dim(directions, directions.abs().argmax(0, keepdim=True), 0)
+    directions = directions * largest.sign()
+    is_rounding = (directions.abs() < ROUNDING) | (variances < ROUNDING * variances[0])
+    return variances, directions.masked_fill(is_rounding, 0.0)
 
 
 def _keys(model: PriceModel, store: RowStore, world: World) -> Tensor:
-    """[N, C] float16 keys of all rows, which the ranks of a node compute in turn and share."""
+    """Returns the keys of all rows, [N, C] float16. The ranks of a node compute them together, in shared memory."""
     n_columns = sum(values.shape[1] for role, values in model.components().items())
     keys = node_tensor((len(store), n_columns), torch.float16, world)
     cpu = torch.device("cpu")
 
     def fill() -> None:
-        for rows in _turns(len(store), world):
+        for rows in _own_chunks(len(store), world):
             stop_if_asked()
             batch = store.batch(rows, cpu)
             keys[rows] = model.keys(model.inputs(batch.inputs, batch.present))
@@ -161,19 +191,23 @@ def _keys(model: PriceModel, store: RowStore, world: World) -> Tensor:
     return keys
 
 
-def _turns(n_rows: int, world: World) -> Iterator[Tensor]:
-    """Chunks of rows of which this rank computes its node's share; the same chunks for any number of ranks."""
+def _own_chunks(n_rows: int, world: World) -> Iterator[Tensor]:
+    """Yields the chunks of rows that this rank computes for its node.
+
+    Rows are divided into the same chunks for any number of ranks, so that results do not depend on it.
+    """
     yield from torch.split(torch.arange(n_rows), CHUNK)[world.local_rank :: world.local_size]
 
 
 def first_weights(remembered: Memory, config: RunConfig, world: World) -> np.ndarray:
-    """[S] weights of the bands that let a sample of rows price each other best, each without its own group.
+    """Returns the weights of the bands, [S], with which candidates are searched and with which the training starts.
 
-    They find the candidates; training goes on learning them. Sums are in float64, so that the number of threads does
-    not change which candidates are found.
+    They minimise the SMAPE of a kernel regression on a sample of rows, in which each row is priced by the other rows of
+    the sample, except its near-duplicates. The optimisation is in float64, because float32 rounding depends on the
+    number of threads and would change which candidates are found.
     """
     rows = torch.nonzero(remembered.folds >= 0).squeeze(1)
-    rows = rows[:: max(1, -(-len(rows) // WEIGHT_SAMPLE))]
+    rows = rows[:: _stride(len(rows), WEIGHT_SAMPLE)]
     sample = remembered.of(rows).to(world.device)
     change = torch.zeros(int(remembered.bands.max()) + 1, dtype=torch.float64, device=world.device, requires_grad=True)
     first = band_weights(change.detach())
@@ -183,11 +217,12 @@ def first_weights(remembered: Memory, config: RunConfig, world: World) -> np.nda
     ]
     candidates = Candidates.joined(found)
     optimizer, loss = torch.optim.Adam([change], lr=WEIGHT_LR), SMAPELoss()
-    generator = torch.Generator().manual_seed(mixed(config.seed, "weights"))
+    generator = torch.Generator().manual_seed(derived_seed(config.seed, "weights"))
     for _ in range(WEIGHT_STEPS):
         batch = torch.randint(len(rows), (min(WEIGHT_BATCH, len(rows)),), generator=generator).to(world.device)
         some = candidates.of(batch)
-        logits = (some.similarities.double() @ band_weights(change)).masked_fill(~some.usable, -1e9)
+        scores = some.similarities.double() @ band_weights(change)
+        logits = scores.masked_fill(~some.usable, -1e9)  # weight 0; -inf would give NaN if no candidate is usable
         price = (logits.softmax(-1) * some.log_prices).sum(-1)
         value = loss(F.softplus(price), F.softplus(sample.log_prices[batch]))
         optimizer.zero_grad()
@@ -198,26 +233,34 @@ def first_weights(remembered: Memory, config: RunConfig, world: World) -> np.nda
 
 
 def _partition(config: RunConfig, trained: Memory, weights: np.ndarray, world: World) -> Partition:
-    """Lists of all rows; centroids and codes are fitted on those that train."""
+    """Returns the inverted lists of the approximate search, for all rows.
+
+    The centroids and the codebook are fitted on the training rows; every other row goes to its nearest centroid.
+    """
     rows = torch.nonzero(trained.folds >= 0).squeeze(1)
-    root, seed = torch.from_numpy(weights).double()[trained.bands].sqrt(), mixed(config.seed, "partition")
+    # Both keys of a dot product are scaled by the root of the weights, so that it equals the weighted similarity.
+    root = torch.from_numpy(weights).double()[trained.bands].sqrt()
+    seed = derived_seed(config.seed, "partition")
     fitted = world.on_main(lambda: [one.numpy() for one in approximate.fitted(trained.keys[rows], root, seed)])
     centroids, codebook = map(torch.from_numpy, fitted)
-    lists, there = node_tensor((len(trained),), torch.int32, world), world.device
+    lists, device = node_tensor((len(trained),), torch.int32, world), world.device
 
     def fill() -> None:
-        for chunk in _turns(len(trained), world):
+        for chunk in _own_chunks(len(trained), world):
             stop_if_asked()
-            keys = trained.keys[chunk].to(there).float() * root.float().to(there)
-            lists[chunk] = approximate.nearest(keys, centroids.to(there)).int().cpu()
+            keys = trained.keys[chunk].to(device).float() * root.float().to(device)
+            lists[chunk] = approximate.nearest(keys, centroids.to(device)).int().cpu()
 
     with torch.inference_mode():
         world.together(fill)
     return Partition(centroids, lists, codebook)
 
 
-def _table(config: RunConfig, model: PriceModel, remembered: Memory, world: World) -> CandidateTable:
-    """The candidates of all rows, never of a row's own group; the ranks of a node find them in turn and share them."""
+def _candidate_table(config: RunConfig, model: PriceModel, remembered: Memory, world: World) -> CandidateTable:
+    """Returns the candidate neighbours of all rows, without those of a row's own group of near-duplicates.
+
+    The ranks of a node search together and share the result.
+    """
     n_rows, k = len(remembered), min(config.neighbours, len(remembered))
     weights = model.get_buffer("search_weights")
     rows = node_tensor((n_rows, k), torch.int32, world)
@@ -225,7 +268,7 @@ def _table(config: RunConfig, model: PriceModel, remembered: Memory, world: Worl
     local = remembered.to(world.device)
 
     def fill() -> None:
-        for chunk in _turns(n_rows, world):
+        for chunk in _own_chunks(n_rows, world):
             stop_if_asked()
             mine = chunk.to(world.device)
             found = local.search(local.keys[mine], weights.to(world.device), k, local.groups[mine])
@@ -234,5 +277,5 @@ def _table(config: RunConfig, model: PriceModel, remembered: Memory, world: Worl
 
     with torch.inference_mode():
         world.together(fill)
-    local = replace(local, partition=None)  # all is found
+    local = replace(local, partition=None)  # frees the inverted lists: nothing is searched after this
     return CandidateTable(local, rows, similarities).resident_on(world.device)

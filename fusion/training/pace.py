@@ -1,4 +1,4 @@
-"""How far a training is and how long it still takes, for the log and for the bar on a terminal."""
+"""Progress of a training and the time that remains, for the log and for the progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from fusion.training.trainer import Fit
 
 @dataclass
 class Pace:
-    """Time per step and per validation, measured in this process.
+    """Time per step and per validation, measured in this process only.
 
-    What an earlier attempt did took no time here, so a resumed training's estimate is right from its first steps on.
-    Steps and validations count apart: an epoch that was resumed near its end has few steps and a whole validation.
+    Steps of an earlier attempt are not counted, so the estimate of a resumed training is right from its first step on.
+    Training and validation are measured separately, because an epoch that was resumed near its end has few steps but a
+    complete validation.
 
     >>> pace = Pace()
     >>> pace.trained(steps=10, seconds=20.0)
@@ -35,7 +36,7 @@ class Pace:
         self.validation_seconds += seconds
 
     def left(self, steps: int, validations: int) -> float | None:
-        """Seconds that so much more work takes; None before the first step."""
+        """Returns the estimated seconds for this many steps and validations; None before the first step."""
         if not self.steps:
             return None
         training = steps * self.training_seconds / self.steps
@@ -43,15 +44,16 @@ class Pace:
 
 
 def seconds_left(fit: Fit, pace: Pace) -> float | None:
-    """Seconds until --epochs are done; early stopping may end the training before."""
+    """Returns the estimated seconds until all --epochs are done; early stopping may end the training before that."""
     epochs = fit.config.epochs
     return pace.left(epochs * fit.n_batches - fit.step, epochs - fit.epoch)
 
 
-def standing(fit: Fit, pace: Pace) -> str:
-    """`epoch 3/60 250/6000 loss 0.412 smape 41.07 best 40.88 0:12:33 left`, without what is not known yet.
+def progress_text(fit: Fit, pace: Pace) -> str:
+    """Returns the label of the progress bar, leaving out figures that are not known yet.
 
-    Short enough for a line of 80, with the steps done and all there are in second place.
+    Such as `epoch 3/60 250/6000 loss 0.412 smape 41.07 best 40.88 0:12:33 left`, where 250 of 6000 steps are done. It
+    fits into 80 columns.
     """
     epochs = fit.config.epochs
     parts = [f"epoch {min(fit.epoch + 1, epochs)}/{epochs}", f"{fit.step}/{epochs * fit.n_batches}"]
@@ -67,7 +69,8 @@ def standing(fit: Fit, pace: Pace) -> str:
 
 
 def clock(seconds: float) -> str:
-    """
+    """Formats seconds as hours, minutes and seconds.
+
     >>> clock(7384.6)
     '2:03:05'
     """
@@ -77,7 +80,7 @@ def clock(seconds: float) -> str:
 
 
 def _loss(fit: Fit) -> float | None:
-    """Mean loss of the epoch so far, or of the last one while nothing of the next has been added up."""
+    """Returns the mean loss of the current epoch, of the last epoch if no batch of the current one is done, or None."""
     if fit.batch:
         return fit.loss_sum / min(fit.batch * fit.config.batch_size, len(fit.data.train))
     return float(fit.history[-1]["loss"]) if fit.history else None

@@ -1,4 +1,4 @@
-"""When a training is saved and when it stops: decided by all ranks together, written by rank 0 in the background."""
+"""`Saver`: decides when a training is saved and when it stops. All ranks decide together; rank 0 alone writes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ from fusion.training.trainer import Fit
 
 
 class Saver:
-    """Decides, together with the other ranks, when to save and when to stop. Only rank 0 writes."""
+    """Saves a training, resumes it, and stops it on request, together with the other ranks.
+
+    Checkpoints are written in the background, while the training goes on.
+
+    Args:
+        lease: this attempt's right to write to the run's folder; None on all ranks but 0, which do not write.
+    """
 
     def __init__(self, config: RunConfig, fit: Fit, lease: Lease | None) -> None:
         self.config, self.fit, self.world = config, fit, fit.world
@@ -54,14 +60,18 @@ class Saver:
             self.writer = checkpoint.Writer(self.run, fit.data.store.dims, lineage, lease.check, config.keep)
 
     def resume(self) -> None:
-        """Goes on from the newest committed checkpoint that is whole, if there is one."""
+        """Restores the newest committed checkpoint that is not damaged, if there is one.
+
+        Raises:
+            DataError: the checkpoint is that of another version.
+        """
         found = self.world.on_main(self._newest)
         if found is None:
             return
         made, best, state = found
         try:
             self.fit.restore(best, state)
-        except (RuntimeError, KeyError, ValueError) as error:  # of torch: names or shapes that do not fit
+        except (RuntimeError, KeyError, ValueError) as error:  # torch raises these for unknown names or other shapes
             reason = " ".join(str(error).split())[:200]
             raise DataError(
                 f"{made.url} was made by another version of this training: {reason}", "train under another --run-id"
@@ -73,6 +83,11 @@ class Saver:
         log.info(event="resumed", checkpoint=made.url, epoch=self.fit.epoch + 1, step=self.fit.step)
 
     def _newest(self) -> tuple[manifests.Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
+        """Reads the newest usable checkpoint, and removes the remains of later ones, which are damaged or unfinished.
+
+        Returns:
+            The checkpoint, the weights of its best validation, and the state of its training.
+        """
         assert self.writer is not None, "rank 0 writes"
         found = checkpoint.newest(self.run)
         self.writer.check_lease()
@@ -80,10 +95,13 @@ class Saver:
         return found
 
     def agree(self, *, may_save: bool = True) -> None:
-        """A moment at which all ranks do the same: add up losses, save when it is due, stop when one was asked to.
+        """Synchronises the ranks: adds up their losses, saves if a save is due, and stops if any rank got a signal.
+
+        Args:
+            may_save: False: only adds up the losses.
 
         Raises:
-            StopRequested: after the commit, on every rank.
+            StopRequested: a rank got a signal. All ranks raise it, after the training is committed.
         """
         stop, due = self.fit.share_loss(float(signals.requested()), float(self._is_due()))
         if not may_save:
@@ -91,16 +109,21 @@ class Saver:
         if stop:
             self.world.on_main(lambda: self._save(wait=True))
             raise StopRequested(
-                f"stopped on request at step {self.fit.step}, which is committed", "run the same command again to go on"
+                f"stopped on request at step {self.fit.step}, which is committed",
+                "run the same command again to resume",
             )
         if due:
             self.world.on_main(self._save)
 
     def finish(self) -> None:
-        """Commits the end of the training and points to it."""
+        """Commits the last checkpoint, and moves the pointers to the run if it is the newest or the best."""
         self.world.on_main(self._finish)
 
     def _is_due(self) -> bool:
+        """Whether a save is due by --checkpoint-steps, or by --checkpoint-seconds while no commit is in progress.
+
+        False on ranks that do not write.
+        """
         if self.writer is None:
             return False
         steps = self.config.checkpoint_steps
@@ -109,7 +132,11 @@ class Saver:
         return not self.writer.busy and time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
 
     def _save(self, wait: bool = False) -> manifests.Checkpoint | None:
-        """Starts a commit, or waits for it; what was committed when it waited."""
+        """Starts to commit the current step in the background, unless it is saved already.
+
+        Returns:
+            With `wait`, the checkpoint once it is committed, if there was anything to commit; otherwise None.
+        """
         assert self.writer is not None, "rank 0 writes"
         started = time.monotonic()
         if self.fit.step != self.saved_step:
@@ -121,6 +148,10 @@ class Saver:
         return made
 
     def _check_grace(self) -> None:
+        """Warns once if a commit takes more than half of --grace.
+
+        A stop signal may come during a commit: then that one and another have to be written before the kill.
+        """
         assert self.writer is not None, "rank 0 writes"
         if self.writer.seconds > self.config.grace / 2 and not self.warned:
             self.warned = True
@@ -128,11 +159,12 @@ class Saver:
                 event="grace_too_short",
                 commit_seconds=self.writer.seconds,
                 grace=self.config.grace,
-                hint="give the job a longer grace period and --grace",
+                hint="raise the grace period of the job, and --grace with it",
             )
 
     def _finish(self) -> None:
-        # Nothing is left to commit when an earlier attempt's last manifest arrived after this one had looked for it.
+        # `_save` returns None if an earlier attempt has already committed this step: its manifest may reach the store
+        # late, after this attempt looked for the newest checkpoint.
         made = self._save(wait=True) or self.run.checkpoints()[-1]
         point_to_run(self.config, made)
         seconds = time.monotonic() - self.started
@@ -140,22 +172,29 @@ class Saver:
 
 
 def _agreement(fit: Fit) -> dict[str, float]:
-    """How much the roles agree on the training rows; predictions expect the same of their rows."""
-    store, train = fit.data.store, fit.data.train
-    rows = train[:: -(-len(train) // MAX_AGREEMENT_ROWS)]
-    store = compared(store)
+    """Returns, for each pair of roles, how much their similarities agree on a sample of the training rows.
+
+    Predictions compare their rows with these values, to detect embeddings that belong to other rows.
+    """
+    train = fit.data.train
+    stride = -(-len(train) // MAX_AGREEMENT_ROWS)  # rounded up
+    rows = train[::stride]
+    store = compared(fit.data.store)
     prints = fingerprints(fit.model, store, rows, fit.world.device)
     return agreements(pd.DataFrame(prints, columns=list(store.dims)))
 
 
 def baseline(data: TrainingData) -> dict[str, float]:
-    """The median of the training prices, and its SMAPE when it stands for all validation rows."""
+    """Returns the median of the training prices, and the SMAPE of predicting it for every validation row."""
     median = float(np.expm1(data.targets[data.train].median().item()))
     return {"median_price": median, "smape": compute_smape(data.prices, np.full_like(data.prices, median))}
 
 
 def _outcome(fit: Fit) -> dict[str, object]:
-    """How good the epoch is whose weights are kept, and how far from the end: if it was the last, more may help."""
-    kept = [entry for entry in fit.history if entry["smape"] == fit.smape][-1]
-    of_the_median = baseline(fit.data)["smape"]
-    return {"smape": fit.smape, "median_price_smape": of_the_median, "best_epoch": f"{kept['epoch']}/{fit.epoch}"}
+    """Returns the SMAPE of the kept weights, that of the median price, and the epoch that the weights are from.
+
+    If this epoch is the last one, more epochs may give a better model.
+    """
+    best = [entry for entry in fit.history if entry["smape"] == fit.smape][-1]
+    median_smape = baseline(fit.data)["smape"]
+    return {"smape": fit.smape, "median_price_smape": median_smape, "best_epoch": f"{best['epoch']}/{fit.epoch}"}

@@ -1,7 +1,8 @@
-"""The moving parts of a training, and how they are saved and restored so that going on is exact.
+"""`Fit`: the state of a training (model, optimizer, schedule, position), its steps, and how it is saved and restored.
 
-Row order is a function of (seed, epoch), dropout of (seed, step, row), and the position is a count of global batches:
-nothing of an iterator or a random generator needs to be remembered, and any number of ranks can go on.
+A resumed training continues exactly. The order of rows is a function of (seed, epoch), dropout is a function of (seed,
+step, row), and the position is a number of global batches. So a snapshot contains no state of an iterator or random
+generator, and a training can be resumed with any number of ranks.
 """
 
 from __future__ import annotations
@@ -28,27 +29,34 @@ from fusion.records.checkpoint import Snapshot, not_finite
 from fusion.records.validation import validation_frame
 from fusion.training.dataset import TrainingData
 from fusion.training.early_stopping import EarlyStopping
-from fusion.training.seeds import mixed
+from fusion.training.seeds import derived_seed
 
-AGREE_STEPS = 10  # steps between two moments at which the ranks add up their losses and may stop or save
+# Steps between two synchronisations of the ranks, in which they add up their losses and may save or stop. A stop signal
+# waits for at most so many steps; synchronising at every step would slow training down.
+AGREE_STEPS = 10
 
-SIMILARITY_LR = 20.0  # times the learning rate: that of the weights of similarities
+# The weights of similarities learn at this multiple of --lr. There is one per band, and training has to change each by
+# whole units, while it changes the weights of networks by hundredths; AdamW moves every parameter by about its learning
+# rate per step.
+SIMILARITY_LR = 20.0
 
-Beat = Callable[[], None]  # tells the watchdog that this rank gets on
+Beat = Callable[[], None]  # reports to the watchdog that this rank makes progress
 
 
 class Fit:
-    """Model, optimizer, scheduler, early stopping, history and position of one training.
+    """Model, optimizer, scheduler, early stopping, history and position of one training, on one rank.
 
     Attributes:
-        epoch: epochs completed and validated.
-        batch: batches of the next epoch that are done.
-        step: optimizer steps taken.
-        loss_sum: loss summed over the rows of those batches, all ranks together.
-        history: one entry an epoch.
+        held_out: [M] for each member of the model, the part of the split that it does not train on.
+        epoch: number of epochs that are completed and validated.
+        batch: number of batches of the current epoch that are done.
+        step: number of optimizer steps taken.
+        loss_sum: loss summed over the rows of the current epoch's batches, over all ranks, as of the last `share_loss`.
+        smape: SMAPE in percent of `best` on the validation rows; infinite before the first validation.
+        history: one entry per completed epoch.
         best: state dict at the lowest validation SMAPE so far; with a cosine schedule, at the last validation.
-        validated: what `best` computes of the validation rows, name to [n_validation, …], such as their price; rank 0
-            alone has them. None before the first validation.
+        validated: the outputs of `best` on the validation rows, such as their price, as name to [n_validation, …]. Only
+            rank 0 has them; empty on other ranks, and None before the first validation.
     """
 
     def __init__(self, config: RunConfig, model: PriceModel, data: TrainingData, world: World) -> None:
@@ -85,9 +93,9 @@ class Fit:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def run_epoch(self, beat: Beat) -> Iterator[None]:
-        """Trains on what is left of the epoch; calls `beat` after every step.
+        """Trains on the rest of the current epoch, and calls `beat` after every step.
 
-        Yields after the steps at which all ranks synchronise; these do not depend on the number of ranks.
+        Yields after each step at which the ranks synchronise. These steps do not depend on the number of ranks.
         """
         self.model.train()
         batches = self._batches()
@@ -101,10 +109,10 @@ class Fit:
                 yield
 
     def share_loss(self, *flags: float) -> list[float]:
-        """Adds the ranks' losses up; each flag summed over the ranks.
+        """Sums the loss and each flag over the ranks, adds the loss to `loss_sum`, and returns the sums of the flags.
 
         Raises:
-            DivergedError: the loss is not finite; the same on every rank.
+            DivergedError: the loss is not finite; all ranks raise it.
         """
         total, *shared = self.world.sum([self._unshared.item(), *flags])
         self.loss_sum += total
@@ -114,7 +122,11 @@ class Fit:
         return shared
 
     def end_epoch(self, seconds: float, beat: Beat) -> dict[str, Any]:
-        """Validates, calling `beat` for every chunk of rows, and moves on to the next epoch; what there is to say.
+        """Validates, steps the schedules, and moves on to the next epoch; returns the figures to log.
+
+        Args:
+            seconds: time that the epoch's training took, for its entry in the history.
+            beat: called for every chunk of validation rows.
 
         Raises:
             DivergedError: the SMAPE is not finite.
@@ -125,7 +137,9 @@ class Fit:
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
         facts = {"epoch": self.epoch, "step": self.step, "loss": loss, "smape": smape, "lr": self.lr}
         self.history.append(facts | {"seconds": seconds})
-        if smape < self.smape or self.config.schedule == "cosine":  # the last weights: none are chosen by validation
+        # A cosine schedule ends with a learning rate of 0, so it keeps the last weights. As validation rows then choose
+        # nothing, their SMAPE is not biased.
+        if smape < self.smape or self.config.schedule == "cosine":
             self.smape, self.best, self.validated = smape, _copy(self.model.state_dict()), validated
         if self.config.schedule == "plateau":
             self.scheduler.step(smape)
@@ -133,10 +147,10 @@ class Fit:
         return facts | {"step": f"{self.step}/{self.config.epochs * self.n_batches}"}
 
     def snapshot(self) -> Snapshot:
-        """Everything that going on needs, copied to this process's memory.
+        """Returns a copy, in CPU memory, of everything that resuming needs.
 
         Raises:
-            DivergedError: some of it is not finite, and going on from it would lead nowhere.
+            DivergedError: a weight or a state of the optimizer is not finite. It is not worth saving.
         """
         moving = {"weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
         wrong = not_finite(moving)
@@ -162,7 +176,15 @@ class Fit:
         return validation_frame(self.data.ids, self.data.prices, self.validated, self.data.category)
 
     def restore(self, best: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Takes up where the snapshot was made."""
+        """Sets this training to the state of a snapshot.
+
+        Args:
+            best: the snapshot's `weights`.
+            state: the snapshot's `state`.
+
+        Raises:
+            RuntimeError, KeyError, ValueError: the state is that of another model or version.
+        """
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -175,38 +197,49 @@ class Fit:
     def _diverged(self, what: str) -> DivergedError:
         return DivergedError(
             f"{what} at step {self.step}, in epoch {self.epoch + 1}",
-            "run the same command again to go on from the last checkpoint, in case a GPU or its memory failed; "
-            "if it ends the same way, lower --lr or use --precision fp32 under another --run-id",
+            "run the same command again to resume from the last checkpoint, in case a GPU or its memory failed; "
+            "if it fails in the same way, lower --lr or use --precision fp32 under another --run-id",
         )
 
     def _batches(self) -> tuple[Tensor, ...]:
-        """Global batches of the next epoch: the same for any number of ranks."""
-        order = torch.Generator().manual_seed(mixed(self.config.seed, "order", self.epoch + 1))
+        """Returns the global batches of the current epoch, each a tensor of positions. All ranks get the same."""
+        order = torch.Generator().manual_seed(derived_seed(self.config.seed, "order", self.epoch + 1))
         shuffled = self.data.train[torch.randperm(len(self.data.train), generator=order)]
         return torch.split(shuffled, self.config.batch_size)
 
     def _train_batch(self, batch: Tensor) -> Tensor:
-        """This rank's part of the loss of a global batch [B]; over all ranks they add up to the mean over rows."""
+        """Takes one optimizer step on a global batch of B positions.
+
+        Returns:
+            This rank's part of the loss. The parts of all ranks add up to the mean over the batch.
+        """
         part = self.world.share(len(batch))
-        counts = self.data.folds[batch].unsqueeze(1) != self.held_out  # [B, M]: the member trains on the row
+        counts = self.data.folds[batch].unsqueeze(1) != self.held_out  # [B, M]: whether the member trains on the row
         n_counted = max(1.0, float(counts.sum()))
-        if part.start == part.stop:  # fewer rows than ranks: this one computes a row that counts for nothing
+        if part.start == part.stop:
+            # The batch has fewer rows than there are ranks. This rank still has to take part in the exchange of
+            # gradients, so it computes one row with a weight of 0.
             part, counts = slice(0, 1), torch.zeros_like(counts)
         rows, mine = batch[part], counts[part].to(self.world.device)
-        seed = mixed(self.config.seed, "step", self.step)
+        seed = derived_seed(self.config.seed, "step", self.step)
         device, bf16 = self.world.device, self.config.precision == "bf16"
         with random_rows(seed, part, len(batch), device), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            found = self.replica(self.store.batch(rows, device))
+            outputs = self.replica(self.store.batch(rows, device))
         share = float(mine.sum()) / n_counted
-        loss = self._loss(found.price, rows, mine) * share
-        others = 0.0 if found.neighbours is None else self._loss(found.neighbours, rows, mine) * share
-        # The mean over ranks is taken, the rows want the sum; and each member learns as if it were alone.
-        torch.autograd.backward((loss + others) * self.world.size * len(self.held_out))
+        loss = self._loss(outputs.price, rows, mine) * share
+        # The kernel regression has a loss of its own, so that similarities are learned even where the network corrects.
+        auxiliary = 0.0 if outputs.neighbours is None else self._loss(outputs.neighbours, rows, mine) * share
+        # DistributedDataParallel averages gradients over the ranks, but the parts have to be summed: hence the number
+        # of ranks. The loss is a mean over members: their number gives each the gradient that it would have alone.
+        torch.autograd.backward((loss + auxiliary) * self.world.size * len(self.held_out))
         self._step()
         return loss.detach()
 
     def _loss(self, prediction: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
-        """Mean loss of predictions [B, M] over the pairs that count; 0 with a gradient of 0 if there are none."""
+        """Returns the mean loss of predictions [B, M] over the pairs for which `counts` [B, M] is True.
+
+        Without any such pair it is 0, with a gradient of 0, because every rank has to run the backward pass.
+        """
         if not bool(counts.any()):
             return (prediction * 0).sum()
         targets = self.targets[rows.to(self.world.device)].unsqueeze(1).expand_as(prediction)
@@ -214,6 +247,7 @@ class Fit:
         return loss
 
     def _step(self) -> None:
+        """Clips the gradient of each member on its own, sets the learning rate, and updates the weights."""
         for member in self.model.members:
             nn.utils.clip_grad_norm_(member.parameters(), self.config.clip)
         if self.config.schedule == "cosine":
@@ -224,32 +258,40 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _cosine(self, done: float) -> float:
-        """Factor of the learning rate when this share of all steps is done: linear warm-up, then half a cosine."""
+        """Returns the factor of the learning rate after a share `done` of all steps.
+
+        It rises linearly during the warm-up, then falls to 0 along half a cosine.
+        """
         warmup = self.config.warmup
         if done < warmup:
             return done / warmup
         return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
 
     def _validate(self, beat: Beat) -> tuple[float, Arrays]:
+        """Returns the SMAPE of the validation rows, on every rank, and the outputs for them, on rank 0."""
         compute = with_beats(pricing(self.model), beat)
         computed = predict_rows(compute, self.store, self.data.validation, self.world)
         return self.world.on_main(lambda: compute_smape(self.data.prices, computed["price"])), computed
 
 
 def _parameter_groups(model: PriceModel, config: RunConfig) -> list[dict[str, Any]]:
-    """What bands of similarities count, few numbers of which a price hangs, learns faster and does not decay."""
-    similar = [weight for name, weight in model.named_parameters() if name.endswith(".neighbours.change")]
-    chosen = {id(weight) for weight in similar}
-    others = [weight for weight in model.parameters() if id(weight) not in chosen]
+    """Returns the optimizer's groups: the networks, and the weights of the similarity bands.
+
+    The latter learn faster (see `SIMILARITY_LR`) and do not decay, because 0 is their initial value rather than a
+    simpler model.
+    """
+    bands = [weight for name, weight in model.named_parameters() if name.endswith(".neighbours.change")]
+    of_bands = {id(weight) for weight in bands}
+    others = [weight for weight in model.parameters() if id(weight) not in of_bands]
     groups: list[dict[str, Any]] = [{"params": others, "lr": config.lr, "first_lr": config.lr}]
-    if similar:
+    if bands:
         lr = config.lr * SIMILARITY_LR
-        groups.append({"params": similar, "lr": lr, "first_lr": lr, "weight_decay": 0.0})
+        groups.append({"params": bands, "lr": lr, "first_lr": lr, "weight_decay": 0.0})
     return groups
 
 
 def _copy(value: Any) -> Any:
-    """Tensors copied to the CPU, through dicts and lists; everything else as it is."""
+    """Copies tensors, also inside dicts and lists, to the CPU; returns any other value unchanged."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -77,7 +77,7 @@ def test_a_state_that_is_not_finite_is_never_resumed_from(
     with monkeypatch.context() as patch:
         broken(patch, "weight")
         patch.setattr(trainer, "not_finite", lambda *_: None)
-        patch.setattr(Fit, "share_loss", lambda self, *flags: self.place.sum(flags))
+        patch.setattr(Fit, "share_loss", lambda self, *flags: self.world.sum(flags))
         assert train.main([*flags(catalog, tmp_path), "--keep", "9"]) == 70
     assert RunFolder(run).checkpoints()[-1].manifest.step > BROKEN_FROM
     capsys.readouterr()

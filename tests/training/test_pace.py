@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fusion.training.pace import Pace, seconds_left, standing
+from fusion.training.pace import Pace, progress_text, seconds_left
 
 
 def fit(**position: Any) -> Any:
@@ -18,7 +18,7 @@ def fit(**position: Any) -> Any:
 
 def test_nothing_is_known_before_the_first_step() -> None:
     assert seconds_left(fit(), Pace()) is None
-    assert standing(fit(), Pace()) == "epoch 1/10 0/100"
+    assert progress_text(fit(), Pace()) == "epoch 1/10 0/100"
 
 
 def test_a_resumed_training_counts_its_own_steps_alone() -> None:
@@ -33,12 +33,12 @@ def test_says_how_far_it_is() -> None:
     pace.trained(steps=5, seconds=1.0)
     history = [{"loss": 0.5, "smape": 40.0}, {"loss": 0.4567, "smape": 41.0}]
     between = fit(epoch=2, step=20, smape=40.0, history=history)
-    assert standing(between, pace) == "epoch 3/10 20/100 loss 0.457 smape 41.00 best 40.00 0:00:16 left"
+    assert progress_text(between, pace) == "epoch 3/10 20/100 loss 0.457 smape 41.00 best 40.00 0:00:16 left"
     within = fit(epoch=2, batch=5, step=25, loss_sum=10.0, smape=40.0, history=history)
-    assert standing(within, pace) == "epoch 3/10 25/100 loss 0.2 smape 41.00 best 40.00 0:00:15 left"
+    assert progress_text(within, pace) == "epoch 3/10 25/100 loss 0.2 smape 41.00 best 40.00 0:00:15 left"
 
 
 def test_the_end_is_in_the_last_epoch() -> None:
     pace = Pace()
     pace.trained(steps=100, seconds=1.0)
-    assert standing(fit(epoch=10, step=100), pace) == "epoch 10/10 100/100 0:00:00 left"
+    assert progress_text(fit(epoch=10, step=100), pace) == "epoch 10/10 100/100 0:00:00 left"

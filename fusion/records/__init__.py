@@ -1,6 +1,6 @@
-"""What a bucket holds of runs: paths, documents, checkpoints, pointers.
+"""Reads and writes the folder of a run in a bucket: its paths, JSON documents, checkpoints, and the pointers to it.
 
-The documents are typed; their types, listed here, are what readers of a bucket import.
+Each JSON document has a typed schema. Code that reads a bucket can import the schemas listed here.
 """
 
 from fusion.records.schemas import (

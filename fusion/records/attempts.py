@@ -1,4 +1,8 @@
-"""Attempts at a run: the lease that only the newest one holds, and how each of them started and ended."""
+"""Attempts at a run: each process that trains it takes the lease, and records how it started and ended.
+
+A run that was stopped or killed is continued by another attempt. Only the newest attempt holds the lease
+(`lease.json`), and only the holder may commit checkpoints. `attempts/<n>/` has the start, the end and the log of each.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +19,37 @@ from fusion.records.contention import turns
 from fusion.records.run import EXIT, LEASE, LOG, START, RunFolder
 from fusion.records.schemas import AttemptEnd, AttemptStart, LeaseRecord
 
-PATIENCE_AT_THE_END = 5.0  # seconds to retry a silent store when an attempt has failed or was stopped
+# Seconds to retry an unreachable store while an attempt that failed or was stopped records its end. Schedulers kill a
+# job soon after they ask it to stop (Kubernetes after 30 s by default); a longer retry would lose the exit code.
+PATIENCE_AT_THE_END = 5.0
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to publish under a run. The newest attempt has it; `check` tells an older one that it has lost it."""
+    """The right to publish under a run, which the newest attempt holds.
+
+    Attributes:
+        url: of `lease.json`.
+        attempt: number of the attempt, from 1.
+        token: random text in `lease.json` that identifies the holder.
+    """
 
     url: str
     attempt: int
     token: str
 
     def check(self) -> None:
-        """Raises SupersededError when a newer attempt has begun."""
+        """Raises SupersededError if a newer attempt has taken the lease."""
         held = schemas.read_required(LeaseRecord, self.url)
         if held.token != self.token:
             raise SupersededError(
                 f"attempt {held.attempt} of this run began while this one, {self.attempt}, was still running",
-                "let the newer one finish; two jobs that run at once need a --run-id each",
+                "let the newer one finish; to run two jobs at once, give each its own --run-id",
             )
 
 
 def take_lease(run: RunFolder) -> Lease:
-    """Makes this the newest attempt of the run."""
+    """Makes this the newest attempt at the run: writes `lease.json` with the next number, by compare-and-swap."""
     url, token = run.at(LEASE), uuid.uuid4().hex
     for _ in turns(url):
         held = storage.read_version(url)
@@ -45,7 +57,7 @@ def take_lease(run: RunFolder) -> Lease:
         data = schemas.seal(asdict(LeaseRecord(number, token, schemas.now())))
         if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
             return Lease(url, number, token)
-    raise AssertionError("the turns end with an error")
+    raise AssertionError("turns() raises an error after its last turn")
 
 
 @dataclass(frozen=True)
@@ -59,13 +71,14 @@ class Ending:
 
 @contextmanager
 def attempt(run: RunFolder) -> Iterator[Lease]:
-    """Records the start and the end of one try at a run, with its log, whichever way it ends."""
-    storage.honours_conditions(run.url)  # or the log says that nothing keeps two attempts at this run from mixing
+    """Takes the lease and records the start, the end and the log of one attempt, also if it fails or is stopped."""
+    # Warns in the log if the store lacks conditional writes: then two simultaneous attempts could mix their files.
+    storage.honours_conditions(run.url)
     lease = take_lease(run)
     folder = run.attempt_url(lease.attempt)
     start = AttemptStart(lease.attempt, schemas.now())
     storage.write(storage.join(folder, START), schemas.seal(asdict(start)))
-    end = Ending(ExitCode.BUG)
+    end = Ending(ExitCode.BUG)  # until the attempt is known to have ended otherwise
     try:
         try:
             yield lease
@@ -87,12 +100,15 @@ def attempt(run: RunFolder) -> Iterator[Lease]:
 
 
 def _unexpected_end(error: BaseException) -> Ending:
-    """A bug; or, where another rank was lost, what the launcher ends with then."""
-    said = f"{type(error).__name__}: {error}"
-    if isinstance(error, RuntimeError) and LOST_PEER.search(said):
+    """The end to record for an unexpected error: a bug, unless the error is that another rank was lost.
+
+    A lost rank has the exit code that the launcher gives then, 137, as if this process had been killed too.
+    """
+    description = f"{type(error).__name__}: {error}"
+    if isinstance(error, RuntimeError) and LOST_PEER.search(description):
         hint = "see how the other ranks ended; the same command goes on from the last checkpoint"
-        return Ending(128 + signal.SIGKILL, f"another rank was lost: {said}", hint)
-    return Ending(ExitCode.BUG, said)
+        return Ending(128 + signal.SIGKILL, f"another rank was lost: {description}", hint)
+    return Ending(ExitCode.BUG, description)
 
 
 def end_of(error: FusionError) -> Ending:
@@ -100,13 +116,13 @@ def end_of(error: FusionError) -> Ending:
 
 
 def record_end(lease: Lease, end: Ending) -> None:
-    """Writes `exit.json` and `log.txt` of an attempt. A store that does not answer is no other end of it: a warning."""
+    """Writes `log.txt` and then `exit.json` of an attempt. If the store is unreachable, warns; the exit code stands."""
     run = RunFolder(lease.url.rpartition("/")[0])
     folder = run.attempt_url(lease.attempt)
     if end.code != ExitCode.DONE:
-        storage.set_patience(min(PATIENCE_AT_THE_END, storage.patience()))  # the kill after a stop may be near
+        storage.set_patience(min(PATIENCE_AT_THE_END, storage.patience()))
     try:
-        (said,) = manifests.write_files(folder, {LOG: log.text().encode()})
+        (log_entry,) = manifests.write_files(folder, {LOG: log.text().encode()})
         record = AttemptEnd(
             attempt=lease.attempt,
             code=end.code,
@@ -114,7 +130,7 @@ def record_end(lease: Lease, end: Ending) -> None:
             hint=end.hint,
             step=_newest_step(run),
             ended=schemas.now(),
-            log=said,
+            log=log_entry,
         )
         storage.write(storage.join(folder, EXIT), schemas.seal(schemas.written(record)))
     except FusionError as error:
@@ -122,11 +138,16 @@ def record_end(lease: Lease, end: Ending) -> None:
 
 
 def _newest_step(run: RunFolder) -> int:
+    """Step of the newest committed checkpoint; -1 if there is none."""
     return max((found.manifest.step for found in run.checkpoints()), default=-1)
 
 
 def _check_progress(run: RunFolder, number: int) -> None:
-    """Turns the third stop in a row without a newer checkpoint into an error: running again would not help."""
+    """Raises an error at the third stop in a row without a newer checkpoint.
+
+    A stop has exit code 75, on which schedulers run the job again. If the job is always stopped before its first new
+    checkpoint, that would go on for ever; after three stops the exit code is 70 instead.
+    """
     step = _newest_step(run)
     for earlier in (number - 1, number - 2):
         url = storage.join(run.attempt_url(earlier), EXIT)

@@ -1,8 +1,12 @@
-"""Which run of a variant is the newest, the best of its kind, and the one that is served.
+"""Decides which run of a variant the pointers name: the newest, the best of each kind, and the one that is served.
 
-Runs are of a kind when they validate on the same rows with the same prices: their `split.parquet` is the same. Only
-then do their SMAPEs say which is better. Training on other data starts another best, `best-<digest>.json`; what is
-served, `best.json`, changes by a better run of the same kind, or when a person says so with --promote.
+    pointers/runs/<variant>/latest.json          the run that started last among those that finished
+    pointers/runs/<variant>/best-<digest>.json   the best run of one kind; the digest is that of its split
+    pointers/runs/<variant>/best.json            the served run, which evaluations and predictions use by default
+
+Two runs are of the same kind if their `split.parquet` is the same, so that they validate on the same rows with the same
+prices. Only then can their SMAPEs be compared. A training on other data therefore has a best of its own. It does not
+become the served run unless --promote is given; a better run of the same kind does.
 """
 
 from __future__ import annotations
@@ -19,30 +23,32 @@ SERVED = "best"
 
 
 def best_of_kind(split_sha256: str) -> str:
-    """Name of the pointer to the best of the runs with this split."""
+    """Name of the pointer to the best run with this split, such as "best-1f2e3d4c"."""
     return f"{SERVED}-{split_sha256[:8]}"
 
 
 def exists(output: str, pointer: RunPointer) -> bool:
-    """Whether the run, or the ensemble, is still there."""
+    """Whether the run or ensemble that the pointer names still exists."""
     return RunFolder.named(output, pointer.run_id).exists()
 
 
 def served(output: str, variant: str) -> RunPointer | None:
-    """The run that evaluations and predictions of a variant use; None if there is none, or it was deleted."""
+    """The run that evaluations and predictions of a variant use; None if no run is served, or it was deleted."""
     pointer = pointed_to(output, variant)
     return pointer if pointer is not None and exists(output, pointer) else None
 
 
 def pointed_to(output: str, variant: str) -> RunPointer | None:
-    """As `served`, also if the run was deleted."""
+    """As `served`, but does not check whether the run still exists."""
     return pointers.read(RunPointer, output, "runs", variant, SERVED)
 
 
 def point_to_run(config: RunConfig, chosen: manifests.Checkpoint) -> None:
-    """Makes a finished run its variant's newest unless that began later, the best of its kind if it is, and served.
+    """Moves the pointers of a variant to a run that has finished, as far as it deserves them.
 
-    It is served if --promote was given, if no other is, or if it is better than the served one and of its kind.
+    `latest` moves unless it names a run that started later. The best of its kind moves unless it names a run with the
+    same or a lower SMAPE. `best`, the served run, moves if --promote was given, if no existing run is served, or if the
+    served run is of the same kind and has a higher SMAPE.
     """
     target = RunPointer(config.name(), chosen.name, chosen.smape, model_sha256=chosen.model_sha256)
     target = replace(target, split_sha256=RunFolder.of(config).split_digest())
@@ -50,17 +56,17 @@ def point_to_run(config: RunConfig, chosen: manifests.Checkpoint) -> None:
 
 
 def point_to(output: str, variant: str, target: RunPointer, *, promote: bool) -> None:
-    """As `point_to_run`, for what is finished under `target.run_id`, be it a run or an ensemble."""
-    where = (output, "runs", variant)
-    kind = best_of_kind(target.split_sha256)
+    """As `point_to_run`, for a run or an ensemble whose id is `target.run_id`."""
+    folder = (output, "runs", variant)
 
-    def is_kept(other: RunPointer) -> bool:
+    def started_later(latest: RunPointer) -> bool:
+        return _started(output, latest) > _started(output, target)
+
+    def stays_best(other: RunPointer) -> bool:
         return other.smape <= target.smape and exists(output, other)
 
-    pointers.move(
-        *where, "latest", target=target, unless=lambda latest: _began(output, latest) > _began(output, target)
-    )
-    pointers.move(*where, kind, target=target, unless=is_kept)
+    pointers.move(*folder, "latest", target=target, unless=started_later)
+    pointers.move(*folder, best_of_kind(target.split_sha256), target=target, unless=stays_best)
     before = served(output, variant)
 
     def stays_served(now: RunPointer) -> bool:
@@ -68,18 +74,22 @@ def point_to(output: str, variant: str, target: RunPointer, *, promote: bool) ->
             return False
         return not _same_kind(output, now, target) or now.smape <= target.smape
 
-    is_now = pointers.move(*where, SERVED, target=target, unless=stays_served)
+    is_served = pointers.move(*folder, SERVED, target=target, unless=stays_served)
     if before is not None and before.run_id != target.run_id:
-        _tell(is_now, before, target, _same_kind(output, before, target))
+        _log_served(is_served, before, target, _same_kind(output, before, target))
 
 
 def _same_kind(output: str, first: RunPointer, second: RunPointer) -> bool:
-    # A pointer of an earlier version does not say: its run does.
-    known = [one.split_sha256 or RunFolder.named(output, one.run_id).split_digest() for one in (first, second)]
-    return known[0] == known[1] != ""
+    digests = [_split_digest(output, pointer) for pointer in (first, second)]
+    return digests[0] == digests[1] != ""  # empty: the split was deleted, so nothing can be compared
 
 
-def _tell(is_served: bool, before: RunPointer, target: RunPointer, same_kind: bool) -> None:
+def _split_digest(output: str, pointer: RunPointer) -> str:
+    # Pointers of earlier versions have no digest; then it is computed from the split in the run's folder.
+    return pointer.split_sha256 or RunFolder.named(output, pointer.run_id).split_digest()
+
+
+def _log_served(is_served: bool, before: RunPointer, target: RunPointer, same_kind: bool) -> None:
     facts = {"run_id": target.run_id, "smape": target.smape, "other": before.run_id, "other_smape": before.smape}
     if is_served:
         log.info(event="served", **facts)
@@ -88,12 +98,13 @@ def _tell(is_served: bool, before: RunPointer, target: RunPointer, same_kind: bo
     else:
         log.warning(
             event="not_served",
-            reason="it validated on other rows or prices than the run that is served, so their SMAPEs do not compare",
+            reason="its validation rows or prices differ from the served run's, so their SMAPEs cannot be compared",
             hint="to predict with this run from now on, run the same command again with --promote",
             **facts,
         )
 
 
-def _began(output: str, pointer: RunPointer) -> str:
+def _started(output: str, pointer: RunPointer) -> str:
+    """The run's start in UTC, as text that sorts by time; empty if `run.json` is missing or damaged."""
     facts = RunFolder.named(output, pointer.run_id).facts_if_whole()
     return facts.started if facts else ""

@@ -1,6 +1,9 @@
-"""What a run must remember: weights and training state, written in the background and committed by a manifest.
+"""Checkpoints of a run: writes them in the background, commits them, removes old ones, and reads them for a resume.
 
-Weights are safetensors; nothing here is ever unpickled but tensors and plain values.
+A checkpoint is the folder `checkpoints/step-<n>/` with the weights, the state that training resumes from, and the
+predictions for the validation rows. It is committed, that is, it exists for readers, once its `MANIFEST.json` is
+written. Weights are stored as safetensors. The training state is read with `weights_only=True`, which accepts only
+tensors and plain Python values, so that reading a checkpoint never executes code.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -44,15 +47,16 @@ from fusion.records.validation import computed_in, has_validation, to_parquet, v
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is to be remembered of one moment, in this process's own memory.
+    """A copy of the training at one step, so that it can be written while the training goes on.
 
     Attributes:
         step: optimizer steps taken.
         weights: the model's state dict at its best validation so far.
-        state: what training needs to go on; tensors and plain values.
-        facts: what else the manifest says: epoch, smape, finished.
-        validation: as of `validation_frame`; None before the first validation.
-        category: name of the column that the category of a row is; empty: there is none.
+        state: what a resumed training needs; tensors and plain values.
+        facts: further fields of the manifest: epoch, smape, finished.
+        validation: rows as `validation_frame` returns them; None before the first validation.
+        category: name of the column whose values have prediction intervals of their own; empty if there is no such
+            column.
     """
 
     step: int
@@ -64,11 +68,13 @@ class Snapshot:
 
 
 class Writer:
-    """Commits snapshots in the background, one at a time, and prunes what is no longer needed.
+    """Commits snapshots in a background thread, one at a time, and removes old checkpoints after each commit.
 
     Args:
-        check_lease: raises when this process has lost the right to publish.
-        keep: newest committed checkpoints that stay; the best, and the one resumed from, stay too.
+        dims: role to the dimension of its embeddings.
+        lineage: fields of the manifest that say what the run was made from: digests of config, data and code.
+        check_lease: raises SupersededError if this process has lost the right to publish.
+        keep: how many of the newest checkpoints to keep; see `prune` for those that are kept in addition.
     """
 
     def __init__(
@@ -81,8 +87,8 @@ class Writer:
     ) -> None:
         self.run, self.dims, self.lineage, self.check_lease, self.keep = run, dims, lineage, check_lease, keep
         self.resumed_from: str | None = None
-        self.committed: list[str] = []  # names of those this attempt has made, or resumed from
-        self.seconds = 0.0  # what the last commit took
+        self.committed: list[str] = []  # names of the checkpoints that this attempt has committed or resumed from
+        self.seconds = 0.0  # duration of the last commit
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._flight: Future[Checkpoint] | None = None
 
@@ -91,12 +97,12 @@ class Writer:
         return self._flight is not None and not self._flight.done()
 
     def submit(self, snapshot: Snapshot) -> None:
-        """Starts writing; waits first for the one in flight, and raises what went wrong with it."""
+        """Starts to write the snapshot. Waits first for the write in progress, and raises its error if it failed."""
         self.wait()
         self._flight = self._pool.submit(self._write, snapshot)
 
     def wait(self) -> Checkpoint | None:
-        """Waits for the one in flight, if any; it is committed, or its error is raised."""
+        """Waits for the write in progress, if there is one; returns its checkpoint, or raises its error."""
         flight, self._flight = self._flight, None
         return flight.result() if flight else None
 
@@ -105,16 +111,19 @@ class Writer:
         lineage = {**self.lineage, "earlier": self._kept_beside()}
         made = commit(self.run, snapshot, self.dims, lineage, self.check_lease)
         self.seconds = time.monotonic() - started
-        known = {} if made.manifest.smape is None else {"smape": made.smape}  # not before the first validation
+        known = {} if made.manifest.smape is None else {"smape": made.smape}  # None before the first validation
         log.info(event="committed", checkpoint=made.url, **known, seconds=self.seconds)
-        with suppress(SupersededError):  # what a newer attempt is writing is not for this one to remove
+        with suppress(SupersededError):  # without the lease it must not prune: a newer attempt may be writing here
             self.check_lease()
             prune(self.run, self.keep, self.resumed_from)
         self.committed.append(made.name)
         return made
 
     def _kept_beside(self) -> tuple[str, ...]:
-        """Names of the checkpoints that pruning leaves beside the next one, as far as this attempt knows them."""
+        """Names of the checkpoints that `prune` will keep beside the next one, as far as this attempt knows them.
+
+        The manifest lists them, so that `fusion.verify` notices when one of them is lost.
+        """
         resumed_from = [] if self.resumed_from is None else [storage.base(self.resumed_from)]
         newest = self.committed[1 - self.keep :] if self.keep > 1 else []
         return tuple(dict.fromkeys([*resumed_from, *newest]))
@@ -127,7 +136,11 @@ def commit(
     lineage: Mapping[str, Any],
     check_lease: Callable[[], None],
 ) -> Checkpoint:
-    """Writes `checkpoints/step-…` of a run; it exists from the moment its manifest is written, which is last."""
+    """Writes `checkpoints/step-<n>/` of a run: the files first, the manifest last, which commits them.
+
+    Raises:
+        SupersededError: a newer attempt has taken the lease, or another process has committed this step.
+    """
     folder = run.checkpoint_url(f"step-{snapshot.step:08d}")
     contiguous = {name: tensor.contiguous() for name, tensor in snapshot.weights.items()}
     files = {
@@ -137,13 +150,13 @@ def commit(
     files |= _of_validation(snapshot)
     url = storage.join(folder, MANIFEST)
     check_lease()
-    if storage.exists(url):  # of one that was damaged, and so passed over
+    if storage.exists(url):  # of a damaged checkpoint of this step, which the resume skipped
         storage.remove(url)
     history = _write_history(run, snapshot.state["history"])
     try:
         written = write_files(folder, files)
     except (FusionError, OSError):
-        check_lease()  # a newer attempt prunes what an older one is still writing
+        check_lease()  # a newer attempt may have removed this folder: then that is the error to report
         raise
     manifest = CheckpointManifest(SCHEMA, written, step=snapshot.step, history=history, **snapshot.facts, **lineage)
     check_lease()
@@ -153,7 +166,7 @@ def commit(
 
 
 def _of_validation(snapshot: Snapshot) -> dict[str, bytes]:
-    """What the best weights predict for the validation rows, and the intervals that follow from it."""
+    """The files with the predictions of the validation rows, and with the intervals that are fitted to them."""
     if snapshot.validation is None:
         return {}
     made = intervals.fit(snapshot.validation, snapshot.category)
@@ -162,7 +175,7 @@ def _of_validation(snapshot: Snapshot) -> dict[str, bytes]:
 
 
 def _write_history(run: RunFolder, history: Sequence[Mapping[str, Any]]) -> tuple[FileEntry, ...]:
-    # Before the manifest: a run with its last checkpoint is finished.
+    # Written before the manifest, because a run counts as finished once the manifest of its last checkpoint exists.
     if not history:
         return ()
     lines = "".join(f"{json.dumps(row)}\n" for row in history)
@@ -171,10 +184,11 @@ def _write_history(run: RunFolder, history: Sequence[Mapping[str, Any]]) -> tupl
 
 
 def prune(run: RunFolder, keep: int, resumed_from: str | None) -> None:
-    """Removes committed checkpoints but the `keep` newest, the best and the one resumed from: each manifest first.
+    """Removes old checkpoints, and folders that a kill left without a manifest, if older than the newest checkpoint.
 
-    The newest that a validation has confirmed stays too: those after it may come from a training that has diverged.
-    What a kill has left of one that is older than the newest goes as well.
+    Kept are the `keep` newest checkpoints, the best, the one resumed from, and the newest that was followed by a
+    validation: the ones after it may come from a training that has diverged. Of each removed checkpoint the manifest
+    goes first, so that readers never see a committed checkpoint without its files.
     """
     found = run.checkpoints()
     if not found:
@@ -185,19 +199,20 @@ def prune(run: RunFolder, keep: int, resumed_from: str | None) -> None:
             try:
                 storage.remove(storage.join(url, MANIFEST))
                 storage.remove(url)
-            except (FusionError, OSError) as error:  # an older attempt may be writing it; the next commit tries again
+            except (FusionError, OSError) as error:  # an older attempt may be writing there; the next prune tries again
                 log.warning(event="not_pruned", checkpoint=url, reason=error)
 
 
 def _validated(found: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """The newest checkpoint whose training went on to a validation, in a list; empty before the first validation."""
+    """The newest checkpoint that was followed by a validation, as a list of one; empty before the first validation."""
     return [made for made in found if made.manifest.epoch < found[-1].manifest.epoch][-1:]
 
 
 def forget_after(run: RunFolder, url: str | None) -> None:
-    """Removes the manifests of the checkpoints after this one, or of all: `newest` found them damaged.
+    """Removes the manifests of the checkpoints that are newer than the one at `url`; of all if `url` is None.
 
-    They would count as the newest, for pruning and for whether the run gets on.
+    `newest` found those damaged. If their manifests stayed, they would still count as the newest: `prune` would keep
+    them, and the check that a stopped run has made progress would be wrong.
     """
     for checkpoint in run.checkpoints():
         if url is None or checkpoint.url > url:
@@ -205,11 +220,11 @@ def forget_after(run: RunFolder, url: str | None) -> None:
 
 
 def newest(run: RunFolder) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | None:
-    """The newest committed checkpoint that can be resumed from, with its weights and its state.
+    """The newest committed checkpoint that can be resumed from, with its weights and its training state.
 
-    The state also has "validated", what the weights compute of the validation rows, as a `Fit` has it.
-
-    One that is damaged, or not finite, is named in the log and passed over.
+    The state has one more key, "validated": what the weights compute for the validation rows, in the form that `Fit`
+    uses. Checkpoints that are damaged, or hold numbers that are not finite, are named in the log and skipped. Returns
+    None if no checkpoint is left.
     """
     for checkpoint in reversed(run.checkpoints()):
         try:
@@ -227,18 +242,27 @@ def newest(run: RunFolder) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any
 
 
 def not_finite(value: Any, name: str = "") -> str | None:
-    """Name of the first tensor or loss sum, through dicts and lists, that is not finite; None when all are."""
+    """Dotted name of the first tensor or loss sum in nested dicts and lists that is not finite; None if all are."""
     if isinstance(value, Tensor):
         return None if bool(torch.isfinite(value).all()) else name
     if name.endswith("loss_sum"):  # other numbers may be infinite, such as the best SMAPE before the first validation
         return None if math.isfinite(value) else name
-    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    found = (not_finite(each, f"{name}.{key}".strip(".")) for key, each in inner)
-    return next((wrong for wrong in found if wrong is not None), None)
+    for key, inner in _items(value):
+        wrong = not_finite(inner, f"{name}.{key}".strip("."))
+        if wrong is not None:
+            return wrong
+    return None
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Key and value of each item of a dict, index and value of each of a list; nothing for other values."""
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, list) else ()
 
 
 def read_model(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The weights and the dimension of every role."""
+    """The weights, and the dimension of the embeddings of each role; logs which checkpoint is used."""
     data = read_file(checkpoint, MODEL)
     log.info(event="model", checkpoint=checkpoint.url, smape=checkpoint.manifest.smape)
     return safetensors.torch.load(data), dims_in(data)

@@ -1,4 +1,4 @@
-"""Finds the run that a command uses: by its folder, by its id, or the one that its variant is served by."""
+"""Finds the run that a command uses: the one that --run-dir or --run-id names, else the served run of the variant."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ C = TypeVar("C", bound=RunConfig)
 
 
 def _find_run(settings: ReadRunConfig, variant: str) -> tuple[RunFolder, str]:
-    """Folder of the run to use: `--run-dir`, else `--run-id`, else the one of the variant that is served.
+    """Folder of the run to use, and the name of its best checkpoint if the pointer says it; else an empty name.
 
-    And the name of the checkpoint to use, if it is known without a look at them all.
+    Raises:
+        DataError: neither --run-dir nor --run-id was given, and no run of the variant has finished.
     """
     if settings.run_dir:
         return RunFolder(settings.run_dir.rstrip("/")), ""
@@ -40,7 +41,7 @@ def _no_finished_run(output: str, variant: str) -> DataError:
 
 
 def no_run(output: str, run_id: str) -> DataError:
-    """The error that there is no run of this id, with the nearest that exists."""
+    """The error for a run id that does not exist; its hint suggests the most similar id."""
     known = {storage.base(url) for url in storage.ls(storage.join(output, "runs"))} - {run_id}
     near = did_you_mean(run_id, sorted(known))
     return DataError(
@@ -52,13 +53,13 @@ def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[RunFolder,
     """Folder of the run to use, the settings it was started with, and its best checkpoint.
 
     Raises:
-        DataError: there is no such run, or its config is not the one that the checkpoint was trained with.
-        ConfigError: it belongs to another variant.
+        DataError: the run does not exist, or its `config.json` is not the one that the checkpoint was trained with.
+        ConfigError: the run is of another variant than `config_class`.
     """
     run, named = _find_run(settings, config_class.variant)
     url = run.at(CONFIG)
     content = storage.read(url) if settings.run_dir else storage.read_if_exists(url)
-    if content is None and not settings.run_id:  # the run that is pointed to was deleted
+    if content is None and not settings.run_id:  # the pointer names a run that was deleted
         raise _no_finished_run(settings.output, config_class.variant)
     _check_variant(run, config_class.variant)
     if content is None:
@@ -74,17 +75,18 @@ def open_run(settings: ReadRunConfig, config_class: type[C]) -> tuple[RunFolder,
 
 
 def data_of(settings: ReadRunConfig, of_run: str) -> str:
-    """Where the input is: `--data`, else `of_run`, where the run had it.
+    """URL or folder of the input data: `--data`, else `of_run`, from which the run was trained.
 
     Raises:
-        DataError: the run had it in a folder that is not here.
+        DataError: `of_run` is a local folder that does not exist on this machine.
     """
     if settings.data:
         return settings.data
     if "://" not in of_run and not Path(of_run).is_dir():
         relative = "" if Path(of_run).is_absolute() else ", as seen from where its training was started"
         raise DataError(
-            f"the run's data are in the folder {of_run}{relative}, and here is none", "name the folder with --data"
+            f"the run was trained from the folder {of_run}{relative}, which does not exist here",
+            "name the folder with --data",
         )
     return of_run
 

@@ -1,11 +1,14 @@
-"""Prediction intervals: between which prices 80, 90 and 95% of the true prices lie.
+"""Prediction intervals: for each predicted price, bounds that contain the true price in 80, 90 or 95% of cases.
 
-Split conformal prediction (Vovk et al., 2005; Lei et al., 2018) on the validation rows, which no training step saw. The
-score of a row is `|log price - log predicted|`, so an interval is a factor by which the price is divided and
-multiplied. It is scaled by the model's own spread where there is one. The k-th smallest of the n scores of a bin, with
-`k = ceil((n + 1) level)`, covers a new row of that bin with at least that probability, if it is exchangeable with them.
-Bins are tiers of the predicted price crossed with categories (Mondrian conformal prediction). Tiers of fewer than 100
-rows of a category are one bin together; a category of fewer is one of the others.
+The method is split conformal prediction (Vovk et al., 2005; Lei et al., 2018) on the validation rows, which no training
+step saw. The score of a row is `|log price - log predicted|`, so an interval divides and multiplies the predicted price
+by one factor. If the model estimates its own uncertainty ("spread"), the score is divided by a scale that grows with
+it, and the interval of a new row is multiplied by the scale of that row.
+
+Rows are divided into bins, and each bin has its own intervals (Mondrian conformal prediction). With n rows in a bin,
+the k-th smallest of their scores, `k = ceil((n + 1) level)`, covers a new row of that bin with a probability of at
+least `level`, if the new row is exchangeable with them. A bin is a tier of the predicted price within a category. The
+tiers of a category that have fewer than 100 rows share one bin, and so do all categories of fewer than 100 rows.
 """
 
 from __future__ import annotations
@@ -23,29 +26,40 @@ from fusion.records.manifests import INTERVALS, Checkpoint, read_file
 from fusion.records.schemas import SCHEMA, IntervalBin, Intervals, parse
 
 LEVELS = (80, 90, 95)  # percent
-LEAST_ROWS = 100  # of a bin: the coverage of 90% is then off by 3 points (one standard error) by chance
-FEWEST_ROWS = 20  # of all: of 19 scores, the largest covers 95%, and of fewer none does
-N_TIERS = 5
-N_SPREADS = 10
-MAX_CATEGORIES = 200  # with bins of their own; the largest
+# Fewest rows of a bin, of a tier and of a bin of the spread. With 100 rows, the coverage of a 90% interval is off by
+# chance by 3 points (one standard error); with fewer rows it would be off by more.
+LEAST_ROWS = 100
+# Fewest rows for intervals at all. With n scores the largest one covers n / (n + 1) of new rows, so that 95% needs at
+# least 19; below this number there are no intervals.
+FEWEST_ROWS = 20
+N_TIERS = 5  # of the predicted price, fewer if they would have less than `LEAST_ROWS` rows
+N_SPREADS = 10  # bins of the spread, each with a scale of its own; fewer as for tiers
+MAX_CATEGORIES = 200  # the largest categories get bins of their own; this limits the size of intervals.json
 CATEGORY = "category"  # the default of --interval-by
-OTHERS = ""  # stands for all categories without bins of their own
-N_PARTS = 10  # of cross-fitting: with two, bins of 100 to 200 rows would be reported as they never are
-SCALE_LEVEL = 0.9  # quantile of the errors that a scale is
-SMALLEST_SCALE = 0.05  # of the scale of all rows: rows of no spread at all may have errors of zero
-LARGEST_LOG = 700.0  # exp of more leaves float64
+OTHERS = ""  # stands for all categories without bins of their own, and for a missing category
+# Parts of the cross-fitting in `crossed`, which fits on all but one of them. With two parts, the intervals would be
+# fitted on half of the rows, where bins of 100 to 200 rows fall below `LEAST_ROWS` and are merged with others; the
+# reported coverage would be that of bins that the final intervals do not have.
+N_PARTS = 10
+# The scale of a bin of the spread is this quantile of its errors. It only has to grow with the errors: the widths are
+# fitted after the scaling, so the coverage does not depend on it.
+SCALE_LEVEL = 0.9
+# Smallest scale, as a share of the scale of all rows. Rows whose spread is 0 may all have an error of 0, and a score is
+# divided by the scale.
+SMALLEST_SCALE = 0.05
+LARGEST_LOG = 700.0  # exp of more than 709 overflows float64
 
 FloatArray = np.ndarray
-Key = tuple[str | None, int | None]  # of a bin: its category and its tier; None: all
+Key = tuple[str | None, int | None]  # category and tier of a bin, as in `IntervalBin`: None stands for all
 
 
 def fit(rows: pd.DataFrame, by: str = "") -> Intervals | None:
-    """Intervals from rows that were not trained on; None for fewer than `FEWEST_ROWS`.
+    """Fits intervals to rows that were not trained on; None if there are fewer than `FEWEST_ROWS`.
 
     Args:
-        rows: price, predicted (dollars), and where there are, spread (any number that grows with the error) and
-            category (text).
-        by: name of the column that category is.
+        rows: columns price and predicted, in dollars; optional columns spread (any number that grows with the expected
+            error) and category (text).
+        by: name of the column of the table that category was read from; it is only stored.
     """
     if len(rows) < FEWEST_ROWS:
         return None
@@ -57,28 +71,33 @@ def fit(rows: pd.DataFrame, by: str = "") -> Intervals | None:
 
 
 def bounds(intervals: Intervals, rows: pd.DataFrame) -> dict[str, FloatArray]:
-    """low_80, high_80, … of each row, [n] dollars, with `low_95 <= low_90 <= low_80 <= predicted <= high_80 <= …`.
+    """Bounds of each row: low_80, high_80, low_90, …, each [n] dollars.
+
+    Always `low_95 <= low_90 <= low_80 <= predicted <= high_80 <= high_90 <= high_95`, and all bounds are finite.
 
     Args:
-        rows: predicted, and as for `fit`; a category that is missing or new is one of the others.
+        rows: columns as for `fit`, without price. A category that is missing or new uses the bins of the others.
     """
     widths = _widths(intervals)[_category_codes(intervals, rows), _tiers(intervals, rows)]  # [n, levels]
     logs = np.minimum(widths * _scales(intervals, rows)[:, None], LARGEST_LOG)
     predicted, limits, found = rows["predicted"].to_numpy(np.float64), np.finfo(np.float64), dict[str, FloatArray]()
     with np.errstate(over="ignore", under="ignore"):
-        for place, level in enumerate(intervals.levels):
-            factor = np.exp(logs[:, place])
+        for column, level in enumerate(intervals.levels):
+            factor = np.exp(logs[:, column])
             found[f"low_{level}"] = np.minimum(np.maximum(predicted / factor, limits.tiny), predicted)
             found[f"high_{level}"] = np.maximum(np.minimum(predicted * factor, limits.max), predicted)
     return found
 
 
 def crossed(rows: pd.DataFrame, groups: np.ndarray, by: str = "") -> dict[str, FloatArray] | None:
-    """As `bounds`, each row's from an interval that neither it nor another row of its group has been part of.
+    """As `bounds`, by cross-fitting: the bounds of a row come from intervals fitted without it and its group.
+
+    An evaluation needs this, because it measures the coverage on the rows that the final intervals are fitted to.
+    Returns None if there are too few rows to fit.
 
     Args:
-        rows: as for `fit`.
-        groups: [n] near-duplicates, as of the split.
+        rows: columns as for `fit`.
+        groups: [n] number of the group of near-duplicates of each row, as in `split.parquet`.
     """
     _, codes = np.unique(groups, return_inverse=True)
     parts = np.random.default_rng(0).permutation(codes.max(initial=0) + 1)[codes] % N_PARTS
@@ -93,20 +112,22 @@ def crossed(rows: pd.DataFrame, groups: np.ndarray, by: str = "") -> dict[str, F
 
 
 def coverage(intervals: Intervals, rows: pd.DataFrame) -> pd.DataFrame:
-    """How many prices lie within their bounds: of all rows, by tier of the predicted price and by category.
+    """Share of prices that lie within their bounds: of all rows, per tier of the predicted price and per category.
 
     Args:
-        rows: as for `fit`, with the bounds.
+        rows: columns as for `fit`, and the bounds.
 
     Returns:
-        by, group, count, covered_80, …, error (standard error of the share within 90%, if it is 90%), factor_90.
+        One row per group: by, group, count, covered_80, …, factor_90, and error, the standard error that covered_90
+        has by chance if the true coverage is 90%.
     """
     levels = [level for level in intervals.levels if f"low_{level}" in rows]
     covered = {f"covered_{level}": is_within(rows, level) for level in levels}
     found = []
     for name, group, chosen in _groups(intervals, rows):
         shares = {column: float(values[chosen].mean()) for column, values in covered.items()}
-        error, factor = np.sqrt(0.9 * 0.1 / chosen.sum()), median_factor(rows[chosen])
+        error = np.sqrt(0.9 * 0.1 / chosen.sum())  # of a binomial share with p = 0.9
+        factor = median_factor(rows[chosen])
         found.append({"by": name, "group": group, "count": int(chosen.sum()), **shares, "error": error} | factor)
     return pd.DataFrame(found)
 
@@ -117,38 +138,47 @@ def is_within(rows: pd.DataFrame, level: int) -> np.ndarray:
 
 
 def misplaced(rows: pd.DataFrame, price: str) -> int:
-    """How many rows have bounds that are not finite, or not in their order around the column `price`.
+    """Number of rows whose bounds are not finite and positive, or not in their order around the price.
 
     Args:
-        rows: with all bounds of some levels, of at least one.
+        rows: with both bounds of each of its levels, and at least one level.
+        price: name of the column that the bounds must surround.
     """
     levels = sorted(int(str(name).removeprefix("low_")) for name in rows if str(name).startswith("low_"))
     names = [*(f"low_{level}" for level in reversed(levels)), price, *(f"high_{level}" for level in levels)]
     values = rows[names].to_numpy(np.float64)
-    fits = np.isfinite(values).all(axis=1) & (values > 0).all(axis=1) & (np.diff(values, axis=1) >= 0).all(axis=1)
-    return int((~fits).sum())
+    is_right = np.isfinite(values).all(axis=1)
+    is_right &= (values > 0).all(axis=1)
+    is_right &= (np.diff(values, axis=1) >= 0).all(axis=1)
+    return int((~is_right).sum())
 
 
 def median_factor(rows: pd.DataFrame, level: int = 90) -> dict[str, float]:
-    """{"factor_90": median of the factors that predicted prices are divided and multiplied by}."""
+    """{"factor_90": m}: the median, over the rows, of the factor between the upper bound and the predicted price."""
     factors = rows[f"high_{level}"].to_numpy() / rows["predicted"].to_numpy()
     return {f"factor_{level}": float(np.median(factors)) if len(factors) else float("nan")}
 
 
 def intervals_of(checkpoint: Checkpoint) -> Intervals | None:
-    """The intervals of a checkpoint, verified; None if it has none: an earlier version made it, or of too few rows."""
+    """The intervals of a checkpoint, verified.
+
+    Returns None if it has no intervals: an earlier version wrote it, or it had too few validation rows.
+    """
     if not checkpoint.manifest.sha256_of(INTERVALS):
         return None
     return parse(Intervals, read_file(checkpoint, INTERVALS), f"{checkpoint.url}/{INTERVALS}")
 
 
 def category_column(config: RunConfig) -> str:
-    """Name of the column whose values have intervals of their own."""
+    """Name of the column whose values have intervals of their own: --interval-by, by default "category"."""
     return config.interval_by or CATEGORY
 
 
 def category_of(table: Table, column: str, rows: np.ndarray | slice = slice(None)) -> pd.Series | None:
-    """Text of a column, empty where it is missing, of these rows of the table; None if it has no such column."""
+    """Values of a column as text, for these rows of the table; empty text where a value is missing.
+
+    Returns None if the table has no such column.
+    """
     if not column or column not in table.frame:
         return None
     return table.frame[column].iloc[rows].astype("str").fillna(OTHERS).str.strip()
@@ -156,6 +186,7 @@ def category_of(table: Table, column: str, rows: np.ndarray | slice = slice(None
 
 def tier_names(intervals: Intervals) -> list[str]:
     """The tiers in words, such as "below $9.99" and "$9.99 to $20.00"."""
+    # Prices below a cent get two significant digits, since two decimals would show 0.00.
     edges = [f"${edge:,.2f}" if edge >= 0.01 else f"${edge:.2g}" for edge in intervals.tier_edges]
     if not edges:
         return ["any price"]
@@ -164,31 +195,41 @@ def tier_names(intervals: Intervals) -> list[str]:
 
 
 def _edges(values: pd.Series, n_bins: int) -> FloatArray:
-    """Rising values, each the first of its bin, that part all into `n_bins` of as many; fewer where many are equal."""
+    """Ascending lower edges of all bins but the first, for `n_bins` bins with equally many values.
+
+    There are fewer edges where many values are equal.
+    """
     known = values.to_numpy(np.float64)
-    edges = np.unique(np.quantile(known, np.arange(1, n_bins) / n_bins, method="higher")) if n_bins > 1 else known[:0]
+    if n_bins < 2:
+        return known[:0]
+    edges = np.unique(np.quantile(known, np.arange(1, n_bins) / n_bins, method="higher"))
     found: FloatArray = edges[(edges > known.min()) & np.isfinite(edges)]
     return found
 
 
 def _categories(rows: pd.DataFrame) -> tuple[str, ...]:
+    """The categories that get bins of their own, sorted."""
     counts = rows["category"].value_counts()
     large = counts[(counts >= LEAST_ROWS) & (counts.index != OTHERS)].head(MAX_CATEGORIES)
     return tuple(sorted(map(str, large.index)))
 
 
 def _errors(rows: pd.DataFrame) -> FloatArray:
+    """[n] `|log price - log predicted|`."""
     price, predicted = (rows[name].to_numpy(np.float64) for name in ("price", "predicted"))
     errors: FloatArray = np.abs(np.log(price) - np.log(predicted))
     return errors
 
 
 def _scaled(made: Intervals, rows: pd.DataFrame) -> Intervals:
-    """With the scale of each bin of the spread: a high quantile of its errors, never below that of a lower bin."""
+    """The intervals with a scale for each bin of the spread: a high quantile of the errors in the bin.
+
+    Scales never fall from a bin to the next, so that a larger spread never gives a narrower interval.
+    """
     spread, errors = rows["spread"].fillna(np.inf), _errors(rows)
     edges = _edges(spread, min(N_SPREADS, len(rows) // LEAST_ROWS))
     smallest = SMALLEST_SCALE * float(np.quantile(errors, SCALE_LEVEL))
-    if smallest == 0:
+    if smallest == 0:  # most errors are 0, so there is nothing to scale by
         return made
     codes = np.searchsorted(edges, spread, side="right")
     scales = [max(smallest, float(np.quantile(errors[codes == code], SCALE_LEVEL))) for code in range(len(edges) + 1)]
@@ -196,20 +237,21 @@ def _scaled(made: Intervals, rows: pd.DataFrame) -> Intervals:
 
 
 def _scales(intervals: Intervals, rows: pd.DataFrame) -> FloatArray:
-    """[n] by which the widths of a row are multiplied."""
+    """[n] factor by which the widths of each row are multiplied."""
     if not intervals.scales:
         return np.ones(len(rows))
-    codes = np.searchsorted(np.asarray(intervals.spread_edges), rows["spread"], side="right")  # NaN: the last
+    # A spread of NaN sorts into the last bin, which has the largest scale.
+    codes = np.searchsorted(np.asarray(intervals.spread_edges), rows["spread"], side="right")
     return np.asarray(intervals.scales)[codes]
 
 
 def _tiers(intervals: Intervals, rows: pd.DataFrame) -> np.ndarray:
-    """[n] tier of the predicted price, from 0."""
+    """[n] index of the tier of the predicted price, from 0."""
     return np.searchsorted(np.asarray(intervals.tier_edges), rows["predicted"], side="right")
 
 
 def _category_codes(intervals: Intervals, rows: pd.DataFrame) -> np.ndarray:
-    """[n] place of the row's category among `intervals.categories`; the last place is that of the others."""
+    """[n] index of the row's category in `intervals.categories`; `len(intervals.categories)` for all others."""
     others = len(intervals.categories)
     if "category" not in rows:
         return np.full(len(rows), others)
@@ -218,10 +260,11 @@ def _category_codes(intervals: Intervals, rows: pd.DataFrame) -> np.ndarray:
 
 
 def _bins(made: Intervals, rows: pd.DataFrame) -> Iterator[IntervalBin]:
-    """All rows; those of each tier; and each category's, in parts none of which is of too few.
+    """The bins: one of all rows, one per tier, and those of each category.
 
-    A tier of a category is a part if it has enough rows. The other tiers of the category are one part together, which
-    the smallest of the former join until it has enough.
+    Within a category, each tier with enough rows is a bin. The other tiers of the category share one bin, which the
+    smallest of the former tiers join until it has enough rows too. A bin of too few rows is left out; its rows use a
+    coarser one, see `_widths`.
     """
     scores, tiers = _errors(rows) / _scales(made, rows), _tiers(made, rows)
     yield from _enough(scores, np.zeros(len(rows), np.int64), [(None, None)], least=0)
@@ -231,25 +274,30 @@ def _bins(made: Intervals, rows: pd.DataFrame) -> Iterator[IntervalBin]:
         return
     names, categories = [*made.categories, OTHERS], _category_codes(made, rows)
     cells = categories * n_tiers + tiers
-    alone = _alone(np.bincount(cells, minlength=len(names) * n_tiers).reshape(len(names), n_tiers)).reshape(-1)
-    chosen = alone[cells]
+    counts = np.bincount(cells, minlength=len(names) * n_tiers).reshape(len(names), n_tiers)
+    chosen = _has_own_bin(counts).reshape(-1)[cells]
     keys: list[Key] = [(name, tier) for name in names for tier in range(n_tiers)]
     yield from _enough(scores[~chosen], categories[~chosen], [(name, None) for name in names])
     yield from _enough(scores[chosen], cells[chosen], keys)
 
 
-def _alone(counts: np.ndarray) -> np.ndarray:
-    """[categories, tiers] bool: the cell of that many rows is a part of its category by itself."""
-    alone: np.ndarray = counts >= LEAST_ROWS
-    for row, is_alone in zip(counts, alone, strict=True):
-        for tier in np.argsort(row, kind="stable"):
-            if 0 < row[~is_alone].sum() < LEAST_ROWS:
-                is_alone[tier] = False
-    return alone
+def _has_own_bin(counts: np.ndarray) -> np.ndarray:
+    """[categories, tiers] bool: whether a tier of a category, with this many rows, is a bin by itself."""
+    own: np.ndarray = counts >= LEAST_ROWS
+    for row, is_own in zip(counts, own, strict=True):
+        for tier in np.argsort(row, kind="stable"):  # smallest first
+            if 0 < row[~is_own].sum() < LEAST_ROWS:
+                is_own[tier] = False
+    return own
 
 
 def _enough(scores: FloatArray, codes: np.ndarray, keys: list[Key], least: int = LEAST_ROWS) -> Iterator[IntervalBin]:
-    """A bin for each key whose code at least `least` rows have."""
+    """A bin for each key with at least `least` rows.
+
+    Args:
+        scores: [n] scaled errors.
+        codes: [n] index of each row's key in `keys`.
+    """
     counts = np.bincount(codes, minlength=len(keys))
     ordered, starts = scores[np.lexsort((scores, codes))], np.cumsum(counts) - counts
     for (category, tier), count, start in zip(keys, counts.tolist(), starts.tolist(), strict=True):
@@ -259,7 +307,10 @@ def _enough(scores: FloatArray, codes: np.ndarray, keys: list[Key], least: int =
 
 
 def _widths(intervals: Intervals) -> FloatArray:
-    """[categories + 1, tiers, levels]: half the width in log price, before scaling, of the finest bin there is."""
+    """[categories + 1, tiers, levels]: half the width in log price, before scaling.
+
+    It is that of the finest bin that exists: of the category and tier, of the category, of the tier, or of all rows.
+    """
     found = {(one.category, one.tier): one.widths for one in intervals.bins}
     tiers = range(len(intervals.tier_edges) + 1)
 
@@ -271,7 +322,7 @@ def _widths(intervals: Intervals) -> FloatArray:
 
 
 def _groups(intervals: Intervals, rows: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
-    """What is grouped by, the group, and [n] bool: its rows."""
+    """The groups that coverage is reported for: what is grouped by, name of the group, and [n] bool: its rows."""
     yield "overall", "all rows", np.ones(len(rows), bool)
     by = [("tier of predicted price", tier_names(intervals), _tiers(intervals, rows))]
     if intervals.categories:

@@ -1,6 +1,8 @@
-"""What is committed: immutable folders whose `MANIFEST.json`, written last, names every file with its hash.
+"""Names of the files in a run or submission, and how a folder of them is committed and read.
 
-A folder without one does not exist. Every reader of a file verifies its hash.
+The files of a folder are written first. Its `MANIFEST.json`, written last, lists each file with its size and sha256;
+that commits the folder, which does not change afterwards. Readers ignore a folder without a manifest, and verify the
+sha256 of every file that they read.
 """
 
 from __future__ import annotations
@@ -19,19 +21,21 @@ from fusion.records.schemas import CheckpointManifest, FileEntry
 MANIFEST: Final = "MANIFEST.json"
 MODEL: Final = "model.safetensors"
 STATE: Final = "state.pt"
-VALIDATION: Final = "validation.parquet"  # what the best weights predict for the rows that validate
-INTERVALS: Final = "intervals.json"  # between which prices a true price lies, given the predicted one
+VALIDATION: Final = "validation.parquet"  # predictions of the best weights for the validation rows
+INTERVALS: Final = "intervals.json"  # prediction intervals, see `fusion.records.intervals`
 SUBMISSION: Final = "submission.csv"
-PREDICTIONS: Final = "predictions.parquet"  # of a submission: what else the model says of each row
-FINGERPRINTS: Final = "fingerprints.parquet"  # of a submission's embeddings, which the next night is compared with
-MEMORY: Final = "memory.safetensors"  # the labelled rows that neighbours are taken from; as for the split
-FEATURES: Final = "features.safetensors"  # what sources are computed with; as for the split
-SPLIT: Final = "split.parquet"  # has no manifest of its own; every checkpoint's has its hash
-LINES: Final = "train.jsonl"  # the history of the training, in metrics/: the newest checkpoint's manifest has its hash
-EPOCHS: Final = "epochs.csv"  # the same as a table
-ABLATION: Final = "ablation.json"  # in metrics/, sealed, in no manifest
-ENSEMBLE: Final = "ensemble.json"  # in the folder of an ensemble, in the place of a run's checkpoints
-PULLED: Final = "pulled.json"  # in a folder that jobs/pull.py has made: what it left out
+PREDICTIONS: Final = "predictions.parquet"  # of a submission: price, bounds and comparable products of each row
+FINGERPRINTS: Final = "fingerprints.parquet"  # of a submission's embeddings; the next night is compared with them
+# These three lie in the folder of the run, which has no manifest. Every checkpoint's manifest has their sha256.
+SPLIT: Final = "split.parquet"  # which rows train and which validate
+MEMORY: Final = "memory.safetensors"  # the labelled rows that neighbours are looked up in
+FEATURES: Final = "features.safetensors"  # what sources are computed from the tables with
+# In metrics/. The manifest of the newest checkpoint has the sha256 of both.
+LINES: Final = "train.jsonl"  # history of the training, one line per epoch
+EPOCHS: Final = "epochs.csv"  # the same history as a table
+ABLATION: Final = "ablation.json"  # in metrics/; no manifest lists it, but it contains a digest of itself
+ENSEMBLE: Final = "ensemble.json"  # in the folder of an ensemble, which has it instead of checkpoints
+PULLED: Final = "pulled.json"  # in a folder that jobs/pull.py has written: which files it did not fetch
 
 
 _DIMS = TypeAdapter(dict[str, PositiveInt])
@@ -39,7 +43,7 @@ _DIMS = TypeAdapter(dict[str, PositiveInt])
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed, complete checkpoint: its folder and what its manifest says."""
+    """A committed checkpoint: its folder and its manifest."""
 
     url: str
     manifest: CheckpointManifest
@@ -59,30 +63,36 @@ class Checkpoint:
 
 
 def write_files(folder: str, files: Mapping[str, bytes]) -> list[FileEntry]:
-    """Writes the files; what a manifest says of them."""
+    """Writes the files, and returns their entries for a manifest."""
     for name, data in files.items():
         storage.write(storage.join(folder, name), data)
     return entries(files)
 
 
 def entries(files: Mapping[str, bytes]) -> list[FileEntry]:
-    """What a manifest says of the files."""
+    """Entries of the files for a manifest: name, size and sha256."""
     return [FileEntry(name, len(data), storage.sha256(data)) for name, data in files.items()]
 
 
 def best_of(found: Sequence[Checkpoint]) -> Checkpoint:
-    """The one of the end of the training; before that, the one with the lowest validation SMAPE, the newest of equals.
+    """The checkpoint that predictions use: that of the end of the training, if the training has finished.
 
-    With a schedule to the end, the last weights are kept and not those of the luckiest epoch.
+    Before that, it is the one with the lowest validation SMAPE, and of equal ones the newest. A finished checkpoint is
+    preferred even to a lower SMAPE: when the learning rate follows a schedule to the end, an epoch before that is
+    better only by chance.
     """
-    return min(reversed(found), key=lambda checkpoint: (not checkpoint.manifest.finished, checkpoint.smape))
+
+    def unfinished_then_smape(checkpoint: Checkpoint) -> tuple[bool, float]:
+        return not checkpoint.manifest.finished, checkpoint.smape
+
+    return min(reversed(found), key=unfinished_then_smape)
 
 
 def dims_in(model: bytes) -> dict[str, int]:
-    """The dimension of every role, from the header of a `model.safetensors`.
+    """The dimension of the embeddings of each role, from the header of a `model.safetensors`.
 
     Raises:
-        ValueError: there is no such header, or a dimension is not a positive number.
+        ValueError: the header does not have them, or a dimension is not a positive number.
     """
     try:
         return _DIMS.validate_json(safetensors_metadata(model)["dims"])
@@ -91,10 +101,10 @@ def dims_in(model: bytes) -> dict[str, int]:
 
 
 def safetensors_metadata(content: bytes) -> dict[str, str]:
-    """The texts in the header of a safetensors file, which the library gives for files on a disk only.
+    """The metadata in the header of a safetensors file, given its bytes; the library reads it only from local files.
 
     Raises:
-        ValueError, KeyError, TypeError: there is no such header.
+        ValueError, KeyError, TypeError: the bytes have no such header.
     """
     length = int.from_bytes(content[:8], "little")  # the file starts with the length of its header, which is JSON
     found: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
@@ -102,7 +112,7 @@ def safetensors_metadata(content: bytes) -> dict[str, str]:
 
 
 def is_whole(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a file of the checkpoint is as it was written; one that is not is named in the log."""
+    """Whether a file of the checkpoint is as it was written; if not, warns in the log."""
     try:
         read_file(checkpoint, name)
     except DataError as error:
@@ -115,13 +125,14 @@ def read_file(checkpoint: Checkpoint, name: str) -> bytes:
     """A file of the checkpoint, verified.
 
     Raises:
-        DataError: its bytes are not those that were written.
+        DataError: the file does not exist, or its bytes are not those that were written.
     """
     data = storage.read(storage.join(checkpoint.url, name))
-    if storage.sha256(data) != checkpoint.manifest.sha256_of(name):
+    found, expected = storage.sha256(data), checkpoint.manifest.sha256_of(name)
+    if found != expected:
         raise DataError(
-            f"{checkpoint.url}/{name} is damaged: sha256 {storage.sha256(data)[:12]} of {len(data)} bytes, "
-            f"its manifest says {checkpoint.manifest.sha256_of(name)[:12] or 'nothing of it'}",
+            f"{checkpoint.url}/{name} is damaged: sha256 {found[:12]} of {len(data)} bytes, "
+            f"its manifest says {expected[:12] or 'nothing about it'}",
             "start the training of this run again, which writes it again, or use another run",
         )
     return data

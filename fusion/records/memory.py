@@ -1,7 +1,8 @@
-"""The memory of a run: the rows that its neighbours are taken from, written once, before the first step.
+"""The memory of a run: the labelled rows that its model looks up neighbours in, written once before the first step.
 
-`memory.safetensors` holds what of the training data a price leans on: keys in half precision, log prices, ids, and who
-is in which part of the split; and what keys are made with, so that a training that goes on has the very same ones.
+`memory.safetensors` holds, for each row, its key (the vector that rows are compared by, in half precision), price, id,
+fold and group of near-duplicates. It also holds the principal components that keys are computed with, so that a
+resumed training computes exactly the same keys.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ _PARTITION = {"centroids": np.float32, "lists": np.int32, "codebook": np.float32
 
 @dataclass(frozen=True)
 class Remembered:
-    """What `memory.safetensors` holds.
+    """The content of `memory.safetensors`.
 
     Attributes:
         ids: [N] sample ids, str.
         prices: [N] dollars, float64.
-        memory: of these rows, in the same order.
-        components: role to [D_role, P_role] float32, what keys are made with.
-        weights: [S] float32 of the bands, by which candidates are found.
+        memory: keys, log prices, folds and groups of these rows, in the same order.
+        components: role to [D_role, P_role] float32, the principal components that keys are computed with.
+        weights: [S] float32, the weight of each band of components when candidate neighbours are searched.
     """
 
     ids: pd.Index
@@ -50,27 +51,31 @@ class Remembered:
 
 
 def log_prices_of(prices: np.ndarray) -> Tensor:
-    """[N] float32 of prices [N] in dollars."""
+    """[N] float32: natural logarithms of the prices [N] in dollars."""
     return torch.from_numpy(np.log(prices.astype(np.float64, copy=False)).astype(np.float32))
 
 
 def to_bytes(remembered: Remembered) -> bytes:
-    """As safetensors; the same bytes for the same rows."""
+    """The content of the file, as safetensors. The same rows always give the same bytes."""
     memory, text = remembered.memory, "\0".join(remembered.ids).encode()
     arrays = {name: getattr(memory, name).cpu().numpy() for name in _ROWS}
     arrays |= {"ids": np.frombuffer(text, np.uint8), "prices": remembered.prices, "weights": remembered.weights}
     arrays |= {f"{_COMPONENTS}{role}": values for role, values in remembered.components.items()}
     if memory.partition is not None:
         arrays |= {f"partition.{name}": getattr(memory.partition, name).numpy() for name in _PARTITION}
-    arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}  # others are saved as they lie
+    # safetensors saves the memory of an array without regard to its strides, so that each has to be contiguous.
+    arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
     return safetensors.numpy.save(arrays, {"roles": json.dumps(list(remembered.components))})
 
 
 def from_bytes(data: bytes, name: str) -> Remembered:
-    """What `to_bytes` wrote.
+    """Reads what `to_bytes` wrote.
+
+    Args:
+        name: URL of the file, for the error message.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the file is damaged.
     """
     try:
         arrays = safetensors.numpy.load(data)
@@ -92,18 +97,19 @@ def from_bytes(data: bytes, name: str) -> Remembered:
 def _partition(arrays: Mapping[str, np.ndarray]) -> Partition | None:
     names = {name: f"partition.{name}" for name in _PARTITION}
     if not any(name in arrays for name in names.values()):
-        return None  # there are few rows, or an earlier version wrote them
+        return None  # there are too few rows for an approximate search, or an earlier version wrote the file
     return Partition(**{key: torch.from_numpy(arrays[names[key]].astype(_PARTITION[key], copy=False)) for key in names})
 
 
 def _check(found: Remembered) -> None:
+    """Raises ValueError if the arrays do not fit each other, or hold numbers that are not finite."""
     memory, n_rows = found.memory, len(found.ids)
-    if {len(found.prices), *(len(getattr(memory, name)) for name in _ROWS)} != {n_rows} or memory.keys.shape[1] != len(
-        memory.bands
-    ):
+    lengths = {len(found.prices), *(len(getattr(memory, name)) for name in _ROWS)}
+    if lengths != {n_rows} or memory.keys.shape[1] != len(memory.bands):
         raise ValueError(f"its arrays are not of the same {n_rows} rows")
-    if len(found.weights) != int(memory.bands.max()) + 1:
-        raise ValueError(f"it has {len(found.weights)} weights of bands")
+    n_bands = int(memory.bands.max()) + 1
+    if len(found.weights) != n_bands:
+        raise ValueError(f"expected {n_bands} weights of bands, found {len(found.weights)}")
     if memory.partition is not None and not fits(memory.partition, *memory.keys.shape):
         raise ValueError("its lists are not those of its rows")
     values: list[Tensor] = [memory.keys, memory.log_prices, torch.from_numpy(found.weights)]
@@ -112,13 +118,13 @@ def _check(found: Remembered) -> None:
 
 
 def read(run: RunFolder, sha256: str = "") -> Remembered:
-    """The memory of a run.
+    """Reads the memory of a run.
 
     Args:
-        sha256: of the bytes that the run was trained with; unknown if empty.
+        sha256: of the file that the run was trained with, from the manifest of a checkpoint; empty if unknown.
 
     Raises:
-        DataError: there is none, or it is damaged.
+        DataError: the file does not exist, is damaged, or is not the one that the run was trained with.
     """
     url = run.at(MEMORY)
     content = storage.read(url)

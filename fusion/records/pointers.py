@@ -1,4 +1,8 @@
-"""Pointers, which name what is newest or best: the documents of a bucket that change, always by compare-and-swap."""
+"""Pointers: small documents in `pointers/` that name the newest or best run, or the current submission.
+
+Apart from `lease.json`, they are the only documents in a bucket that change. They are written by compare-and-swap, so
+that of two jobs that move a pointer at once neither overwrites the other's decision without having seen it.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,12 @@ DAMAGED = "pointer_damaged"
 
 
 def url(output: str, *parts: str) -> str:
+    """URL of a pointer: `url(output, "runs", "qwen_clip", "best")`."""
     return storage.join(output, "pointers", *parts) + ".json"
 
 
 def read(kind: type[T], output: str, *parts: str) -> T | None:
-    """What is pointed to; None when nothing is, or the pointer is damaged."""
+    """What the pointer names; None if there is no such pointer, or, with a warning, if it is damaged."""
     return schemas.read_if_whole(kind, url(output, *parts), DAMAGED)
 
 
@@ -31,21 +36,24 @@ def move(
     unless: Callable[[T], bool] = lambda _: False,
     seen: tuple[bytes, str] | None = None,
 ) -> bool:
-    """Points to `target`, a `RunPointer` or `SubmissionPointer`, unless what is pointed to now is to be kept.
+    """Makes the pointer name `target`, unless `unless` returns True for what it names now.
 
-    Returns whether it points to `target` now. A damaged pointer points to nothing.
+    Returns whether the pointer names `target` now. A damaged pointer is overwritten.
 
     Args:
-        seen: the pointer as `storage.read_version` gave it a moment ago, which saves asking again.
+        parts: path of the pointer below `pointers/`, without ".json".
+        target: a `RunPointer` or `SubmissionPointer`.
+        unless: receives what the pointer names now; True keeps it. It is asked again if another job moves the pointer.
+        seen: the pointer as `storage.read_version` returned it a moment ago, which saves a request.
     """
-    place = url(output, *parts)
+    pointer_url = url(output, *parts)
     fields: dict[str, Any] = asdict(target)  # type: ignore[call-overload]
-    for _ in turns(place):
-        held, seen = seen or storage.read_version(place), None
-        current = None if held is None else schemas.parse_if_whole(type(target), held[0], place, DAMAGED)
+    for _ in turns(pointer_url):
+        held, seen = seen or storage.read_version(pointer_url), None
+        current = None if held is None else schemas.parse_if_whole(type(target), held[0], pointer_url, DAMAGED)
         if current is not None and (current == target or unless(current)):
             return current == target
         data = schemas.seal({"pointer": "/".join(parts), **fields, "updated": schemas.now()})
-        if storage.create(place, data) if held is None else storage.replace(place, data, held[1]):
+        if storage.create(pointer_url, data) if held is None else storage.replace(pointer_url, data, held[1]):
             return True
-    raise AssertionError("the turns end with an error")
+    raise AssertionError("turns() raises an error after its last turn")

@@ -1,15 +1,14 @@
-"""`save_checkpoint` and `load_checkpoint` of `fusion.utils`: a model with its optimizer in one object at any URL.
+"""`save_checkpoint` and `load_checkpoint` of `fusion.utils`: a model and its optimizer in one file at any URL.
 
-A training has checkpoints of its own (`fusion.records.checkpoint`); these are for code that users write. Loading
-executes
-nothing: `torch.load(weights_only=True)` takes tensors and plain values, and so nothing else is saved.
+They are for users' own training loops; the trainings of this package use `fusion.records.checkpoint`. Loading never
+executes code: `torch.load(weights_only=True)` accepts only tensors and plain values, so nothing else can be saved.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pickle import UnpicklingError
 from typing import Any
 
@@ -29,12 +28,15 @@ def save_checkpoint(
     metrics: Mapping[str, float],
     path: str,
 ) -> None:
-    """Writes everything into one object at any URL, atomically.
+    """Writes the states of model, optimizer and scheduler, the epoch and the metrics into one file, atomically.
 
-    Numbers of NumPy, and tensors and arrays in `epoch` and `metrics`, are saved as plain numbers and lists.
+    NumPy scalars are saved as Python numbers; so are tensors and arrays in `epoch` and `metrics`, as numbers or lists.
+
+    Args:
+        path: a local path or an fsspec URL.
 
     Raises:
-        TypeError: a part holds something that `load_checkpoint` would refuse.
+        TypeError: a state or the metrics hold something that `load_checkpoint` would refuse.
     """
     state: dict[str, Any] = {"model": model.state_dict()}
     for name, part in {"optimizer": optimizer, "scheduler": scheduler}.items():
@@ -55,15 +57,19 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> tuple[int, dict[str, float]]:
-    """Restores what `save_checkpoint` wrote; the epoch and the metrics it was given.
+    """Loads what `save_checkpoint` wrote into the given objects, and returns the epoch and the metrics.
 
     Raises:
-        DataError: it does not exist, is damaged, holds more than tensors and plain values, or lacks a part asked for.
+        DataError: the file does not exist, is damaged, holds other things than tensors and plain values, or was saved
+            without the optimizer or scheduler that was given here.
     """
     try:
         state = _loaded(storage.read(str(path)))
     except (RuntimeError, EOFError, ValueError, OSError, UnpicklingError) as error:
-        raise DataError(f"{path} is no checkpoint: {_reason(error)}", "use another file") from error
+        raise DataError(
+            f"{path} is no checkpoint: {_reason(error)}",
+            "give the path of a file that save_checkpoint wrote",
+        ) from error
     for name, part in {"model": model, "optimizer": optimizer, "scheduler": scheduler}.items():
         if part is None:
             continue
@@ -84,13 +90,13 @@ def _loaded(data: bytes) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The cause in one line; torch's text about unsafe files has several, with escape codes."""
+    """The cause in one line; torch's message about unsafe files has several lines, with terminal escape codes."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f"it holds {found[1]}, which could execute code" if found else str(error).splitlines()[0]
 
 
 def _refuse(state: Mapping[str, Any]) -> None:
-    """Names the part that cannot be loaded."""
+    """Raises a TypeError that names the part that `load_checkpoint` would refuse."""
     for name, part in state.items():
         try:
             _loaded(_saved(part))
@@ -99,20 +105,23 @@ def _refuse(state: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, tensors and numbers of NumPy as Python's, through dicts, lists and tuples; all else as it is."""
+    """Converts arrays, tensors and NumPy scalars in nested dicts, lists and tuples to Python's numbers and lists."""
     if isinstance(value, Tensor | np.ndarray):
         return value.tolist()
     return _converted(value, _plain)
 
 
 def _with_plain_numbers(value: Any) -> Any:
-    """The same for numbers of NumPy only: the tensors of an optimizer stay what they are."""
+    """As `_plain`, but converts NumPy scalars only: the tensors of an optimizer's state stay tensors."""
     return _converted(value, _with_plain_numbers)
 
 
-def _converted(value: Any, inner: Any) -> Any:
+def _converted(value: Any, inner: Callable[[Any], Any]) -> Any:
+    """A NumPy scalar as a Python number; a dict, list or tuple with `inner` applied to its items; else the value."""
     if isinstance(value, np.generic):
         return value.item()
     if type(value) is dict:
         return {inner(key): inner(each) for key, each in value.items()}
-    return type(value)(map(inner, value)) if type(value) in (list, tuple) else value
+    if type(value) in (list, tuple):
+        return type(value)(map(inner, value))
+    return value

@@ -1,4 +1,7 @@
-"""What a result was made with: the revision of the code, and a digest of the code that decides what is computed."""
+"""Identifies the code that a result was made with: its git revision, and a digest of the code that decides the result.
+
+The digest answers whether a night has to be computed again: it changes only if the code that computes prices does.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,18 @@ from fusion.environment import variable
 
 PACKAGE = Path(__file__).parents[1]
 ENSEMBLE_CODE = "ensemble/prediction"  # root of the code that decides the price of an ensemble
+# Kinds of syntax nodes that can have a docstring.
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def revision() -> str:
-    """The git revision of this package; "unknown" where there is none."""
-    if given := variable("FUSION_REVISION"):  # an image has no git
+    """The git revision of this package; "unknown" if it is not in a git repository of its own."""
+    if given := variable("FUSION_REVISION"):  # set in container images, which have neither git nor the repository
         return given
     git, options = ["git", "-C", str(PACKAGE)], ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        # An installed package may lie below somebody else's repository, which does not know this file.
+        # A package that is installed in a virtual environment inside another repository would get that repository's
+        # revision. This command fails if the repository does not track this file.
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
         return subprocess.run([*git, "describe", *options], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -34,9 +39,10 @@ def revision() -> str:
 
 @cache
 def code_digest(root: str = "prediction") -> str:
-    """sha256 of the code that `fusion.<root>` and the models run, directly or through what they import.
+    """sha256 of the source of `fusion.<root>`, of all models, and of every module of this package that they import.
 
-    Comments and docstrings do not count, nor do other commands: a night is not computed again because of them.
+    Comments, docstrings and modules that only other commands import do not count, so that a change of them does not
+    cause nightly predictions to be computed again.
     """
     models = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.glob("*/model.py"))
     waiting, found = [root, *map(str, models)], dict[str, str]()
@@ -53,7 +59,7 @@ def code_digest(root: str = "prediction") -> str:
 
 
 def code_of(source: str) -> str:
-    """The source without comments, docstrings and blank lines: the same on every version of Python.
+    """The source without comments, docstrings and blank lines. The result is the same on every version of Python.
 
     >>> code_of('def f() -> int:\\n    \\"\\"\\"Says.\\"\\"\\"\\n\\n    return 1  # one')
     'def f() -> int:\\n    return 1'
@@ -71,7 +77,10 @@ def code_of(source: str) -> str:
 
 
 def _imports(source: str) -> Iterator[str]:
-    """Modules of this package that are imported anywhere in the source, as paths without an ending."""
+    """Modules of this package that the source imports anywhere, as paths without ".py".
+
+    `from fusion.data import tables` gives both "data" and "data/tables", as either may be the module.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
             module = (node.module or "").removeprefix(PACKAGE.name).lstrip(".").replace(".", "/")

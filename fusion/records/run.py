@@ -1,18 +1,18 @@
-"""The folder of a run in a bucket: where each of its files lies, and what they say.
+"""The folder of a run in a bucket: the path of each file, and methods that read them.
 
     runs/<run id>/
         config.json               its settings, written first
-        run.json                  what it is made from: digests of data and code, dimensions, versions
-        lease.json                the attempt that may write
+        run.json                  what it was made from: digests of data and code, dimensions, versions
+        lease.json                the newest attempt, which alone may write
         attempts/<n>/             start.json, exit.json and log.txt of each attempt
         split.parquet             which rows trained and which validate
         memory.safetensors        the labelled rows that the model looks up neighbours in
         features.safetensors      how sources are computed from the tables
         checkpoints/step-<n>/     weights, training state, validation predictions; committed by MANIFEST.json
         metrics/                  the history of the training, an evaluation by groups, an ablation
-        parts/                    chunks of an evaluation or an ablation that is not finished
+        parts/                    chunks of an evaluation or an ablation that has not finished
 
-An ensemble has such a folder too, with `ensemble.json` and MANIFEST.json in place of settings and checkpoints.
+An ensemble has a folder in `runs/` too, with `ensemble.json` and `MANIFEST.json` instead of settings and checkpoints.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ START: Final = "start.json"
 EXIT: Final = "exit.json"
 LOG: Final = "log.txt"
 
+# The line that a training logs at its start, from which `RunFolder.n_parameters` reads the size of the model.
 _PARAMETERS = re.compile(r"\bevent=start\b.*\bparameters=(\d+)")
 
 
 @dataclass(frozen=True, order=True)
 class RunFolder:
-    """A run, by the URL of its folder, without a slash at its end.
+    """A run or ensemble, identified by the URL of its folder, which does not end with a slash.
 
-    It holds no state: each method reads the bucket. Documents that may be missing are None; damaged ones raise
-    `DataError`, but for the methods that say otherwise.
+    The object holds nothing but the URL: each method reads the bucket. Unless a method says otherwise, it returns None
+    for a document that does not exist, and raises `DataError` for a damaged one.
     """
 
     url: str
@@ -90,22 +91,22 @@ class RunFolder:
         return self.at("attempts", str(number))
 
     def exists(self) -> bool:
-        """Whether there is a run or an ensemble here."""
+        """Whether the folder holds a run or an ensemble."""
         return any(storage.exists(self.at(name)) for name in (CONFIG, ENSEMBLE))
 
     def facts(self) -> RunFacts | None:
-        """`run.json`; None for a run that never read its data."""
+        """Content of `run.json`; None for a run that has not read its data yet."""
         return schemas.read(RunFacts, self.at(FACTS))
 
     def facts_if_whole(self) -> RunFacts | None:
-        """As `facts`; a damaged document is named in the log and counts as missing."""
+        """As `facts`, but a damaged document gives None too, with a warning in the log."""
         return schemas.read_if_whole(RunFacts, self.at(FACTS), "run_damaged")
 
     def settings(self) -> dict[str, Any]:
-        """The settings in `config.json`, sections as dotted keys: `sources.clip_image`.
+        """The settings in `config.json`, with sections as dotted keys such as `sources.clip_image`.
 
         Raises:
-            DataError: there are none, or they are damaged.
+            DataError: the file does not exist, or is damaged.
         """
         url = self.at(CONFIG)
         try:
@@ -117,7 +118,7 @@ class RunFolder:
         return dict(_flat(values))
 
     def checkpoints(self) -> list[Checkpoint]:
-        """All checkpoints that have a manifest, oldest first; damaged ones are named in the log and left out."""
+        """All committed checkpoints, oldest first; those with a damaged manifest are left out, with a warning."""
         found = [_checkpoint(folder) for folder in storage.ls(self.at("checkpoints"))]
         return [checkpoint for checkpoint in found if checkpoint is not None]
 
@@ -129,10 +130,11 @@ class RunFolder:
         """The checkpoint that evaluations and predictions use, see `manifests.best_of`.
 
         Args:
-            named: the checkpoint that was it when the run finished; if it still stands, no other is looked at.
+            named: name of the checkpoint that was the best when the run finished. If it still exists, no other
+                checkpoint is read, which saves requests.
 
         Raises:
-            DataError: the run has none.
+            DataError: the run has no checkpoint that was validated.
         """
         last = _checkpoint(self.checkpoint_url(named)) if named else None
         if last is not None and last.manifest.finished and last.manifest.smape is not None:
@@ -145,15 +147,15 @@ class RunFolder:
         return best_of(found)
 
     def split_digest(self) -> str:
-        """sha256 of `split.parquet`; empty if it is gone: such a run compares with no other."""
+        """sha256 of `split.parquet`; empty if the file does not exist, so that the run is comparable with no other."""
         content = storage.read_if_exists(self.at(SPLIT))
         return "" if content is None else storage.sha256(content)
 
     def ensemble(self) -> EnsembleRecord:
-        """What the ensemble in this folder is made of, verified against its manifest.
+        """The ensemble in this folder: its members and their weights, verified against its manifest.
 
         Raises:
-            DataError: it is not committed, or damaged.
+            DataError: the ensemble is not committed, or `ensemble.json` is damaged.
         """
         content = self.ensemble_file(ENSEMBLE)
         if content is None:
@@ -161,7 +163,7 @@ class RunFolder:
         return schemas.parse(EnsembleRecord, content, self.at(ENSEMBLE))
 
     def ensemble_file(self, name: str) -> bytes | None:
-        """A file of the ensemble in this folder, verified; None if its manifest does not list it.
+        """Bytes of a file of the ensemble in this folder, verified; None if its manifest does not list the file.
 
         Raises:
             DataError: the ensemble is not committed, or the file is damaged.
@@ -180,7 +182,7 @@ class RunFolder:
         return content
 
     def n_parameters(self) -> int | None:
-        """Parameters of the model, as the log of the training has them; None where no log says so."""
+        """Number of the model's parameters, read from the log of the training; None if no log has it."""
         for folder in storage.ls(self.at("attempts")):
             content = storage.read_if_exists(storage.join(folder, LOG))
             found = _PARAMETERS.search(content.decode(errors="replace")) if content else None
@@ -189,35 +191,51 @@ class RunFolder:
         return None
 
     def minutes(self) -> float | None:
-        """Minutes that all attempts took. Those that were killed do not count: they did not record their end."""
+        """Minutes that all attempts took together; None if none has ended.
+
+        Attempts that were killed are not counted, because they did not record their end.
+        """
         minutes = [_minutes(folder) for folder in storage.ls(self.at("attempts"))]
         known = [one for one in minutes if one is not None]
         return sum(known) if known else None
 
 
 def config_digest(settings: Mapping[str, Any]) -> str:
-    """sha256 of the settings that decide what a run computes, wherever its data lie."""
+    """sha256 of the settings that decide what a run computes.
+
+    Settings that only decide how it is computed (`HOW`, such as the device) do not count, nor does the
+    URL of the data, which may be moved.
+    """
     return digest({key: value for key, value in settings.items() if key not in HOW | {"data"}})
 
 
 def differing(settings: Sequence[Mapping[str, Any]], without: set[str]) -> dict[str, list[Any]]:
-    """Settings that differ, each with one value per run; None where a run's variant has no such setting."""
+    """Settings that differ between runs, each with one value per run.
+
+    Args:
+        settings: of each run, as `RunFolder.settings` returns them. A variant that lacks a setting has None for it.
+        without: keys to leave out.
+    """
     keys = dict.fromkeys(key for one in settings for key in one if key not in without)
     found = {key: [one.get(key) for one in settings] for key in keys}
     return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
 
 
 def damaged(url: str, cause: str) -> DataError:
+    """The error for a damaged document of a run."""
     return DataError(
         f"{url} is damaged: {cause}", "compare other runs; `python -m fusion.verify URL` says what else is"
     )
 
 
 def _damaged_ensemble(url: str) -> DataError:
-    return DataError(f"{url} is damaged: it is not what its manifest says", "make another ensemble of the same runs")
+    return DataError(
+        f"{url} is damaged: its sha256 is not the one in its manifest", "make another ensemble of the same runs"
+    )
 
 
 def _checkpoint(folder: str) -> Checkpoint | None:
+    """The checkpoint in a folder; None, with a warning if its manifest is damaged, if it is not committed."""
     manifest = schemas.read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
     if manifest is None:
         return None
@@ -236,6 +254,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _minutes(attempt: str) -> float | None:
+    """Minutes between the start and the end of an attempt; None if one of them was not recorded."""
     start = schemas.read_if_whole(AttemptStart, storage.join(attempt, START), "attempt_damaged")
     end = schemas.read_if_whole(AttemptEnd, storage.join(attempt, EXIT), "attempt_damaged")
     if start is None or end is None:

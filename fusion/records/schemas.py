@@ -1,7 +1,8 @@
-"""The JSON documents of a bucket as types. A reader gets what a document promises, or an error that names the key.
+"""Schemas of the JSON documents in a bucket, as typed dataclasses, and functions that read and write them.
 
-Every document but `config.json`, which people may write, is sealed: it holds a digest of itself, and what does not fit
-its digest is damaged. This protects against accidents and mistakes, not against somebody who recomputes the digest.
+Reading a document checks its keys and types, and an error names the key that is wrong. Every document except
+`config.json`, which people may edit, is sealed: it contains a digest of itself, and a document that does not match its
+digest is damaged. This detects accidents and mistakes, but not a change by somebody who recomputes the digest.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from fusion.errors import DataError
 
 T = TypeVar("T")
 
-SCHEMA: Final = 2  # of the documents written now: they are sealed. Those of schema 1 were not.
+SCHEMA: Final = 2  # version of the documents that are written now. Those of version 1 were not sealed.
 
 _REMEDY = "`python -m fusion.verify URL` says what else is"
 
 Count = Annotated[int, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of one file or folder: no way out of its own
+# Name of one file or folder. The pattern excludes "/" and "..": a document cannot name a path outside of its folder.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Smape = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -36,6 +38,8 @@ Smape = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class FileEntry:
+    """A file as a manifest lists it: its name, its size, and the sha256 of its bytes."""
+
     key: Name
     bytes: Count
     sha256: Sha256
@@ -43,10 +47,13 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
+    """A `MANIFEST.json`, which commits the files of a folder."""
+
     schema: Literal[1, 2]
     files: list[FileEntry]
 
     def sha256_of(self, key: str) -> str:
+        """sha256 of a file of the folder; empty if the manifest does not list it."""
         return next((entry.sha256 for entry in self.files if entry.key == key), "")
 
 
@@ -55,9 +62,14 @@ class CheckpointManifest(Manifest):
     """`checkpoints/step-…/MANIFEST.json`
 
     Attributes:
+        step: optimizer steps taken.
+        epoch: number of epochs that are complete.
+        smape: of the weights in this checkpoint on the validation rows, in %; None before the first validation.
+        finished: whether the training ended with this checkpoint.
         run_sha256: of the bytes of `run.json`, as `split_sha256` is of `split.parquet`.
-        history: what `metrics/` had of the training's history then; later checkpoints append to these files.
-        earlier: checkpoints that pruning has left beside this one.
+        history: the files in `metrics/` with the history of the training, as they were when this checkpoint was
+            written; later checkpoints append to them.
+        earlier: names of the older checkpoints that were kept when this one was committed.
     """
 
     step: Count
@@ -68,29 +80,32 @@ class CheckpointManifest(Manifest):
     data_sha256: Sha256
     revision: str
     split_sha256: str = ""
-    memory_sha256: str = ""  # of `memory.safetensors`; empty: the model leans on no neighbours
-    features_sha256: str = ""  # of `features.safetensors`; empty: no source is computed
+    memory_sha256: str = ""  # of `memory.safetensors`; empty: the model uses no neighbours
+    features_sha256: str = ""  # of `features.safetensors`; empty: no source is computed from the tables
     code_sha256: str = ""
-    validation_sha256: str = ""  # of the validation rows' prices and vectors, whatever files they came from
-    agreement: dict[str, float] = field(default_factory=dict)  # of each pair of roles on the training rows
+    validation_sha256: str = ""  # of the prices and vectors of the validation rows, independent of the files' layout
+    # "role role" to the agreement of both on the training rows, see `fingerprints.agreements`.
+    agreement: dict[str, float] = field(default_factory=dict)
     run_sha256: str = ""
     history: tuple[FileEntry, ...] = ()
     earlier: tuple[Name, ...] = ()
 
     @property
     def name(self) -> str:
-        """Of the folder that it belongs in."""
+        """Name of the folder that this checkpoint belongs in."""
         return f"step-{self.step:08d}"
 
 
 @dataclass(frozen=True)
 class IntervalBin:
-    """Rows whose errors intervals are made of.
+    """A bin of rows that share prediction intervals, see `fusion.records.intervals`.
 
     Attributes:
-        category: None: all; empty: all that have no bins of their own.
-        tier: of the predicted price, from 0; None: all, or all of the category that have no bins of their own.
-        widths: of each level: half the width of an interval in log price, before it is scaled by the spread.
+        category: None stands for all categories, empty text for all categories without bins of their own.
+        tier: index of the tier of the predicted price, from 0. None stands for all tiers or, within a category, for
+            all tiers without a bin of their own.
+        rows: number of validation rows in the bin.
+        widths: for each level, half the width of the interval in log price, before it is scaled by the spread.
     """
 
     category: str | None
@@ -104,13 +119,13 @@ class Intervals:
     """`checkpoints/step-…/intervals.json`
 
     Attributes:
-        levels: percent of the true prices that lie within.
-        rows: that they were made of.
-        by: column of the table that `categories` are values of; empty: there was none.
-        categories: those with bins of their own.
-        tier_edges: dollars between the tiers, rising.
-        spread_edges: between the bins of the model's spread, rising.
-        scales: of each bin of the spread, what widths are multiplied by; empty: 1.
+        levels: for each interval, the percentage of true prices that it contains.
+        rows: number of validation rows that the intervals were fitted to.
+        by: column of the table that `categories` are values of; empty if the table had no such column.
+        categories: the categories that have bins of their own.
+        tier_edges: limits between the tiers of the predicted price, in dollars, ascending.
+        spread_edges: limits between the bins of the model's spread, ascending.
+        scales: for each bin of the spread, the factor for the widths; empty if widths are not scaled.
     """
 
     schema: Literal[1, 2]
@@ -126,11 +141,12 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Night:
-    """What a published night did to the prices of the products that the one before had.
+    """How a published night changed the prices of the products that the night before had too.
 
     Attributes:
-        change: SMAPE between both nights' prices, in %.
-        factor: median of tonight's price over the last one.
+        model_sha256: of the model that predicted the night.
+        change: SMAPE between the prices of both nights, in %.
+        factor: median of the ratio of the new price to the former price.
     """
 
     date: str
@@ -139,7 +155,9 @@ class Night:
     factor: PositiveFloat
 
 
-MAX_NIGHTS = 30  # a month: as long as prices may creep before anybody compares
+# Nights that a manifest remembers. The log notes a drift of prices over them; a drift that takes longer than these 30
+# nights is not noted.
+MAX_NIGHTS = 30
 
 
 @dataclass(frozen=True)
@@ -147,11 +165,19 @@ class SubmissionManifest(Manifest):
     """`submissions/<name>/<date>/<digest>/MANIFEST.json`
 
     Attributes:
-        previous: `<name>/<date>/<digest>` of the submission that was current when this one was made; empty: none was.
-        run_data: the data that the run's settings name, which a prediction reads unless it is given others.
+        run: URL of the run that predicted the prices.
+        data: URL or folder that `test.csv` and its embeddings were read from.
+        table_sha256: of the bytes of `test.csv`.
+        inputs_sha256: of `test.csv` and the versions of its embeddings.
+        code_sha256: of the code that computes prices, see `provenance.code_digest`.
+        smape: of the model on its validation rows, in %.
+        history: changes of prices in the last nights, oldest first.
+        previous: `<name>/<date>/<digest>` of the submission that was current when this one was published; empty if no
+            submission was.
+        run_data: the data that the run's settings name; a prediction reads them unless --data names others.
         sources: role to the name of the source that was read.
-        inputs_version: of `Inputs.version`.
-        intervals_sha256: of the `intervals.json` that bounds were computed with; empty: there was none.
+        inputs_version: as `Inputs.version` returns it: the versions of all input files, without reading them.
+        intervals_sha256: of the `intervals.json` that bounds were computed with; empty if there are no bounds.
     """
 
     rows: PositiveInt
@@ -163,8 +189,8 @@ class SubmissionManifest(Manifest):
     table_sha256: str = ""
     inputs_sha256: str = ""
     code_sha256: str = ""
-    smape: Smape | None = None  # of the model on its validation rows
-    history: list[Night] = field(default_factory=list)  # oldest first
+    smape: Smape | None = None
+    history: list[Night] = field(default_factory=list)
     name: str = ""
     previous: str = ""
     run_data: str = ""
@@ -175,7 +201,7 @@ class SubmissionManifest(Manifest):
 
 @dataclass(frozen=True)
 class MetricsManifest(Manifest):
-    """`metrics/MANIFEST.json`, of the files that an evaluation has written there."""
+    """`metrics/MANIFEST.json`, which commits the files of an evaluation by groups."""
 
     checkpoint: Name
     run_id: str = ""
@@ -183,16 +209,16 @@ class MetricsManifest(Manifest):
     data_sha256: str = ""
 
 
-ENSEMBLE_VARIANT: Final = "ensemble"  # stands where a run's variant stands
+ENSEMBLE_VARIANT: Final = "ensemble"  # the variant of an ensemble in `run.json` and in the paths of pointers
 
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """A run that an ensemble asks for prices.
+    """A run whose prices an ensemble averages.
 
     Attributes:
-        run: its folder below the output, such as `runs/my-run-1`.
-        weight: of its log price.
+        run: path of its folder below the output, such as `runs/my-run-1`.
+        weight: of the log price that the run predicts.
     """
 
     variant: str
@@ -204,16 +230,20 @@ class EnsembleMember:
 
 @dataclass(frozen=True)
 class EnsembleRecord:
-    """`ensemble.json`: a price is `exp(sum of weight * log price)` over the members.
+    """`ensemble.json`: the members of an ensemble. Its price is `exp(sum of weight * log price)` over the members.
 
     Attributes:
         members: their weights add up to 1.
-        fitted: whether the weights were fitted; else those of recipes are equal.
-        smape: of `validation.parquet`, in %: with fitted weights, each row by those that were fitted without its group.
-        smape_error: standard error of it, by groups of near-duplicates.
-        rows: that all of the recipes validated on.
-        rows_sha256: of their ids and prices: ensembles that share it can be compared.
-        data: where the first member had its data.
+        fitted: whether the weights were fitted to the validation rows; otherwise all recipes have equal weights.
+        smape: on the rows of `validation.parquet`, in %. If the weights were fitted, each row is predicted with weights
+            that were fitted without its group of near-duplicates.
+        smape_error: standard error of `smape`, by groups of near-duplicates.
+        equal_smape: SMAPE with equal weights of all recipes.
+        best_member_smape: SMAPE of the best recipe alone.
+        rows: number of rows that validate in all recipes.
+        groups: number of groups of near-duplicates among them.
+        rows_sha256: of the ids and prices of these rows; ensembles with the same digest can be compared.
+        data: URL or folder of the data that the first member was trained on.
     """
 
     run_id: Name
@@ -229,7 +259,7 @@ class EnsembleRecord:
     data: str
 
     def model_sha256(self) -> str:
-        """Digest of what decides a price: the members' models and their weights."""
+        """Digest of the members' models and weights, which identifies the ensemble as a run's model_sha256 does."""
         return digest([[member.model_sha256, member.weight] for member in self.members])
 
 
@@ -245,13 +275,13 @@ class Effect:
 
 @dataclass(frozen=True)
 class SourceWorth:
-    """What a source is worth to a run.
+    """How much a source contributes to the accuracy of a run.
 
     Attributes:
-        alone: SMAPE with this source alone.
-        without: SMAPE with all others.
-        lost: `without` less the SMAPE with all sources.
-        shapley: what it lowers the SMAPE by, on average over the orders in which sources can be joined.
+        alone: SMAPE with this source alone, in %.
+        without: SMAPE with all other sources, in %.
+        lost: `without` minus the SMAPE with all sources.
+        shapley: Shapley value: how much the source lowers the SMAPE, on average over all orders of adding sources.
     """
 
     role: str
@@ -264,12 +294,12 @@ class SourceWorth:
 
 @dataclass(frozen=True)
 class AblationRecord:
-    """`metrics/ablation.json`: what a run's sources are worth on its validation rows, by hiding them from the model.
+    """`metrics/ablation.json`: SMAPE of a run on its validation rows when sources are hidden from the model.
 
     Attributes:
-        as_trained: as of `Evaluation`.
-        everything, nothing: SMAPE with all sources, and with none.
-        sets: SMAPE with each set of sources that was asked; roles are joined by spaces.
+        as_trained: as in `Evaluation`.
+        everything, nothing: SMAPE with all sources, and without any, in %.
+        sets: set of sources to the SMAPE with it, for each measured set; the key is the roles joined by spaces.
     """
 
     run_id: Name
@@ -287,6 +317,8 @@ class AblationRecord:
 
 @dataclass(frozen=True)
 class SubmissionPointer:
+    """`pointers/submissions/<name>/current.json`: `<name>/<date>/<digest>` of the current submission."""
+
     submission: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/\d{4}-\d{2}-\d{2}/[0-9a-f]{12}$")]
 
     @property
@@ -296,23 +328,31 @@ class SubmissionPointer:
 
 @dataclass(frozen=True)
 class RunPointer:
+    """`pointers/runs/<variant>/<name>.json`: a run or an ensemble.
+
+    Attributes:
+        checkpoint: name of the run's best checkpoint; "ensemble.json" for an ensemble.
+        smape: of the checkpoint on the validation rows, in %.
+        split_sha256: of `split.parquet`; runs with the same digest validate on the same rows.
+    """
+
     run_id: Name
     checkpoint: Name
     smape: Smape
-    split_sha256: str = ""  # of `split.parquet`: runs that share it validate on the same rows
+    split_sha256: str = ""
     model_sha256: str = ""
 
 
 @dataclass(frozen=True)
-class PointerPlace:
-    """Of any pointer: where it was written, such as `runs/qwen_clip/best`; earlier versions did not say."""
+class PointerPath:
+    """The path in any pointer of where it was written, such as `runs/qwen_clip/best`; earlier versions had none."""
 
     pointer: str = ""
 
 
 @dataclass(frozen=True)
 class DataOfRun:
-    """Of a run's `config.json`: where its data are."""
+    """The part of a run's `config.json` that says where its data are."""
 
     data: str
 
@@ -322,12 +362,14 @@ class RunFacts:
     """`run.json`: what a run is made from. Keys that are None are not written: an ensemble has fewer.
 
     Attributes:
-        config_sha256: of the settings that decide what the run computes.
+        config_sha256: of the settings that decide what the run computes, see `run.config_digest`.
+        data_sha256: of the training data.
+        dims: role to the dimension of its embeddings.
         config_json_sha256: of the bytes of `config.json`.
         code_sha256: of the code that decides what a training computes.
-        dims: role to dimension of its embeddings.
-        price_quartiles: of the prices, in dollars.
         versions: of Fusion, Python and the libraries that compute.
+        started: start of the run in UTC.
+        price_quartiles: of the prices in `train.csv`, in dollars; earlier versions did not write them.
     """
 
     run_id: Name
@@ -366,10 +408,11 @@ class AttemptEnd:
     """`attempts/<n>/exit.json`: how an attempt ended. Keys that are None are not written.
 
     Attributes:
-        code: the exit code of the command.
+        code: exit code.
         error, hint: what went wrong, and what to do about it.
-        step: of the newest committed checkpoint; -1: there is none.
-        log: what `log.txt` had then; an attempt that ends twice, as by the watchdog, appends to it.
+        step: of the newest committed checkpoint; -1 if there is no checkpoint.
+        log: `log.txt` as it was then. It may be longer now: if the watchdog ends an attempt that is already ending,
+            the end is recorded twice.
     """
 
     attempt: int | None = None
@@ -383,14 +426,19 @@ class AttemptEnd:
 
 @dataclass(frozen=True)
 class Pulled:
-    """`pulled.json` in a folder that `jobs/pull.py` has made: what it did not fetch, by path below the folder."""
+    """`pulled.json` in a folder that `jobs/pull.py` has written.
+
+    Attributes:
+        source: URL that the folder was copied from.
+        left_out: paths below the folder of the files that were not copied.
+    """
 
     source: str
     left_out: tuple[str, ...]
 
 
 class Seal(Enum):
-    """What a document's digest of itself says of it."""
+    """Result of comparing a document with the digest that it contains; the values are texts for messages."""
 
     WHOLE = "it is as it was written"
     BROKEN = "it has changed since it was written"
@@ -404,13 +452,13 @@ def written(document: object) -> dict[str, Any]:
 
 
 def seal(document: Mapping[str, Any]) -> bytes:
-    """The document as JSON, with its schema and with `sha256`: a digest of its canonical JSON without that key."""
+    """The document as JSON, with the keys `schema` and `sha256`: the digest of its canonical JSON without `sha256`."""
     body = {"schema": SCHEMA} | {key: value for key, value in document.items() if key not in ("schema", "sha256")}
     return storage.as_json(body | {"sha256": digest(body)})
 
 
 def seal_of(data: bytes) -> Seal:
-    """Whether a JSON document is as `seal` wrote it."""
+    """Compares a JSON document with the digest that `seal` wrote into it."""
     try:
         document = json.loads(data)
     except ValueError:
@@ -424,37 +472,40 @@ def seal_of(data: bytes) -> Seal:
 
 
 def now() -> str:
-    """The time in UTC as all documents have it: 2026-01-02T03:04:05Z."""
+    """The current time in UTC, in the format of all documents: 2026-01-02T03:04:05Z."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def read(kind: type[T], url: str) -> T | None:
-    """The JSON document at `url` as `kind`; None when there is none.
+    """Reads the JSON document at `url` as `kind`; None if it does not exist.
 
     Raises:
-        DataError: as `parse`.
+        DataError: as for `parse`.
     """
     data = storage.read_if_exists(url)
     return None if data is None else parse(kind, data, url)
 
 
 def read_required(kind: type[T], url: str) -> T:
-    """The JSON document at `url` as `kind`.
+    """Reads the JSON document at `url` as `kind`.
 
     Raises:
-        DataError: as `parse`, or there is none.
+        DataError: as for `parse`, or the document does not exist.
     """
     return parse(kind, storage.read(url), url)
 
 
 def read_if_whole(kind: type[T], url: str, event: str) -> T | None:
-    """The JSON document at `url` as `kind`; None when there is none, or when it is damaged: a warning, `event`."""
+    """Reads the JSON document at `url` as `kind`; None if it does not exist, or is damaged.
+
+    A damaged document is logged as a warning with the event name `event`.
+    """
     data = storage.read_if_exists(url)
     return None if data is None else parse_if_whole(kind, data, url, event)
 
 
 def parse_if_whole(kind: type[T], data: bytes, url: str, event: str) -> T | None:
-    """The JSON document at `url` as `kind`; None when it is damaged: a warning, `event`."""
+    """As `parse`, but None if the document is damaged, with a warning of the event name `event` in the log."""
     try:
         return parse(kind, data, url)
     except DataError as error:
@@ -463,10 +514,10 @@ def parse_if_whole(kind: type[T], data: bytes, url: str, event: str) -> T | None
 
 
 def parse(kind: type[T], data: bytes, url: str) -> T:
-    """The JSON document at `url` as `kind`.
+    """The JSON document `data` as `kind`; `url` is where it was read, for the error message.
 
     Raises:
-        DataError: it is no JSON, a key is missing or holds something else, or it has changed since it was written.
+        DataError: `data` is not JSON, a key is missing or has a wrong type, or the document does not match its digest.
     """
     try:
         value = validated(kind, data)
@@ -479,7 +530,7 @@ def parse(kind: type[T], data: bytes, url: str) -> T:
 
 
 def validated(kind: type[T], data: bytes) -> T:
-    """The JSON as `kind`; raises pydantic's ValidationError."""
+    """The JSON as `kind`, without checking its digest; raises pydantic's ValidationError."""
     return cast(T, _adapter(cast(Any, kind)).validate_json(data, strict=True))
 
 
@@ -489,7 +540,7 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 
 def reason(first: Mapping[str, Any]) -> tuple[str, str]:
-    """What was expected and what was found, of one of pydantic's errors."""
+    """Turns one of pydantic's errors into two texts: what was expected, and what was found."""
     if first["type"] == "json_invalid":
         return "JSON", first["msg"]
     key = ".".join(map(str, first["loc"])) or "an object"

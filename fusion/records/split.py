@@ -1,4 +1,4 @@
-"""`split.parquet` of a run: which of its rows trained and which validate, as `fusion.data.splits` decided."""
+"""Reads and writes `split.parquet` of a run: which rows train and which validate, as `fusion.data.splits` decided."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from fusion.records.run import RunFolder
 
 
 def read_split(run: RunFolder, sha256: str = "") -> pd.DataFrame:
-    """sample_id (str), side, group and, with folds that all validate, fold of every row, as `to_parquet` wrote them.
+    """Reads the split: one row per product, with the columns sample_id (str), side, group and perhaps fold.
+
+    side is "train", "validation" or "dropped"; group numbers the groups of near-duplicates. fold exists if the run
+    trained all folds, so that every row validates.
 
     Args:
-        sha256: of the bytes that the run was trained with; unknown if empty.
+        sha256: of the file that the run was trained with, from the manifest of a checkpoint; empty if unknown.
 
     Raises:
-        DataError: there is none, or it is damaged.
+        DataError: the file does not exist, is damaged, or is not the one that the run was trained with.
     """
     url = run.at(SPLIT)
     content = storage.read(url)
@@ -29,11 +32,12 @@ def read_split(run: RunFolder, sha256: str = "") -> pd.DataFrame:
     try:
         split = pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"})
         return split[["sample_id", "side", "group", *(["fold"] if "fold" in split else [])]]
-    except (ValueError, OSError, KeyError) as error:  # pyarrow's errors are among them
+    except (ValueError, OSError, KeyError) as error:  # pyarrow's errors are subclasses of these
         raise DataError(f"{url} is damaged: {str(error).splitlines()[0]}", remedy) from error
 
 
 def to_parquet(split: pd.DataFrame) -> bytes:
+    """The split as Parquet; the same rows always give the same bytes."""
     buffer = io.BytesIO()
     split.to_parquet(buffer, index=False)
     return buffer.getvalue()

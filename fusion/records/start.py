@@ -1,4 +1,7 @@
-"""The start of a run: its settings and, once its data are read, what it is made from. Both are written once."""
+"""Writes what identifies a run: `config.json` when it starts, and `run.json` once its data are read.
+
+Each is written once. When a run is resumed, its settings and data must be the same as before.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ from fusion.records.schemas import RunFacts
 
 
 def start_run(config: RunConfig) -> None:
-    """Writes `config.json`, the first thing a run writes.
+    """Writes `config.json`, the first file of a run, or checks that an existing one has the same settings.
 
     Raises:
-        ConfigError: the run exists with other settings, or exists at all and --fresh was given.
+        ConfigError: the run exists with other settings, or it exists and --fresh was given.
     """
     url = RunFolder.of(config).at(CONFIG)
     if not storage.exists(url):
@@ -40,16 +43,22 @@ def start_run(config: RunConfig) -> None:
             "give this run another --run-id, or the settings it was started with",
         )
     if not storage.exists(RunFolder.of(config).at(FACTS)):
-        storage.write(url, to_json(config).encode())  # it never read its data: perhaps --data was wrong
+        # No attempt has read the data yet, perhaps because --data was wrong, so --data may still change.
+        storage.write(url, to_json(config).encode())
 
 
 def describe_run(
     config: RunConfig, data_digest: str, dims: Mapping[str, int], quartiles: Sequence[float], world_size: int
 ) -> None:
-    """Writes `run.json`: what this run was made from and with; an existing one must be of the same data.
+    """Writes `run.json`: digests of settings, data and code, dimensions and versions.
+
+    If `run.json` exists, only checks that the data have not changed.
 
     Args:
-        quartiles: of the prices, in dollars; predictions far from them are not published.
+        data_digest: of the rows of `train.csv` and of their embeddings.
+        dims: role to the dimension of its embeddings.
+        quartiles: of the prices in `train.csv`, in dollars; nights whose prices are far from them are not published.
+        world_size: number of ranks.
 
     Raises:
         DataError: the data are not those that the run was started with.

@@ -1,7 +1,8 @@
-"""What a checkpoint's best weights predicted for the rows that validate: `validation.parquet`, beside the weights.
+"""Reads and writes `validation.parquet` of a checkpoint: what its weights predict for the validation rows.
 
-Intervals, comparisons and ensembles are made of these rows, for no training step saw them. Beside the price a row may
-have a category, and what the model computes of it that intervals use.
+No training step saw these rows, so prediction intervals are fitted to them, runs are compared on them, and the weights
+of ensembles are fitted to them. Besides the prices, the file has what intervals use: the category of the row, and the
+model's spread.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from fusion.errors import DataError
 from fusion.records import manifests
 from fusion.records.manifests import VALIDATION, Checkpoint
 
-COMPUTED = ("spread",)  # by the model, beside the price: some models do
+COMPUTED = ("spread",)  # columns that only some models compute in addition to the price: those with neighbours
 
 
 def validation_of(checkpoint: Checkpoint) -> pd.DataFrame:
-    """sample_id (str), price and predicted (dollars, float64) of every row that validates, sorted by sample_id.
+    """Reads the validation rows, sorted by sample_id: sample_id (str), price and predicted (dollars, float64).
 
-    Where there are: spread (float64), and category (text, empty where it is missing).
+    Optional columns are spread (float64), and category (text, empty where it is missing).
 
     Raises:
-        DataError: the checkpoint has none, for an earlier version made it, or they are damaged.
+        DataError: the file is damaged, or the checkpoint has none: it was made before the first validation, or by an
+            earlier version.
     """
     if not has_validation(checkpoint):
         raise DataError(
@@ -49,12 +51,12 @@ def has_validation(checkpoint: Checkpoint) -> bool:
 def validation_frame(
     ids: pd.Index, prices: np.ndarray, computed: Mapping[str, np.ndarray], category: pd.Series | None = None
 ) -> pd.DataFrame:
-    """What `validation.parquet` holds.
+    """The table that `validation.parquet` holds.
 
     Args:
-        ids: [n] in the order of the split.
-        prices: [n] dollars.
-        computed, category: as of `computed_frame`.
+        ids: [n] sample ids, in the order of the split.
+        prices: [n] true prices in dollars.
+        computed, category: as for `computed_frame`.
     """
     frame = computed_frame(computed, category)
     frame.insert(0, "price", prices)
@@ -63,10 +65,11 @@ def validation_frame(
 
 
 def computed_frame(computed: Mapping[str, np.ndarray], category: pd.Series | None = None) -> pd.DataFrame:
-    """What intervals need of rows: predicted, and where there are, spread and category.
+    """The columns that intervals are computed from: predicted and, if given, spread and category.
 
     Args:
-        computed: name to [n, …]; price in dollars, and perhaps one of `COMPUTED`.
+        computed: name to [n, …], as the model returns them: "price" in dollars, and perhaps those in `COMPUTED`; others
+            are ignored.
         category: [n] text.
     """
     others = {name: computed[name] for name in COMPUTED if name in computed}
@@ -75,23 +78,23 @@ def computed_frame(computed: Mapping[str, np.ndarray], category: pd.Series | Non
 
 
 def computed_in(frame: pd.DataFrame) -> dict[str, np.ndarray]:
-    """What the model computed of the rows: `computed` of `validation_frame`."""
+    """The inverse of `computed_frame`: name to [n], as the model returned them."""
     others = {name: frame[name].to_numpy() for name in COMPUTED if name in frame}
     return {"price": frame["predicted"].to_numpy(), **others}
 
 
 def to_parquet(frame: pd.DataFrame) -> bytes:
-    """The frame as Parquet; the same bytes for the same rows."""
+    """The frame as Parquet; the same rows always give the same bytes."""
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
     return buffer.getvalue()
 
 
 def from_parquet(data: bytes) -> pd.DataFrame:
-    """The rows that `to_parquet` wrote.
+    """Reads the rows that `to_parquet` wrote.
 
     Raises:
-        ValueError: it is no Parquet file, or lacks a column.
+        ValueError: the bytes are not a Parquet file, or a column is missing.
     """
     try:
         frame = pd.read_parquet(io.BytesIO(data))

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from fusion import storage
 from fusion.records.manifests import ENSEMBLE, MANIFEST
 from fusion.records.run import FACTS, RunFolder
-from fusion.records.schemas import CheckpointManifest, PointerPlace, RunFacts, RunPointer, SubmissionPointer, validated
+from fusion.records.schemas import CheckpointManifest, PointerPath, RunFacts, RunPointer, SubmissionPointer, validated
 from fusion.verify.ensemble import check_ensemble, record_in
 from fusion.verify.findings import Report, parsed, read
 from fusion.verify.run import check_run
@@ -97,7 +97,7 @@ def _parse(report: Report, url: str, kind: type[T]) -> T | None:
     content = read(url)
     pointer = parsed(report, _name(url), content, kind)
     if pointer is not None and content is not None:
-        place = validated(PointerPlace, content).pointer
+        place = validated(PointerPath, content).pointer
         if place:  # earlier versions did not say
             report.expect(f"{_name(url)}: pointer", _name(url), f"pointers/{place}.json")
     return pointer

@@ -34,10 +34,10 @@ def test_data_that_were_relative_to_another_folder(tmp_path: Path, monkeypatch: 
     assert data_of(ReadRunConfig(), "s3://bucket/data") == "s3://bucket/data"
     monkeypatch.chdir("data")
     assert data_of(ReadRunConfig(data="x"), "data") == "x"
-    with pytest.raises(DataError, match="in the folder data, as seen from where its training was started") as caught:
+    with pytest.raises(DataError, match="from the folder data, as seen from where its training was started") as caught:
         data_of(ReadRunConfig(), "data")
     assert caught.value.remedy == "name the folder with --data"
-    with pytest.raises(DataError, match="in the folder /nowhere, and here is none"):
+    with pytest.raises(DataError, match="from the folder /nowhere, which does not exist here"):
         data_of(ReadRunConfig(), "/nowhere")
 
 

@@ -21,7 +21,7 @@ from fusion.errors import DataError
 from fusion.records import manifests
 from fusion.records.intervals import (
     LEVELS,
-    _alone,
+    _has_own_bin,
     bounds,
     category_of,
     coverage,
@@ -165,11 +165,11 @@ def test_the_parts_of_each_category_are_of_enough_rows_and_hold_all_of_them() ->
 
 def test_a_few_rows_of_a_category_join_its_smallest_tier() -> None:
     counts = np.array([[500, 40, 30, 120, 0], [500, 200, 99, 1, 0], [50, 30, 0, 0, 0], [300, 0, 0, 0, 0]])
-    alone = _alone(counts)
-    assert alone[0].tolist() == [True, False, False, False, False], "70 rows are too few, 190 are enough"
-    assert alone[1].tolist() == [True, True, False, False, False], "100 are enough"
-    assert not alone[2].any(), "80 rows: none of its own"
-    assert alone[3].tolist() == [True, False, False, False, False]
+    own = _has_own_bin(counts)
+    assert own[0].tolist() == [True, False, False, False, False], "70 rows are too few, 190 are enough"
+    assert own[1].tolist() == [True, True, False, False, False], "100 are enough"
+    assert not own[2].any(), "80 rows are too few for any bin of its own"
+    assert own[3].tolist() == [True, False, False, False, False]
 
 
 def test_they_survive_being_written() -> None:

@@ -1,1 +1,1 @@
-"""Submissions: what a night publishes, and what has to hold before it may."""
+"""Submissions: the predicted prices that a nightly job publishes, and the checks that they must pass before."""

@@ -1,8 +1,12 @@
-"""64 bits for each embedding: enough to see the next night whether a vector has changed or stands under another id.
+"""Fingerprints of embeddings: 64 bits per vector, which show whether a vector has changed or moved to another id.
 
-A fingerprint is a SimHash (Charikar, 2002): the signs of 64 random projections of the standardised vector. Two vectors
-at an angle of a differ in about 64 a/π bits: rounding to float16 changes at most 2 of them, while the vectors of two
-different products differ in about 32. A cryptographic hash could not tell rounding from another product.
+A submission stores the fingerprints of its embeddings, and the next night compares its own with them. A fingerprint is
+a SimHash (Charikar, 2002): the signs of 64 random projections of the standardised vector. Two vectors with an angle a
+between them differ in about 64 a/π bits. Rounding to float16 changes at most 2 bits, while the vectors of two different
+products differ in about 32. A cryptographic hash could not distinguish rounding from another product.
+
+The bits of two roles also give their agreement: how strongly their vectors are related across products. It drops when
+one of the two is stored under wrong ids, which shows on the very first night.
 """
 
 from __future__ import annotations
@@ -23,26 +27,31 @@ from fusion.distributed.world import World
 from fusion.nn.price_model import PriceModel
 
 N_BITS = 64
-CHUNK = 1024  # rows standardised at a time
-# Bits in which a product's vector may differ from its former one: an angle of 34 degrees. The closest of 10 million
-# pairs of unrelated vectors differ in about 11 bits; an edited title mostly stays below, a new photo does not.
+CHUNK = 1024  # rows that are standardised at a time, which limits the memory needed
+# A product's vector counts as the same if it differs from its former one in at most so many bits, an angle of 34
+# degrees. The closest of 10 million pairs of unrelated vectors differ in about 11 bits. The vector of an edited title
+# mostly differs in fewer bits than this limit, that of a new photo in more.
 MAX_SAME_BITS = 12
-# A vector that more products share is a placeholder such as "no image": it may come and go under any id.
+# A vector that more products than this share is taken for a placeholder such as "no image". Products may change from
+# and to it every night, so it does not count as the vector of another product.
 PLACEHOLDER_ROWS = 50
-MAX_AGREEMENT_ROWS = 20_000  # rows that an agreement is measured on: its error is then below 1% of its value
-N_SHUFFLES = 10  # how often rows are shuffled to see what agreement chance alone gives
+# An agreement is measured on at most so many rows: its standard error is then below 1% of its value.
+MAX_AGREEMENT_ROWS = 20_000
+N_SHUFFLES = 10  # how often rows are shuffled to measure the agreement that arises by chance
+# Number of ones in each byte.
 _POPCOUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
 @dataclass(frozen=True)
 class Look:
-    """What the embeddings of a table look like to a model.
+    """Fingerprints of all embeddings of a table, and how their distribution differs from that of the training rows.
 
     Attributes:
-        prints: one row per sample, index sample_id, a uint64 column for each role, 0 where it is missing; no row on
-            any rank but 0.
-        shift: role to the root mean square, over dimensions, of the mean in deviations of the training rows: 0 there.
-        spread: role to the variance as a multiple of the training rows': 1 there.
+        prints: on rank 0, one row per sample with index sample_id and a uint64 column per role, 0 where the embedding
+            is missing; on other ranks, no rows.
+        shift: role to the shift of the mean, in standard deviations of the training rows, as the root mean square over
+            dimensions. The training rows have 0.
+        spread: role to the variance, divided by that of the training rows. The training rows have 1.
     """
 
     prints: pd.DataFrame
@@ -52,12 +61,12 @@ class Look:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Fingerprints of one role against former ones.
+    """Result of comparing the fingerprints of one role with those of an earlier night.
 
     Attributes:
-        known: ids that have one in both.
-        moved: of these, how many now have the vector that another id had.
-        new: of these, how many have a vector that no id had.
+        known: number of ids that have a fingerprint in both.
+        moved: how many of these now have the vector that another id had.
+        new: how many of these now have a vector that no id had.
     """
 
     known: int
@@ -66,7 +75,10 @@ class Comparison:
 
 
 def look(model: PriceModel, store: RowStore, ids: pd.Index, world: World) -> Look:
-    """Looks at all rows of the store, shared out among the ranks; the fingerprints of all rows are on rank 0 only."""
+    """Computes fingerprints and moments of all rows of the store; each rank handles a share of the rows.
+
+    All ranks get the moments; only rank 0 gets the fingerprints.
+    """
     mine = torch.arange(len(store))[world.share(len(store))]
     prints, sums = _of_rows(model, store, mine, world.device)
     totals = np.split(np.array(world.sum(np.concatenate(list(sums.values())).tolist())), _bounds(sums))
@@ -81,14 +93,18 @@ def look(model: PriceModel, store: RowStore, ids: pd.Index, world: World) -> Loo
 
 
 def fingerprints(model: PriceModel, store: RowStore, rows: Tensor, device: torch.device) -> np.ndarray:
-    """[n, R] uint64 of the store's rows [n], a column for each role in the order of the store's."""
+    """[n, R] uint64: fingerprints of the given rows [n] of the store, with one column per role in the store's order."""
     return _of_rows(model, store, rows, device)[0]
 
 
 def _of_rows(
     model: PriceModel, store: RowStore, rows: Tensor, device: torch.device
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Fingerprints [n, R]; and by role the number of rows, then sums [D] and squares [D] of the standardised values."""
+    """Fingerprints [n, R], and the sums from which moments are computed.
+
+    The sums are, for each role, [1 + 2D]: the number of rows that have the role, then the sum and the sum of squares of
+    the standardised values in each of the D dimensions that vary in the training rows (scale above 0).
+    """
     projections = {role: _projection(dim).to(device) for role, dim in store.dims.items()}
     sums = {role: np.zeros(1 + 2 * int((model.get_buffer(f"scale_{role}") > 0).sum())) for role in store.dims}
     prints = np.zeros((len(rows), len(store.dims)), np.uint64)
@@ -104,12 +120,15 @@ def _of_rows(
 
 
 def _projection(dim: int) -> Tensor:
-    """[D, 64] the same for all time: NumPy never changes what this generator gives (NEP 19)."""
+    """[D, 64] random projections. They depend on D alone, so that fingerprints of different nights are comparable.
+
+    NumPy guarantees that the legacy `RandomState` never changes its numbers (NEP 19).
+    """
     return torch.from_numpy(np.random.RandomState(dim).standard_normal((dim, N_BITS)).astype(np.float32))
 
 
 def _sums(values: Tensor, n_rows: int) -> np.ndarray:
-    # Missing rows are zeros here, and add nothing.
+    # `values` are zeros in rows without the role, which add nothing to the sums.
     values = values.double()
     return np.concatenate([[n_rows], values.sum(0).cpu().numpy(), values.square().sum(0).cpu().numpy()])
 
@@ -119,27 +138,30 @@ def _bounds(sums: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _shift(total: np.ndarray) -> float:
+    """`Look.shift` from the sums of a role; 0 if no row has the role."""
     n_rows, (mean, _) = total[0], _means(total)
     return float(np.sqrt((mean**2).mean())) if n_rows and len(mean) else 0.0
 
 
 def _spread(total: np.ndarray) -> float:
+    """`Look.spread` from the sums of a role; 1 if no row has the role."""
     n_rows, (mean, square) = total[0], _means(total)
     return max(0.0, float((square - mean**2).mean())) if n_rows and len(mean) else 1.0
 
 
 def _means(total: np.ndarray) -> np.ndarray:
-    """[2, D] mean and mean square."""
+    """[2, D] mean and mean square of each dimension."""
     return np.asarray(total[1:].reshape(2, -1) / max(1.0, total[0]))
 
 
 def compared(before: pd.Series, now: pd.Series) -> Comparison:
-    """Fingerprints of a role, by sample_id, against those of an earlier night."""
+    """Compares the fingerprints of a role, indexed by sample_id, with those of an earlier night."""
     now, before = now[now > 0], before[before > 0]
-    places = positions_of(now.index, before.index)
-    old, new = before.to_numpy(np.uint64)[places[places >= 0]], now.to_numpy(np.uint64)[places >= 0]
+    positions = positions_of(now.index, before.index)  # in `before`; -1 for an id that it does not have
+    is_known = positions >= 0
+    old, new = before.to_numpy(np.uint64)[positions[is_known]], now.to_numpy(np.uint64)[is_known]
     other = new[_distance(old, new) > MAX_SAME_BITS]
-    if not len(other):  # most nights: no need to look for them among all others
+    if not len(other):  # as on most nights: then the search below is not needed
         return Comparison(len(new), 0, 0)
     counts = before.value_counts()
     moved = int(pd.Series(other).isin(counts.index[counts <= PLACEHOLDER_ROWS]).sum())
@@ -147,23 +169,23 @@ def compared(before: pd.Series, now: pd.Series) -> Comparison:
 
 
 def _distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """[N] bits in which two [N] uint64 differ."""
+    """[N] number of bits in which the fingerprints [N] uint64 differ."""
     differing = np.ascontiguousarray(first ^ second).view(np.uint8).reshape(-1, 8)
     return np.asarray(_POPCOUNT[differing].sum(axis=1))
 
 
 def agreements(prints: pd.DataFrame) -> dict[str, float]:
-    """How much of each pair of roles says the same of a product, "clip_image siglip_image" to 0 … 1.
+    """How similar the structure of two roles is over the products: "clip_image siglip_image" to 0 … 1, for each pair.
 
-    Linear CKA (Kornblith et al., 2019) of the fingerprints' bits, less what chance gives. Rows under other ids in one
-    of the two bring it to 0, whatever the encoders are.
+    It is linear CKA (Kornblith et al., 2019) of the fingerprints' bits, minus the value that is expected by chance. If
+    one of the two roles is stored under wrong ids, it drops to about 0, whatever the encoders are.
     """
     return {pair: measured for pair, (measured, _) in agreements_with_chance(prints).items()}
 
 
 def agreements_with_chance(prints: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """As `agreements`, each with the largest that `N_SHUFFLES` shuffles of the rows give."""
-    step = -(-len(prints) // MAX_AGREEMENT_ROWS)
+    """As `agreements`, each with the largest agreement that `N_SHUFFLES` random shuffles of the rows give."""
+    step = -(-len(prints) // MAX_AGREEMENT_ROWS)  # rounded up; 0 without rows
     sample, found = prints.iloc[:: step or 1], {}
     for first, second in combinations(prints.columns, 2):
         both = sample[(sample[first] > 0) & (sample[second] > 0)]
@@ -173,13 +195,14 @@ def agreements_with_chance(prints: pd.DataFrame) -> dict[str, tuple[float, float
 
 
 def _signs(prints: pd.Series) -> np.ndarray:
-    """[N, 64] of -1 and 1, centred."""
+    """[N, 64] bits of the fingerprints as -1 and 1, minus the mean of each column."""
     bits = np.unpackbits(np.ascontiguousarray(prints.to_numpy(np.uint64)).view(np.uint8).reshape(-1, 8), axis=1)
     signs = bits.astype(np.float32) * 2 - 1
     return np.asarray(signs - signs.mean(0))
 
 
 def _agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """Agreement of two roles, and the largest one by chance, from `_signs` of both."""
     own = _shared(first, first) * _shared(second, second)
     if own <= 0:  # one of the two is constant
         return 0.0, 0.0
@@ -189,7 +212,7 @@ def _agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
 
 
 def _shared(first: np.ndarray, second: np.ndarray) -> float:
-    """Squared norm of the covariance, less what independent columns of this many rows would give on average."""
+    """Squared norm of the covariance, minus its expected value for independent columns; at least 0."""
     n_rows = len(first)
     covariance = first.T @ second / n_rows
     expected = float((first**2).sum() / n_rows) * float((second**2).sum() / n_rows) / n_rows
@@ -197,6 +220,7 @@ def _shared(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def to_parquet(prints: pd.DataFrame) -> bytes:
+    """The content of `fingerprints.parquet`: sample_id, and one uint64 column per role."""
     buffer = io.BytesIO()
     prints.rename_axis("sample_id").reset_index().to_parquet(buffer, index=False)
     return buffer.getvalue()

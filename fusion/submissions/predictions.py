@@ -1,6 +1,7 @@
-"""`predictions.parquet` of a submission: each price with what else the model says of the row.
+"""Reads and writes `predictions.parquet` of a submission: each price with everything else that was computed per row.
 
-Columns beside sample_id and price are whatever the model computes per row: numbers, or lists of one length.
+The columns after sample_id and price depend on the model: bounds of prediction intervals, the spread, and the
+comparable products. Each is a column of numbers, or of lists that all have the same length.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-COMPARABLES = ("comparable_ids", "comparable_prices", "comparable_weights")  # the products that a price leans on
-ROUNDING = 1e-4  # of a sum of weights
-ROWS_PER_GROUP = 65_536  # what writer and readers need in memory at a time: 5 MB for 10 columns
+# Columns with the training rows that weigh most in a price, their prices and their weights.
+COMPARABLES = ("comparable_ids", "comparable_prices", "comparable_weights")
+ROUNDING = 1e-4  # weights are rounded to float32, so that the sum of a row's weights may exceed 1 by so much
+ROWS_PER_GROUP = 65_536  # rows that the writer and readers hold in memory at a time: about 5 MB for 10 columns
 
 
 def to_parquet(n_rows: int, rows_of: Callable[[slice], Mapping[str, Any]]) -> bytes:
-    """The rows as Parquet; the same bytes for the same rows.
+    """The rows as Parquet; the same rows always give the same bytes.
 
     Args:
-        n_rows: at least one.
-        rows_of: of some consecutive rows: sample_id, texts [n], and further columns in their order: name to [n], or to
-            [n, K], which becomes a list of K in every row. They are asked for as they are written.
+        n_rows: number of rows, at least one.
+        rows_of: returns the columns of a slice of n rows: sample_id, a sequence of n texts, and further columns, which
+            are [n], or [n, K] for a column of lists of K. It is called for one group of rows after the other, so that
+            all rows are never in memory at once.
     """
     buffer, writer = io.BytesIO(), None
     for start in range(0, n_rows, ROWS_PER_GROUP):
@@ -39,6 +42,7 @@ def to_parquet(n_rows: int, rows_of: Callable[[slice], Mapping[str, Any]]) -> by
 
 
 def _array(values: Any) -> pa.Array:
+    """A column for Parquet: texts, numbers [n], or lists [n, K]."""
     if not isinstance(values, np.ndarray):
         return pa.array(values, pa.string())
     if values.ndim == 1:
@@ -49,26 +53,32 @@ def _array(values: Any) -> pa.Array:
 
 
 def from_parquet(data: bytes) -> pd.DataFrame:
-    """The rows that `to_parquet` wrote.
+    """Reads the rows that `to_parquet` wrote.
 
     Raises:
-        ValueError: it is no Parquet file, or lacks sample_id or price.
+        ValueError: the bytes are not a Parquet file, or sample_id or price is missing.
     """
     try:
         frame = pd.read_parquet(io.BytesIO(data))
         return frame.astype({"sample_id": "str", "price": np.float64})
-    except (OSError, KeyError, TypeError) as error:  # pyarrow's errors are among them
+    except (OSError, KeyError, TypeError) as error:  # pyarrow's errors are subclasses of these or of ValueError
         raise ValueError(str(error)) from error
 
 
 def misnamed(rows: pd.DataFrame) -> int:
-    """How many rows do not name different products at prices above 0, the weightiest first, with weights of at most 1.
+    """Number of rows whose comparable products cannot be right.
+
+    A row is right if its products differ from each other, their prices are finite and above 0, and their weights are
+    in descending order, not negative, and add up to at most 1.
 
     Raises:
-        KeyError, ValueError: a column of `COMPARABLES` is missing, or rows name more products than others.
+        KeyError, ValueError: a column of `COMPARABLES` is missing, or rows have different numbers of products.
     """
     ids, prices, weights = (np.stack(rows[name].to_list()) for name in COMPARABLES)
     codes = np.sort(pd.factorize(ids.ravel())[0].reshape(ids.shape), axis=1)
-    is_right = (np.diff(codes, axis=1) != 0).all(1) & (np.isfinite(prices) & (prices > 0)).all(1)
-    is_right &= (weights >= 0).all(1) & (np.diff(weights, axis=1) <= 0).all(1) & (weights.sum(1) <= 1 + ROUNDING)
+    is_right = (np.diff(codes, axis=1) != 0).all(1)
+    is_right &= (np.isfinite(prices) & (prices > 0)).all(1)
+    is_right &= (weights >= 0).all(1)
+    is_right &= (np.diff(weights, axis=1) <= 0).all(1)
+    is_right &= weights.sum(1) <= 1 + ROUNDING
     return int((~is_right).sum())

@@ -1,6 +1,11 @@
-"""A submission: what it is made of, whether it is there already, whether it may be published, and its publication.
+"""Publishes a submission: the prices of one night, in an immutable folder, and a pointer to the current one.
 
-Nothing here loads torch: a night on which nothing has changed costs seconds, and no GPU.
+    submissions/<name>/<date>/<digest>/   submission.csv, predictions.parquet, fingerprints.parquet, MANIFEST.json
+    pointers/submissions/<name>/current.json
+
+A submission records its origin: the model, the input files and the code that it was made from. If a submission of the
+same origin exists, it is reused instead of predicting again. This module does not import torch, so that a night on
+which nothing has changed takes seconds and needs no GPU.
 """
 
 from __future__ import annotations
@@ -27,20 +32,24 @@ from fusion.records.schemas import SCHEMA, Night, SubmissionManifest, Submission
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
 
-SMALLEST_IN_CENTS = 0.01  # dollars; four decimals would leave less than two digits of a smaller price
+# Dollars. Prices from here on are written with four decimals, smaller ones with six significant digits: of a price
+# below a cent, four decimals would keep at most two significant digits.
+SMALLEST_IN_CENTS = 0.01
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a submission is made of, known before anything is computed.
+    """What a submission is made from: model, inputs and code. It is known before anything is computed.
 
     Attributes:
-        data: URL of the input.
+        run: URL of the run that predicts.
+        checkpoint: name of its checkpoint.
+        data: URL or folder of the input.
         table_sha256: of the bytes of `test.csv`.
         inputs_sha256: of `table_sha256` and the versions of all embeddings.
-        code_sha256: of the code that decides a price.
+        code_sha256: of the code that computes prices.
         run_data, sources, inputs_version: as in `SubmissionManifest`.
-        intervals_sha256: of the checkpoint's intervals; empty: it has none.
+        intervals_sha256: of the checkpoint's intervals; empty if it has none.
     """
 
     run: str
@@ -56,23 +65,24 @@ class Origin:
     intervals_sha256: str = ""
 
     def key(self) -> str:
-        """The same for the same model, data and code, wherever they lie."""
+        """Digest of model, data and code; it does not depend on the URLs that they are read from."""
         return digest([self.model_sha256, self.intervals_sha256, self.inputs_sha256, self.code_sha256])
 
     def same_as(self, made: Origin | SubmissionManifest) -> bool:
-        """Whether the other, or a submission with this manifest, was made of the same model, data and code."""
+        """Whether `made`, an origin or the manifest of a submission, has the same model, data and code."""
         compared = ("model_sha256", "intervals_sha256", "inputs_sha256", "code_sha256")
         return all(getattr(made, name) == getattr(self, name) for name in compared)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A submission before it is published.
+    """The content of a submission that is not published yet.
 
     Attributes:
-        files: name to content; the last that is written is committed by the manifest.
-        smape: of the model on its validation rows, in %.
-        history: what earlier nights did to prices.
+        files: name to content, without the manifest.
+        rows: number of prices.
+        smape: of the model on its validation rows, in %; None if unknown.
+        history: how prices changed in the last nights, oldest first.
     """
 
     files: Mapping[str, bytes]
@@ -83,7 +93,12 @@ class Made:
 
 @dataclass(frozen=True)
 class Last:
-    """The submission that is current: prices by sample_id, and the fingerprints of its embeddings where it has them."""
+    """The current submission, with which the next night is compared.
+
+    Attributes:
+        prices: dollars, indexed by sample_id.
+        prints: fingerprints of its embeddings, as in `fingerprints.Look`; None if they are missing or damaged.
+    """
 
     manifest: SubmissionManifest
     prices: pd.Series
@@ -98,7 +113,14 @@ def origin_of(
     split: str = "test",
     found: Inputs | None = None,
 ) -> Origin:
-    """What predictions of a split are made of; `found` are its inputs, if they are known.
+    """The origin of predictions by this checkpoint.
+
+    Args:
+        chosen: the checkpoint that predicts.
+        config: settings of its run.
+        data: URL or folder of the input.
+        split: the table to predict, "test" or "train".
+        found: the input files, if the caller has listed them already.
 
     Raises:
         DataError: the table or a source of the split does not exist.
@@ -121,16 +143,17 @@ def origin_of(
 
 
 def reuse(settings: PredictConfig, origin: Origin) -> str | None:
-    """URL of the submission of this date, if one of the same origin is there or is current; else None.
+    """Publishes an existing submission of the same origin for this date, and returns its URL; None if there is none.
 
-    The current one is published again under this date if it bears another.
+    Submissions of this date and the current one are considered. If the current one has another date, its files are
+    published again under this date.
     """
     current = _current(settings)
     for folder, manifest in _candidates(settings, current):
         content = read_verified(folder, manifest, SUBMISSION) if origin.same_as(manifest) else None
         if content is None:
             continue
-        if current == (folder, manifest) and _is_of(settings, manifest):  # nothing is left to do
+        if current == (folder, manifest) and _is_of(settings, manifest):  # it is current already: nothing to do
             return published_before(folder, manifest.rows)
         return publish(settings, origin, _made(folder, manifest, content), current[0] if current else None)
     return None
@@ -139,9 +162,10 @@ def reuse(settings: PredictConfig, origin: Origin) -> str | None:
 def _candidates(
     settings: PredictConfig, current: tuple[str, SubmissionManifest] | None
 ) -> Iterator[tuple[str, SubmissionManifest]]:
-    """Committed submissions that may be the one wanted, with their manifests: those of its date, and the current.
+    """The submissions that `reuse` considers, with their manifests: those of this date, and the current one.
 
-    The current one comes first where it is not of a later date: mostly it is the one, and there is nothing to list.
+    The current one comes first unless it has a later date. It usually has the same origin, and then the folder of this
+    date does not have to be listed.
     """
     if current is not None and current[1].date <= settings.day():
         yield current
@@ -154,7 +178,11 @@ def _candidates(
 
 
 def _made(folder: str, manifest: SubmissionManifest, submission: bytes) -> Made:
-    """What was committed there, without files that are damaged."""
+    """The content of a committed submission, without damaged files.
+
+    Args:
+        submission: content of its `submission.csv`.
+    """
     others = [entry.key for entry in manifest.files if entry.key != SUBMISSION]
     found = {key: read_verified(folder, manifest, key) for key in others}
     whole = {key: content for key, content in found.items() if content is not None}
@@ -162,13 +190,14 @@ def _made(folder: str, manifest: SubmissionManifest, submission: bytes) -> Made:
 
 
 def published_before(folder: str, rows: int) -> str:
-    """URL of a submission that is there already."""
+    """Logs that a submission exists already, and returns its URL."""
     url = storage.join(folder, SUBMISSION)
     log.info(event="published_before", rows=rows, submission=url)
     return url
 
 
 def _current(settings: PredictConfig) -> tuple[str, SubmissionManifest] | None:
+    """Folder and manifest of the current submission; None if there is none, or it is damaged."""
     pointer = pointers.read(SubmissionPointer, settings.output, "submissions", settings.name, "current")
     if pointer is None:
         return None
@@ -178,32 +207,34 @@ def _current(settings: PredictConfig) -> tuple[str, SubmissionManifest] | None:
 
 
 def _whole(kind: type[T], url: str) -> T | None:
-    # A damaged one must not stop the next submission.
+    # Only warns of a damaged document: it must not prevent all later submissions.
     return schemas.read_if_whole(kind, url, "submission_damaged")
 
 
 def read_verified(folder: str, manifest: SubmissionManifest, key: str) -> bytes | None:
-    """A file of a submission; None, with a warning, if it is not what the manifest says."""
+    """Content of a file of a submission; None, with a warning, if it is missing or its sha256 is not the manifest's."""
     url = storage.join(folder, key)
     content = storage.read_if_exists(url)
     if content is not None and storage.sha256(content) == manifest.sha256_of(key):
         return content
-    log.warning(event="submission_damaged", submission=url, reason="it is not what its manifest says")
+    log.warning(event="submission_damaged", submission=url, reason="missing, or its sha256 is not the manifest's")
     return None
 
 
 def publish(settings: PredictConfig, origin: Origin, made: Made, current: str | None = None) -> str:
-    """Commits the submission under its date and points to it, unless a later date is current; its URL.
+    """Commits the submission under its date, makes it current unless one of a later date is, and returns its URL.
+
+    If the same submission was published before, its folder stays as it is; damaged files in it are written again.
 
     Args:
-        current: folder of the submission that is current, if it is known.
+        current: folder of the submission that is current, if the caller knows it.
     """
     key = f"{settings.name}/{settings.day()}/{storage.sha256(made.files[SUBMISSION])[:12]}"
     folder = storage.join(settings.output, "submissions", key)
-    there = {storage.base(url) for url in storage.ls(folder)}
-    before = _same_publication(settings, origin, folder) if MANIFEST in there else None
+    existing = {storage.base(url) for url in storage.ls(folder)}
+    before = _same_publication(settings, origin, folder) if MANIFEST in existing else None
     if before is None or not _is_whole(folder, before):
-        _write_damaged(folder, made.files, there)
+        _write_missing_or_damaged(folder, made.files, existing)
         if before is None or before.files != manifests.entries(made.files):
             _commit(folder, _manifest(settings, origin, made, _previous(settings, key, current)))
     url = storage.join(folder, SUBMISSION)
@@ -213,9 +244,10 @@ def publish(settings: PredictConfig, origin: Origin, made: Made, current: str | 
 
 
 def _is_whole(folder: str, manifest: SubmissionManifest) -> bool:
-    """Whether all of its files are there as they should be.
+    """Whether all files that the manifest lists exist and are not damaged.
 
-    Then they stay: what another kind of processor computes may differ from them in digits that no price shows.
+    Such files are kept rather than replaced by newly computed ones. Another kind of processor may compute values that
+    differ from them in digits that the prices in `submission.csv` do not show.
     """
     return all(read_verified(folder, manifest, entry.key) is not None for entry in manifest.files)
 
@@ -236,15 +268,16 @@ def _manifest(settings: PredictConfig, origin: Origin, made: Made, previous: str
 
 def _commit(folder: str, manifest: SubmissionManifest) -> None:
     url, data = storage.join(folder, MANIFEST), seal(asdict(manifest))
-    if not storage.create(url, data):  # a damaged one, or one of another origin with the same prices
+    if not storage.create(url, data):  # there is a damaged manifest, or one of another origin with the same prices
         storage.write(url, data)
 
 
 def point_to(settings: PredictConfig, key: str, seen: tuple[bytes, str] | None = None) -> None:
-    """Makes `<name>/<date>/<digest>` the current submission, unless one of a later date is.
+    """Makes a submission the current one, unless the current one has a later date; then logs a warning.
 
     Args:
-        seen: the pointer as it was read a moment ago.
+        key: `<name>/<date>/<digest>` of the submission.
+        seen: the pointer as the caller read it a moment ago, which saves a request.
     """
     is_current = pointers.move(
         settings.output,
@@ -254,28 +287,33 @@ def point_to(settings: PredictConfig, key: str, seen: tuple[bytes, str] | None =
         seen=seen,
     )
     if not is_current:
-        log.warning(event="not_current", date=settings.day(), reason="a submission of a later date is")
+        log.warning(event="not_current", date=settings.day(), reason="a submission of a later date is current")
 
 
-def _write_damaged(folder: str, files: Mapping[str, bytes], there: Collection[str]) -> None:
-    """Writes the files that are not there as they should be; those that are not `there` without a look."""
+def _write_missing_or_damaged(folder: str, files: Mapping[str, bytes], existing: Collection[str]) -> None:
+    """Writes the files that do not exist with this content.
+
+    Args:
+        existing: names of the files in the folder; only these are read and compared.
+    """
     for name, content in files.items():
-        if name not in there or storage.read_if_exists(storage.join(folder, name)) != content:
+        if name not in existing or storage.read_if_exists(storage.join(folder, name)) != content:
             manifests.write_files(folder, {name: content})
 
 
 def _same_publication(settings: PredictConfig, origin: Origin, folder: str) -> SubmissionManifest | None:
-    """The folder's manifest, if it is one of these prices from this origin under this name and date."""
+    """The manifest of a folder, if its submission has this origin, name and date; else None."""
     found = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
     return found if found is not None and origin.same_as(found) and _is_of(settings, found) else None
 
 
 def _is_of(settings: PredictConfig, manifest: SubmissionManifest) -> bool:
-    """Whether the manifest is of this name and date; earlier versions wrote no name."""
+    """Whether the manifest has this name and date; earlier versions wrote no name."""
     return manifest.date == settings.day() and manifest.name in ("", settings.name)
 
 
 def _previous(settings: PredictConfig, key: str, current: str | None) -> str:
+    """`<name>/<date>/<digest>` of the submission that is current before `key` is published; empty if there is none."""
     if current is not None:
         before = current.removeprefix(storage.join(settings.output, "submissions", ""))
         return before if before != key else ""
@@ -284,13 +322,14 @@ def _previous(settings: PredictConfig, key: str, current: str | None) -> str:
 
 
 def submission_csv(ids: Sequence[str], prices: np.ndarray) -> bytes:
-    """`sample_id,price` in the given order, prices as plain numbers.
+    """The content of `submission.csv`: a header and `sample_id,price` per row, in the given order.
 
     Raises:
-        DivergedError: a price that is not finite, or not above 0, as of a model whose weights are not finite.
+        DivergedError: a price is not finite or not above 0, as happens if the model's weights are not finite.
     """
     wrong = ~(np.isfinite(prices) & (prices > 0))
     if wrong.any():
+        # Cut to 80 characters, which shows the first few and keeps the message on one line.
         first = ", ".join(f"{sample_id} ({prices[i]})" for i, sample_id in enumerate(ids) if wrong[i])[:80]
         raise DivergedError(
             f"{int(wrong.sum())} predicted prices are not finite numbers above 0, the first: {first}",
@@ -299,13 +338,13 @@ def submission_csv(ids: Sequence[str], prices: np.ndarray) -> bytes:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["sample_id", "price"])
-    # Floats of Python: those of NumPy take three times as long to format.
+    # As Python floats, because formatting NumPy floats takes three times as long.
     writer.writerows((sample_id, plain(price)) for sample_id, price in zip(ids, prices.tolist(), strict=True))
     return buffer.getvalue().encode()
 
 
 def plain(price: float) -> str:
-    """The price to a hundredth of a cent; one below a cent to six digits. Never with an exponent.
+    """The price with four decimals or, below a cent, with six significant digits; never with an exponent.
 
     >>> plain(12.34567), plain(0.00001234567)
     ('12.3457', '0.0000123457')
@@ -316,7 +355,7 @@ def plain(price: float) -> str:
 
 
 def last(settings: PredictConfig) -> Last | None:
-    """The submission that is current under this name; None if there is none, or it is damaged."""
+    """The current submission under this name; None if there is none, or it is damaged."""
     found = _current(settings)
     content = read_verified(*found, SUBMISSION) if found else None
     if found is None or content is None:
@@ -326,7 +365,8 @@ def last(settings: PredictConfig) -> Last | None:
 
 
 def _prints(folder: str, manifest: SubmissionManifest) -> pd.DataFrame | None:
-    if not manifest.sha256_of(FINGERPRINTS):  # of an earlier version
+    """Fingerprints of a submission; None if it has none, or they are damaged."""
+    if not manifest.sha256_of(FINGERPRINTS):  # an earlier version made the submission
         return None
     content = read_verified(folder, manifest, FINGERPRINTS)
     if content is None:

@@ -1,8 +1,9 @@
-"""A night on which nothing has changed: told from the last submission's manifest and two listings, in eleven requests.
+"""Detects a night on which nothing has changed, and publishes the last submission again, in eleven requests.
 
-The manifest says which model, inputs and code its prices were made with. Where the served run, the listings and the
-code are still those, its rows are published again, and neither the run nor the table is read. Where they are not, or
-the manifest is of an earlier version and does not say, `fusion.submissions.submission` looks closely.
+The manifest of the last submission says which model, input files and code its prices were made with. If the served
+run, the listings of the inputs and the code are still the same, the submission is copied to the new date without
+reading the run or the table. Otherwise, or if the manifest is of an earlier version that did not record this,
+`fusion.submissions.submission` compares digests of the inputs.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from fusion.submissions import submission
 
 C = TypeVar("C", bound=RunConfig)
 
-Seen = tuple[bytes, str]  # a pointer's bytes and their version
+Seen = tuple[bytes, str]  # a pointer's bytes and their version, as `storage.read_version` returns them
 
 
 def published(settings: PredictConfig, config_class: type[C]) -> str | None:
-    """URL of the submission of this date when model, data and code have not changed since the last; else None.
+    """Publishes the last submission for this date if model, data and code have not changed since, without predicting.
 
-    The last one is published again under this date if it bears another.
+    Returns its URL; None if something has changed, so that prices have to be predicted.
 
     Raises:
-        DataError: no such run, or no such input.
+        DataError: the run or the input does not exist.
     """
-    settings = replace(settings, date=settings.day())  # midnight may come in between
+    settings = replace(settings, date=settings.day())  # fixes the date, which would change if midnight passed meanwhile
     known = republish(settings, config_class.variant)
     if known is not None:
         return known
@@ -44,21 +45,25 @@ def published(settings: PredictConfig, config_class: type[C]) -> str | None:
 
 
 def republish(settings: PredictConfig, variant: str, code: str = "prediction") -> str | None:
-    """URL of the submission of this date if the manifest of the last one shows that nothing has changed; else None.
+    """Publishes the last submission for this date if its manifest shows that nothing has changed.
+
+    Returns its URL; None if something has changed, or the manifest does not record enough to decide.
 
     Args:
-        code: the module that predicts, as of `code_digest`.
+        code: the module that predicts, as for `code_digest`.
     """
-    if settings.run_id or settings.run_dir:  # the best checkpoint of a run that is named may be another by now
+    if settings.run_id or settings.run_dir:  # the run may have a better checkpoint by now, which no pointer names
         return None
-    place = pointers.url(settings.output, "submissions", settings.name, "current")
-    seen = storage.read_version(place)
-    pointer = None if seen is None else schemas.parse_if_whole(SubmissionPointer, seen[0], place, pointers.DAMAGED)
-    if seen is None or pointer is None or pointer.date > settings.day():
+    pointer_url = pointers.url(settings.output, "submissions", settings.name, "current")
+    seen = storage.read_version(pointer_url)
+    if seen is None:
+        return None
+    pointer = schemas.parse_if_whole(SubmissionPointer, seen[0], pointer_url, pointers.DAMAGED)
+    if pointer is None or pointer.date > settings.day():
         return None
     folder = storage.join(settings.output, "submissions", pointer.submission)
     manifest = schemas.read_if_whole(SubmissionManifest, storage.join(folder, MANIFEST), "submission_damaged")
-    if manifest is None or manifest.date != pointer.date:  # damaged, or of another night than where it lies
+    if manifest is None or manifest.date != pointer.date:  # damaged, or copied here from the folder of another date
         return None
     if not _is_current(settings, variant, manifest, code):
         return None
@@ -66,7 +71,7 @@ def republish(settings: PredictConfig, variant: str, code: str = "prediction") -
 
 
 def _is_current(settings: PredictConfig, variant: str, manifest: SubmissionManifest, code: str) -> bool:
-    """Whether the served model, the inputs and the code are those that the submission was made with."""
+    """Whether the served model, the inputs and the code are still those that the submission was made with."""
     if not manifest.inputs_version or manifest.code_sha256 != code_digest(code):
         return False
     run = best_run.pointed_to(settings.output, variant)
@@ -77,13 +82,17 @@ def _is_current(settings: PredictConfig, variant: str, manifest: SubmissionManif
 
 
 def _is_of(settings: PredictConfig, run_id: str, manifest: SubmissionManifest) -> bool:
+    """Whether the submission is of this run, and was published under this name."""
     return storage.base(manifest.run) == run_id and manifest.name == settings.name
 
 
 def _carry_over(
     settings: PredictConfig, pointer: SubmissionPointer, folder: str, manifest: SubmissionManifest, seen: Seen
 ) -> str | None:
-    """Publishes the submission under this date; None if another one is in the way, or it is damaged."""
+    """Copies the submission to this date and makes it current; its URL.
+
+    Returns None if it is damaged, or if the folder that it would be copied to has a manifest already.
+    """
     content = submission.read_verified(folder, manifest, SUBMISSION)
     if content is None:
         return None
@@ -96,7 +105,7 @@ def _carry_over(
         for entry in manifest.files:
             if entry.key != SUBMISSION:
                 storage.copy(storage.join(folder, entry.key), storage.join(target, entry.key))
-    except DataError as error:  # one of them is gone
+    except DataError as error:  # one of the files does not exist any longer
         log.warning(event="submission_damaged", submission=folder, reason=error.message)
         return None
     data = settings.data or manifest.run_data

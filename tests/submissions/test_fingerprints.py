@@ -28,7 +28,7 @@ class Alone(World):
         return [value]
 
 
-PLACE = Alone(0, 1, 0, 1, torch.device("cpu"))
+WORLD = Alone(0, 1, 0, 1, torch.device("cpu"))
 IDS = pd.Index([f"id{number}" for number in range(N)])
 
 
@@ -55,7 +55,7 @@ def model() -> PriceModel:
 
 
 def seen(model: PriceModel, values: dict[str, torch.Tensor]) -> fingerprints.Look:
-    return look(model, store(values), IDS, PLACE)
+    return look(model, store(values), IDS, WORLD)
 
 
 def test_rounding_is_the_same_vector_and_another_product_is_not(model: PriceModel) -> None:
@@ -85,7 +85,7 @@ def test_missing_embeddings_have_no_fingerprint_and_count_nowhere(model: PriceMo
     there = whole.present["text"].clone()
     there[:30] = False
     some = RowStore(whole.values, whole.present | {"text": there})
-    found = look(model, some, IDS, PLACE)
+    found = look(model, some, IDS, WORLD)
     assert (found.prints["text"] == 0).sum() == 30 and (found.prints["image"] > 0).all()
     assert compared(found.prints["text"], seen(model, rows(2)).prints["text"]) == Comparison(N - 30, 0, 0)
 

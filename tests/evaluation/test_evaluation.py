@@ -76,7 +76,7 @@ def test_a_single_row_empty_bins_and_prices_outside_break_nothing(
     assert groups.loc["price_bin", "count"].sum() == len(prices)
     assert ("price_bin", "outside") in groups.index or min(prices) >= 0
     assert "all rows" in capsys.readouterr().out
-    summary = json.loads(_summary("out/runs/r", Checkpoint("out/runs/r/checkpoints/step-1", {}), evaluation))
+    summary = json.loads(_summary(RunFolder("out/runs/r"), Checkpoint("out/runs/r/checkpoints/step-1", {}), evaluation))
     assert summary["count"] == len(prices)
 
 
@@ -201,7 +201,7 @@ def test_other_data_are_said(as_trained: bool | None, capsys: pytest.CaptureFixt
     _show(evaluation, table.set_index("sample_id"))
     assert ("with other prices or embeddings than in training" in capsys.readouterr().out) == (as_trained is False)
     checkpoint = Checkpoint("out/runs/r/checkpoints/step-1", {})  # type: ignore[arg-type]
-    assert json.loads(_summary("out/runs/r", checkpoint, evaluation))["as_trained"] is as_trained
+    assert json.loads(_summary(RunFolder("out/runs/r"), checkpoint, evaluation))["as_trained"] is as_trained
 
 
 def test_large_evaluations_take_no_longer_than_they_must() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fusion import log, storage
-from fusion.ablation.coalitions import Coalitions, coalitions
 from fusion.ablation.report import show
+from fusion.ablation.shapley import Coalitions, coalitions
 from fusion.compare.standard_errors import Estimate, IntArray, clustered_mean
 from fusion.config import AblateConfig, RunConfig
 from fusion.data.embeddings import load
@@ -179,5 +179,5 @@ def _effect(estimate: Estimate) -> Effect:
 
 
 def _rounded(value: float) -> float:
-    """To what is meant, so that every digit in the file counts."""
+    """Rounds, so that the file has no meaningless digits."""
     return round(float(value), DIGITS)

@@ -31,7 +31,8 @@ def near_duplicate_groups(table: Table, vectors: Mapping[str, np.ndarray], confi
     the order of their first row.
 
     Args:
-        table: N rows, with those of the columns `compared_columns(config)` that the file has, or with their hashes.
+        table: N rows with the columns of `compared_columns(config)`, or their uint64 hashes; columns that the file
+            lacks are absent.
         vectors: role to [N, D_role]; rows of zeros are missing embeddings.
 
     Raises:
@@ -127,8 +128,8 @@ def vector_labels(vectors: np.ndarray) -> np.ndarray:
     np.minimum.at(first, labels[shared], shared)
     for rows in _chunks(shared, vectors.shape[1]):
         is_other = (vectors[rows] != vectors[first[labels[rows]]]).any(axis=1)
-        # Different vectors with the same hash occur in one of thousands of tables of 10 million rows. One of the two
-        # then counts as unique.
+        # Different vectors with the same hash occur in about one in several thousand tables of 10 million rows. One
+        # of the two then counts as unique.
         labels[rows[is_other]] = -1
     return labels
 

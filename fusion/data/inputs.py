@@ -36,7 +36,9 @@ class Inputs:
 
 
 def find_inputs(data: str, split: str, bindings: Mapping[str, str]) -> Inputs:
-    """Finds the table and all source files, with two listings of up to 1,000 objects per request.
+    """Finds the table and all source files.
+
+    Lists two folders (three if the table is a folder); one request returns at most 1,000 objects.
 
     Args:
         bindings: role to the name of its source.

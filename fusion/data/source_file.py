@@ -225,7 +225,7 @@ def _vectors(url: str, column: pa.Array, kind: Kind) -> tuple[np.ndarray, np.nda
 
 
 def _check_kind(url: str, column: pa.Array, kind: Kind) -> None:
-    """Raises a DataError with the found and the expected values unless all vectors (none is null) are of this kind."""
+    """Raises a DataError unless all vectors have this dimension and type. The caller has dropped nulls."""
     is_fixed = pa.types.is_fixed_size_list(column.type)
     lengths = np.array([column.type.list_size]) if is_fixed else pc.list_value_length(column).to_numpy()
     others = lengths[lengths != kind.dim]

@@ -29,8 +29,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 DIMS: Mapping[str, int] = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
-# Latents per modality: the first N_OWN are its own, the others are shared. A source does not see N_BLIND of them. The
-# last N_STRUCTURAL columns of Qwen's embeddings describe the text (its length, digits and quantity).
+# Latents per modality: the first N_OWN are its own, the others are shared. Each source is blind to N_BLIND of its
+# modality's own latents, and different sources of a modality to different ones. The last N_STRUCTURAL columns of Qwen's
+# embeddings describe the text (its length, digits and quantity).
 N_LATENTS, N_OWN, N_BLIND, N_STRUCTURAL = 12, 8, 2, 3
 # Shares of products that are copies of others, and that have a placeholder image; deviation of a copy's log price.
 COPY_SHARE, PLACEHOLDER_SHARE, COPY_NOISE = 0.04, 0.0125, 0.02

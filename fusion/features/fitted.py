@@ -27,11 +27,10 @@ from fusion.data.tables import Table
 from fusion.data.text_hashes import as_texts, mix_bits, text_hashes
 from fusion.errors import DataError
 from fusion.features import columns as features_columns
-from fusion.features import numbers as features_numbers
-from fusion.features import text as features_text
+from fusion.features import quantities, tfidf
 from fusion.features.columns import COLUMNS, Column
 from fusion.features.terms import KINDS
-from fusion.features.text import Space, shortened
+from fusion.features.tfidf import Space, shortened
 from fusion.records.manifests import FEATURES, safetensors_metadata
 from fusion.records.run import RunFolder
 
@@ -60,9 +59,9 @@ class Features:
     @property
     def dims(self) -> dict[str, int]:
         """Role to dimension, in the model's order."""
-        dims = {f"text_{space.kind}": features_text.DIM for space in self.spaces}
+        dims = {f"text_{space.kind}": tfidf.DIM for space in self.spaces}
         if self.text_column:
-            dims["text_numbers"] = features_numbers.DIM
+            dims["text_numbers"] = quantities.DIM
         return dims | ({"columns": sum(column.dim for column in self.columns)} if self.columns else {})
 
     @property
@@ -84,7 +83,7 @@ class Features:
             texts = shortened(rows[self.text_column])
             found = {f"text_{space.kind}": space.vectors(texts) for space in self.spaces}
             has_text = pc.not_equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False)
-            found["text_numbers"] = features_numbers.quantities(texts), has_text
+            found["text_numbers"] = quantities.quantities(texts), has_text
         if self.columns:
             values = [column.vectors(rows[column.name], where) for column in self.columns]
             is_missing = [features_columns.missing(rows[column.name]) for column in self.columns]
@@ -167,7 +166,7 @@ def fit_features(
     spaces: list[Space | None] = []
     if text_column:
         texts = shortened(of_training[text_column])
-        spaces = [features_text.fit(kind, texts, beat) for kind in KINDS]
+        spaces = [tfidf.fit(kind, texts, beat) for kind in KINDS]
     fitted = tuple(features_columns.fit(name, of_training[name], prices[rows]) for name in config.columns)
     features = Features(text_column, tuple(space for space in spaces if space), fitted)
     said = ",".join(f"{role}:{dim}" for role, dim in features.dims.items())

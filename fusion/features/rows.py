@@ -12,7 +12,7 @@ from fusion.data.row_store import RowStore
 from fusion.data.shared_memory import node_tensor
 from fusion.distributed.world import World, held
 from fusion.features.fitted import Columns, Features, row_hashes
-from fusion.features.text import CHUNK_ROWS
+from fusion.features.tfidf import CHUNK_ROWS
 
 COMPARED = "text_chars"  # the computed role of which `compared` keeps the vectors
 

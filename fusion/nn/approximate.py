@@ -28,8 +28,8 @@ VALUES_PER_CODE = 16  # codes of 4 bits, whose distance tables fit into CPU regi
 # all centroids; here that takes a hundredth of the time of a comparison with all rows.
 LISTS_PER_ROOT = 8
 LEAST_ROWS_PER_LIST = 4  # on average; limits the number of lists of small memories
-PROBED_SHARE = 8  # a query searches one of so many lists,
-LEAST_PROBED = 32  # but at least so many lists
+PROBED_SHARE = 8  # a query searches 1/8 of the lists,
+LEAST_PROBED = 32  # but at least 32
 SAMPLE_PER_LIST = 4  # rows per list on which centroids are fitted
 ROUNDS = 2  # iterations of k-means; with ten, the centroids were not better
 CODE_SAMPLE = 4096  # rows on which codes are fitted

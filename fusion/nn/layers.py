@@ -200,7 +200,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class ConcatNetwork(nn.Module):
-    """The network of `--model concat`: one token per source, concatenated, and a plain network.
+    """The network of `--model concat`: one token per source, concatenated and passed to a multilayer perceptron.
 
     Shape:
         {role: [B, D_role]}, {role: [B] bool} -> [B]

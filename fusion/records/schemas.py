@@ -92,7 +92,7 @@ class CheckpointManifest(Manifest):
 
     @property
     def name(self) -> str:
-        """Name of the folder that this checkpoint belongs in."""
+        """Name of this checkpoint's own folder: step-00001200."""
         return f"step-{self.step:08d}"
 
 

@@ -200,7 +200,7 @@ def temporary(path: str, data: bytes) -> Iterator[str]:
 def _make_folder(path: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
-    except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:  # the last one below /proc, for example
+    except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:  # the last: below /proc
         there = path
         while not os.path.lexists(there):
             there = os.path.dirname(there)

@@ -69,7 +69,7 @@ class Origin:
         return digest([self.model_sha256, self.intervals_sha256, self.inputs_sha256, self.code_sha256])
 
     def same_as(self, made: Origin | SubmissionManifest) -> bool:
-        """Whether `made`, an origin or the manifest of a submission, has the same model, data and code."""
+        """Whether `made` has the same model, intervals, inputs and code as this origin."""
         compared = ("model_sha256", "intervals_sha256", "inputs_sha256", "code_sha256")
         return all(getattr(made, name) == getattr(self, name) for name in compared)
 

@@ -84,7 +84,10 @@ class Report:
 def check_files(
     report: Report, folder: str, kind: type[M], required: set[str], left_out: Container[str] = ()
 ) -> tuple[M | None, dict[str, bytes]]:
-    """The manifest, if it is one, and the bytes of every file in it that is there, whole or not.
+    """Checks a folder's files against its manifest and reports what is wrong.
+
+    Returns the manifest (None if it is missing or invalid) and the bytes of each listed file that exists, damaged ones
+    included.
 
     Args:
         left_out: names of files that a copy of the folder may lack.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 COMPONENTS = "components."
 PARTITION = ("partition.centroids", "partition.lists", "partition.codebook")
-COLUMNS_PER_CODE = 4  # as in `fusion.nn.approximate`, which loads torch
+COLUMNS_PER_CODE = 4  # a copy of the constant in `fusion.nn.approximate`: verify must not load torch
 WANTED = ("ids", "prices", "keys", "folds", "groups", "weights")
 
 

@@ -22,8 +22,7 @@ from fusion.data.tables import Table, read_table
 from fusion.demo.catalog import generate
 from fusion.errors import ConfigError, DataError
 from fusion.features import columns as features_columns
-from fusion.features import numbers as features_numbers
-from fusion.features import text as features_text
+from fusion.features import quantities, tfidf
 from fusion.features.fitted import (
     Features,
     columns_of,
@@ -127,15 +126,15 @@ def test_rows_are_counted_once_per_term() -> None:
     ],
 )
 def test_quantities_are_read(text: str, name: str, value: float) -> None:
-    position = 2 * features_numbers.NAMES.index(name)
-    found = features_numbers.quantities(texts([text]))[0]
+    position = 2 * quantities.NAMES.index(name)
+    found = quantities.quantities(texts([text]))[0]
     assert found[position + 1] == 1
     assert found[position] == pytest.approx(value, rel=1e-3)
 
 
 @pytest.mark.parametrize("text", ["Men's tee", "Model 40339PK", "", "Value: 0\nUnit: Count", "Value: 12.0"])
 def test_texts_without_quantities(text: str) -> None:
-    found = features_numbers.quantities(texts([text]))[0]
+    found = quantities.quantities(texts([text]))[0]
     assert not found[1:-1:2].any()
     assert np.isfinite(found).all()
 
@@ -143,13 +142,13 @@ def test_texts_without_quantities(text: str) -> None:
 def test_a_projection_keeps_the_cosines() -> None:
     generator = np.random.default_rng(0)
     made = [" ".join(f"w{word}" for word in generator.integers(0, 300, 12)) for _ in range(200)]
-    space = features_text.fit("words", texts(made))
+    space = tfidf.fit("words", texts(made))
     assert space is not None
-    exact = features_text.tfidf(words(texts(made)), space.terms, space.idf).toarray()
+    exact = tfidf.tfidf(words(texts(made)), space.terms, space.idf).toarray()
     found, present = space.vectors(texts(made))
     assert present.all()
-    np.testing.assert_allclose(found @ found.T, exact @ exact.T, atol=5 / features_text.DIM**0.5)
-    assert np.abs(found @ found.T - exact @ exact.T).mean() < 1 / features_text.DIM**0.5
+    np.testing.assert_allclose(found @ found.T, exact @ exact.T, atol=5 / tfidf.DIM**0.5)
+    assert np.abs(found @ found.T - exact @ exact.T).mean() < 1 / tfidf.DIM**0.5
 
 
 def test_vectors_of_a_row_depend_on_that_row_alone() -> None:

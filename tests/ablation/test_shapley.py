@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from fusion.ablation.coalitions import coalitions
+from fusion.ablation.shapley import coalitions
 
 
 def by_definition(values: dict[int, float], n_sources: int) -> list[float]:

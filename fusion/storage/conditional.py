@@ -1,8 +1,8 @@
 """Conditional writes (compare-and-swap): only if the object does not exist, or still has a known version.
 
-Each call makes a single try. They need conditional requests (`If-None-Match`, `If-Match`), or hard links and locks. If a store or file system lacks
-one of these, there is a warning, and from then on existence or version are compared before an ordinary write. That is
-correct as long as there is only one writer.
+Each call makes a single try. They need conditional requests (`If-None-Match`, `If-Match`), or hard links and locks. If
+a store or file system lacks one of these, there is a warning, and from then on existence or version are compared
+before an ordinary write. That is correct as long as there is only one writer.
 """
 
 from __future__ import annotations

@@ -112,6 +112,7 @@ def _unexpected_end(error: BaseException) -> Ending:
 
 
 def end_of(error: FusionError) -> Ending:
+    """The end to record for an error that has an exit code and a hint."""
     return Ending(error.code, error.message, error.remedy)
 
 

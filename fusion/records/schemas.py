@@ -359,15 +359,15 @@ class DataOfRun:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """`run.json`: what a run is made from. Keys that are None are not written: an ensemble has fewer.
+    """`run.json`: what a run was made from. Keys whose value is None are not written; an ensemble lacks some.
 
     Attributes:
         config_sha256: of the settings that decide what the run computes, see `run.config_digest`.
         data_sha256: of the training data.
         dims: role to the dimension of its embeddings.
         config_json_sha256: of the bytes of `config.json`.
-        code_sha256: of the code that decides what a training computes.
-        versions: of Fusion, Python and the libraries that compute.
+        code_sha256: of the code that decides the result of a training, see `provenance.code_digest`.
+        versions: of Fusion, Python, torch and NumPy.
         started: start of the run in UTC.
         price_quartiles: of the prices in `train.csv`, in dollars; earlier versions did not write them.
     """
@@ -405,7 +405,7 @@ class AttemptStart:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptEnd:
-    """`attempts/<n>/exit.json`: how an attempt ended. Keys that are None are not written.
+    """`attempts/<n>/exit.json`: how an attempt ended. Keys whose value is None are not written.
 
     Attributes:
         code: exit code.
@@ -446,7 +446,7 @@ class Seal(Enum):
 
 
 def written(document: object) -> dict[str, Any]:
-    """The keys of a document that are written: all that are not None."""
+    """The document as a dict, without the keys whose value is None."""
     keys: dict[str, Any] = asdict(document)  # type: ignore[call-overload]
     return {key: value for key, value in keys.items() if value is not None}
 

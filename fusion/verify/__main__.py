@@ -1,16 +1,16 @@
-"""Checks that what lies in the bucket is what was written: hashes, schemas, lineage and content, all recomputed.
+"""Checks that a bucket still holds what was written: recomputes hashes and figures, and compares files with each other.
 
     python -m fusion.verify s3://bucket/output
     python -m fusion.verify s3://bucket/output/runs/all-embeddings-1f2e3d4c
     python -m fusion.verify s3://bucket/output/pointers/submissions/test/current.json
 
-URL is an output with all that it holds, a run, one of its checkpoint folders, a submission's folder, or a pointer. One
-line for each thing that was checked, `ok` or `BAD`; a `note` says what could not be compared, and is no error. The last
-line is OK or how many things are wrong, the exit code 0 or 65. It only reads, executes nothing of what it reads, and
-needs no GPU.
+URL is an output (the folder with runs/, submissions/ and pointers/), a run, an ensemble, a checkpoint's folder, a
+submission's folder, or a pointer. Each check prints one line: `ok`, `BAD`, or `note` for something that could not be
+compared, which is not an error. The last line is OK with exit code 0, or the number of BAD lines with exit code 65. The
+command only reads, never executes what it reads, and needs no GPU.
 
-Nothing is believed that no digest covers, or that does not fit the place where it lies. This finds accidents and
-mistakes, but not a change by somebody who recomputes the digests: nothing is signed.
+Every file must match a digest in another file or in itself, and must fit the path that it has in the output. This
+finds damage and mistakes, but not a change by somebody who recomputes all digests, because nothing is signed.
 """
 
 from __future__ import annotations
@@ -39,21 +39,26 @@ _KINDS = "an output, a run, an ensemble, a checkpoint or submission folder, or a
 
 
 def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = lambda _: None) -> list[Finding]:
-    """All findings about an output, a run, a checkpoint, a submission, or a pointer and what it names.
+    """Checks an output, a run, an ensemble, a checkpoint, a submission, or a pointer and what it names.
 
     Args:
-        data: folder or bucket whose `test.csv` has a submission's ids; by default the one its run was trained from.
-        say: called with each finding as it is made.
+        url: what to check; its kind is recognised from the files that it contains.
+        data: folder or bucket with the `test.csv` that a submission's ids are compared with; by default the one that it
+            was predicted from.
+        say: called with each finding as soon as it is made.
+
+    Returns:
+        All findings, in order.
 
     Raises:
-        DataError: there is no such thing at `url`.
+        DataError: `url` does not exist, or is not one of these kinds.
         CredentialsError, UnreachableError: as for `fusion.storage.read`.
     """
     url, report = url.rstrip("/"), Report(say)
     manifest = None if url.endswith(".json") else read(storage.join(url, MANIFEST))
     if url.endswith(".json") and POINTERS in url and storage.exists(url):
         check_pointer(report, url, data)
-    elif manifest is not None and b'"rows"' in manifest:
+    elif manifest is not None and b'"rows"' in manifest:  # only the manifest of a submission has this key
         check_submission(report, url, data)
     elif not url.endswith(".json") and is_ensemble(url, manifest):
         check_ensemble(report, url)
@@ -81,7 +86,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data",
         type=filled("--data"),
         default=variable("FUSION_DATA"),
-        help="bucket or folder whose test.csv a submission was made for (default: that of its run)",
+        help="bucket or folder whose test.csv a submission was predicted from (default: the one in its manifest)",
     )
     parser.add_argument(
         "--store-timeout",
@@ -94,7 +99,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         fsspec.get_filesystem_class(fsspec.utils.get_protocol(arguments.url))
     except (ValueError, ImportError) as error:
-        parser.error(f"{arguments.url} is no usable URL ({error})")
+        parser.error(f"{arguments.url} is not a usable URL ({error})")
     return arguments
 
 
@@ -107,7 +112,7 @@ def _job(arguments: argparse.Namespace) -> ExitCode:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with `argv`; gives its exit code. `--help` raises SystemExit, as argparse does."""
+    """Runs the command with `argv` and returns its exit code. `--help` raises SystemExit, as in argparse."""
     return guarded(lambda: _job(_parse(argv)))
 
 

@@ -1,4 +1,4 @@
-"""Checks of one checkpoint: its files, its weights' header, and what it says of the rows that validate."""
+"""Checks of one checkpoint: its files, the header of its weights, its validation predictions and its intervals."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from fusion.records.manifests import INTERVALS, MODEL, STATE, VALIDATION
 from fusion.records.schemas import CheckpointManifest, Intervals, RunFacts
 from fusion.verify.findings import Report, check_files, check_once, first_line, parsed, some
 
-BORROWED = 5  # percent: bins of few rows use the errors of others, and so may hold for fewer of their own
-TOLERANCE = 1e-9  # relative: sums of float64 in another order, on another machine
+# Percentage points by which the coverage of all validation rows may fall below its level. Rows outside of the bins
+# that are large enough use the intervals of a coarser bin, and those may cover fewer of them.
+BORROWED = 5
+TOLERANCE = 1e-9  # relative: another machine may add up the float64 numbers in another order
 
 
 def check_checkpoint(
@@ -23,12 +25,12 @@ def check_checkpoint(
     facts: RunFacts | None = None,
     validating: set[str] | None = None,
 ) -> CheckpointManifest | None:
-    """Checks a checkpoint's folder; its manifest, if it is one.
+    """Checks a checkpoint's folder; returns its manifest, or None if that is missing or damaged.
 
     Args:
-        left_out: names of files that a pulled copy lacks.
-        facts: of its run; None: unknown.
-        validating: ids of the rows that validate; None: unknown.
+        left_out: names of files that a copy made by `jobs/pull.py` lacks; they are allowed to be missing.
+        facts: `run.json` of its run; None if unknown.
+        validating: ids of the validation rows of its run; None if unknown.
     """
     name = storage.base(folder)
     manifest, contents = check_files(report, folder, CheckpointManifest, {MODEL, STATE}, left_out)
@@ -44,6 +46,7 @@ def check_checkpoint(
 
 
 def _check_header(report: Report, what: str, data: bytes, expected: Mapping[str, int] | None) -> None:
+    """Checks that the weights can be parsed, and have the dimensions of `run.json`; None if those are unknown."""
     from safetensors import SafetensorError, deserialize
 
     try:
@@ -75,7 +78,7 @@ def _check_validation(
     if validating is not None and validating != set(ids):
         report.bad(f"{what}: ids", "the validation rows of the split", f"others: {some(list(validating ^ set(ids)))}")
     if not (rows[["price", "predicted"]].gt(0) & rows[["price", "predicted"]].lt(math.inf)).all(axis=None):
-        report.bad(what, "finite prices above 0", "others")
+        report.bad(what, "finite prices above 0", "other values")
         return
     smape = compute_smape(rows["price"], rows["predicted"])
     if manifest.smape is None or not math.isclose(smape, manifest.smape, rel_tol=TOLERANCE):
@@ -85,7 +88,15 @@ def _check_validation(
 
 
 def check_intervals(report: Report, what: str, data: bytes, validation: bytes | None) -> None:
-    """Whether they hold for the rows that they were made of, whatever the way."""
+    """Checks that intervals cover the validation rows that they were fitted to.
+
+    This holds for correctly fitted intervals, and does not repeat the fit, so that intervals of other versions pass.
+
+    Args:
+        what: name of the file, for the findings.
+        data: content of `intervals.json`.
+        validation: content of `validation.parquet`; None if it is unknown, and then only the format is checked.
+    """
     from fusion.records.intervals import bounds, is_within
     from fusion.records.validation import from_parquet
 

@@ -1,4 +1,4 @@
-"""Checks of an ensemble: its files, its members, which have to be there still, and its figures."""
+"""Checks of an ensemble: its files, its figures, and that the runs that it is made of still exist."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ from fusion.records.schemas import (
 from fusion.verify.checkpoint import check_intervals
 from fusion.verify.findings import Report, check_files, check_once, first_line, parsed, read
 
+# Relative. Fitted weights are rounded, so that they add up to 1 only about; sums of float64 depend on their order.
 TOLERANCE = 1e-6
 
 
 def is_ensemble(folder: str, manifest: bytes | None) -> bool:
-    """Whether the folder is, or was to become, that of an ensemble: its record is written first, its manifest last."""
+    """Whether the folder is that of an ensemble, committed or not: `ensemble.json` is written first, the manifest last.
+
+    Args:
+        manifest: content of the folder's manifest; None if it has none.
+    """
     return (manifest is not None and ENSEMBLE.encode() in manifest) or storage.exists(storage.join(folder, ENSEMBLE))
 
 
 def check_ensemble(report: Report, folder: str) -> None:
-    """Checks all of an ensemble's folder, and whether each member is as it was."""
+    """Checks the folder of an ensemble, and that each member still has the model that the ensemble was made with."""
     if not storage.exists(storage.join(folder, MANIFEST)):
         report.note(f"{storage.base(folder)}: not committed, so it does not count")
         return
@@ -41,7 +46,7 @@ def check_ensemble(report: Report, folder: str) -> None:
     facts = parsed(report, FACTS, contents.get(FACTS), RunFacts)
     if manifest is None or record is None or facts is None:
         return
-    if storage.base(folder.rpartition("/")[0]) == "runs":  # and not of a copy that lies elsewhere
+    if storage.base(folder.rpartition("/")[0]) == "runs":  # a copy elsewhere may have any name
         report.expect(f"{ENSEMBLE}: run_id", storage.base(folder), record.run_id)
     report.expect("run.json: run_id", record.run_id, facts.run_id)
     report.expect("run.json: variant", ENSEMBLE_VARIANT, facts.variant)
@@ -58,13 +63,14 @@ def check_ensemble(report: Report, folder: str) -> None:
 
 
 def _check_member(report: Report, folder: str, member: EnsembleMember) -> None:
+    """Compares a member with its run. In a copy of the ensemble alone, runs are missing, which is only noted."""
     output, inside, _ = folder.rpartition("/runs/")
     what = f"member {member.run}: model_sha256 of {member.checkpoint}"
     content = read(storage.join(output, member.run, "checkpoints", member.checkpoint, MANIFEST)) if inside else None
     if content is None and (not inside or storage.exists(storage.join(folder, PULLED))):
-        report.note(f"member {member.run}: not here, so it was not compared")
+        report.note(f"member {member.run}: its run is not in this copy, so it was not compared")
     elif content is None:
-        report.bad(what, "a member that is still there", "no such checkpoint: the ensemble cannot predict without it")
+        report.bad(what, "a checkpoint", "no such checkpoint, and the ensemble cannot predict without it")
     else:
         made = parsed(report, f"member {member.run}: {member.checkpoint}/{MANIFEST}", content, CheckpointManifest)
         if made is not None:
@@ -72,6 +78,7 @@ def _check_member(report: Report, folder: str, member: EnsembleMember) -> None:
 
 
 def _check_validation(report: Report, record: EnsembleRecord, content: bytes) -> None:
+    """Compares the validation rows of the ensemble with the figures in `ensemble.json`."""
     import pandas as pd
     from pyarrow import ArrowException
 
@@ -94,7 +101,10 @@ def _check_validation(report: Report, record: EnsembleRecord, content: bytes) ->
 
 
 def record_in(folder: str) -> EnsembleRecord | None:
-    """What the ensemble says, committed or not; None when there is none, or it is damaged: `check_ensemble` says so."""
+    """Content of `ensemble.json`, committed or not; None if it does not exist, or is damaged.
+
+    Nothing is reported here: `check_ensemble` reports damage.
+    """
     content = read(storage.join(folder, ENSEMBLE))
     try:
         return None if content is None else validated(EnsembleRecord, content)

@@ -1,4 +1,4 @@
-"""What checks of a bucket come to, one line each, and the checks that several kinds of folder have in common."""
+"""The findings of the checks, one line each, and the checks that several kinds of folders share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ M = TypeVar("M", bound=Manifest)
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check came to; as text, its line of the report.
+    """The result of one check; as text, its line of the report.
 
     >>> print(Finding("BAD", "rows: expected 3, found 2"))
     BAD  rows: expected 3, found 2
@@ -38,23 +38,23 @@ class Finding:
 
 
 class Report:
-    """The findings so far.
+    """Collects findings.
 
     Args:
-        say: called with each as it is made.
-        place: what stands before each finding, such as "runs/r: ".
+        say: called with each finding as soon as it is made.
+        prefix: text before each finding, such as "runs/r: ".
     """
 
-    def __init__(self, say: Callable[[Finding], None] = lambda _: None, place: str = "") -> None:
+    def __init__(self, say: Callable[[Finding], None] = lambda _: None, prefix: str = "") -> None:
         self.findings: list[Finding] = []
-        self.say, self.place = say, place
+        self.say, self.prefix = say, prefix
 
     @contextmanager
-    def within(self, place: str) -> Iterator[None]:
-        """Names where what is found inside lies."""
-        before, self.place = self.place, f"{place}: "
+    def within(self, folder: str) -> Iterator[None]:
+        """Puts the name of the folder before the findings that are made inside of the `with` block."""
+        before, self.prefix = self.prefix, f"{folder}: "
         yield
-        self.place = before
+        self.prefix = before
 
     @property
     def n_wrong(self) -> int:
@@ -66,15 +66,17 @@ class Report:
             self.say(finding)
 
     def ok(self, what: str) -> None:
-        self.add(Finding("ok", f"{self.place}{what}"))
+        self.add(Finding("ok", f"{self.prefix}{what}"))
 
     def note(self, what: str) -> None:
-        self.add(Finding("note", f"{self.place}{what}"))
+        """Adds something that a reader should know, but that is not an error."""
+        self.add(Finding("note", f"{self.prefix}{what}"))
 
     def bad(self, what: str, expected: object, found: object) -> None:
-        self.add(Finding("BAD", f"{self.place}{what}: expected {expected}, found {found}"))
+        self.add(Finding("BAD", f"{self.prefix}{what}: expected {expected}, found {found}"))
 
     def expect(self, what: str, expected: object, found: object) -> None:
+        """Adds ok if both are equal, else BAD."""
         if found == expected:
             self.ok(f"{what}: {found}")
         else:
@@ -84,13 +86,16 @@ class Report:
 def check_files(
     report: Report, folder: str, kind: type[M], required: set[str], left_out: Container[str] = ()
 ) -> tuple[M | None, dict[str, bytes]]:
-    """Checks a folder's files against its manifest and reports what is wrong.
-
-    Returns the manifest (None if it is missing or invalid) and the bytes of each listed file that exists, damaged ones
-    included.
+    """Checks the manifest of a folder and the sha256 of every file that it lists.
 
     Args:
+        kind: type of the manifest.
+        required: names of files that the manifest must list.
         left_out: names of files that a copy of the folder may lack.
+
+    Returns:
+        The manifest, or None if it is missing or damaged; and name to bytes of each listed file that exists, damaged
+        or not.
     """
     name, contents = storage.base(folder), dict[str, bytes]()
     manifest = parsed(report, f"{name}/{MANIFEST}", read(storage.join(folder, MANIFEST)), kind)
@@ -110,13 +115,13 @@ def check_files(
 
 
 def check_content(report: Report, what: str, entry: FileEntry, data: bytes | None) -> None:
-    """Whether these are the bytes that a manifest names."""
+    """Checks that these bytes have the size and sha256 that a manifest states; None if the file does not exist."""
     found = "no such file" if data is None else _measure(len(data), storage.sha256(data))
     report.expect(what, _measure(entry.bytes, entry.sha256), found)
 
 
 def check_beginning(report: Report, what: str, entry: FileEntry, data: bytes | None) -> None:
-    """Whether the file begins with the bytes that a document names: it may have been appended to since."""
+    """As `check_content`, but the file may be longer, because it may have been appended to since."""
     check_content(report, what, entry, None if data is None else data[: entry.bytes])
 
 
@@ -125,16 +130,16 @@ def _measure(n_bytes: int, sha256: str) -> str:
 
 
 def check_once(report: Report, what: str, ids: Sequence[str]) -> None:
-    """Whether each id occurs once, and none is empty: one finding."""
-    twice = [sample_id for sample_id, count in Counter(ids).items() if count > 1 or not sample_id]
-    if twice:
-        report.bad(what, "each once, none empty", f"{len(twice)} others: {some(twice)}")
+    """Checks that no id is repeated or empty: one finding."""
+    wrong = [sample_id for sample_id, count in Counter(ids).items() if count > 1 or not sample_id]
+    if wrong:
+        report.bad(what, "each once and not empty", f"{len(wrong)} repeated or empty: {some(wrong)}")
     else:
         report.ok(f"{what}: each once")
 
 
 def check_comparables(report: Report, what: str, rows: pd.DataFrame) -> None:
-    """Whether rows that name comparable products name some that can be."""
+    """Checks the columns with comparable products, if there are any, see `predictions.misnamed`."""
     from fusion.submissions.predictions import COMPARABLES, misnamed
 
     if not any(name in rows for name in COMPARABLES):
@@ -145,13 +150,19 @@ def check_comparables(report: Report, what: str, rows: pd.DataFrame) -> None:
         report.bad(what, f"lists {', '.join(COMPARABLES)}", first_line(error))
         return
     if n_wrong:
-        report.bad(what, "different comparable products, the weightiest first", f"{n_wrong} other rows")
+        report.bad(what, "distinct comparable products in order of their weight", f"{n_wrong} other rows")
     else:
         report.ok(f"{what}: comparable products")
 
 
 def parsed(report: Report, what: str, data: bytes | None, kind: type[T], *, sealed: bool = True) -> T | None:
-    """The JSON as `kind`, and that it is, as it was written: one finding."""
+    """Checks a JSON document: one finding. Returns it as `kind`; None if it is missing or damaged.
+
+    Args:
+        what: name of the document, for the finding.
+        data: its content; None if it does not exist.
+        sealed: whether it must contain a digest of itself.
+    """
     if data is None:
         report.bad(what, "JSON", "no such file")
         return None
@@ -161,7 +172,7 @@ def parsed(report: Report, what: str, data: bytes | None, kind: type[T], *, seal
         report.bad(what, *reason(error.errors()[0]))
         return None
     if sealed and seal_of(data) is Seal.BROKEN:
-        report.bad(what, "what was written", "a document that does not fit its own sha256")
+        report.bad(what, "what was written", "a document that does not match its own sha256")
         return None
     if sealed and seal_of(data) is Seal.ABSENT:
         report.note(f"{what}: {Seal.ABSENT.value}")
@@ -171,7 +182,7 @@ def parsed(report: Report, what: str, data: bytes | None, kind: type[T], *, seal
 
 
 def read(url: str) -> bytes | None:
-    """The object's bytes; None when it does not exist."""
+    """Content of a file; None if it does not exist."""
     try:
         return storage.read(url)
     except DataError:
@@ -179,9 +190,10 @@ def read(url: str) -> bytes | None:
 
 
 def some(values: Sequence[str]) -> str:
-    """The first three, for a message."""
+    """The first three values in alphabetical order, for a message; "none" if there are none."""
     return ", ".join(sorted(values)[:3]) or "none"
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type if the text is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)

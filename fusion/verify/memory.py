@@ -1,4 +1,7 @@
-"""Checks of `memory.safetensors`: the rows that neighbours are taken from are those of the split, with their prices."""
+"""Checks of `memory.safetensors`: its rows and prices are those of the split, and its arrays fit each other.
+
+The file is read with NumPy, so that the command does not have to import torch.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,20 @@ from fusion.verify.findings import Report, first_line
 if TYPE_CHECKING:
     import pandas as pd
 
-COMPONENTS = "components."
+COMPONENTS = "components."  # prefix of the arrays with principal components, one per role
 PARTITION = ("partition.centroids", "partition.lists", "partition.codebook")
-COLUMNS_PER_CODE = 4  # a copy of the constant in `fusion.nn.approximate`: verify must not load torch
+COLUMNS_PER_CODE = 4  # a copy of the constant in `fusion.nn.approximate`, which cannot be imported without torch
+SIDES = ("train", "validation", "dropped")
 WANTED = ("ids", "prices", "keys", "folds", "groups", "weights")
 
 
 def check_memory(report: Report, content: bytes, split: bytes | None, facts: RunFacts | None) -> None:
-    """Checks what a model leans on; it is read without torch.
+    """Checks the memory of a run, whose sha256 is compared elsewhere.
 
     Args:
-        split: of the run; None: there is none.
-        facts: None: unknown.
+        content: of `memory.safetensors`.
+        split: content of the run's `split.parquet`; None if it is missing or damaged.
+        facts: `run.json` of the run; None if it is missing or damaged.
     """
     arrays = _parsed(report, content)
     if arrays is None:
@@ -39,13 +44,14 @@ def check_memory(report: Report, content: bytes, split: bytes | None, facts: Run
 
 
 def _parsed(report: Report, content: bytes) -> Mapping[str, np.ndarray] | None:
+    """The arrays in the file; None, with a finding, if it is not safetensors or an array is missing."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
         arrays: Mapping[str, np.ndarray] = load(content)
     except (SafetensorError, ValueError) as error:
-        report.bad(MEMORY, "rows that neighbours are taken from", first_line(error))
+        report.bad(MEMORY, "a safetensors file", first_line(error))
         return None
     missing = [name for name in WANTED if name not in arrays]
     if missing:
@@ -55,6 +61,7 @@ def _parsed(report: Report, content: bytes) -> Mapping[str, np.ndarray] | None:
 
 
 def _check_shapes(report: Report, arrays: Mapping[str, np.ndarray], facts: RunFacts | None) -> None:
+    """Compares the columns of keys and components with each other and with `run.json`."""
     components = {name.removeprefix(COMPONENTS): one for name, one in arrays.items() if name.startswith(COMPONENTS)}
     n_columns = sum(one.shape[1] for one in components.values())
     report.expect(f"{MEMORY}: columns of its keys", n_columns, arrays["keys"].shape[-1])
@@ -68,7 +75,7 @@ def _check_shapes(report: Report, arrays: Mapping[str, np.ndarray], facts: RunFa
 
 
 def _check_lists(report: Report, arrays: Mapping[str, np.ndarray]) -> None:
-    """Whether the lists that an approximate search looks through, if there are any, are lists of these rows."""
+    """Checks that the lists of the approximate search, if the file has them, fit its rows."""
     there = [name for name in PARTITION if name in arrays]
     if not there:
         return
@@ -84,7 +91,10 @@ def _check_lists(report: Report, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _rows(split: bytes) -> pd.DataFrame | None:
-    """sample_id, price, group, side and perhaps fold; None: the split is damaged, which its own check says."""
+    """The rows of the split: sample_id, price, group, side and perhaps fold.
+
+    Returns None if it is damaged, which is reported by the check of the split.
+    """
     import pandas as pd
     from pyarrow import ArrowException
 
@@ -95,6 +105,7 @@ def _rows(split: bytes) -> pd.DataFrame | None:
 
 
 def _check_rows(report: Report, arrays: Mapping[str, np.ndarray], rows: pd.DataFrame) -> None:
+    """Compares ids, prices, groups and folds with the split."""
     n_rows = {len(arrays[name]) for name in ("prices", "keys", "folds", "groups")}
     if n_rows != {len(rows)}:
         report.bad(f"{MEMORY}: rows", f"{len(rows)}, as in split.parquet", ", ".join(map(str, sorted(n_rows))))
@@ -107,15 +118,21 @@ def _check_rows(report: Report, arrays: Mapping[str, np.ndarray], rows: pd.DataF
     }
     other = [name for name, is_same in same.items() if not is_same]
     if other:
-        report.bad(f"{MEMORY}: {', '.join(other)}", "those of split.parquet", "others")
+        report.bad(f"{MEMORY}: {', '.join(other)}", "those of split.parquet", "other values")
     else:
         report.ok(f"{MEMORY}: {len(rows)} rows, those of split.parquet, {int((arrays['folds'] < 0).sum())} unused")
 
 
 def _are_folds_of(folds: np.ndarray, rows: pd.DataFrame) -> bool:
-    """Whether each row is in its part, or in none, as one without embeddings is; sides are two parts."""
+    """Whether the folds in the memory are those of the split.
+
+    A row without embeddings has fold -1 and is never a neighbour. If the split has no folds, the training rows are one
+    fold, the validation rows another, and dropped rows have none.
+    """
     used = folds >= 0
     if "fold" in rows:
         return bool((folds == rows["fold"])[used].all())
-    parts = [set(folds[used & (rows["side"] == side)]) for side in ("train", "validation", "dropped")]
-    return len(parts[0]) <= 1 and len(parts[1]) <= 1 and not parts[0] & parts[1] and not parts[2]
+    train, validation, dropped = (set(folds[used & (rows["side"] == side)]) for side in SIDES)
+    if len(train) > 1 or len(validation) > 1:
+        return False
+    return not train & validation and not dropped

@@ -1,4 +1,4 @@
-"""Checks of the metrics by group that an evaluation has written into a run."""
+"""Checks of `metrics/` in a run: the metrics by group that an evaluation wrote, and the result of an ablation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILES = {"groups.csv", "groups.parquet", "summary.json", "predictions.parquet"}
-# summary.json has ten digits after the point, which leaves a SMAPE of 0.01% exact to this.
+# Relative. summary.json has ten decimals, so that a SMAPE as small as 0.01% has a relative error below this.
 TOLERANCE = 1e-6
 
 
@@ -30,13 +30,16 @@ def check_metrics(
     checkpoints: Mapping[str, CheckpointManifest],
     validating: set[str] | None,
 ) -> None:
-    """Checks whether the metrics are whole, and of this run's data, model and validation rows.
+    """Checks that the metrics are not damaged, and belong to this run's data, model and validation rows.
+
+    If another evaluation replaces the files during the check, only a note is added.
 
     Args:
-        checkpoints: of the run, by name.
-        validating: ids of the rows that validate; None: unknown.
+        facts: `run.json` of the run; None if it is missing or damaged.
+        checkpoints: manifests of the run's checkpoints, by name.
+        validating: ids of the validation rows; None if unknown.
     """
-    folder, part = run.metrics, Report(place=report.place)
+    folder, part = run.metrics, Report(prefix=report.prefix)
     before = read(storage.join(folder, MANIFEST))
     if before is None:
         _check_unfinished(report, run)
@@ -55,7 +58,10 @@ def check_metrics(
 def check_ablation(
     report: Report, run: RunFolder, facts: RunFacts | None, checkpoints: Mapping[str, CheckpointManifest]
 ) -> None:
-    """Checks what an ablation has written into the run, if there is any: it is of this run, and its figures add up."""
+    """Checks `ablation.json`, if it exists: it belongs to this run, and its Shapley values add up.
+
+    By definition, the Shapley values of all sources add up to the SMAPE without sources minus that with all of them.
+    """
     content = read(run.at("metrics", ABLATION))
     if content is None:
         return
@@ -69,15 +75,19 @@ def check_ablation(
     if made is not None:
         report.expect(f"metrics/{ABLATION}: model_sha256", made.sha256_of(MODEL), record.model_sha256)
     worth, total = record.nothing - record.everything, sum(one.shapley.mean for one in record.sources)
-    if not math.isclose(worth, total, abs_tol=1e-4):  # each is rounded to 1e-6
+    if not math.isclose(worth, total, abs_tol=1e-4):  # each is rounded to 1e-6, and there are fewer than 100 sources
         report.bad(f"metrics/{ABLATION}: sum of the Shapley values", worth, total)
 
 
 def _check_unfinished(report: Report, run: RunFolder) -> None:
-    """Files without a manifest are those of an evaluation that runs or was killed: its parts lie in the run then."""
+    """Reports files of metrics without a manifest.
+
+    An evaluation that still runs, or was killed, leaves such files, and then also has chunks in `parts/`: only a note.
+    Without the chunks the manifest was lost.
+    """
     names = {storage.base(url) for url in storage.ls(run.metrics)} - {LINES, EPOCHS, ABLATION}
     if names and storage.ls(run.parts):
-        report.note("metrics: an evaluation is not complete; run it again")
+        report.note("metrics: an evaluation has not completed; if it is not running, run it again")
     elif names & FILES:
         report.bad(f"metrics/{MANIFEST}", f"one beside {some(list(names))}", "no such file")
 
@@ -89,6 +99,7 @@ def _check_lineage(
     facts: RunFacts | None,
     checkpoints: Mapping[str, CheckpointManifest],
 ) -> None:
+    """Compares the digests in the manifest of the metrics with the run and the evaluated checkpoint."""
     if facts is not None and manifest.run_id:  # earlier versions did not say
         report.expect("metrics: run_id of run.json", facts.run_id, manifest.run_id)
         report.expect("metrics: data_sha256 of run.json", facts.data_sha256, manifest.data_sha256)
@@ -96,7 +107,7 @@ def _check_lineage(
     if made is not None and made.sha256_of(MODEL) and manifest.model_sha256:
         report.expect(f"metrics: model_sha256 of {name}", made.sha256_of(MODEL), manifest.model_sha256)
     elif made is None and name < max(checkpoints, default=""):
-        report.note(f"metrics: of {name}, which is no longer kept; evaluate again")
+        report.note(f"metrics: they are of {name}, which was removed since; run the evaluation again")
     elif made is None and not storage.exists(run.at("checkpoints", name, MANIFEST)):
         report.bad("metrics: checkpoint", some(list(checkpoints)), name)
 
@@ -104,7 +115,7 @@ def _check_lineage(
 def _check_content(
     report: Report, manifest: MetricsManifest, contents: Mapping[str, bytes], validating: set[str] | None
 ) -> None:
-    """Recomputes from the predictions what can be."""
+    """Recomputes the figures that can be recomputed from the predictions."""
     import pandas as pd
     from pyarrow import ArrowException
 
@@ -124,14 +135,14 @@ def _check_content(
     _check_coverage(report, rows, summary)
     check_comparables(report, "metrics/predictions.parquet", rows)
     if groups.to_csv(index=False).encode() != contents["groups.csv"]:
-        report.bad("metrics/groups.csv", "the rows of groups.parquet", "others")
+        report.bad("metrics/groups.csv", "the rows of groups.parquet", "other rows")
     if validating is not None and validating != ids:
         others = some(list(validating ^ ids))
         report.bad("metrics/predictions.parquet", "the validation rows of the split", f"others: {others}")
 
 
 def _check_coverage(report: Report, rows: pd.DataFrame, summary: Mapping[str, Any]) -> None:
-    """Recomputes how many prices lie within the bounds."""
+    """Recomputes the share of prices within their bounds, and checks the order of the bounds."""
     from fusion.records.intervals import is_within, misplaced
 
     covered = {name: value for name, value in summary.items() if name.startswith("covered_")}
@@ -145,4 +156,4 @@ def _check_coverage(report: Report, rows: pd.DataFrame, summary: Mapping[str, An
         if not math.isclose(share, float(covered[name]), rel_tol=TOLERANCE):
             report.bad(f"metrics/summary.json: {name}, recomputed", share, covered[name])
     if n_wrong:
-        report.bad("metrics/predictions.parquet", "finite bounds around the predicted price", f"{n_wrong} others")
+        report.bad("metrics/predictions.parquet", "finite bounds around the predicted price", f"{n_wrong} other rows")

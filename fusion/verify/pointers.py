@@ -1,4 +1,4 @@
-"""Checks of pointers: that each lies where it was written, and that what it names is there and fits it."""
+"""Checks of pointers: each is in the place that it was written to, and what it names exists and matches it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ POINTERS = "/pointers/"
 
 
 def check_pointer(report: Report, url: str, data: str | None) -> None:
-    """Checks a pointer, and the run or the submission that it names.
+    """Checks a pointer, and the run, ensemble or submission that it names.
 
     Args:
-        data: folder or bucket whose `test.csv` has a submission's ids; None: the one that it was made from.
+        data: as for `verify`.
     """
     output, _, rest = url.rpartition(POINTERS)
     if rest.startswith("runs/"):
@@ -42,7 +42,10 @@ def check_pointer(report: Report, url: str, data: str | None) -> None:
 
 
 def check_run_pointer(report: Report, url: str) -> RunPointer | None:
-    """Checks a pointer to a run, but not the run itself; what it says, if it can be read."""
+    """Checks a pointer to a run or an ensemble, but not the run itself.
+
+    Returns the pointer; None if it is missing or damaged.
+    """
     pointer = _parse(report, url, RunPointer)
     if pointer is None:
         return None
@@ -59,12 +62,13 @@ def check_run_pointer(report: Report, url: str) -> RunPointer | None:
         report.bad(what, pointer.smape, "no such checkpoint")
         return pointer
     report.expect(what, made.smape, pointer.smape)
-    if pointer.split_sha256 and made.split_sha256:  # earlier versions did not say
+    if pointer.split_sha256 and made.split_sha256:  # earlier versions did not write them
         report.expect(f"{_name(url)}: split_sha256 of {pointer.run_id}", made.split_sha256, pointer.split_sha256)
     return pointer
 
 
 def _compare_ensemble(report: Report, name: str, pointer: RunPointer, folder: str) -> None:
+    """Compares a pointer with the ensemble in the folder that it names."""
     what = f"{name}: smape of {pointer.run_id}"
     record = record_in(folder) if storage.exists(storage.join(folder, MANIFEST)) else None
     if record is None:
@@ -76,7 +80,10 @@ def _compare_ensemble(report: Report, name: str, pointer: RunPointer, folder: st
 
 
 def check_submission_pointer(report: Report, url: str) -> SubmissionPointer | None:
-    """Checks a pointer to a submission, but not the submission itself; what it says, if it can be read."""
+    """Checks a pointer to a submission, but not the submission itself.
+
+    Returns the pointer; None if it is missing or damaged.
+    """
     pointer = _parse(report, url, SubmissionPointer)
     if pointer is None:
         return None
@@ -90,21 +97,23 @@ def check_submission_pointer(report: Report, url: str) -> SubmissionPointer | No
 
 
 def _name(url: str) -> str:
+    """Path of a pointer below the output: `pointers/runs/qwen_clip/best.json`."""
     return f"pointers/{url.rpartition(POINTERS)[2]}"
 
 
 def _parse(report: Report, url: str, kind: type[T]) -> T | None:
+    """Checks the document itself, and that it was written to this URL and not copied from another pointer."""
     content = read(url)
     pointer = parsed(report, _name(url), content, kind)
     if pointer is not None and content is not None:
-        place = validated(PointerPath, content).pointer
-        if place:  # earlier versions did not say
-            report.expect(f"{_name(url)}: pointer", _name(url), f"pointers/{place}.json")
+        path = validated(PointerPath, content).pointer
+        if path:  # earlier versions did not write it
+            report.expect(f"{_name(url)}: pointer", _name(url), f"pointers/{path}.json")
     return pointer
 
 
 def _read(kind: type[T], url: str) -> T | None:
-    """The document; None when there is none, or it is damaged: the check of its folder says so."""
+    """The document; None if it does not exist or is damaged, which the check of its folder reports."""
     content = read(url)
     try:
         return None if content is None else validated(kind, content)

@@ -1,9 +1,13 @@
-"""Checks of a run: what it was started with, its attempts, its checkpoints and the history of its training.
+"""Checks of a run: its settings, its data split, its attempts, its checkpoints and the history of its training.
 
-No kill, and no training that goes on meanwhile, leaves anything that is BAD here. The order in which a run is written
-says what may be missing: config.json, lease.json, attempts/<n>/start.json, features.safetensors where sources are
-computed, run.json, split.parquet, memory.safetensors where the model leans on neighbours, then for each checkpoint the
-history, the files and the manifest, and at the end the pointers, log.txt and exit.json.
+A run that is killed at any moment, or is still training during the check, must not be reported as BAD. What may be
+missing follows from the order in which a run writes its files:
+
+1. config.json, lease.json and attempts/<n>/start.json,
+2. features.safetensors (if sources are computed), run.json, split.parquet and memory.safetensors (if the model uses
+   neighbours),
+3. for each checkpoint, the history in metrics/, the files of the checkpoint, and its manifest,
+4. at the end, the pointers, log.txt and exit.json.
 """
 
 from __future__ import annotations
@@ -34,17 +38,17 @@ from fusion.verify.metrics import check_ablation, check_metrics
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """What of a run other documents can be compared with.
+    """What the checks of a run have read so far, for comparisons with other documents.
 
     Attributes:
-        facts: None: there is no `run.json`, or it is damaged.
+        facts: `run.json`; None if it is missing or damaged.
         run_sha256, split_sha256, features_sha256, memory_sha256: of the bytes of `run.json`, `split.parquet`,
-            `features.safetensors` and `memory.safetensors`; empty: there is none.
-        validating: ids of the rows that validate; None: unknown.
-        left_out: paths below the folder that `jobs/pull.py` did not fetch; None: this is no pulled copy.
+            `features.safetensors` and `memory.safetensors`; empty if the file does not exist.
+        validating: ids of the validation rows; None if the split is missing or damaged.
+        left_out: paths below the folder that `jobs/pull.py` did not copy; None if the folder is not such a copy.
         committed: names of the checkpoints that have a manifest, oldest first.
-        checkpoints: their manifests by name, but for damaged ones.
-        ends: how its attempts ended, by number.
+        checkpoints: manifests of these by name, without damaged ones.
+        ends: `exit.json` of the attempts that have ended, by number.
     """
 
     folder: RunFolder
@@ -61,27 +65,30 @@ class CheckedRun:
 
     @property
     def newest(self) -> CheckpointManifest | None:
+        """Manifest of the newest checkpoint; None if there is no checkpoint, or this manifest is damaged."""
         return self.checkpoints.get(self.committed[-1]) if self.committed else None
 
     @property
     def last_end(self) -> AttemptEnd | None:
+        """How the newest attempt that has ended did so; None if no attempt has ended."""
         return self.ends[max(self.ends)] if self.ends else None
 
 
 def check_run(report: Report, run: RunFolder) -> CheckedRun:
-    """Checks all of a run's folder."""
+    """Checks all files in the folder of a run; returns what other checks compare with."""
     pulled = _check_pulled(report, run)
     facts, run_sha256 = _check_settings(report, run)
     content = read(run.at(SPLIT))
     n_wrong = report.n_wrong
     validating = _check_split(report, content, expected=_is_trained(run))
-    whole_split = content if report.n_wrong == n_wrong else None  # with a damaged one nothing else is compared
+    whole_split = content if report.n_wrong == n_wrong else None  # nothing else is compared with a damaged split
     split_sha256 = "" if content is None else storage.sha256(content)
     features_sha256 = _check_features(report, run, facts)
     memory_sha256 = _check_memory(report, run, whole_split, facts)
     digests = (run_sha256, split_sha256, features_sha256, memory_sha256)
     checked = CheckedRun(run, facts, *digests, validating, pulled, [], {}, {})
-    checked.ends.update(_check_attempts(report, checked))  # before the checkpoints: an end names one that is committed
+    # Attempts are read before checkpoints: the checkpoint that an `exit.json` names is then committed already.
+    checked.ends.update(_check_attempts(report, checked))
     _check_checkpoints(report, checked)
     _check_ends(report, checked)
     _check_history(report, checked)
@@ -91,18 +98,19 @@ def check_run(report: Report, run: RunFolder) -> CheckedRun:
 
 
 def _check_pulled(report: Report, run: RunFolder) -> tuple[str, ...] | None:
+    """Paths that `jobs/pull.py` did not copy; None if this is not a copy that it made."""
     content = read(run.at(PULLED))
     marker = None if content is None else parsed(report, PULLED, content, Pulled)
     return marker.left_out if marker else None
 
 
 def _is_trained(run: RunFolder) -> bool:
-    """Whether a checkpoint was begun: all that a run is started with was written before."""
+    """Whether a checkpoint was begun. Then `run.json`, the split and the memory must exist."""
     return bool(storage.ls(run.at("checkpoints")))
 
 
 def _check_settings(report: Report, run: RunFolder) -> tuple[RunFacts | None, str]:
-    """`config.json` and `run.json`: the latter's facts and the sha256 of its bytes."""
+    """Checks `config.json` and `run.json`; returns the content of the latter, and the sha256 of its bytes."""
     settings, content = read(run.at(CONFIG)), read(run.at(FACTS))
     config = parsed(report, CONFIG, settings, DataOfRun, sealed=False)
     if content is None and not _is_trained(run) and not storage.exists(run.at(SPLIT)):
@@ -111,7 +119,7 @@ def _check_settings(report: Report, run: RunFolder) -> tuple[RunFacts | None, st
     facts = parsed(report, FACTS, content, RunFacts)
     if facts is None:
         return None, ""
-    if storage.base(run.url.rpartition("/")[0]) == "runs":  # and not of a copy that lies elsewhere
+    if storage.base(run.url.rpartition("/")[0]) == "runs":  # a copy elsewhere may have any name
         report.expect("run.json: run_id", run.run_id, facts.run_id)
     if settings and config:
         _compare_settings(report, settings, facts)
@@ -119,18 +127,22 @@ def _check_settings(report: Report, run: RunFolder) -> tuple[RunFacts | None, st
 
 
 def _compare_settings(report: Report, settings: bytes, facts: RunFacts) -> None:
+    """Compares `config.json` with both digests in `run.json`: of the settings that matter, and of all its bytes."""
     digest, expected = config_digest(json.loads(settings)), facts.config_json_sha256
-    if digest != facts.config_sha256 or expected in (
-        None,
-        storage.sha256(settings),
-    ):  # earlier versions did not write it
+    is_same = expected in (None, storage.sha256(settings))  # None: an earlier version wrote `run.json`
+    if digest != facts.config_sha256 or is_same:
         report.expect("config.json: config_sha256 of run.json", facts.config_sha256, digest)
     else:
         report.bad("config.json: config_json_sha256 of run.json", expected, storage.sha256(settings))
 
 
 def _check_split(report: Report, data: bytes | None, *, expected: bool) -> set[str] | None:
-    """Ids of the rows that validate; None: there is no whole split."""
+    """Checks `split.parquet`; returns the ids of the validation rows, or None if it is missing or damaged.
+
+    Args:
+        data: its content; None if it does not exist.
+        expected: whether it must exist.
+    """
     import pandas as pd
     from pyarrow import ArrowException
 
@@ -145,7 +157,8 @@ def _check_split(report: Report, data: bytes | None, *, expected: bool) -> set[s
         report.bad(SPLIT, "Parquet with sample_id and side", first_line(error))
         return None
     check_once(report, f"{SPLIT}: ids", ids)
-    expected_sides = {"validation"} if "fold" in split else {"train", "validation"}  # of all folds, all rows validate
+    # If all folds are trained (the split has a column fold), every row validates in one of them.
+    expected_sides = {"validation"} if "fold" in split else {"train", "validation"}
     if set(sides) - {"dropped"} != expected_sides:
         wanted = " and ".join(sorted(expected_sides))
         report.bad(f"{SPLIT}: sides", wanted, " and ".join(sorted(sides)) or "no rows")
@@ -156,7 +169,7 @@ def _check_split(report: Report, data: bytes | None, *, expected: bool) -> set[s
 
 
 def _check_features(report: Report, run: RunFolder, facts: RunFacts | None) -> str:
-    """sha256 of `features.safetensors`; empty if there is none."""
+    """Checks `features.safetensors`; returns its sha256, or empty text if it does not exist."""
     from fusion.features.fitted import from_bytes
 
     content = read(run.at(FEATURES))
@@ -165,7 +178,7 @@ def _check_features(report: Report, run: RunFolder, facts: RunFacts | None) -> s
     try:
         dims = from_bytes(content, FEATURES).dims
     except DataError as error:
-        report.bad(FEATURES, "what sources are computed with", error.message)
+        report.bad(FEATURES, "a readable file", error.message)
         return storage.sha256(content)
     if facts is not None:
         report.expect(f"{FEATURES}: dims of run.json", {role: facts.dims.get(role) for role in dims}, dims)
@@ -173,7 +186,7 @@ def _check_features(report: Report, run: RunFolder, facts: RunFacts | None) -> s
 
 
 def _check_memory(report: Report, run: RunFolder, split: bytes | None, facts: RunFacts | None) -> str:
-    """sha256 of `memory.safetensors`; empty if there is none."""
+    """Checks `memory.safetensors`; returns its sha256, or empty text if it does not exist."""
     content = read(run.at(MEMORY))
     if content is None:
         return ""
@@ -182,7 +195,7 @@ def _check_memory(report: Report, run: RunFolder, split: bytes | None, facts: Ru
 
 
 def _check_attempts(report: Report, run: CheckedRun) -> dict[int, AttemptEnd]:
-    """How the attempts ended, by number; one that was killed, or still runs, has no end."""
+    """Checks all attempts; returns the ends by number. An attempt that was killed or still runs has no end."""
     folders = {storage.base(folder): folder for folder in storage.ls(run.folder.at("attempts"))}
     numbers = sorted(int(name) for name in folders if name.isdigit())
     _check_lease(report, run, numbers)
@@ -191,7 +204,14 @@ def _check_attempts(report: Report, run: CheckedRun) -> dict[int, AttemptEnd]:
 
 
 def _check_lease(report: Report, run: CheckedRun, numbers: list[int]) -> None:
-    content = read(run.folder.at(LEASE))  # after the list of attempts: each takes the lease first
+    """Checks that the lease is of the newest attempt, or a newer one.
+
+    Each attempt takes the lease before it writes its folder, so the lease is read after the attempts were listed.
+
+    Args:
+        numbers: of the attempts that have a folder, ascending.
+    """
+    content = read(run.folder.at(LEASE))
     if content is None and LEASE in (run.left_out or ()):
         return
     if content is None and not numbers:
@@ -203,8 +223,9 @@ def _check_lease(report: Report, run: CheckedRun, numbers: list[int]) -> None:
 
 
 def _check_attempt(report: Report, folder: str, number: int) -> AttemptEnd | None:
+    """Checks start, end and log of an attempt; returns its end, or None if it has none."""
     if not storage.ls(folder):
-        return None  # on a file system, of an attempt that was killed while it wrote its first file
+        return None  # an empty folder remains if an attempt on a file system was killed at its first write
     start = parsed(report, f"attempts/{number}/start.json", read(storage.join(folder, START)), AttemptStart)
     if start is not None:
         report.expect(f"attempts/{number}/start.json: attempt", number, start.attempt)
@@ -221,7 +242,7 @@ def _check_attempt(report: Report, folder: str, number: int) -> AttemptEnd | Non
 
 
 def _check_checkpoints(report: Report, run: CheckedRun) -> None:
-    """Adds to the run what is committed."""
+    """Checks all checkpoints, and adds the committed ones to `run.committed` and `run.checkpoints`."""
     folders = storage.ls(run.folder.at("checkpoints"))
     for folder in folders:
         if storage.exists(storage.join(folder, MANIFEST)):
@@ -234,23 +255,31 @@ def _check_checkpoints(report: Report, run: CheckedRun) -> None:
 
 
 def _check_uncommitted(report: Report, folder: str, run: CheckedRun) -> None:
-    """A kill leaves such a folder, but not of a checkpoint that pruning has left beside the newest."""
+    """Reports the folder of a checkpoint without a manifest.
+
+    A job that is killed while it writes leaves one: only a note. But if the newest checkpoint names it among those that
+    were kept, it had been committed, and its manifest was lost.
+    """
     name = storage.base(folder)
     if run.newest and name in run.newest.earlier and storage.ls(folder) and _is_newest(run):
-        report.bad(f"{name}/{MANIFEST}", f"one, as {run.newest.name} says", "no such file")
+        report.bad(f"{name}/{MANIFEST}", f"a file, as {run.newest.name} names this checkpoint", "no such file")
     else:
         report.note(f"{name}: not committed, so it does not count")
 
 
 def _is_newest(run: CheckedRun) -> bool:
-    """Whether what was the newest checkpoint still is: the next one prunes, and this looks later than that lists."""
+    """Whether no checkpoint was committed since the others were listed.
+
+    A running training that commits one removes older ones afterwards, so that their absence is no error then.
+    """
     folders = storage.ls(run.folder.at("checkpoints"))
     later = [folder for folder in folders if storage.base(folder) > run.committed[-1]]
     return not any(storage.exists(storage.join(folder, MANIFEST)) for folder in later)
 
 
 def _check_checkpoint_of_run(report: Report, folder: str, run: CheckedRun) -> None:
-    part, name = Report(place=report.place), storage.base(folder)
+    """Checks a committed checkpoint; its findings are dropped if a running training removes it meanwhile."""
+    part, name = Report(prefix=report.prefix), storage.base(folder)
     left_out = {storage.base(path) for path in run.left_out or ()}
     manifest = check_checkpoint(part, folder, left_out, run.facts, run.validating)
     if manifest is not None:
@@ -264,6 +293,7 @@ def _check_checkpoint_of_run(report: Report, folder: str, run: CheckedRun) -> No
 
 
 def _check_lineage(report: Report, name: str, manifest: CheckpointManifest, run: CheckedRun) -> None:
+    """Compares the digests in a checkpoint's manifest with the files of its run."""
     files = {"split_sha256": SPLIT, "run_sha256": FACTS, "features_sha256": FEATURES, "memory_sha256": MEMORY}
     for key, file in files.items():
         stated, found = getattr(manifest, key), getattr(run, key)
@@ -277,11 +307,14 @@ def _check_lineage(report: Report, name: str, manifest: CheckpointManifest, run:
 
 
 def _check_ends(report: Report, run: CheckedRun) -> None:
-    """Whether what the newest attempt that ended had committed is there; pulled copies have only the best."""
+    """Checks that the newest checkpoint is at least as new as the newest `exit.json` says.
+
+    A copy made by `jobs/pull.py` is not checked, since it has only the best checkpoint.
+    """
     end = run.last_end
     if end is None or run.left_out is not None:
         return
-    # A kill comes before the end is recorded, and pruning never removes the newest.
+    # An end is recorded after the last commit, and pruning never removes the newest checkpoint.
     steps = {int(name.removeprefix("step-")) for name in run.committed if name.removeprefix("step-").isdigit()}
     if end.step > max(steps, default=-1):
         report.bad("checkpoints", f"step-{end.step:08d}, as the newest exit.json says", some(run.committed))
@@ -290,7 +323,10 @@ def _check_ends(report: Report, run: CheckedRun) -> None:
 
 
 def _check_history(report: Report, run: CheckedRun) -> None:
-    """Whether `metrics/` has the history that the newest checkpoint was made with: more only while it goes on."""
+    """Checks that `metrics/` has the history that the newest checkpoint states.
+
+    The history may be longer only if the training has not finished: it is written before the next manifest.
+    """
     newest = run.newest
     if newest is None:
         return
@@ -308,7 +344,14 @@ def _check_history(report: Report, run: CheckedRun) -> None:
 
 
 def _kept_smape(run: RunFolder, smapes: list[float]) -> tuple[str, float] | None:
-    """Which epoch's weights are kept, and its SMAPE; None: config.json is damaged, which has a check of its own."""
+    """Which epoch's weights the newest checkpoint must have, and their SMAPE.
+
+    With the cosine schedule these are the last weights, otherwise those with the lowest validation SMAPE. Returns None
+    if `config.json` is damaged, which is reported by its own check.
+
+    Args:
+        smapes: validation SMAPE after each epoch.
+    """
     try:
         settings = json.loads(read(run.at(CONFIG)) or b"")
     except ValueError:

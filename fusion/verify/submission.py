@@ -1,4 +1,4 @@
-"""Checks of one submission: its file, its rows, where it lies, and the model that it says it was made with."""
+"""Checks of one submission: its files, its rows, the folder that it is in, and the model that predicted it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from fusion.verify.findings import Report, check_comparables, check_files, check
 if TYPE_CHECKING:
     import pandas as pd
 
-_PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")
-_NOT_READABLE = (DataError, CredentialsError, ImportError, ValueError)  # not: a store that is silent, which is 69
+_PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")  # a number without sign and exponent
+# Errors for which a comparison with another bucket is skipped with a note. An unreachable store is not among them: it
+# ends the command with exit code 69.
+_NOT_READABLE = (DataError, CredentialsError, ImportError, ValueError)
 
 
 def check_submission(report: Report, folder: str, data: str | None) -> SubmissionManifest | None:
-    """Checks a submission's folder; its manifest, if it is one.
+    """Checks a submission's folder; returns its manifest, or None if that is missing or damaged.
 
     Args:
-        data: folder or bucket whose `test.csv` has its ids; None: the one that it was made from.
+        data: as for `verify`.
     """
     manifest, contents = check_files(report, folder, SubmissionManifest, {SUBMISSION})
     if manifest is None:
         return None
-    _check_place(report, folder, manifest)
+    _check_path(report, folder, manifest)
     if SUBMISSION in contents:
         content = contents[SUBMISSION]
         report.expect("folder's digest", storage.sha256(content)[:12], storage.base(folder))
@@ -47,17 +49,17 @@ def check_submission(report: Report, folder: str, data: str | None) -> Submissio
     return manifest
 
 
-def _check_place(report: Report, folder: str, manifest: SubmissionManifest) -> None:
-    """Whether it lies under its own date and name, unless it is a copy that lies elsewhere."""
-    place, name, date = ["", "", *folder.split("/")][-4:-1]
-    if place == "submissions":
+def _check_path(report: Report, folder: str, manifest: SubmissionManifest) -> None:
+    """Compares date and name with the path of the folder; a copy outside of `submissions/` may have any path."""
+    parent, name, date = ["", "", *folder.split("/")][-4:-1]
+    if parent == "submissions":
         report.expect("date of the manifest", date, manifest.date)
-        if manifest.name:  # earlier versions did not say
+        if manifest.name:  # earlier versions did not write it
             report.expect("name of the manifest", name, manifest.name)
 
 
 def _check_csv(report: Report, content: bytes, n_rows: int) -> list[list[str]]:
-    """Checks header, rows and prices of a submission; its rows."""
+    """Checks header, ids and prices of `submission.csv`; returns its rows as lists of texts."""
     try:
         header, *rows = [*csv.reader(io.StringIO(content.decode(), newline=""), strict=True)] or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
@@ -76,7 +78,7 @@ def _check_csv(report: Report, content: bytes, n_rows: int) -> list[list[str]]:
 
 
 def _check_predictions(report: Report, data: bytes, rows: list[list[str]]) -> None:
-    """Whether these are the rows of `submission.csv`, and each price lies within its intervals."""
+    """Checks that `predictions.parquet` has the rows of `submission.csv`, and that each price is within its bounds."""
     from fusion.submissions.predictions import from_parquet
 
     try:
@@ -88,12 +90,13 @@ def _check_predictions(report: Report, data: bytes, rows: list[list[str]]) -> No
     if [[*row] for row in same] == rows:
         report.ok(f"{PREDICTIONS}: ids and prices of {SUBMISSION}")
     else:
-        report.bad(PREDICTIONS, f"ids and prices of {SUBMISSION}", "others")
+        report.bad(PREDICTIONS, f"ids and prices of {SUBMISSION}", "other rows")
     _check_bounds(report, found)
     check_comparables(report, PREDICTIONS, found)
 
 
 def _check_bounds(report: Report, rows: pd.DataFrame) -> None:
+    """Checks the order of the bounds around each price, if there are bounds."""
     from fusion.records.intervals import misplaced
 
     if not any(str(name).startswith("low_") for name in rows):
@@ -105,7 +108,7 @@ def _check_bounds(report: Report, rows: pd.DataFrame) -> None:
         report.bad(PREDICTIONS, "both bounds of each interval", first_line(error))
         return
     if n_wrong:
-        report.bad(PREDICTIONS, "finite bounds, the wider ones further from the price", f"{n_wrong} other rows")
+        report.bad(PREDICTIONS, "finite bounds around the price, in order", f"{n_wrong} other rows")
     else:
         report.ok(f"{PREDICTIONS}: prices lie within their bounds")
 
@@ -115,20 +118,20 @@ def _is_price(text: str) -> bool:
 
 
 def _compare_ids(report: Report, ids: list[str], manifest: SubmissionManifest, data: str | None) -> None:
-    """Compares with the ids of the `test.csv` it was made from, or of the one in `data`, in their order."""
+    """Compares ids and their order with the `test.csv` in `data`, or else the one that the submission was made from."""
     from fusion.data.tables import read_table
 
     try:
-        where = data or manifest.data or _data_of(manifest.run)
-        found = table_sha256(find_table(where, "test"))
-        table = read_table(where, "test", priced=False, columns=())
+        folder = data or manifest.data or _data_of(manifest.run)
+        found = table_sha256(find_table(folder, "test"))
+        table = read_table(folder, "test", priced=False, columns=())
     except _NOT_READABLE as error:
         report.note(f"ids not compared: {first_line(error)}")
         return
     if not data and manifest.table_sha256 not in ("", found):
-        report.note(f"ids not compared: test.csv in {where} has changed since; --data names a folder with the old one")
+        report.note(f"ids not compared: test.csv in {folder} has changed since; give the old one's folder as --data")
         return
-    what, wanted = f"{SUBMISSION}: ids of test.csv in {where}", list(table.ids[table.file_order])
+    what, wanted = f"{SUBMISSION}: ids of test.csv in {folder}", list(table.ids[table.file_order])
     if ids == wanted:
         report.ok(f"{what}: all {len(wanted)}, in its order")
     else:
@@ -136,10 +139,12 @@ def _compare_ids(report: Report, ids: list[str], manifest: SubmissionManifest, d
 
 
 def _data_of(run: str) -> str:
+    """URL or folder of the data in the settings of the run; for submissions of earlier versions, which lack it."""
     return read_required(DataOfRun, RunFolder(run).at(CONFIG)).data
 
 
 def _difference(wanted: Sequence[str], ids: Sequence[str]) -> str:
+    """How the ids differ, in words."""
     missing, others = list(set(wanted) - set(ids)), list(set(ids) - set(wanted))
     if not missing and not others:
         return "the same ids, in another order or more than once"
@@ -147,6 +152,7 @@ def _difference(wanted: Sequence[str], ids: Sequence[str]) -> str:
 
 
 def _compare_model(report: Report, manifest: SubmissionManifest) -> None:
+    """Compares the model's digest with the checkpoint that the manifest names, if that still exists."""
     if manifest.checkpoint == ENSEMBLE:
         _compare_ensemble(report, manifest)
         return
@@ -157,7 +163,7 @@ def _compare_model(report: Report, manifest: SubmissionManifest) -> None:
         report.note(f"model not compared: {first_line(error)}")
         return
     if data is None:
-        report.note(f"model not compared: {folder} is no longer there")
+        report.note(f"model not compared: {folder} no longer exists")
         return
     made = parsed(report, f"{manifest.checkpoint}/{MANIFEST} of {manifest.run}", data, CheckpointManifest)
     if made is not None:
@@ -165,13 +171,14 @@ def _compare_model(report: Report, manifest: SubmissionManifest) -> None:
 
 
 def _compare_ensemble(report: Report, manifest: SubmissionManifest) -> None:
+    """Compares the model's digest with the ensemble that the manifest names, if that still exists."""
     try:
         data = storage.read_if_exists(RunFolder(manifest.run).at(ENSEMBLE))
     except _NOT_READABLE as error:
         report.note(f"ensemble not compared: {first_line(error)}")
         return
     if data is None:
-        report.note(f"ensemble not compared: {manifest.run} is no longer there")
+        report.note(f"ensemble not compared: {manifest.run} no longer exists")
         return
     record = parsed(report, f"{ENSEMBLE} of {manifest.run}", data, EnsembleRecord)
     if record is not None:

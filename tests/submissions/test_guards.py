@@ -192,7 +192,7 @@ def test_two_products_may_swap_their_photos() -> None:
 
 def test_a_catalog_encoded_otherwise_needs_another_model() -> None:
     found = about(prints(7), prints())
-    assert [one.refused for one in found] == [True, True] and found[0].what.endswith("with the same model")
+    assert [one.refused for one in found] == [True, True] and found[0].what.endswith("although the model is the same")
     assert [one.refused for one in about(prints(7), prints(), OTHER)] == [False, False]
 
 

@@ -110,8 +110,12 @@ def test_a_damaged_file_is_named(what: str, harm: Callable[[Path], None], output
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("{a},{p}\n", "{b},{p}\n", "submission.csv: ids: expected each once, none empty, found 1 others: {b}"),
-        ("{a},{p}\n", ",{p}\n", "submission.csv: ids: expected each once, none empty, found 1 others: "),
+        (
+            "{a},{p}\n",
+            "{b},{p}\n",
+            "ids: expected each once and not empty, found 1 repeated or empty: {b}",
+        ),
+        ("{a},{p}\n", ",{p}\n", "ids: expected each once and not empty, found 1 repeated or empty: "),
         ("{a},{p}\n", "{a},nan\n", "prices: expected plain finite numbers above 0, found 1 others: {a},nan"),
         ("{a},{p}\n", "{a},0.0000\n", "found 1 others: {a},0.0000"),
         ("{a},{p}\n", "{a},-1\n", "found 1 others: {a},-1"),
@@ -273,10 +277,10 @@ def other_arrays(path: Path, without: Sequence[str] = (), **changes: Callable[[n
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("prices", lambda prices: prices[::-1], "prices: expected those of split.parquet, found others"),
-        ("ids", lambda ids: np.roll(ids, 7), "ids: expected those of split.parquet, found others"),
-        ("folds", lambda folds: np.roll(folds, 1), "folds: expected those of split.parquet, found others"),
-        ("groups", lambda groups: groups + 1, "groups: expected those of split.parquet, found others"),
+        ("prices", lambda prices: prices[::-1], "prices: expected those of split.parquet, found other values"),
+        ("ids", lambda ids: np.roll(ids, 7), "ids: expected those of split.parquet, found other values"),
+        ("folds", lambda folds: np.roll(folds, 1), "folds: expected those of split.parquet, found other values"),
+        ("groups", lambda groups: groups + 1, "groups: expected those of split.parquet, found other values"),
         ("keys", lambda keys: keys[:, 1:], "columns of its keys: expected 44, found 43"),
         ("keys", lambda keys: keys[1:], "rows: expected 503, as in split.parquet, found 502, 503"),
         ("keys", lambda keys: keys * np.nan, "numbers: expected finite, found others in keys"),
@@ -401,8 +405,11 @@ def test_a_smape_that_the_training_never_had(output: Path, capsys: Capture) -> N
     [
         (lambda rows: rows.assign(predicted=rows["predicted"] * 2), "smape of the manifest, recomputed: expected "),
         (lambda rows: rows.iloc[1:], "ids: expected the validation rows of the split, found others: "),
-        (lambda rows: rows.assign(sample_id="x"), "ids: expected each once, none empty, found 1 others: x"),
-        (lambda rows: rows.assign(predicted=-1.0), "expected finite prices above 0, found others"),
+        (
+            lambda rows: rows.assign(sample_id="x"),
+            "ids: expected each once and not empty, found 1 repeated or empty: x",
+        ),
+        (lambda rows: rows.assign(predicted=-1.0), "expected finite prices above 0, found other values"),
         (lambda rows: rows.drop(columns="predicted"), "expected Parquet with sample_id, price and predicted, found "),
     ],
 )

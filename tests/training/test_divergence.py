@@ -1,4 +1,4 @@
-"""One NaN costs the steps since the last good checkpoint, not the run."""
+"""A NaN in the loss or the state ends an attempt, but never gets into a checkpoint, so the run can be resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fusion.training.dataset import warn_of_extreme_prices
 from fusion.training.trainer import Fit
 from tests.conftest import SMALL
 
-BROKEN_FROM = 33  # step; an epoch has 60
+BROKEN_FROM = 33  # the step from which on the state is broken; an epoch has 60 steps
 
 
 def flags(catalog: Path, output: Path) -> list[str]:
@@ -32,7 +32,7 @@ def flags(catalog: Path, output: Path) -> list[str]:
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    """From one step on the hardware puts a NaN into the loss, or into a weight, or into a moment of the optimizer."""
+    """Simulates failing hardware: from a step on, the loss, a weight or a moment of the optimizer is NaN."""
     original = Fit._train_batch
 
     def train_batch(self: Fit, batch: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def test_a_state_that_is_not_finite_is_never_committed(
         assert train.main(flags(catalog, tmp_path)) == 70
     said = capsys.readouterr().err
     assert "not finite at step 35, in epoch 1" in said
-    assert "event=committed" in said and "smape=inf" not in said  # not known before the first validation
+    assert "event=committed" in said and "smape=inf" not in said  # the SMAPE is not known before the first validation
     assert [made.manifest.step for made in RunFolder(run).checkpoints()] == [25, 30]
     assert train.main(flags(catalog, tmp_path)) == 0  # on a healthy machine
     said = capsys.readouterr().err
@@ -72,7 +72,7 @@ def test_a_state_that_is_not_finite_is_never_committed(
 def test_a_state_that_is_not_finite_is_never_resumed_from(
     catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As earlier versions have committed them."""
+    """Earlier versions committed such states."""
     run = str(tmp_path / "runs/r")
     with monkeypatch.context() as patch:
         broken(patch, "weight")
@@ -87,7 +87,7 @@ def test_a_state_that_is_not_finite_is_never_resumed_from(
 
 
 def test_the_newest_validated_checkpoint_is_kept(tmp_path: Path) -> None:
-    """The two newest come after it, from a training that may have diverged in the meantime."""
+    """The two newest checkpoints come after it, and may be those of a training that has diverged."""
     for step, epoch, smape in ((10, 1, 40.0), (20, 2, 50.0), (30, 2, 50.0), (40, 3, 60.0), (50, 3, 60.0)):
         manifest = CheckpointManifest(1, [], step, epoch, smape, False, "0" * 64, "0" * 64, "")
         storage.write(str(tmp_path / f"checkpoints/step-{step:08d}/MANIFEST.json"), storage.as_json(asdict(manifest)))

@@ -1,4 +1,4 @@
-"""What cannot be known is not known: a validation is no better than chance where nothing tells of the prices."""
+"""No leaks: if embeddings have no information about prices, validation is no better than chance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fusion.records.validation import validation_of
 from tests.conftest import SMALL
 
 RECIPES = {"best": ["--folds", "2"], "published": ["--recipe", "published", "--folds", "2"]}
-LUCK = 3.0  # standard errors: what chance alone exceeds in one of 700 trials
+# Standard errors. By chance alone, a gain exceeds this in one of 700 trials (the tail of the normal distribution).
+CHANCE = 3.0
 
 
 def trained(data: Path, output: Path, *more: str) -> manifests.Checkpoint:
@@ -30,7 +31,7 @@ def trained(data: Path, output: Path, *more: str) -> manifests.Checkpoint:
 
 
 def gain(made: manifests.Checkpoint) -> tuple[float, float]:
-    """By how much the SMAPE of the validation rows is below that of their median price, and the error of this."""
+    """Returns by how much the SMAPE of validation rows is lower than that of their median, and its standard error."""
     rows = validation_of(made)
     median = np.full(len(rows), rows["price"].median())
     gains = row_smape(rows["price"], median) - row_smape(rows["price"], rows["predicted"])
@@ -42,7 +43,7 @@ def copied(catalog: Path, folder: Path) -> Path:
 
 
 def shuffle_prices(data: Path) -> None:
-    """Products get the prices of others; those of the same text keep the same one."""
+    """Permutes prices between products; products with the same text still have the same price."""
     table = pd.read_csv(data / "train.csv")
     groups = pd.factorize(table["catalog_content"])[0]
     prices = table.groupby(groups)["price"].first().to_numpy()
@@ -51,7 +52,7 @@ def shuffle_prices(data: Path) -> None:
 
 
 def make_noise(data: Path) -> None:
-    """Each source gets vectors that were drawn without a look at the products."""
+    """Replaces the vectors of each source by random ones."""
     generator = np.random.default_rng(0)
     for path in sorted((data / "embeddings/train").glob("*.parquet")):
         table = pq.read_table(path)
@@ -62,24 +63,26 @@ def make_noise(data: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_what_tells_of_prices_is_learned(recipe: str, catalog: Path, tmp_path: Path) -> None:
-    """Else nothing would follow from the tests below."""
+def test_informative_embeddings_are_better_than_chance(recipe: str, catalog: Path, tmp_path: Path) -> None:
+    """Without this, the tests below would prove nothing."""
     better, error = gain(trained(catalog, tmp_path, *RECIPES[recipe]))
-    assert better > LUCK * error
+    assert better > CHANCE * error
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("spoil", [shuffle_prices, make_noise])
-def test_chance_is_not_beaten(spoil: Callable[[Path], None], recipe: str, catalog: Path, tmp_path: Path) -> None:
+def test_uninformative_data_are_not_better_than_chance(
+    spoil: Callable[[Path], None], recipe: str, catalog: Path, tmp_path: Path
+) -> None:
     data = copied(catalog, tmp_path)
     spoil(data)
     better, error = gain(trained(data, tmp_path / "output", *RECIPES[recipe]))
-    assert better < LUCK * error
+    assert better < CHANCE * error
 
 
 @pytest.mark.parametrize("recipe", [[], ["--recipe", "published", "--schedule", "cosine"]])
-def test_prices_of_rows_that_validate_change_no_weight(recipe: list[str], catalog: Path, tmp_path: Path) -> None:
-    """The last weights are kept, so that no choice by validation is one of the differences."""
+def test_validation_prices_do_not_change_the_weights(recipe: list[str], catalog: Path, tmp_path: Path) -> None:
+    """Both recipes use the cosine schedule, which keeps the last weights: validation does not choose among them."""
     data, contents = copied(catalog, tmp_path), []
     table = pd.read_csv(data / "train.csv")
     table["created"] = np.where(np.arange(len(table)) < 400, "2026-01-01", "2026-02-01")

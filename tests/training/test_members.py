@@ -1,4 +1,4 @@
-"""Members of folds and seeds, trained side by side: each row is priced by those that never saw its price."""
+"""Models with several members (--folds, --seeds): each row is predicted by members that were not trained on it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_an_evaluation_gives_the_validation_of_the_training(recipe: str, catalog: Path, tmp_path: Path) -> None:
-    """What was found before the training, and what evaluation searches, are the same neighbours."""
+def test_evaluation_equals_the_validation_of_the_training(recipe: str, catalog: Path, tmp_path: Path) -> None:
+    """Evaluation searches the same neighbours that the training found before its first step."""
     flags = ["--data", str(catalog), "--output", str(tmp_path), "--run-id", "r", *SMALL, "--epochs", "2"]
     assert train.main([*flags, *RECIPES[recipe]]) == 0
     (*_, made) = RunFolder(str(tmp_path / "runs/r")).checkpoints()
@@ -43,8 +43,8 @@ def test_an_evaluation_gives_the_validation_of_the_training(recipe: str, catalog
         assert len(found) == len(pd.read_parquet(tmp_path / "runs/r/split.parquet"))
 
 
-def used(data: Path, output: Path, *more: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What a run of few epochs says of the rows that validate, and of those of test.csv."""
+def predictions_of(data: Path, output: Path, *more: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Trains a run, and returns its predictions for the validation rows and for test.csv."""
     where = ["--output", str(output), "--run-id", "r"]
     assert train.main(["--data", str(data), *where, *SMALL, "--epochs", "2", *more]) == 0
     for command in (evaluate_by_groups, predict_test):
@@ -54,20 +54,22 @@ def used(data: Path, output: Path, *more: str) -> tuple[pd.DataFrame, pd.DataFra
 
 
 def comparables(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, prices and weights [N, n] of the products that each price leans on."""
+    """Ids, prices and weights of the comparable products of each row, each [N, n]."""
     names = ("comparable_ids", "comparable_prices", "comparable_weights")
     ids, prices, weights = (np.stack(rows[name].to_list()) for name in names)
     return ids, prices, weights
 
 
 @pytest.fixture(scope="module")
-def said(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, pd.DataFrame]:
-    return used(catalog, tmp_path_factory.mktemp("said"), "--folds", "3")
+def predicted_rows(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return predictions_of(catalog, tmp_path_factory.mktemp("predicted_rows"), "--folds", "3")
 
 
-def test_comparables_are_products_at_their_prices(said: tuple[pd.DataFrame, pd.DataFrame], catalog: Path) -> None:
+def test_comparables_are_labelled_products_with_their_prices(
+    predicted_rows: tuple[pd.DataFrame, pd.DataFrame], catalog: Path
+) -> None:
     known = pd.read_csv(catalog / "train.csv", dtype={"sample_id": str}).set_index("sample_id")["price"]
-    for rows in said:
+    for rows in predicted_rows:
         ids, prices, weights = comparables(rows)
         assert set(ids.ravel()) <= set(known.index)
         np.testing.assert_array_equal(prices, known.loc[ids.ravel()].to_numpy().reshape(ids.shape))
@@ -76,28 +78,28 @@ def test_comparables_are_products_at_their_prices(said: tuple[pd.DataFrame, pd.D
         assert (weights.sum(1) <= 1 + 1e-6).all()
 
 
-def test_a_row_without_any_embedding_leans_on_nothing(said: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    evaluated, predicted = said
-    leans = [comparables(rows)[2].any(axis=1) for rows in said]
-    assert (leans[0] == (evaluated["present"] != "none")).all() and not leans[0].all()
-    assert len(predicted) - leans[1].sum() == 1, "the row of test.csv that is in no source"
+def test_a_row_without_any_embedding_has_no_comparables(predicted_rows: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    evaluated, predicted = predicted_rows
+    has_comparables = [comparables(rows)[2].any(axis=1) for rows in predicted_rows]
+    assert (has_comparables[0] == (evaluated["present"] != "none")).all() and not has_comparables[0].all()
+    assert len(predicted) - has_comparables[1].sum() == 1, "one row of test.csv is in no source"
 
 
-def test_no_product_is_compared_with_itself_where_it_validates(
-    said: tuple[pd.DataFrame, pd.DataFrame], catalog: Path
+def test_a_validation_row_is_never_its_own_comparable(
+    predicted_rows: tuple[pd.DataFrame, pd.DataFrame], catalog: Path
 ) -> None:
     texts = pd.read_csv(catalog / "train.csv", dtype={"sample_id": str}).set_index("sample_id")["catalog_content"]
-    rows = said[0]
+    rows = predicted_rows[0]
     ids, _, _ = comparables(rows)
     assert not (ids == rows["sample_id"].to_numpy()[:, None]).any()
     own = texts.loc[rows["sample_id"]].to_numpy()[:, None]
-    assert not (texts.loc[ids.ravel()].to_numpy().reshape(ids.shape) == own).any(), "nor with its near-duplicates"
+    assert not (texts.loc[ids.ravel()].to_numpy().reshape(ids.shape) == own).any(), "its near-duplicates are not either"
 
 
-def test_more_neighbours_are_asked_for_than_there_are_rows(tmp_path: Path) -> None:
+def test_neighbours_may_be_more_than_rows(tmp_path: Path) -> None:
     generate(tmp_path / "data", n_products=48, dims=DIMS)
     more = ["--max-missing", "0.5", "--neighbours", "1000", "--folds", "2"]
-    evaluated, predicted = used(tmp_path / "data", tmp_path / "output", *more)
+    evaluated, predicted = predictions_of(tmp_path / "data", tmp_path / "output", *more)
     for prices in (evaluated["predicted"], predicted["price"]):
         assert np.isfinite(prices).all() and (prices > 0).all()
     (*_, made) = RunFolder(str(tmp_path / "output/runs/r")).checkpoints()

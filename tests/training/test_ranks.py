@@ -1,4 +1,4 @@
-"""The number of ranks or threads changes the time, not the result: 1,003 rows, global batches of 64."""
+"""The number of ranks or threads does not change the result, even if it does not divide the 1,003 rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fusion.records.schemas import SubmissionPointer
 from tests.conftest import DIMS, SMALL
 from tests.forked import run_commands
 
-PLACES = {"1 rank": (1, 1), "2 ranks": (2, 1), "3 ranks": (3, 1), "2 threads": (1, 2)}  # ranks, threads of each
-OTHERS = list(PLACES)[1:]
+SETUPS = {"1 rank": (1, 1), "2 ranks": (2, 1), "3 ranks": (3, 1), "2 threads": (1, 2)}  # ranks, threads per rank
+OTHERS = list(SETUPS)[1:]
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def recipe(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def outputs(data: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same run, with dropout, trained, evaluated and predicted in each place."""
+    """Output folders of the same run, with dropout, trained, evaluated and predicted with each setup."""
     flags = [*SMALL, "--lr", "0.001", "--epochs", "2", "--run-id", "r", "--recipe", recipe]
     commands = ["train", "--data", str(data), *flags], ["evaluate_by_groups"], ["predict_test"]
-    outputs = {place: tmp_path_factory.mktemp(place.replace(" ", "-")) for place in PLACES}
-    for place, (ranks, threads) in PLACES.items():
-        where = ["--output", str(outputs[place])]
+    outputs = {setup: tmp_path_factory.mktemp(setup.replace(" ", "-")) for setup in SETUPS}
+    for setup, (ranks, threads) in SETUPS.items():
+        where = ["--output", str(outputs[setup])]
         lines = [[f"fusion.all_embeddings.{name}", *where, *others] for name, *others in commands]
         done = run_commands(ranks, lines, env={"OMP_NUM_THREADS": str(threads)})
         assert done.returncode == 0, done.stderr
@@ -62,23 +62,23 @@ def submitted(output: Path) -> pd.DataFrame:
     return pd.DataFrame([line.split(",") for line in lines[1:]], columns=["sample_id", "price"])
 
 
-@pytest.mark.parametrize("place", OTHERS)
-def test_the_loss_curve_is_the_same(outputs: dict[str, Path], place: str) -> None:
-    np.testing.assert_allclose(curve(outputs[place]), curve(outputs["1 rank"]), rtol=1e-5)
-    pd.testing.assert_series_equal(validation(outputs[place]), validation(outputs["1 rank"]), rtol=1e-6)
+@pytest.mark.parametrize("setup", OTHERS)
+def test_the_loss_curve_is_the_same(outputs: dict[str, Path], setup: str) -> None:
+    np.testing.assert_allclose(curve(outputs[setup]), curve(outputs["1 rank"]), rtol=1e-5)
+    pd.testing.assert_series_equal(validation(outputs[setup]), validation(outputs["1 rank"]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_every_id_once_and_in_order(outputs: dict[str, Path], data: Path, place: str) -> None:
+@pytest.mark.parametrize("setup", SETUPS)
+def test_every_id_is_there_once_and_in_order(outputs: dict[str, Path], data: Path, setup: str) -> None:
     wanted = pd.read_csv(data / "test.csv", dtype="str")["sample_id"].tolist()
-    assert submitted(outputs[place])["sample_id"].tolist() == wanted
-    split = pd.read_parquet(outputs[place] / "runs/r/split.parquet")
-    assert validation(outputs[place]).index.tolist() == split.query("side == 'validation'")["sample_id"].tolist()
+    assert submitted(outputs[setup])["sample_id"].tolist() == wanted
+    split = pd.read_parquet(outputs[setup] / "runs/r/split.parquet")
+    assert validation(outputs[setup]).index.tolist() == split.query("side == 'validation'")["sample_id"].tolist()
 
 
-@pytest.mark.parametrize("place", OTHERS)
-def test_the_memory_is_the_same(outputs: dict[str, Path], recipe: str, place: str) -> None:
-    memories = [outputs[one] / "runs/r/memory.safetensors" for one in ("1 rank", place)]
+@pytest.mark.parametrize("setup", OTHERS)
+def test_the_memory_is_the_same(outputs: dict[str, Path], recipe: str, setup: str) -> None:
+    memories = [outputs[one] / "runs/r/memory.safetensors" for one in ("1 rank", setup)]
     if recipe == "published":
         assert not any(memory.exists() for memory in memories)
     else:

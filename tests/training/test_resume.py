@@ -1,4 +1,7 @@
-"""Stopped, killed, damaged, doubled: the same command goes on, and ends with the same bytes."""
+"""Resuming: after a stop, a kill or damage, the same command continues, and ends with the same bytes.
+
+Also that of two jobs with one run id, only one writes.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def undisturbed(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def stopped_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """A stop request arrives at the first agreement at or after the step."""
+    """Sends a stop signal at the first synchronisation of the ranks at or after the step."""
     import fusion.training.saver
 
     original = fusion.training.saver.Saver.agree
@@ -65,7 +68,7 @@ def stopped_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 @pytest.mark.parametrize("step", [2, 8, 14])
-def test_stopped_and_resumed_is_the_same(
+def test_a_stopped_and_resumed_training_gives_the_same_bytes(
     step: int, catalog: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -77,12 +80,12 @@ def test_stopped_and_resumed_is_the_same(
     assert model_bytes(tmp_path) == model_bytes(undisturbed)
     assert validation_bytes(tmp_path) == validation_bytes(undisturbed)
     columns = ["epoch", "step", "loss", "smape", "lr"]
-    ours, theirs = (pd.read_csv(place / "runs/r/metrics/epochs.csv")[columns] for place in (tmp_path, undisturbed))
+    ours, theirs = (pd.read_csv(folder / "runs/r/metrics/epochs.csv")[columns] for folder in (tmp_path, undisturbed))
     pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (1, 2)])
-def test_another_number_of_ranks_goes_on(
+def test_another_number_of_ranks_can_resume(
     before: int, after: int, catalog: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     from tests.conftest import run_command
@@ -94,7 +97,7 @@ def test_another_number_of_ranks_goes_on(
     second = run_command("fusion.all_embeddings.train", *flags(catalog, output), ranks=after)
     assert second.code == 0, second.err
     assert "event=resumed" in second.err and " step=9" in second.err
-    curves = [pd.read_csv(place / "runs/r/metrics/epochs.csv")[["loss", "smape"]] for place in (output, undisturbed)]
+    curves = [pd.read_csv(folder / "runs/r/metrics/epochs.csv")[["loss", "smape"]] for folder in (output, undisturbed)]
     pd.testing.assert_frame_equal(curves[0], curves[1], rtol=1e-5)
 
 
@@ -148,7 +151,7 @@ def damaged(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [manifests.MODEL, manifests.MANIFEST])
-def test_a_finished_run_that_is_damaged_is_made_again(
+def test_a_damaged_finished_run_is_trained_again(
     name: str, catalog: Path, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
@@ -166,7 +169,7 @@ def test_a_finished_run_that_is_damaged_is_made_again(
     assert "event=finished_before" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_step_that_was_passed_over_is_committed_anew(
+def test_the_step_of_a_damaged_checkpoint_is_committed_again(
     catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_at(monkeypatch, 12)
@@ -178,7 +181,7 @@ def test_a_step_that_was_passed_over_is_committed_anew(
     assert verify.main([str(tmp_path / "runs/r")]) == 0
 
 
-def test_what_follows_a_damaged_checkpoint_is_kept(
+def test_checkpoints_after_damaged_ones_are_kept(
     catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -194,7 +197,7 @@ def test_what_follows_a_damaged_checkpoint_is_kept(
     assert json.loads((tmp_path / "runs/r/attempts/2/exit.json").read_text())["step"] == 7
 
 
-def test_settings_that_were_changed_are_not_predicted_with(
+def test_a_run_with_a_changed_config_is_refused(
     tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
@@ -205,7 +208,7 @@ def test_settings_that_were_changed_are_not_predicted_with(
         assert "config.json has other settings than step-" in capsys.readouterr().err
 
 
-def test_rows_that_changed_sides_are_not_evaluated(
+def test_a_run_with_a_changed_split_is_refused(
     tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
@@ -215,7 +218,7 @@ def test_rows_that_changed_sides_are_not_evaluated(
     assert "split.parquet is not the one that the run was trained with" in capsys.readouterr().err
 
 
-def test_of_two_evaluations_at_once_one_is_whole(
+def test_two_evaluations_at_once_leave_consistent_files(
     catalog: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
@@ -233,7 +236,7 @@ def test_of_two_evaluations_at_once_one_is_whole(
     assert verify.main([str(tmp_path / "runs/r")]) == 0
 
 
-def test_what_a_kill_left_of_an_older_checkpoint_is_removed(catalog: Path, tmp_path: Path) -> None:
+def test_remains_of_an_unfinished_checkpoint_are_removed(catalog: Path, tmp_path: Path) -> None:
     torn = tmp_path / "runs/r/checkpoints/step-00000002"
     torn.mkdir(parents=True)
     (torn / manifests.STATE).write_bytes(b"torn")
@@ -241,7 +244,7 @@ def test_what_a_kill_left_of_an_older_checkpoint_is_removed(catalog: Path, tmp_p
     assert not torn.exists()
 
 
-def test_a_loss_that_is_not_finite_is_said_though_the_store_is_away_at_the_end(
+def test_a_diverged_loss_is_reported_even_if_the_store_is_unreachable(
     catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = storage.write
@@ -258,7 +261,7 @@ def test_a_loss_that_is_not_finite_is_said_though_the_store_is_away_at_the_end(
     assert "event=end_not_recorded" in said and "which is not finite at step" in said
 
 
-def test_the_latest_run_is_the_one_that_began_last(catalog: Path, tmp_path: Path) -> None:
+def test_the_pointer_latest_names_the_run_that_began_last(catalog: Path, tmp_path: Path) -> None:
     for run_id, year in (("older", "2025"), ("newer", "2026")):
         assert train.main(flags(catalog, tmp_path, "--run-id", run_id, "--epochs", "1")) == 0
         edit(tmp_path / f"runs/{run_id}/run.json", started=f"{year}-01-01T00:00:00Z")
@@ -268,7 +271,7 @@ def test_the_latest_run_is_the_one_that_began_last(catalog: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("content", ["null", "{}", '{"run_id": "r", "checkpoint": "step-1", "smape": null}', "{"])
-def test_a_damaged_pointer_points_to_nothing(
+def test_a_damaged_pointer_is_replaced(
     content: str, catalog: Path, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
@@ -280,7 +283,7 @@ def test_a_damaged_pointer_points_to_nothing(
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest"])
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     damage: str,
     catalog: Path,
     tmp_path: Path,
@@ -354,14 +357,14 @@ def test_fresh_refuses_a_run_that_exists(catalog: Path, tmp_path: Path, undistur
     assert train.main(flags(catalog, tmp_path, "--fresh", "--epochs", "1")) == 0
 
 
-def test_a_wrong_place_of_the_data_can_be_corrected(catalog: Path, tmp_path: Path) -> None:
+def test_a_wrong_data_url_can_be_corrected(catalog: Path, tmp_path: Path) -> None:
     assert train.main(flags(tmp_path / "nothing", tmp_path)) == 65
     assert train.main(flags(catalog, tmp_path)) == 0
     assert json.loads((tmp_path / "runs/r/config.json").read_text())["data"] == str(catalog)
     assert predict_test.main(["--output", str(tmp_path)]) == 0
 
 
-def test_changed_data_are_another_run(
+def test_changed_data_are_refused(
     catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -421,7 +424,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(catalog: Path, tmp_pat
 
 
 def planned(ranks: int) -> list[Boundary]:
-    """Every other kind of boundary, once: before it, inside it or after it. The two cases together strike all kinds."""
+    """Returns one boundary for every second kind, at varying moments; 1 and 2 ranks together cover all kinds."""
     whens = {kind: [boundary for boundary in ALL if boundary.kind == kind] for kind in KINDS}
     return [choices[i % len(choices)] for i, choices in enumerate(list(whens.values())[ranks - 1 :: 2])]
 
@@ -443,7 +446,7 @@ def test_killed_anywhere_on_s3(ranks: int, bucket: str, catalog: Path) -> None:
     assert [boundary for boundary in wanted if not tally["boundaries"][boundary.kind].get(boundary.when)] == []
 
 
-def test_the_kills_of_both_cases_are_at_every_kind_of_boundary() -> None:
+def test_the_planned_kills_cover_every_kind_of_boundary() -> None:
     both = [*planned(1), *planned(2)]
     assert sorted(boundary.kind for boundary in both) == sorted(KINDS)
     assert {boundary.when for boundary in both} == {"before", "inside", "after"}

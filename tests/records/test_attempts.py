@@ -1,4 +1,4 @@
-"""How an attempt at a run says that it ended: `pytest tests/records/test_attempts.py`."""
+"""How an attempt at a run records its end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GLOO = "[pair.cc:553] Connection closed by peer [10.0.0.7]:52400. This is typica
         (ConnectionResetError("Connection reset by peer"), 70),
     ],
 )
-def test_another_ranks_end_is_no_bug_of_this_one(error: Exception, code: int, tmp_path: Path) -> None:
+def test_a_lost_rank_is_not_recorded_as_a_bug(error: Exception, code: int, tmp_path: Path) -> None:
     with pytest.raises(type(error)), attempt(RunFolder(str(tmp_path))):
         raise error
     end = json.loads((tmp_path / "attempts" / "1" / "exit.json").read_text())

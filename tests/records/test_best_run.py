@@ -1,4 +1,4 @@
-"""Best is the best of runs that validated on the same rows; what is served changes by these, or on request."""
+"""Which run is the best of its kind, and which run is served: a better one of the same kind, or a promoted one."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ def current(output: Path) -> str:
     return str(pointer.run_id)
 
 
-def test_the_first_run_is_served_and_then_the_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_run_is_served_until_a_better_one_finishes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for run_id, smape, expected in [("a", 50.0, "a"), ("b", 45.0, "b"), ("c", 47.0, "b"), ("d", 45.0, "b")]:
         finish(tmp_path, run_id, smape)
         assert current(tmp_path) == expected
     assert "event=not_served" not in capsys.readouterr().err
 
 
-def test_a_run_on_other_data_does_not_take_the_place_of_the_served(
+def test_a_run_on_other_data_does_not_replace_the_served_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finish(tmp_path, "real", 41.0)
@@ -64,7 +66,7 @@ def test_each_kind_has_a_best_of_its_own(tmp_path: Path) -> None:
     assert pointer is not None and pointer.run_id == "toy2"
 
 
-def test_a_person_decides_what_is_served(tmp_path: Path) -> None:
+def test_promote_serves_a_run_on_other_data(tmp_path: Path) -> None:
     finish(tmp_path, "old", 41.0)
     finish(tmp_path, "new", 44.0, "new data")
     assert current(tmp_path) == "old"
@@ -82,7 +84,7 @@ def test_a_worse_run_can_be_promoted(tmp_path: Path) -> None:
     assert current(tmp_path) == "b"
 
 
-def test_a_pointer_of_an_earlier_version_is_of_the_kind_of_its_run(tmp_path: Path) -> None:
+def test_the_kind_of_a_pointer_of_an_earlier_version_is_read_from_its_run(tmp_path: Path) -> None:
     finish(tmp_path, "real", 41.0)
     pointers.move(str(tmp_path), "runs", VARIANT, "best", target=RunPointer("real", "step-1", 41.0))
     finish(tmp_path, "toy", 0.003, "one price")

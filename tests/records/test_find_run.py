@@ -1,4 +1,4 @@
-"""Which run a command means: by its id, or what it says when there is none."""
+"""Which run a command uses, and the errors if it does not exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusion.records.find_run import data_of, open_run
 from tests.made_runs import make_run
 
 
-def test_an_id_that_is_unknown_gets_the_nearest(tmp_path: Path) -> None:
+def test_the_hint_for_an_unknown_id_names_the_most_similar(tmp_path: Path) -> None:
     make_run(str(tmp_path), "qwen-clip-b427c785")
     with pytest.raises(DataError) as caught:
         open_run(ReadRunConfig(output=str(tmp_path), run_id="qwen-clip-b427c758"), Config)
@@ -22,12 +22,12 @@ def test_an_id_that_is_unknown_gets_the_nearest(tmp_path: Path) -> None:
     assert caught.value.remedy == f"did you mean qwen-clip-b427c785? {listing}"
 
 
-def test_an_output_without_runs(tmp_path: Path) -> None:
+def test_no_run_in_the_output(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no run old under"):
         open_run(ReadRunConfig(output=str(tmp_path), run_id="old"), Config)
 
 
-def test_data_that_were_relative_to_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_in_a_folder_that_does_not_exist_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     assert data_of(ReadRunConfig(), "data") == "data"
@@ -41,6 +41,6 @@ def test_data_that_were_relative_to_another_folder(tmp_path: Path, monkeypatch: 
         data_of(ReadRunConfig(), "/nowhere")
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{tmp_path}/config.json does not exist"):
         open_run(ReadRunConfig(run_dir=str(tmp_path)), Config)

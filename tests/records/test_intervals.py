@@ -1,4 +1,4 @@
-"""Intervals hold as often as they say: overall, by tier of the predicted price, by category, and for rows not seen."""
+"""Intervals cover as many prices as they state: overall, by tier, by category, and for rows that were not fitted."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def made_of(frame: pd.DataFrame, by: str = "kind") -> Intervals:
 
 
 @pytest.mark.parametrize("spread", [True, False])
-def test_new_rows_lie_within_as_often_as_it_says_in_every_bin(spread: bool) -> None:
+def test_coverage_of_new_rows_matches_the_level_in_every_bin(spread: bool) -> None:
     new = rows(60_000, seed=2, spread=spread)
     shares = []
     for seed in range(5):  # the coverage that one set of 4000 rows gives is itself random
@@ -72,7 +72,7 @@ def test_new_rows_lie_within_as_often_as_it_says_in_every_bin(spread: bool) -> N
     assert {"plain", "exact", "wild", "others", "all rows"} <= set(shares[0]["group"])
 
 
-def test_coverage_is_that_of_the_beta_distribution() -> None:
+def test_coverage_follows_the_beta_distribution() -> None:
     """Of one bin of n rows: Beta(k, n + 1 - k), k = ceil((n + 1) 0.9), so its mean is at least 0.9 (Vovk, 2012)."""
     rng, found, n = np.random.default_rng(0), [], 97
     for _ in range(1000):
@@ -84,14 +84,14 @@ def test_coverage_is_that_of_the_beta_distribution() -> None:
     assert np.std(found) == pytest.approx(expected.std(), rel=0.1)
 
 
-def test_one_bin_is_the_order_statistic_of_the_definition() -> None:
+def test_the_width_of_one_bin_is_the_order_statistic() -> None:
     frame = pd.DataFrame({"predicted": 10.0, "price": 10 * np.exp(np.arange(1, 100) / 10)})
     (found,) = made_of(frame, "").bins
     assert found.widths == pytest.approx((8.0, 9.0, 9.5))
     assert (found.category, found.tier, found.rows) == (None, None, 99)
 
 
-def test_a_wider_spread_is_a_wider_interval() -> None:
+def test_a_larger_spread_gives_a_wider_interval() -> None:
     made = made_of(rows(4000))
     assert list(made.scales) == sorted(made.scales) and len(made.scales) == len(made.spread_edges) + 1
     new = pd.DataFrame({"predicted": 10.0, "category": "plain", "spread": [0.0, 0.5, 1.0, np.nan]})
@@ -99,7 +99,7 @@ def test_a_wider_spread_is_a_wider_interval() -> None:
     assert high[0] < high[1] < high[2] == high[3]
 
 
-def test_a_spread_of_zeros_and_errors_of_zero_break_nothing() -> None:
+def test_spreads_and_errors_of_zero_are_handled() -> None:
     frame = rows(1000)
     frame.loc[:800, "spread"] = 0.0
     assert made_of(frame).scales
@@ -129,13 +129,13 @@ def test_rare_missing_and_new_categories_have_the_bins_of_the_others() -> None:
     assert len(set(bounds(few, new)["high_90"])) == 1
 
 
-def test_few_rows_have_one_bin_and_too_few_have_none() -> None:
+def test_few_rows_give_one_bin_and_too_few_give_no_intervals() -> None:
     assert fit(rows(19)) is None
     assert [(one.category, one.tier) for one in made_of(rows(99)).bins] == [(None, None)]
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_crossed_bounds_know_nothing_of_their_own_group(size: int) -> None:
+def test_crossed_bounds_do_not_depend_on_rows_of_the_same_group(size: int) -> None:
     frame = rows(2000)
     groups = np.arange(2000) // size + 7
     before = crossed(frame, groups)
@@ -147,12 +147,12 @@ def test_crossed_bounds_know_nothing_of_their_own_group(size: int) -> None:
     assert any((before[name][~own] != after[name][~own]).any() for name in before)
 
 
-def test_cross_fitting_needs_rows_enough_without_a_part() -> None:
+def test_cross_fitting_needs_enough_rows_outside_of_each_part() -> None:
     frame = rows(20)
     assert fit(frame) is not None and crossed(frame, np.arange(20)) is None
 
 
-def test_the_parts_of_each_category_are_of_enough_rows_and_hold_all_of_them() -> None:
+def test_the_bins_of_each_category_are_large_enough_and_hold_all_its_rows() -> None:
     frame = rows(6000)
     frame.loc[frame["predicted"] > 55, "category"] = "plain"  # the others are rare in the highest tier
     made = made_of(frame)
@@ -163,7 +163,7 @@ def test_the_parts_of_each_category_are_of_enough_rows_and_hold_all_of_them() ->
     assert {one.tier for one in made.bins if one.category == "exact"} == {None, 1, 2, 3}
 
 
-def test_a_few_rows_of_a_category_join_its_smallest_tier() -> None:
+def test_the_smallest_tier_shares_its_bin_with_the_few_other_rows() -> None:
     counts = np.array([[500, 40, 30, 120, 0], [500, 200, 99, 1, 0], [50, 30, 0, 0, 0], [300, 0, 0, 0, 0]])
     own = _has_own_bin(counts)
     assert own[0].tolist() == [True, False, False, False, False], "70 rows are too few, 190 are enough"
@@ -172,7 +172,7 @@ def test_a_few_rows_of_a_category_join_its_smallest_tier() -> None:
     assert own[3].tolist() == [True, False, False, False, False]
 
 
-def test_they_survive_being_written() -> None:
+def test_round_trip() -> None:
     made = made_of(rows(3000))
     again = parse(Intervals, seal(dataclasses.asdict(made)), "intervals.json")
     assert again == made
@@ -180,7 +180,7 @@ def test_they_survive_being_written() -> None:
         parse(Intervals, seal(dataclasses.asdict(made)).replace(b'"rows":', b'"raws":', 1), "intervals.json")
 
 
-def test_tiers_in_words() -> None:
+def test_tier_names() -> None:
     made = dataclasses.replace(made_of(rows(3000)), tier_edges=(0.001, 9.99, 1234.5))
     assert tier_names(made) == ["below $0.001", "$0.001 to $9.99", "$9.99 to $1,234.50", "from $1,234.50"]
 
@@ -220,7 +220,7 @@ def test_a_submission_has_the_bounds_of_each_row(output: Path, catalog: Path) ->
         np.testing.assert_array_equal(found[name], values)
 
 
-def test_an_evaluation_says_how_often_they_hold(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_reports_the_coverage(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = output / "runs/r/metrics"
     found = pd.read_parquet(folder / "predictions.parquet")
     summary = json.loads((folder / "summary.json").read_text())
@@ -233,14 +233,14 @@ def test_an_evaluation_says_how_often_they_hold(output: Path, capsys: pytest.Cap
     assert "Intervals: share of the true prices inside" in said and "by tier of predicted price" in said
 
 
-def test_bounds_of_an_evaluation_are_not_those_that_saw_the_row(output: Path) -> None:
+def test_bounds_in_an_evaluation_are_cross_fitted(output: Path) -> None:
     made = intervals_of(best(output))
     found = pd.read_parquet(output / "runs/r/metrics/predictions.parquet")
     assert made is not None
     assert (found["high_90"] != bounds(made, validation_of(best(output)))["high_90"]).any()
 
 
-def test_a_column_that_is_asked_for_and_missing(
+def test_a_missing_column_that_was_asked_for_is_an_error(
     catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data", str(catalog), "--output", str(tmp_path), *SMALL, "--epochs", "1", "--interval-by", "categry"]
@@ -248,7 +248,7 @@ def test_a_column_that_is_asked_for_and_missing(
     assert "did you mean category? correct --interval-by" in capsys.readouterr().err
 
 
-def test_a_test_table_without_the_column_is_said(
+def test_a_test_table_without_the_column_gives_a_warning(
     catalog: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(catalog, tmp_path / "data")
@@ -271,7 +271,7 @@ def test_a_test_table_without_the_column_is_said(
         (lambda made: made | {"levels": []}, "expected levels, and in each bin a width for each, found 0 levels"),
     ],
 )
-def test_intervals_that_do_not_hold_are_found_though_their_digests_fit(
+def test_verify_finds_wrong_intervals_whose_digests_match(
     change: Callable[[dict[str, Any]], dict[str, Any]], said: str, output: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / best(output).name
@@ -284,7 +284,7 @@ def test_intervals_that_do_not_hold_are_found_though_their_digests_fit(
     assert len(found) >= 1 and said in found[0], found
 
 
-def test_a_coverage_that_the_rows_do_not_have_is_found(output: Path, tmp_path: Path) -> None:
+def test_verify_finds_a_wrong_coverage(output: Path, tmp_path: Path) -> None:
     shutil.copytree(output / "runs/r", tmp_path / "r")
     folder = tmp_path / "r/metrics"
     summary = json.loads((folder / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""What a run remembers: the same rows and numbers after reading as before writing, and nothing damaged is read."""
+"""`memory.safetensors` holds the same rows and numbers after reading as before writing; damage is detected."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def is_same(one: Remembered, two: Remembered) -> bool:
     return all(same) and all(np.array_equal(one.components[role], two.components[role]) for role in one.components)
 
 
-def test_what_is_read_is_what_was_written() -> None:
+def test_round_trip() -> None:
     made = remembered()
     assert is_same(from_bytes(to_bytes(made), "memory"), made)
     assert to_bytes(made) == to_bytes(made) == to_bytes(from_bytes(to_bytes(made), "memory"))
 
 
-def test_components_may_lie_in_any_order() -> None:
+def test_components_may_have_any_memory_layout() -> None:
     """Eigenvectors come column by column; a run that went on had others than the one that began."""
     made = remembered()
     turned = Remembered(
@@ -79,7 +79,7 @@ def test_damage_is_named(damage: str, tmp_path: Path) -> None:
     assert "--run-id" in caught.value.remedy and "fusion.verify" in caught.value.remedy
 
 
-def test_another_memory_than_that_of_the_training_is_refused(tmp_path: Path) -> None:
+def test_a_memory_of_another_training_is_refused(tmp_path: Path) -> None:
     content = to_bytes(remembered())
     storage.write(str(tmp_path / "memory.safetensors"), content)
     assert is_same(read(RunFolder(str(tmp_path)), storage.sha256(content)), remembered())

@@ -1,4 +1,4 @@
-"""A night is computed again when the code that decides a price has changed, and only then."""
+"""The digest of the code changes if and only if code that computes prices changes."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ def test_the_code_of_a_training_counts_for_a_training(package: Path) -> None:
     assert after(package / "training/loop.py", "\n\n\ndef ", "\n\n\nADDED = 1\n\n\ndef ", "training")
 
 
-def test_words_do_not_count(package: Path) -> None:
+def test_comments_and_docstrings_do_not_count(package: Path) -> None:
     assert not after(package / "nn/layers.py", "\n\n\ndef ", "\n\n\n# Said.\n\n\ndef ")
     assert not after(package / "nn/layers.py", '"""The building', '"""Some building')

@@ -1,4 +1,4 @@
-"""What the best weights predict for the rows that validate lies beside them, also after a stop."""
+"""Each checkpoint has the predictions of its weights for the validation rows, also after a stop and a resume."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_an_evaluation_finds_the_same_prices(run: Path) -> None:
     assert ours["sample_id"].is_monotonic_increasing
 
 
-def test_the_same_rows_are_the_same_bytes(run: Path) -> None:
+def test_the_same_rows_give_the_same_bytes(run: Path) -> None:
     rows = validation_of(RunFolder(str(run)).best())
     assert to_parquet(rows) == to_parquet(from_parquet(to_parquet(rows)))
 
 
-def test_a_checkpoint_without_them_is_one_of_an_earlier_version(run: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_checkpoint_of_an_earlier_version(run: Path, tmp_path: Path) -> None:
     made = RunFolder(str(run)).best()
     files = [entry for entry in made.manifest.files if entry.key != manifests.VALIDATION]
     earlier = manifests.Checkpoint(made.url, dataclasses.replace(made.manifest, files=files))
@@ -74,13 +74,13 @@ def test_a_checkpoint_without_them_is_one_of_an_earlier_version(run: Path, tmp_p
     assert "--run-id" in caught.value.remedy
 
 
-def test_rows_that_are_no_rows_are_damage(run: Path, tmp_path: Path) -> None:
+def test_a_file_without_valid_rows_is_damaged(run: Path, tmp_path: Path) -> None:
     for content in (b"", b"PAR1", to_parquet(pd.DataFrame({"sample_id": ["a"]}))):
         with pytest.raises(ValueError, match=r"."):
             from_parquet(content)
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_an_earlier_version(run: Path) -> None:
+def test_a_run_resumes_from_a_checkpoint_of_an_earlier_version(run: Path) -> None:
     found = checkpoint.newest(RunFolder(str(run)))
     assert found is not None and found[2]["validated"] is not None
     folder = Path(found[0].url)

@@ -1,4 +1,4 @@
-"""Fingerprints tell rounding from another vector, and agreement tells rows under wrong ids, on the first night."""
+"""Fingerprints distinguish rounding from other vectors, and agreement detects wrong ids on the first night."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ def seen(model: PriceModel, values: dict[str, torch.Tensor]) -> fingerprints.Loo
     return look(model, store(values), IDS, WORLD)
 
 
-def test_rounding_is_the_same_vector_and_another_product_is_not(model: PriceModel) -> None:
+def test_rounding_keeps_a_fingerprint_and_another_product_changes_it(model: PriceModel) -> None:
     exact, rounded = (seen(model, {k: v.to(kind) for k, v in rows(2).items()}) for kind in (torch.float32, torch.half))
     assert compared(exact.prints["image"], rounded.prints["image"]) == Comparison(N, 0, 0)
     other = seen(model, rows(3))
     assert compared(exact.prints["image"], other.prints["image"]).new > 0.98 * N
 
 
-def test_vectors_of_other_products_have_moved(model: PriceModel) -> None:
+def test_vectors_of_other_products_count_as_moved(model: PriceModel) -> None:
     values = rows(2)
     before = seen(model, values).prints["text"]
     swapped = seen(model, values | {"text": values["text"][torch.arange(N).roll(1)]}).prints["text"]
     assert compared(before, swapped).moved > 0.98 * N
 
 
-def test_a_placeholder_may_come_and_go(model: PriceModel) -> None:
+def test_placeholder_vectors_do_not_count_as_moved(model: PriceModel) -> None:
     values = rows(2)
     values["image"][:60] = values["image"][0]
     before = seen(model, values).prints["image"]
@@ -80,7 +80,7 @@ def test_a_placeholder_may_come_and_go(model: PriceModel) -> None:
     assert compared(before, seen(model, values).prints["image"]) == Comparison(N, 0, 10)
 
 
-def test_missing_embeddings_have_no_fingerprint_and_count_nowhere(model: PriceModel) -> None:
+def test_missing_embeddings_have_no_fingerprint_and_are_not_counted(model: PriceModel) -> None:
     whole = store(rows(2))
     there = whole.present["text"].clone()
     there[:30] = False
@@ -90,14 +90,14 @@ def test_missing_embeddings_have_no_fingerprint_and_count_nowhere(model: PriceMo
     assert compared(found.prints["text"], seen(model, rows(2)).prints["text"]) == Comparison(N - 30, 0, 0)
 
 
-def test_the_training_distribution_is_the_unit(model: PriceModel) -> None:
+def test_training_rows_have_shift_0_and_spread_1(model: PriceModel) -> None:
     found, halved = seen(model, rows(2)), seen(model, {role: one / 2 for role, one in rows(2).items()})
     for role in DIMS:
         assert found.spread[role] == pytest.approx(1, abs=0.15) and found.shift[role] < 0.2
         assert halved.spread[role] == pytest.approx(0.25, abs=0.05) and halved.shift[role] > 0.2
 
 
-def test_agreement_is_gone_when_one_source_is_under_other_ids(model: PriceModel) -> None:
+def test_agreement_vanishes_if_one_source_is_under_wrong_ids(model: PriceModel) -> None:
     values = rows(2)
     whole = agreements(seen(model, values).prints)["image text"]
     shuffled = values | {"image": values["image"][torch.randperm(N, generator=torch.Generator().manual_seed(5))]}
@@ -105,13 +105,13 @@ def test_agreement_is_gone_when_one_source_is_under_other_ids(model: PriceModel)
     assert whole > 0.1 and measured < 0.1 * whole and chance < 0.1 * whole
 
 
-def test_sources_without_variation_agree_on_nothing(model: PriceModel) -> None:
+def test_constant_sources_have_no_agreement(model: PriceModel) -> None:
     values = {role: one[:1].expand(N, -1).clone() for role, one in rows(2).items()}
     found = seen(model, values)
     assert agreements(found.prints) == {"image text": 0.0} and max(found.spread.values()) < 1e-3
 
 
-def test_a_file_of_fingerprints_is_what_was_written(model: PriceModel, tmp_path: object) -> None:
+def test_fingerprints_survive_a_round_trip_through_parquet(model: PriceModel, tmp_path: object) -> None:
     prints = seen(model, rows(2)).prints
     (path := tmp_path / "f.parquet").write_bytes(to_parquet(prints))  # type: ignore[operator]
     frame = pd.read_parquet(path).set_index("sample_id")

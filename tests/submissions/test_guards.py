@@ -1,4 +1,4 @@
-"""What may be published: limits that follow from the model and from earlier nights."""
+"""Guards refuse implausible embeddings and prices, and let usual nights pass."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def shuffled(values: pd.Series, share: float = 1.0) -> pd.Series:
 
 @pytest.mark.parametrize("spread", [0.1, 0.8])
 @pytest.mark.parametrize("model", [MODEL, OTHER])
-def test_prices_of_wrong_rows_are_refused_however_little_a_model_spreads_them(model: str, spread: float) -> None:
+def test_prices_under_wrong_ids_are_refused_for_any_spread_of_prices(model: str, spread: float) -> None:
     before = prices(spread=spread)
     assert list(verdicts(shuffled(before), last(before), model).values()) == [True]
 
@@ -67,12 +67,12 @@ def test_unchanged_prices_and_a_fifth_of_new_products_pass() -> None:
     assert verdicts(shuffled(before, 0.15), last(before)) == {}
 
 
-def test_half_the_limit_is_worth_a_warning() -> None:
+def test_half_the_limit_gives_a_warning() -> None:
     before = prices()
     assert list(verdicts(shuffled(before, 0.3), last(before)).values()) == [False]
 
 
-def test_another_model_may_change_what_the_same_may_not() -> None:
+def test_another_model_may_change_prices_more_than_the_same() -> None:
     before = prices()
     now = changed(before, 0.6)
     assert list(verdicts(now, last(before)).values()) == [True]
@@ -93,7 +93,7 @@ def test_the_limit_can_be_given() -> None:
     assert what.endswith("(--max-change 10)")
 
 
-def test_a_night_unlike_all_before_is_worth_a_warning() -> None:
+def test_a_change_larger_than_on_earlier_nights_gives_a_warning() -> None:
     before = prices()
     quiet = [Night(f"2026-02-{day:02}", MODEL, 0.2, 1.0) for day in range(1, 8)]
     assert verdicts(shuffled(before, 0.08), last(before)) == {}
@@ -107,12 +107,12 @@ def test_one_price_for_all_is_refused() -> None:
     assert [one.refused for one in found] == [True] and "practically the same price, 20.00" in found[0].what
 
 
-def test_rows_that_are_missing_are_refused() -> None:
+def test_missing_rows_are_refused() -> None:
     before = prices()
     assert "300 rows, the last submission has 400 (--min-rows 0.8)" in verdicts(before[:300], last(before))
 
 
-def test_prices_that_creep_up_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slow_drift_of_prices_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
     before, history = prices(), list[Night]()
     for day in range(1, 31):
         now = before * 1.1 ** (1 / 30)
@@ -122,7 +122,7 @@ def test_prices_that_creep_up_are_noted(capsys: pytest.CaptureFixture[str]) -> N
     assert len(history) == 30 and "event=prices_moved factor=1.1 since=2026-03-01 nights=30" in capsys.readouterr().err
 
 
-def test_no_more_than_a_month_is_remembered() -> None:
+def test_at_most_thirty_nights_are_stored() -> None:
     before = prices()
     history = [Night("2026-02-01", MODEL, 0.0, 1.0)] * 30
     found = guards.remembered(before, last(before, history=history), "2026-03-02", MODEL)
@@ -190,7 +190,7 @@ def test_two_products_may_swap_their_photos() -> None:
     assert not found.refused
 
 
-def test_a_catalog_encoded_otherwise_needs_another_model() -> None:
+def test_vectors_of_another_encoder_are_refused_with_the_same_model() -> None:
     found = about(prints(7), prints())
     assert [one.refused for one in found] == [True, True] and found[0].what.endswith("although the model is the same")
     assert [one.refused for one in about(prints(7), prints(), OTHER)] == [False, False]
@@ -202,7 +202,7 @@ def test_new_content_of_a_fifth_of_the_products_passes() -> None:
     assert about(now, prints()) == []
 
 
-def test_force_publishes_and_says_what_was_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+def test_force_publishes_and_logs_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     anomalies = [Anomaly("one is odd", False), *(Anomaly(f"{number} is wrong", True) for number in range(2, 7))]
     with pytest.raises(DataError, match="not published: 2 is wrong; 3 is wrong; 4 is wrong; and 2 more, see the log"):
         guards.conclude(PredictConfig(), anomalies)
@@ -222,7 +222,7 @@ def test_prices_far_from_the_training_prices_are_refused(tmp_path: Path) -> None
     assert [one.refused for one in found] == [True] * 3 and "the training prices'" in found[0].what
 
 
-def test_tiny_prices_are_shown_with_digits() -> None:
+def test_tiny_prices_are_shown_with_significant_digits() -> None:
     before, now = pd.Series(2e-4, IDS) * np.linspace(1, 2, N), pd.Series(8e-4, IDS) * np.linspace(1, 2, N)
     said = " ".join(verdicts(now, last(before)))
     assert "the 50% quantile is 0.0012, the last submission's 0.0003" in said

@@ -1,4 +1,4 @@
-"""What a submission says of each row beside its price."""
+"""`predictions.parquet` of a submission: its columns, its rows, and how it is published."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def wrong(folder: Path) -> list[str]:
     return [str(finding) for finding in verify(str(folder)) if finding.verdict == "BAD"]
 
 
-def test_rows_are_those_of_the_csv_in_its_order(output: Path) -> None:
+def test_rows_and_their_order_match_the_csv(output: Path) -> None:
     folder = published(output, "plain")
     csv = pd.read_csv(folder / "submission.csv", dtype="str")
     rows = predictions.from_parquet((folder / "predictions.parquet").read_bytes())
@@ -76,7 +76,7 @@ def test_rows_are_those_of_the_csv_in_its_order(output: Path) -> None:
     assert wrong(folder) == []
 
 
-def test_whatever_the_model_computes_per_row_is_published(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_columns_that_the_model_computes_are_published(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pricing = predict.pricing
 
     def with_neighbours(model: PriceModel) -> Compute:
@@ -96,7 +96,7 @@ def test_whatever_the_model_computes_per_row_is_published(output: Path, monkeypa
     assert wrong(folder) == []
 
 
-def test_an_unchanged_night_carries_them_over(output: Path) -> None:
+def test_an_unchanged_night_copies_the_predictions(output: Path) -> None:
     first = published(output, "nights")
     assert predict_test.main(["--output", str(output), "--name", "nights", "--date", "2026-01-03"]) == 0
     again = current(output, "nights")
@@ -104,7 +104,7 @@ def test_an_unchanged_night_carries_them_over(output: Path) -> None:
     assert (again / "predictions.parquet").read_bytes() == (first / "predictions.parquet").read_bytes()
 
 
-def test_a_night_after_they_were_lost_publishes_what_is_left(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lost_predictions_are_left_out_of_an_unchanged_night(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (published(output, "lost") / "predictions.parquet").unlink()
     assert predict_test.main(["--output", str(output), "--name", "lost", "--date", "2026-01-03"]) == 0
     assert "event=submission_damaged" in capsys.readouterr().err
@@ -112,7 +112,7 @@ def test_a_night_after_they_were_lost_publishes_what_is_left(output: Path, capsy
 
 
 @pytest.mark.parametrize("change", ["price", "order", "column", "bounds", "bound", *HARMED])
-def test_rows_that_are_not_those_of_the_csv_are_found(change: str, output: Path) -> None:
+def test_verify_finds_rows_that_differ_from_the_csv(change: str, output: Path) -> None:
     folder = published(output, change)
     path = folder / "predictions.parquet"
     rows = pd.read_parquet(path)
@@ -129,7 +129,7 @@ def test_rows_that_are_not_those_of_the_csv_are_found(change: str, output: Path)
     assert line.startswith("BAD  predictions.parquet: expected ")
 
 
-def test_digits_that_no_price_shows_do_not_replace_what_is_published(
+def test_differences_below_the_digits_of_the_csv_keep_the_published_files(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two jobs at once on different processors, which round differently, the first one counts."""
@@ -153,7 +153,7 @@ def test_digits_that_no_price_shows_do_not_replace_what_is_published(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_lists_and_numbers_in_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_hold_lists_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictions, "ROWS_PER_GROUP", 2)
     ids = pd.Index(["a", "b", "c"])
     columns = {"price": np.array([1.0, 2.0, 3.0]), "weights": np.arange(6.0).reshape(3, 2), "none": np.empty((3, 0))}
@@ -169,7 +169,7 @@ def test_lists_and_numbers_in_groups_of_rows(monkeypatch: pytest.MonkeyPatch) ->
     assert rows["sample_id"].tolist() == ["a", "b", "c"] and [len(one) for one in rows["none"]] == [0, 0, 0]
 
 
-def test_groups_of_rows_change_nothing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_row_groups_does_not_change_the_rows(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pd.read_parquet(published(output, "whole") / "predictions.parquet")
     monkeypatch.setattr(predictions, "ROWS_PER_GROUP", 7)
     path = published(output, "groups") / "predictions.parquet"

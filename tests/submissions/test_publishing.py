@@ -65,7 +65,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "write", write)
 
 
-def test_whoever_reads_the_pointer_gets_a_whole_submission(
+def test_readers_of_the_pointer_always_get_a_complete_submission(
     bucket: str, catalog: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = f"{bucket}/out"

@@ -1,4 +1,4 @@
-"""What is in order is said to be; what is damaged is named, whatever the damage."""
+"""`fusion.verify` passes an unchanged output, and names each kind of damage."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def wrong_lines(capsys: Capture, url: Path | str, code: int = 65) -> list[str]:
     return wrong
 
 
-def test_what_was_written_is_in_order(made: Path, capsys: Capture) -> None:
+def test_an_unchanged_output_passes(made: Path, capsys: Capture) -> None:
     for url in (made / "runs/r", newest(made), submission(made), f"{made}/{POINTER}", f"{made}/runs/r/"):
         assert wrong_lines(capsys, url, code=0) == []
     assert main([f"{made}/{POINTER}"]) == 0
@@ -128,7 +128,7 @@ def test_a_damaged_file_is_named(what: str, harm: Callable[[Path], None], output
         ("sample_id,price\n", "sample_id,price\n\n", "found 1 others"),
     ],
 )
-def test_a_wrong_submission_is_named_though_its_digests_fit(
+def test_finds_a_wrong_submission_whose_digests_match(
     old: str, new: str, said: str, output: Path, capsys: Capture
 ) -> None:
     folder = submission(output)
@@ -147,7 +147,7 @@ def test_damaged_metrics_are_named(name: str, output: Path, capsys: Capture) -> 
     assert line.startswith(f"BAD  metrics/{name}: expected ")
 
 
-def test_another_split_than_the_one_trained_with_is_named(output: Path, capsys: Capture) -> None:
+def test_finds_a_split_that_differs_from_that_of_the_training(output: Path, capsys: Capture) -> None:
     split = output / "runs/r/split.parquet"
     frame = pd.read_parquet(split)
     frame.iloc[::-1].to_parquet(split, index=False)
@@ -156,7 +156,7 @@ def test_another_split_than_the_one_trained_with_is_named(output: Path, capsys: 
     assert all("split.parquet" in line for line in wrong), "what else is wrong is that others differ from it"
 
 
-def test_a_test_csv_that_has_changed_since_is_no_damage(catalog: Path, made: Path, tmp_path: Path) -> None:
+def test_a_changed_test_csv_is_not_an_error(catalog: Path, made: Path, tmp_path: Path) -> None:
     shutil.copytree(catalog, tmp_path / "data")
     where = ["--run-dir", str(made / "runs/r"), "--output", str(tmp_path), "--data", str(tmp_path / "data")]
     assert predict_test.main(where) == 0
@@ -166,7 +166,7 @@ def test_a_test_csv_that_has_changed_since_is_no_damage(catalog: Path, made: Pat
     assert main([f"{tmp_path}/{POINTER}", "--data", str(tmp_path / "data")]) == 65
 
 
-def test_the_order_of_rows_is_that_of_test_csv(output: Path, capsys: Capture) -> None:
+def test_finds_rows_in_another_order_than_test_csv(output: Path, capsys: Capture) -> None:
     folder = submission(output)
     header, *rows = (folder / "submission.csv").read_text().splitlines(keepends=True)
     (line,) = wrong_lines(capsys, republish(folder, "".join([header, *rows[::-1]]).encode()))
@@ -184,13 +184,13 @@ def test_the_order_of_rows_is_that_of_test_csv(output: Path, capsys: Capture) ->
         ({"files": [{"key": "submission.csv", "bytes": 1}]}, "expected files.0.sha256, found nothing of that name"),
     ],
 )
-def test_a_manifest_that_says_otherwise(values: dict[str, Any], said: str, output: Path, capsys: Capture) -> None:
+def test_finds_a_manifest_with_wrong_values(values: dict[str, Any], said: str, output: Path, capsys: Capture) -> None:
     edit(submission(output) / "MANIFEST.json", **values)
     (line,) = wrong_lines(capsys, f"{output}/{POINTER}")
     assert said in line
 
 
-def test_a_submission_in_a_folder_of_another_digest(output: Path, capsys: Capture) -> None:
+def test_finds_a_submission_in_the_folder_of_another_digest(output: Path, capsys: Capture) -> None:
     other = submission(output).rename(submission(output).with_name("0" * 12))
     (line,) = wrong_lines(capsys, other)
     assert line.startswith("BAD  folder's digest: expected ") and line.endswith("found 000000000000")
@@ -206,7 +206,7 @@ def test_a_submission_in_a_folder_of_another_digest(output: Path, capsys: Captur
         ({"finished": "yes"}, "expected finished for which input should be a valid boolean, found 'yes'"),
     ],
 )
-def test_a_checkpoint_of_another_origin(values: dict[str, Any], said: str, output: Path, capsys: Capture) -> None:
+def test_finds_a_checkpoint_of_another_run(values: dict[str, Any], said: str, output: Path, capsys: Capture) -> None:
     folder = newest(output)
     edit(folder / "MANIFEST.json", **values)
     (line,) = wrong_lines(capsys, output / "runs/r")
@@ -214,14 +214,14 @@ def test_a_checkpoint_of_another_origin(values: dict[str, Any], said: str, outpu
 
 
 @pytest.mark.parametrize(("key", "what"), [("lr", "config_sha256"), ("data", "config_json_sha256")])
-def test_settings_that_the_run_was_not_trained_with(key: str, what: str, output: Path, capsys: Capture) -> None:
+def test_finds_settings_that_the_run_was_not_trained_with(key: str, what: str, output: Path, capsys: Capture) -> None:
     path = output / "runs/r/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: 0.5 if key == "lr" else "elsewhere"}))
     (line,) = wrong_lines(capsys, output / "runs/r")
     assert line.startswith(f"BAD  config.json: {what} of run.json: expected ")
 
 
-def test_weights_without_dims_though_their_digests_fit(output: Path, capsys: Capture) -> None:
+def test_finds_weights_without_dims_whose_digests_match(output: Path, capsys: Capture) -> None:
     path = newest(output) / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"dims"', b'"dime"', 1))
     content = path.read_bytes()
@@ -253,7 +253,7 @@ def doubled(path: Path) -> None:
         ("run.json", Path.unlink, "found no such file"),
     ],
 )
-def test_a_run_without_what_it_began_with(
+def test_finds_missing_or_damaged_files_of_the_start_of_a_run(
     name: str, harm: Callable[[Path], None], said: str, output: Path, capsys: Capture
 ) -> None:
     harm(output / "runs/r" / name)
@@ -287,7 +287,7 @@ def other_arrays(path: Path, without: Sequence[str] = (), **changes: Callable[[n
         ("components.qwen_text", lambda one: one[1:], "dims of run.json: expected"),
     ],
 )
-def test_a_memory_that_does_not_fit_though_its_digests_do(
+def test_finds_a_wrong_memory_whose_digests_match(
     name: str, change: Callable[[np.ndarray], np.ndarray], said: str, output: Path, capsys: Capture
 ) -> None:
     other_arrays(output / "runs/r/memory.safetensors", **{name: change})
@@ -296,14 +296,14 @@ def test_a_memory_that_does_not_fit_though_its_digests_do(
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
-def test_a_memory_that_is_not_that_of_the_training(harm: Callable[[Path], None], output: Path, capsys: Capture) -> None:
+def test_finds_a_missing_or_damaged_memory(harm: Callable[[Path], None], output: Path, capsys: Capture) -> None:
     harm(output / "runs/r/memory.safetensors")
     lines = wrong_lines(capsys, output / "runs/r")
     assert [line for line in lines if "memory.safetensors" not in line] == []
     assert sum("memory_sha256 of memory.safetensors" in line for line in lines) == 2, "of each checkpoint"
 
 
-def test_what_is_no_error_is_said(output: Path, capsys: Capture) -> None:
+def test_notes_what_could_not_be_compared(output: Path, capsys: Capture) -> None:
     run = output / "runs/r"
     edit(submission(output) / "MANIFEST.json", run=str(run), data=str(output / "nowhere"))
     (run / "checkpoints/step-00000099").mkdir()
@@ -321,13 +321,15 @@ def test_what_is_no_error_is_said(output: Path, capsys: Capture) -> None:
     assert "note no committed checkpoint" in said and "note attempts/1: has not ended, or was killed" in said
 
 
-def test_the_ids_can_be_those_of_other_data(catalog: Path, output: Path, capsys: Capture) -> None:
+def test_compares_ids_with_those_of_other_data(catalog: Path, output: Path, capsys: Capture) -> None:
     pd.read_csv(catalog / "test.csv", dtype="str").iloc[1:].to_csv(output / "test.csv", index=False)
     assert main([f"{output}/{POINTER}", "--data", str(output)]) == 65
     assert "found 0 missing (none), 1 others (" in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_is_pruned_meanwhile(output: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_checkpoint_that_is_removed_during_the_check_is_not_an_error(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     original, gone = storage.read, Path(RunFolder(str(output / "runs/r")).checkpoints()[0].url)
     assert gone != newest(output)
 
@@ -342,14 +344,14 @@ def test_a_checkpoint_that_is_pruned_meanwhile(output: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("url", ["nothing", "runs", POINTER.replace("test", "other"), "runs/r/run.json"])
-def test_what_is_none_of_them(url: str, made: Path, capsys: Capture) -> None:
+def test_refuses_other_urls(url: str, made: Path, capsys: Capture) -> None:
     assert main([f"{made}/{url}"]) == 65
     said = capsys.readouterr()
     error, hint = said.err.splitlines()
     assert error.startswith(f"error: {made}/{url} ") and hint.startswith("hint: ") and not said.out
 
 
-def test_a_pointer_that_names_nothing(output: Path, capsys: Capture) -> None:
+def test_finds_a_pointer_to_a_missing_submission(output: Path, capsys: Capture) -> None:
     shutil.rmtree(submission(output))
     first, second = wrong_lines(capsys, f"{output}/{POINTER}")
     assert first.startswith(f"BAD  {POINTER}: submission: expected one that is committed, found test/")
@@ -366,7 +368,7 @@ def test_a_pointer_that_names_nothing(output: Path, capsys: Capture) -> None:
         ("prices", "2026-01-02", "name of the manifest: expected prices, found test"),
     ],
 )
-def test_yesterday_under_todays_date_or_another_name(
+def test_finds_a_submission_copied_to_another_date_or_name(
     name: str, date: str, said: str, output: Path, capsys: Capture
 ) -> None:
     other = output / "submissions" / name / date / submission(output).name
@@ -380,7 +382,7 @@ def test_yesterday_under_todays_date_or_another_name(
         assert line.endswith(said)
 
 
-def test_a_pointer_that_was_copied(output: Path, capsys: Capture) -> None:
+def test_finds_a_copied_pointer(output: Path, capsys: Capture) -> None:
     copy = output / "pointers/runs/qwen_clip/best.json"
     copy.parent.mkdir()
     shutil.copy(output / "pointers/runs/all_embeddings/best.json", copy)
@@ -389,7 +391,7 @@ def test_a_pointer_that_was_copied(output: Path, capsys: Capture) -> None:
     assert "variant of r: expected qwen_clip, found all_embeddings" in variant
 
 
-def test_a_smape_that_the_training_never_had(output: Path, capsys: Capture) -> None:
+def test_finds_a_changed_smape(output: Path, capsys: Capture) -> None:
     """It decides which model is served, so a change is found even if the digests were recomputed with it."""
     smape = RunFolder(str(output / "runs/r")).checkpoints()[-1].smape
     edit(newest(output) / "MANIFEST.json", smape=1.0)
@@ -413,7 +415,7 @@ def test_a_smape_that_the_training_never_had(output: Path, capsys: Capture) -> N
         (lambda rows: rows.drop(columns="predicted"), "expected Parquet with sample_id, price and predicted, found "),
     ],
 )
-def test_validation_predictions_that_do_not_fit_though_their_digests_do(
+def test_finds_wrong_validation_predictions_whose_digests_match(
     change: Callable[[pd.DataFrame], pd.DataFrame], said: str, output: Path, capsys: Capture
 ) -> None:
     path = newest(output) / "validation.parquet"
@@ -426,7 +428,7 @@ def test_validation_predictions_that_do_not_fit_though_their_digests_do(
     assert any(f"{newest(output).name}/validation.parquet" in line and said in line for line in lines), lines
 
 
-def test_manifests_that_are_gone(output: Path, capsys: Capture) -> None:
+def test_finds_missing_manifests(output: Path, capsys: Capture) -> None:
     for path in (output / "runs/r/checkpoints").glob("*/MANIFEST.json"):
         path.unlink()
     said = wrong_lines(capsys, output / "runs/r")
@@ -435,7 +437,7 @@ def test_manifests_that_are_gone(output: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("name", ["epochs.csv", "train.jsonl"])
-def test_a_history_is_that_of_the_newest_checkpoint(name: str, output: Path, capsys: Capture) -> None:
+def test_finds_a_history_that_differs_from_the_newest_checkpoint(name: str, output: Path, capsys: Capture) -> None:
     path = output / "runs/r/metrics" / name
     for content in (path.read_bytes()[:-1], path.read_bytes() + b"3,21,0.1,0.1,0.1,0.1\n"):
         path.write_bytes(content)
@@ -443,7 +445,7 @@ def test_a_history_is_that_of_the_newest_checkpoint(name: str, output: Path, cap
         assert line.startswith(f"BAD  metrics/{name}: expected ")
 
 
-def test_what_an_earlier_version_wrote(output: Path, capsys: Capture) -> None:
+def test_accepts_documents_of_an_earlier_version(output: Path, capsys: Capture) -> None:
     """Without seals, and without what only seals cover: it is read, and verify says so."""
     new = {"pointer", "config_json_sha256", "run_sha256", "history", "earlier", "log", "name", "previous"}
     new |= {"model_sha256", "data_sha256"}

@@ -1,8 +1,9 @@
-"""Whatever changes in an output is found, and nothing that a kill can leave is taken for damage.
+"""`fusion.verify` finds every change of an output, and passes an output of a job that was killed at any write.
 
-One small output is made; every write on the way is a moment at which a kill could strike, and is verified. Then every
-field of every document is edited, every object removed, cut off and given a flipped bit, and every pair of objects of
-one kind swapped; of `summary.json`, which has hundreds of fields under one digest, a sample is edited.
+A small output is written and verified after each single write, since a kill could come at any of them. Then the output
+is changed in many ways, one at a time, and verified: every field of every document is edited; every file is removed,
+truncated and given a flipped bit; every two files of the same kind are swapped. `summary.json` has hundreds of fields
+under one digest, of which a sample is edited.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from fusion.demo.catalog import generate
 from fusion.verify.__main__ import verify
 from tests.conftest import DIMS, SMALL
 
-# Mutations that no check can tell from a state that a kill leaves, and why.
+# Mutations that look the same as the output of a job that was killed, so that no check can find them, and why.
 INVISIBLE = {
     "runs/r/attempts/1/exit.json: removed": "an attempt that was killed has none; verify notes it",
     "runs/r/attempts/2/exit.json: removed": "an attempt that was killed has none; verify notes it",
@@ -38,13 +39,13 @@ INVISIBLE = {
 N_OF_SUMMARY = 50  # mutations of summary.json that are tried
 
 
-def wrong(place: Path) -> list[str]:
-    return [str(finding) for finding in verify(str(place)) if finding.verdict == "BAD"]
+def wrong(url: Path) -> list[str]:
+    return [str(finding) for finding in verify(str(url)) if finding.verdict == "BAD"]
 
 
 @dataclass
 class Made:
-    """An output, and what was BAD in it at each moment of its making: after which write, and what."""
+    """An output, the number of writes after which it was verified, and what was BAD, after which write."""
 
     output: Path
     n_moments: int
@@ -54,12 +55,12 @@ class Made:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     """A run that was stopped once and has two checkpoints, its metrics, and submissions of two dates."""
-    place = tmp_path_factory.mktemp("made")
-    data, output = place / "data", place / "output"
+    workspace = tmp_path_factory.mktemp("made")
+    data, output = workspace / "data", workspace / "output"
     generate(data, n_products=203, dims=DIMS)
     made = Made(output, 0, [])
     with pytest.MonkeyPatch.context() as patch:
-        look_after_each_write(patch, made)
+        verify_after_each_write(patch, made)
         build(patch, data, output)
     yield made
     assert wrong(output) == [], "each mutation was undone"
@@ -83,7 +84,7 @@ def build(patch: pytest.MonkeyPatch, data: Path, output: Path) -> None:
 
 
 def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    """A stop request arrives at the first agreement at or after the step."""
+    """Sends a stop request when the ranks first agree whether to stop at this step or a later one."""
     original = fusion.training.saver.Saver.agree
 
     def agree(self: fusion.training.saver.Saver, **options: bool) -> None:
@@ -94,8 +95,8 @@ def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(fusion.training.saver.Saver, "agree", agree)
 
 
-def look_after_each_write(patch: pytest.MonkeyPatch, made: Made) -> None:
-    def look(action: str, url: str) -> None:
+def verify_after_each_write(patch: pytest.MonkeyPatch, made: Made) -> None:
+    def check(action: str, url: str) -> None:
         made.n_moments += 1
         if made.output.exists() and any(path.is_file() for path in made.output.rglob("*")):
             made.alarms += [f"after {action} of {url}: {line}" for line in wrong(made.output)]
@@ -105,7 +106,7 @@ def look_after_each_write(patch: pytest.MonkeyPatch, made: Made) -> None:
 
         def call(url: str, *arguments: Any) -> Any:
             done = original(url, *arguments)
-            look(action, url)
+            check(action, url)
             return done
 
         patch.setattr(storage, action, call)
@@ -118,13 +119,13 @@ def look_after_each_write(patch: pytest.MonkeyPatch, made: Made) -> None:
         for path in sorted(Path(url).rglob("*")):  # a kill may come between any two
             if path.is_file():
                 path.unlink()
-                look("removal", str(path))
+                check("removal", str(path))
         removed(url)
 
     patch.setattr(storage, "remove", remove)
 
 
-def test_no_moment_of_its_making_is_taken_for_damage(made: Made) -> None:
+def test_an_output_passes_after_every_single_write(made: Made) -> None:
     assert made.alarms == []
     assert made.n_moments > 50
 
@@ -134,13 +135,13 @@ def objects(output: Path) -> list[Path]:
 
 
 def kind(path: Path, output: Path) -> str:
-    """The same for objects that could be taken for each other."""
+    """A text that is the same for files that could be confused with each other, and so are swapped."""
     first = path.relative_to(output).parts[0]
     return f"{first}: {'*' if first == 'pointers' and 'runs' in path.parts else path.name}"
 
 
 def edits(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """All values that differ from this one in one place, and are of its type; each with its name."""
+    """All values of the same type that differ from this one in one key or item; each with a description."""
     if isinstance(value, dict):
         yield f"{where} has another key", {**value, "another": 1}
         for key, inner in value.items():
@@ -155,6 +156,7 @@ def edits(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def changed(value: Any) -> Any:
+    """Another value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -164,10 +166,11 @@ def changed(value: Any) -> Any:
     return f"{value[:-1]}{'0' if value[-1:] != '0' else '1'}"
 
 
-Mutation = tuple[str, dict[Path, bytes | None]]  # its name, and what lies where afterwards; None: nothing
+Mutation = tuple[str, dict[Path, bytes | None]]  # a description, and file to its new content; None removes the file
 
 
 def mutations(output: Path) -> Iterator[Mutation]:
+    """All changes that are tried, see the module's docstring."""
     before = {path: path.read_bytes() for path in objects(output)}
     for path, content in before.items():
         name = str(path.relative_to(output))
@@ -188,6 +191,7 @@ def mutations(output: Path) -> Iterator[Mutation]:
 
 
 def is_found(mutation: dict[Path, bytes | None], output: Path) -> bool:
+    """Changes the output, verifies it, and restores it; whether something was BAD."""
     before = {path: path.read_bytes() for path in mutation}
     try:
         for path, content in mutation.items():

@@ -44,7 +44,7 @@ def pointed_to(output: str, variant: str) -> RunPointer | None:
 
 
 def point_to_run(config: RunConfig, chosen: manifests.Checkpoint) -> None:
-    """Moves the pointers of a variant to a run that has finished, as far as it deserves them.
+    """Moves those pointers of a variant that should name a run that has just finished.
 
     `latest` moves unless it names a run that started later. The best of its kind moves unless it names a run with the
     same or a lower SMAPE. `best`, the served run, moves if --promote was given, if no existing run is served, or if the

@@ -47,7 +47,7 @@ SCALE_LEVEL = 0.9
 # Smallest scale, as a share of the scale of all rows. Rows whose spread is 0 may all have an error of 0, and a score is
 # divided by the scale.
 SMALLEST_SCALE = 0.05
-LARGEST_LOG = 700.0  # exp of more than 709 overflows float64
+LARGEST_LOG = 700.0  # half widths in log price are cut off here, since exp of more than 709 overflows float64
 
 FloatArray = np.ndarray
 Key = tuple[str | None, int | None]  # category and tier of a bin, as in `IntervalBin`: None stands for all

@@ -59,7 +59,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class CheckpointManifest(Manifest):
-    """`checkpoints/step-…/MANIFEST.json`
+    """`checkpoints/step-…/MANIFEST.json`, which commits a checkpoint and says what it was made from.
 
     Attributes:
         step: optimizer steps taken.
@@ -116,7 +116,7 @@ class IntervalBin:
 
 @dataclass(frozen=True)
 class Intervals:
-    """`checkpoints/step-…/intervals.json`
+    """`checkpoints/step-…/intervals.json`: prediction intervals, see `fusion.records.intervals`.
 
     Attributes:
         levels: for each interval, the percentage of true prices that it contains.
@@ -162,7 +162,7 @@ MAX_NIGHTS = 30
 
 @dataclass(frozen=True)
 class SubmissionManifest(Manifest):
-    """`submissions/<name>/<date>/<digest>/MANIFEST.json`
+    """`submissions/<name>/<date>/<digest>/MANIFEST.json`, which commits a submission and says what it was made from.
 
     Attributes:
         run: URL of the run that predicted the prices.
@@ -388,7 +388,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """`lease.json`: the newest attempt at a run."""
+    """`lease.json`: the newest attempt at a run, which alone may write; `token` is a random text that identifies it."""
 
     attempt: PositiveInt
     token: str
@@ -397,7 +397,7 @@ class LeaseRecord:
 
 @dataclass(frozen=True)
 class AttemptStart:
-    """`attempts/<n>/start.json`"""
+    """`attempts/<n>/start.json`: when an attempt started, in UTC."""
 
     attempt: PositiveInt
     started: str

@@ -107,8 +107,11 @@ def _job(arguments: argparse.Namespace) -> ExitCode:
     storage.set_patience(arguments.store_timeout)
     found = verify(arguments.url, arguments.data, say=lambda finding: print(visible(str(finding)), flush=True))
     n_wrong = sum(finding.verdict == "BAD" for finding in found)
-    print(f"{n_wrong} thing{'s are' if n_wrong > 1 else ' is'} wrong" if n_wrong else "OK")
-    return ExitCode.DATA if n_wrong else ExitCode.DONE
+    if not n_wrong:
+        print("OK")
+        return ExitCode.DONE
+    print("1 thing is wrong" if n_wrong == 1 else f"{n_wrong} things are wrong")
+    return ExitCode.DATA
 
 
 def main(argv: Sequence[str] | None = None) -> int:

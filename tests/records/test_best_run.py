@@ -53,7 +53,7 @@ def test_a_run_on_other_data_does_not_replace_the_served_run(
     said = capsys.readouterr().err
     assert current(tmp_path) == "real" and "event=not_served" in said and "with --promote" in said
     finish(tmp_path, "better", 40.0)
-    assert current(tmp_path) == "better", "the best of its kind still is"
+    assert current(tmp_path) == "better", "the best of its kind is still served"
 
 
 def test_each_kind_has_a_best_of_its_own(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_promote_serves_a_run_on_other_data(tmp_path: Path) -> None:
     finish(tmp_path, "new", 44.0, "new data")
     assert current(tmp_path) == "old"
     finish(tmp_path, "new", 44.0, "new data", promote=True)
-    assert current(tmp_path) == "new", "the same command on the finished run"
+    assert current(tmp_path) == "new", "the same command was run again on the finished run"
     finish(tmp_path, "older", 30.0)
     assert current(tmp_path) == "new"
     finish(tmp_path, "newer", 43.0, "new data")

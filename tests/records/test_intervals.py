@@ -124,7 +124,7 @@ def test_rare_missing_and_new_categories_have_the_bins_of_the_others() -> None:
     made = made_of(rows(20_000))
     assert made.categories == tuple(sorted([*GROUPS, "rare"])) and made.by == "kind"
     few = made_of(rows(4000))
-    assert few.categories == tuple(sorted(GROUPS)), "40 rows are no bin"
+    assert few.categories == tuple(sorted(GROUPS)), "40 rows are too few for a bin"
     new = pd.DataFrame({"predicted": 20.0, "spread": 0.5, "category": ["rare", None, "never seen", ""]})
     assert len(set(bounds(few, new)["high_90"])) == 1
 

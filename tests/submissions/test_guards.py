@@ -163,8 +163,8 @@ def test_usual_embeddings_pass() -> None:
 def test_embeddings_of_another_distribution_are_refused_on_the_first_night(
     moments: dict[str, float], refused: bool
 ) -> None:
-    assert [one.refused for one in about(prints(), **moments)] == [refused, refused], "one for each role"
-    assert about(prints()[:40], **moments) == [], "too few rows to tell"
+    assert [one.refused for one in about(prints(), **moments)] == [refused, refused], "one anomaly per role"
+    assert about(prints()[:40], **moments) == [], "too few rows for a distribution"
 
 
 def test_a_source_under_other_ids_is_refused_on_the_first_night() -> None:
@@ -178,7 +178,9 @@ def test_all_sources_under_other_ids_are_refused_on_the_second_night() -> None:
     order = np.random.default_rng(3).permutation(N)
     found = about(pd.DataFrame(now.to_numpy()[order], IDS, now.columns), now)
     assert [one.refused for one in found] == [True, True] and "that another one had" in found[0].what
-    assert all(one.refused for one in about(now.iloc[order].set_axis(IDS), now, OTHER)), "another model is no excuse"
+    assert all(one.refused for one in about(now.iloc[order].set_axis(IDS), now, OTHER)), (
+        "refused also if the model has changed"
+    )
 
 
 def test_two_products_may_swap_their_photos() -> None:

@@ -28,7 +28,7 @@ N_PUBLICATIONS, AT_ONCE = 20, 5
 
 
 def publisher(catalog: Path, output: str) -> Callable[[int], None]:
-    """Publishes a submission of its own for every number, with a run on S3."""
+    """Trains a run; returns a function that publishes a different submission for each number."""
     flags = ["--data", str(catalog), "--output", output, "--run-id", "r", *SMALL, "--epochs", "1"]
     assert train.main(flags) == 0
     settings = PredictConfig(output=output, date="2026-01-02", run_id="r")
@@ -46,8 +46,8 @@ def publisher(catalog: Path, output: str) -> Callable[[int], None]:
     return publish
 
 
-def look_at(output: str) -> list[str]:
-    """The lines about the submission that the pointer names; none before the first publication."""
+def read_current(output: str) -> list[str]:
+    """The findings about the submission that the pointer names; an empty list before the first publication."""
     try:
         return [str(finding) for finding in verify(f"{output}/pointers/submissions/test/current.json")]
     except DataError:
@@ -55,7 +55,7 @@ def look_at(output: str) -> list[str]:
 
 
 def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong order of writes would be seen for longer."""
+    """Slows all writes down, so that a wrong order of writes is visible for longer."""
     original = storage.write
 
     def write(url: str, data: bytes) -> None:
@@ -69,20 +69,20 @@ def test_readers_of_the_pointer_always_get_a_complete_submission(
     bucket: str, catalog: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = f"{bucket}/out"
-    publish, looks = publisher(catalog, output), list[list[str]]()
+    publish, reads = publisher(catalog, output), list[list[str]]()
     slow_down(monkeypatch)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         jobs = [pool.submit(publish, number) for number in range(N_PUBLICATIONS)]
         while not all(job.done() for job in jobs):
-            looks.append(look_at(output))
-    looks.append(look_at(output))
+            reads.append(read_current(output))
+    reads.append(read_current(output))
     assert [job.exception() for job in jobs if job.exception()] == []
-    while not looks[0]:
-        looks.pop(0)
-    assert all(looks), "a pointer that was there is there for good"
-    assert [line for look in looks for line in look if not line.startswith("ok ")] == []
-    seen = {line for look in looks for line in look if line.startswith("ok   folder's digest: ")}
-    assert len(seen) > 1, "publications and looks did not overlap"
+    while not reads[0]:
+        reads.pop(0)
+    assert all(reads), "a pointer never disappears once it exists"
+    assert [line for read in reads for line in read if not line.startswith("ok ")] == []
+    seen = {line for read in reads for line in read if line.startswith("ok   folder's digest: ")}
+    assert len(seen) > 1, "no publication happened between two reads"
     check_all(output)
 
 

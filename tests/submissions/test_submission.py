@@ -111,12 +111,12 @@ def test_what_has_changed_is_predicted_again(
     frame = pd.read_parquet(source)
     frame.iloc[1:].to_parquet(source, index=False)
     assert night("2026-03-01") == 0
-    assert len(publications(workspace)) == 2, "one embedding fewer: other prices, on the same day"
+    assert len(publications(workspace)) == 2, "without one embedding, prices of the same date differ"
     for module in (submission, unchanged):
         monkeypatch.setattr(module, "code_digest", lambda *_: "0" * 64)
     capsys.readouterr()
     assert night("2026-03-02") == 0
-    assert "event=model" in capsys.readouterr().err, "other code: computed again"
+    assert "event=model" in capsys.readouterr().err, "other code predicts again"
 
 
 def test_the_library_detects_an_unchanged_night_without_torch(workspace: Path, night: Night) -> None:
@@ -134,7 +134,7 @@ def test_a_night_on_other_data_is_not_reused_for_the_runs_own_data(workspace: Pa
     assert night("2026-03-01") == 0
     assert predict_test.main(["--output", str(workspace / "output"), "--date", "2026-03-02", "--device", "cpu"]) == 0
     rows = pd.read_csv(workspace / "output/submissions/test" / current(workspace) / "submission.csv")
-    assert len(rows) == 100, "those of the data that the run was trained from"
+    assert len(rows) == 100, "the rows of the data that the run was trained from"
 
 
 def half_the_rows(workspace: Path) -> None:
@@ -198,7 +198,7 @@ def test_implausible_input_is_not_published(
     assert (publications(workspace), current(workspace)) == (before, pointed)
     assert [path for path in (workspace / "output/parts").rglob("*") if path.is_file()] == []
     forced = night("2026-03-02", "--force")
-    assert forced == (0 if code == 65 else 70), "what is not finite is never published"
+    assert forced == (0 if code == 65 else 70), "prices that are not finite are never published, even with --force"
     assert (current(workspace) == pointed) == (code == 70)
 
 
@@ -227,7 +227,7 @@ def test_a_damaged_last_submission_does_not_stop_the_next(
     path.write_text("sample_id,price\n")
     assert night("2026-03-01") == 0
     assert "event=submission_damaged" in capsys.readouterr().err
-    assert path.read_bytes() == whole, "it is restored: made again from the same model and data"
+    assert path.read_bytes() == whole, "predicted again from the same model and data"
     path.write_text("sample_id,price\n")
     half_the_rows(workspace)
     assert night("2026-03-02") == 0
@@ -334,7 +334,7 @@ def test_a_damaged_checkpoint_is_skipped(workspace: Path, night: Night, capsys: 
     (made.with_name("step-00000002") / "MANIFEST.json").write_bytes(other)
     (made / "MANIFEST.json").write_text('{"schema": 1')
     os.utime(workspace / "data/test.csv", (0, 0))  # written again: the run is looked at
-    assert night("2026-03-02") == 0, "the pointer names the damaged one, and there is another"
+    assert night("2026-03-02") == 0, "the pointer names the damaged checkpoint, and another exists"
     assert "event=checkpoint_damaged" in capsys.readouterr().err
 
 
@@ -346,4 +346,4 @@ def test_a_served_run_that_was_deleted_is_an_error(
     assert "no finished run of all_embeddings" in capsys.readouterr().err
     flags = ["--data", str(workspace / "data"), "--output", str(workspace / "output"), *SMALL, "--epochs", "1"]
     assert train.main(flags) == 0
-    assert night("2026-03-01") == 0, "a worse run is the best of those that exist"
+    assert night("2026-03-01") == 0, "a worse run is the best of the existing runs"

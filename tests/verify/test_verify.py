@@ -153,7 +153,7 @@ def test_finds_a_split_that_differs_from_that_of_the_training(output: Path, caps
     frame.iloc[::-1].to_parquet(split, index=False)
     wrong = wrong_lines(capsys, output / "runs/r")
     assert any("split_sha256 of split.parquet" in line for line in wrong)
-    assert all("split.parquet" in line for line in wrong), "what else is wrong is that others differ from it"
+    assert all("split.parquet" in line for line in wrong), "all findings are comparisons with the split"
 
 
 def test_a_changed_test_csv_is_not_an_error(catalog: Path, made: Path, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_finds_missing_or_damaged_files_of_the_start_of_a_run(
     harm(output / "runs/r" / name)
     line, *others = wrong_lines(capsys, output / "runs/r")
     assert line.startswith(f"BAD  {name}") and said in line
-    assert all("split_sha256" in other for other in others), "of each checkpoint"
+    assert all("split_sha256" in other for other in others), "one finding per checkpoint"
 
 
 def other_arrays(path: Path, without: Sequence[str] = (), **changes: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -300,7 +300,7 @@ def test_finds_a_missing_or_damaged_memory(harm: Callable[[Path], None], output:
     harm(output / "runs/r/memory.safetensors")
     lines = wrong_lines(capsys, output / "runs/r")
     assert [line for line in lines if "memory.safetensors" not in line] == []
-    assert sum("memory_sha256 of memory.safetensors" in line for line in lines) == 2, "of each checkpoint"
+    assert sum("memory_sha256 of memory.safetensors" in line for line in lines) == 2, "one finding per checkpoint"
 
 
 def test_notes_what_could_not_be_compared(output: Path, capsys: Capture) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation: how good a run is on its validation rows, group by group."""
+"""Evaluation: metrics of a run on its validation rows, overall and by group."""
 
 from fusion.evaluation.evaluate import evaluate_by_groups
 

@@ -1,4 +1,4 @@
-"""How good a run is, group by group, on its own validation rows only."""
+"""Evaluates a run on its own validation rows, which its training has not seen, and writes metrics by group."""
 
 from __future__ import annotations
 
@@ -48,16 +48,17 @@ from fusion.records.validation import computed_frame
 from fusion.submissions import submission
 from fusion.submissions.predictions import COMPARABLES
 
-COMPUTED = ("price", "predicted", "present", "smape")  # of each row; the user's columns of these names are not shown
+# Columns of each row that the evaluation computes. Columns of `train.csv` with these names are not shown beside them.
+COMPUTED = ("price", "predicted", "present", "smape")
 
 
 def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_network: BuildNetwork[C]) -> None:
     """Predicts a run's validation rows with its best checkpoint, writes metrics by group and prints them.
 
     Raises:
-        DataError: no such run, a --by column that does not exist, rows of the split that are no longer there, prices or
-            embeddings that are not those of the training.
-        StopRequested: a signal came; the parts that are done are kept.
+        DataError: there is no such run or no such --by column, validation rows are missing from the data, or their
+            prices or embeddings differ from those of the training.
+        StopRequested: a signal asked to stop; the parts that are done are saved.
     """
     with join_world(settings.device) as world:
         run, config, chosen, data = open_run(settings, config_class, world)
@@ -73,8 +74,7 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         check_dims(store.dims, model.dims, f"{data}/embeddings/train")
         store = as_validated(store, model, run, config, chosen, world)
         as_trained = world.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
-        under_way = run.parts
-        parts = parts_folder(under_way, origin, world)
+        parts = parts_folder(run.parts, origin, world)
         computed = named(compute_parts(pricing(model), store.resident_on(world.device), world, parts), model.named_rows)
 
         def finish() -> None:
@@ -89,24 +89,26 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
             _show(evaluation, held(table).frame.filter(items=list(dict.fromkeys(shown))))
 
         world.on_main(finish)
-        world.on_main(lambda: discard(under_way))  # also what earlier ones left that did not end
+        world.on_main(lambda: discard(run.parts))  # including those of earlier evaluations that were never finished
 
 
 def as_validated(
     store: RowStore, model: PriceModel, run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint, world: World
 ) -> RowStore:
-    """The validation rows such that the model prices each as in training: by the members that held it out.
+    """Prepares the validation rows and the model such that each row is predicted as in the training.
 
-    The model forgets the rows of its memory that all of its members held out.
+    Returns the rows with their part of the split, so that each is predicted only by the members that held it out, and
+    with their groups, so that no row has a near-duplicate as a neighbour. Removes the rows that all members held out
+    from the memory of the model.
     """
-    folds, groups = world.on_main(lambda: _validating_parts(run, config, chosen))
+    folds, groups = world.on_main(lambda: _parts_and_groups(run, config, chosen))
     if model.memory is not None:
         model.memory = model.memory.without(config.held_out())
     return replace(store, folds=torch.from_numpy(folds), groups=torch.from_numpy(groups))
 
 
-def _validating_parts(run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint) -> tuple[np.ndarray, np.ndarray]:
-    """[n] part of the split that each validation row is in, and [n] its group."""
+def _parts_and_groups(run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint) -> tuple[np.ndarray, np.ndarray]:
+    """Returns, for each validation row, [n] the part of the split that it is in, and [n] its group."""
     split = read_split(run, chosen.manifest.split_sha256)
     validates = (split["side"] == "validation").to_numpy(bool)
     return part_of(split, config.held_out()[0])[validates], split["group"].to_numpy(np.int64)[validates]
@@ -121,9 +123,14 @@ def _with_bounds(
     computed: Arrays,
     as_trained: bool | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows with the bounds of their intervals, and how many prices lie within; empty if there are no intervals.
+    """Adds interval bounds to the rows, and counts how many prices lie within them.
 
-    Where these are the rows that the run's intervals were made of, each gets bounds from the other groups of rows.
+    The run's intervals were fitted on its validation rows, so they would cover these rows too well. Therefore they are
+    fitted again by cross-fitting: the bounds of a row come from intervals that were fitted without its group. With
+    `--other-data` (`as_trained` is False), the rows are new, and the run's own intervals apply.
+
+    Returns:
+        The rows with their bounds, and a table as of `intervals.coverage`, which is empty if there are no intervals.
     """
     if limits is None:
         return rows, pd.DataFrame()
@@ -141,16 +148,19 @@ def _with_bounds(
 def is_as_trained(
     other_data: bool, chosen: manifests.Checkpoint, store: RowStore, table: Table, data: str
 ) -> bool | None:
-    """Whether the validation rows are what they were in training; None if the run does not say.
+    """Whether prices and embeddings of the validation rows are those of the training; None if that is not known.
 
     Args:
-        other_data: whether other rows will do.
+        other_data: whether to accept rows that differ; a warning then says so.
 
     Raises:
-        DataError: they are not, and `other_data` was not given. Rows under other ids may be rows that were trained on.
+        DataError: they differ, and `other_data` is False. If ids have changed, these may be rows that were trained on,
+            whose metrics would be too good.
     """
-    if not chosen.manifest.validation_sha256:  # of an earlier version
-        log.warning(event="data_not_compared", reason="this run does not say what it validated on")
+    if not chosen.manifest.validation_sha256:
+        log.warning(
+            event="data_not_compared", reason="an earlier version trained this run, and did not record a digest of them"
+        )
         return None
     found = validation_digest(store, torch.arange(len(store)), table.prices)
     if found == chosen.manifest.validation_sha256:
@@ -173,13 +183,14 @@ def validation_rows(
     data: str,
     others: Sequence[str] = (),
 ) -> Table:
-    """The rows of `train.csv` that the run validated on, sorted by sample_id, with columns to show.
+    """Reads the rows of `train.csv` that the run validated on, sorted by sample_id.
 
     Args:
-        by: columns to group them by.
+        by: columns to group the rows by; they have to exist.
+        others: further columns to read, if they exist.
 
     Raises:
-        DataError: a row, or a column to group by, is not there.
+        DataError: a row or a column of `by` is missing.
     """
     split = read_split(run, chosen.manifest.split_sha256)
     ids = pd.Index(split.loc[split["side"] == "validation", "sample_id"])
@@ -193,25 +204,27 @@ def validation_rows(
     )
     for column in by:
         table.column(column, "--by")
-    places = positions_of(ids, table.ids)
-    lost = ids[places < 0]
-    if len(lost):
+    positions = positions_of(ids, table.ids)
+    missing = ids[positions < 0]
+    if len(missing):
         raise DataError(
-            f"{len(lost)} validation rows of the run are not in {data}/train.csv, the first: {', '.join(lost[:5])}",
-            "evaluate with the data that the run was trained on: --data",
+            f"{len(missing)} validation rows of the run are not in {data}/train.csv, the first: "
+            f"{', '.join(missing[:5])}",
+            "name the data that the run was trained on with --data",
         )
-    return Table(table.frame.iloc[places], np.arange(len(ids)), table.columns)
+    return Table(table.frame.iloc[positions], np.arange(len(ids)), table.columns)
 
 
 def _columns_of_report(by: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The columns to group by, and those that the extreme rows are shown with, of the names of all columns."""
+    """Returns the columns that a report needs: those to group by, and the first others, to show with extreme rows."""
     others = [name for name in names if name and name not in ("sample_id", *COMPUTED)]
     return [*by, *others[: report.N_TEXTS]]
 
 
 def _predictions(table: Table, prices: np.ndarray, present: Mapping[str, Tensor]) -> pd.DataFrame:
-    """sample_id, price, predicted and, in words, which roles are present."""
-    codes = sum(there.numpy().astype(np.int64) << number for number, there in enumerate(present.values()))
+    """Returns a row per product: sample_id, price, predicted, and present, which says in words which roles it has."""
+    # Bit i of a row's code says whether it has role i. There are few different codes, so each is put in words once.
+    codes = sum(is_present.numpy().astype(np.int64) << number for number, is_present in enumerate(present.values()))
     found, positions = np.unique(np.asarray(codes), return_inverse=True)
     words = np.array([_in_words(int(code), list(present)) for code in found], dtype=object)
     columns = {"sample_id": table.ids, "price": table.prices, "predicted": prices, "present": words[positions]}
@@ -219,6 +232,7 @@ def _predictions(table: Table, prices: np.ndarray, present: Mapping[str, Tensor]
 
 
 def _in_words(code: int, roles: list[str]) -> str:
+    """Returns "all", "none", or for example "without clip_image, qwen_text"."""
     missing = [role for number, role in enumerate(roles) if not code >> number & 1]
     if len(missing) == len(roles):
         return "none"
@@ -226,6 +240,7 @@ def _in_words(code: int, roles: list[str]) -> str:
 
 
 def _write(run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluation, rows: pd.DataFrame) -> None:
+    """Writes the metrics, the predictions of the rows and a summary to the run's `metrics/`."""
     folder = run.metrics
     files = {
         "groups.parquet": _parquet(evaluation.groups),
@@ -240,19 +255,22 @@ def _write(run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluation,
 
 
 def _replace(folder: str, files: Mapping[str, bytes], manifest: bytes) -> None:
-    """Of two evaluations at once the last one wins, whole."""
+    """Replaces the files of an earlier evaluation, and their manifest.
+
+    If two evaluations write at the same time, the files of the last one remain, and match their manifest.
+    """
     url = storage.join(folder, manifests.MANIFEST)
     for _ in turns(url):
-        storage.remove(url)  # who reads while they are replaced sees that they are
+        storage.remove(url)  # without a manifest, readers know that the files are being replaced
         manifests.write_files(folder, files)
         if storage.create(url, manifest):
             return
 
 
 def _show(evaluation: Evaluation, columns: pd.DataFrame) -> None:
-    """Prints it; the extreme rows with the columns of the user's whose names are not taken."""
-    beside = columns.drop(columns=[name for name in columns if name in evaluation.worst])
-    worst, best = (rows.join(beside, on="sample_id") for rows in (evaluation.worst, evaluation.best))
+    """Prints the evaluation. Extreme rows get the user's columns, unless a computed column has the same name."""
+    others = columns.drop(columns=[name for name in columns if name in evaluation.worst])
+    worst, best = (rows.join(others, on="sample_id") for rows in (evaluation.worst, evaluation.best))
     note = ", with other prices or embeddings than in training" if evaluation.as_trained is False else ""
     report.show(evaluation.groups, worst, best, evaluation.gates, evaluation.distributions, note, evaluation.coverage)
 
@@ -264,6 +282,7 @@ def _parquet(frame: pd.DataFrame) -> bytes:
 
 
 def _summary(run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluation) -> bytes:
+    """Returns the content of `summary.json`: overall metrics, extreme rows, gates, quantiles and coverage."""
     overall = evaluation.groups.iloc[0].drop(["by", "group"]).to_dict()
     columns = ["sample_id", "price", "predicted", "present", "smape"]
     summary: Mapping[str, Any] = {

@@ -1,4 +1,4 @@
-"""Metrics of predicted rows, group by group: by price, by what is present, and by any column of the user's."""
+"""Metrics of predicted rows by group: by price, by which embeddings are present, and by any column of the user."""
 
 from __future__ import annotations
 
@@ -14,27 +14,32 @@ from fusion import log
 from fusion.metrics import bootstrap_interval, group_metrics, row_smape
 from fusion.records.intervals import LEVELS, is_within
 
+# Edges in dollars of the column `price_bin`. Bins are narrower at low prices, where a shop has most of its products.
 BINS = (0, 5, 10, 15, 20, 30, 50, 100, 200, 500, np.inf)
 BIN_NAMES = [f"{low:g}-{high:g}" if np.isfinite(high) else f"{low:g}+" for low, high in itertools.pairwise(BINS)]
+# Edges in dollars of the column `price_range`, which has fewer and larger groups.
 RANGES = (0, 10, 30, 100, 300, np.inf)
 RANGE_NAMES = ["very low", "low", "middle", "high", "very high"]
-N_EXTREMES = 20
-LARGEST_COLUMN = 200  # values of a --by column that are shown; a table of more is read by nobody
-OUTSIDE = "outside"  # of all bins
-MISSING = "missing"  # a value of a --by column
+N_EXTREMES = 20  # worst rows, and best rows, that are listed: as many as a person looks through
+# Groups of a --by column that are kept, the largest first. Nobody reads a table of more; a column of ids would give as
+# many as there are rows. A warning says how many there are.
+LARGEST_COLUMN = 200
+OUTSIDE = "outside"  # the group of prices in no bin, which are negative or NaN
+MISSING = "missing"  # the group of rows whose value of a --by column is missing or blank
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known about predictions.
+    """The result of an evaluation.
 
     Attributes:
-        as_trained: whether prices and embeddings are those of the training; None if the run does not say.
         groups: one row per group: by, group, count, share, smape with its 95% interval, and the other metrics.
-        worst, best: the rows with the largest and the smallest error.
+        worst, best: the `N_EXTREMES` rows with the largest and the smallest SMAPE.
         gates: mean gate weight of each expert by price bin; empty for models without a gate.
-        coverage: of the intervals, as of `fusion.records.intervals.coverage`; empty if there are none.
-        distributions: quantiles of true and predicted prices and of the row errors.
+        distributions: quantiles of true prices, predicted prices and errors.
+        as_trained: whether prices and embeddings are those of the training; None if that is not known.
+        coverage: how often intervals contain the price, as of `fusion.records.intervals.coverage`; empty if there are
+            no intervals.
     """
 
     groups: pd.DataFrame
@@ -54,12 +59,14 @@ def evaluate(
     as_trained: bool | None = None,
     coverage: pd.DataFrame | None = None,
 ) -> Evaluation:
-    """Metrics of predicted rows, overall and by group.
+    """Computes metrics of predicted rows, overall and by group.
 
     Args:
-        rows: columns sample_id, price, predicted, present (which roles were there), and perhaps bounds of intervals.
-        by: the user's columns to group by, of the same rows; their names may be anything.
-        gate: [n, E] weight of each expert.
+        rows: columns sample_id, price, predicted, present (which roles the row has, in words), and optionally interval
+            bounds such as low_90 and high_90.
+        by: the user's columns to group by, for the same rows. They may have any name, even that of a computed column.
+        gate: [n, E] weight of each expert; None for models without a gate.
+        as_trained, coverage: as in `Evaluation`.
     """
     rows = rows.assign(smape=row_smape(rows["price"], rows["predicted"]))
     columns = {name: rows[name].to_numpy(np.float64) for name in ("smape", "price", "predicted")}
@@ -78,11 +85,12 @@ def evaluate(
 
 
 def _extremes(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows with the largest and the smallest error, `N_EXTREMES` of each; of equal errors, those by sample_id."""
+    """Returns the `N_EXTREMES` rows with the largest SMAPE, and those with the smallest; ties go by sample_id."""
     errors = rows["smape"].to_numpy(np.float64)
     known = np.sort(errors[~np.isnan(errors)])
     worst = best = rows
-    if len(known) > N_EXTREMES:  # sorting all rows by two columns takes ten times as long
+    if len(known) > N_EXTREMES:
+        # Only candidates are sorted by both columns. Sorting all rows so would take ten times as long.
         worst, best = rows[~(errors < known[-N_EXTREMES])], rows[~(errors > known[N_EXTREMES - 1])]
     return _ordered(worst).head(N_EXTREMES), _ordered(best).tail(N_EXTREMES).iloc[::-1]
 
@@ -92,7 +100,7 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def price_bins(prices: pd.Series) -> pd.Series:
-    """The bin of each price, lower edge inclusive; "outside" for what no bin holds."""
+    """Returns the name of each price's bin, whose lower edge is inclusive; "outside" for a price in no bin."""
     return _cut(prices, BINS, BIN_NAMES)
 
 
@@ -102,7 +110,7 @@ def _cut(prices: pd.Series, edges: Sequence[float], names: list[str]) -> pd.Seri
 
 
 def _groups(rows: pd.DataFrame, by: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
-    """What is grouped by, the group, and the positions of its rows."""
+    """Yields, for each group, what rows are grouped by, the name of the group, and the positions of its rows."""
     yield "overall", "all rows", np.arange(len(rows))
     own = {"price_bin": (price_bins(rows["price"]), BIN_NAMES)}
     own["price_range"] = (_cut(rows["price"], RANGES, RANGE_NAMES), RANGE_NAMES)
@@ -113,15 +121,16 @@ def _groups(rows: pd.DataFrame, by: pd.DataFrame) -> Iterator[tuple[str, str, np
         yield from ((name, group, found.get(group, np.arange(0))) for group in [*groups, *outside])
     for name in by.columns:
         found = _positions(by[name])
-        shown = f"{name} (column)" if name in ("overall", *own) else name
+        shown = f"{name} (column)" if name in ("overall", *own) else name  # tells it from the groupings above
         yield from ((shown, group, found[group]) for group in _largest(found, shown))
 
 
 def _positions(values: pd.Series) -> dict[str, np.ndarray]:
-    """Positions of the rows with each value, as text; one label for all that is missing or blank."""
+    """Returns the positions of the rows with each value. Values are texts; missing and blank ones are all `MISSING`."""
     codes, found = pd.factorize(values.astype("object"), use_na_sentinel=True)
-    labels = np.array([*(MISSING if not str(value).strip() else str(value) for value in found), MISSING], dtype=object)
-    merged, names = pd.factorize(labels)  # 1 and "1" are one value, and so are all blanks; code -1 is the last
+    # A missing value has code -1, which selects the last label.
+    labels = np.array([*(str(value) if str(value).strip() else MISSING for value in found), MISSING], dtype=object)
+    merged, names = pd.factorize(labels)  # merges values that are the same text, such as 1 and "1"
     order = np.argsort(merged[codes], kind="stable")
     bounds = np.cumsum(np.bincount(merged[codes], minlength=len(names)))[:-1]
     parts = zip(names, np.split(order, bounds), strict=True)
@@ -129,18 +138,22 @@ def _positions(values: pd.Series) -> dict[str, np.ndarray]:
 
 
 def _largest(found: Mapping[str, np.ndarray], column: str) -> list[str]:
+    """Returns the values with the most rows, at most `LARGEST_COLUMN`, and warns if there are more."""
     if len(found) > LARGEST_COLUMN:
         log.warning(event="by_truncated", column=column, values=len(found), shown=LARGEST_COLUMN)
     return sorted(found, key=lambda value: (-len(found[value]), value))[:LARGEST_COLUMN]
 
 
 def _metrics(columns: Mapping[str, np.ndarray], name: str, group: str, rows: np.ndarray) -> dict[str, Any]:
+    """Returns the row of `Evaluation.groups` for a group: its name, size, metrics and share of covered prices."""
     smape, price, predicted = (columns[column][rows] for column in ("smape", "price", "predicted"))
     low, high = bootstrap_interval(smape)
     head = {"by": name, "group": group, "count": len(rows), "share": len(rows) / len(columns["smape"])}
     metrics = group_metrics(price, predicted)
-    shares = {name: values[rows] for name, values in columns.items() if name.startswith("covered_")}
-    covered = {name: float(within.mean()) if len(rows) else float("nan") for name, within in shares.items()}
+    covered = {}
+    for column, values in columns.items():
+        if column.startswith("covered_"):
+            covered[column] = float(values[rows].mean()) if len(rows) else float("nan")
     return head | {"smape": metrics.pop("smape"), "smape_low": low, "smape_high": high} | metrics | covered
 
 

@@ -1,6 +1,7 @@
-"""What an evaluation looks like on a terminal.
+"""Prints an evaluation on a terminal.
 
-Values of the user's columns are shown, never obeyed: markup is off, and control characters are written out.
+Values of the user's columns cannot control the terminal: they are printed without markup, and their control characters
+are escaped.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from fusion.command import terminal
 from fusion.errors import visible
 from fusion.metrics import readable
 
-TEXT_WIDTH = 40
-N_TEXTS = 2  # columns of the user's that extreme rows are shown with
-LEAST_TEXT = 8  # columns below which a text says nothing
-BETWEEN = 2  # columns that a table has between two of its own; one more is left of the first
-WHOLE = ("sample_id", "bin")  # texts that name a row
-PLAIN_WIDTH = 150  # columns where standard output is no terminal
+# Widths are in characters.
+TEXT_WIDTH = 40  # of a text such as a title, which is cut off there
+N_TEXTS = 2  # the user's columns that are shown with extreme rows: more do not fit beside the numbers
+LEAST_TEXT = 8  # if a text would get less than this, it would be unreadable, and its column is left out
+BETWEEN = 2  # gap between two columns of a table; there is one more character left of the first
+WHOLE = ("sample_id", "bin")  # texts that name a row, and so are never cut off
+PLAIN_WIDTH = 150  # if standard output is not a terminal: all columns fit
 
-# Metric to its heading; a narrow terminal leaves out the last ones. Everything is in groups.csv.
+# Metric to its heading. A narrow terminal shows only the first ones; groups.csv contains all.
 HEADINGS = {
     "count": "rows",
     "share": "share",
@@ -49,11 +51,13 @@ def show(
     note: str = "",
     coverage: pd.DataFrame | None = None,
 ) -> None:
-    """Prints metrics by group, the extreme rows, the distributions and the gate's use on standard output.
+    """Prints metrics by group, coverage, extreme rows, distributions and gate weights on standard output.
 
     Args:
-        note: what has to be known of the rows.
-        coverage: as of `fusion.records.intervals.coverage`; empty or None: there are no intervals.
+        groups, gates, distributions: as in `Evaluation`.
+        worst, best: as in `Evaluation`, with columns of the user to show.
+        note: a remark about the rows, for the title.
+        coverage: as of `fusion.records.intervals.coverage`; None or empty if there are no intervals.
     """
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(_groups(groups, console.width, note))
@@ -71,7 +75,8 @@ def show(
 
 
 def _groups(groups: pd.DataFrame, width: int, note: str) -> Table:
-    shown = list(HEADINGS)[: 5 if width < 90 else 9 if width < 125 else None]
+    """Returns the table of metrics, with a section per column that rows are grouped by."""
+    shown = list(HEADINGS)[: _n_metrics(width)]
     table = terminal.table(f"Validation rows{note}. SMAPE and MAPE in %, R2 a number, the rest in $")
     table.add_column("group", no_wrap=True, max_width=TEXT_WIDTH)
     for name in shown:
@@ -87,7 +92,15 @@ def _groups(groups: pd.DataFrame, width: int, note: str) -> Table:
     return table
 
 
+def _n_metrics(width: int) -> int:
+    """Returns how many metrics to show on a terminal of this width."""
+    if width < 90:
+        return 5
+    return 9 if width < 125 else len(HEADINGS)
+
+
 def _coverage(coverage: pd.DataFrame) -> Table:
+    """Returns the table of coverage, with the standard error of the share within 90% bounds if that share is 90%."""
     covered = [str(name) for name in coverage if str(name).startswith("covered_")]
     table = terminal.table(
         "Intervals: share of the true prices inside, and the factor from the price to a bound of 90%"
@@ -107,7 +120,10 @@ def _coverage(coverage: pd.DataFrame) -> Table:
 
 
 def _plain(title: str, frame: pd.DataFrame, width: int) -> Table:
-    """Numbers and ids whole, whatever the terminal's width; texts get what is left, or go."""
+    """Returns a table in which numbers and ids are never cut off.
+
+    Texts share the width that is left, and are left out if it is too small to read them.
+    """
     cells = {column: [_number(cell) for cell in frame[column]] for column in frame.columns}
     texts = [column for column in cells if column not in WHOLE and not pd.api.types.is_numeric_dtype(frame[column])]
     taken = sum(BETWEEN + max(map(len, [str(column), *cells[column]])) for column in cells if column not in texts)
@@ -127,7 +143,7 @@ def _plain(title: str, frame: pd.DataFrame, width: int) -> Table:
 
 
 def _number(cell: object) -> str:
-    """A float with two decimals, with none where it is large; everything else as text on one line."""
+    """Formats a float readably, NaN as "-", and any other value as text on one line without control characters."""
     if not isinstance(cell, float):
         return visible(" ".join(str(cell).split()))
     if math.isnan(cell):

@@ -1,4 +1,4 @@
-"""Prediction: prices for the rows of a split, in parts that a stopped job keeps."""
+"""Prediction: computes prices for the rows of a table, in parts that are saved so that a stopped job can resume."""
 
 from fusion.prediction.predict import predict_test
 

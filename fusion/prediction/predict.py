@@ -1,4 +1,7 @@
-"""Prices for rows, and the submission made of them."""
+"""Predicts prices with the best checkpoint of a run, and publishes them as a submission.
+
+Evaluation, ensembles and ablation use the same functions to open a run, load its model and check its data.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from fusion.metrics import bootstrap_interval, row_smape
 from fusion.nn.approximate import HINT, is_installed
 from fusion.nn.neighbours import Memory
 from fusion.nn.price_model import Options, PriceModel, network_dims
-from fusion.prediction.resumable import Arrays, Compute, compute_parts, compute_rows, discard
+from fusion.prediction.resumable import Arrays, Compute, compute_parts, compute_rows, concatenated, discard
 from fusion.records import checkpoint, find_run, intervals, manifests, memory
 from fusion.records.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
 from fusion.records.run import RunFolder
@@ -35,46 +38,62 @@ from fusion.submissions.fingerprints import Look, look, to_parquet
 from fusion.submissions.unchanged import republish
 
 C = TypeVar("C", bound=RunConfig)
-BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]
+BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]  # from a config and role to dimension
+# `warn_of_leak` warns if the SMAPE of test rows is above that of validation rows by more than this factor, even at the
+# low end of its 95% interval. Smaller differences also arise between samples of the same data.
+LEAK_FACTOR = 1.1
 
 
 def predict_rows(compute: Compute, store: RowStore, rows: Tensor, world: World) -> Arrays:
-    """What `compute` says of the store's rows [n], name to [n, …], in their order: each once over all ranks.
+    """Returns the outputs of `compute` for the rows at these positions [n] of the store, as name to [n, …].
 
-    Rank 0 has them all; the others have none.
+    The ranks divide the rows. Rank 0 gets all results, in the order of the rows; other ranks get an empty result.
     """
     mine = compute_rows(compute, store, rows[world.share(len(rows))], world.device)
-    parts = [part for part in world.gather_on_main(mine) if part]  # a rank may have no rows
-    return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else {})}
+    return concatenated([part for part in world.gather_on_main(mine) if part])  # a rank without rows has no arrays
 
 
 def validation_digest(store: RowStore, rows: Tensor, prices: np.ndarray) -> str:
-    """sha256 of what is validated on: the store's rows [n] and their prices [n], in the order of their ids."""
+    """Returns a sha256 of the validation rows: the embeddings at these positions [n], and their prices [n]."""
     return digest([store.digest_of(rows), storage.sha256(np.ascontiguousarray(prices, np.float64).tobytes())])
 
 
 def pricing(model: PriceModel) -> Compute:
-    """What computes {"price": [B] in dollars, float64} with a model, which it sets to evaluate."""
+    """Puts the model in evaluation mode, and returns the function that computes prices with it.
+
+    Its outputs are "price" [B], in dollars, float64, and further ones such as "spread" and "comparable_rows".
+    """
     model.eval()
     return model.explained
 
 
 def parts_folder(parent: str, origin: submission.Origin, world: World) -> str:
-    """Where parts of what is made of `origin` are kept; another kind of device rounds differently."""
+    """Returns the folder of the saved parts (see `resumable`) of a computation on these inputs with this model.
+
+    Each kind of device has its own folder, because devices round differently.
+    """
     return storage.join(parent, f"{origin.key()[:12]}-{world.device.type}")
 
 
 def open_run(
     settings: ReadRunConfig, config_class: type[C], world: World
 ) -> tuple[RunFolder, C, manifests.Checkpoint, str]:
-    """As `find_run.open_run`, on every rank, and where the data are; from here on the log carries the run's name."""
+    """Opens the run that the settings name, on every rank; from then on, log lines contain its id.
+
+    Returns:
+        What `find_run.open_run` returns (the run, its config and its best checkpoint), and the URL of the data.
+    """
     run, config, best = world.on_main(lambda: find_run.open_run(settings, config_class))
     log.configure(run.run_id, world.rank, world.size)
     return run, config, best, world.on_main(lambda: find_run.data_of(settings, config.data))
 
 
 def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetwork[C], world: World) -> PriceModel:
-    """The model of a checkpoint, verified, on this rank's device."""
+    """Reads the model of a checkpoint, and its memory, to this rank's device, and verifies their sha256.
+
+    Raises:
+        DataError: a file is damaged, or another version of the code wrote it.
+    """
     tensors, dims = world.on_main(lambda: checkpoint.read_model(chosen))
     model = make_model(config, build_network, dims)
     try:
@@ -90,29 +109,38 @@ def load_model(chosen: manifests.Checkpoint, config: C, build_network: BuildNetw
 
 
 def _searchable(remembered: Memory, world: World) -> Memory:
-    """The memory, searched exactly where faiss is missing: the prices of a night are worth the time that this takes."""
+    """Returns the memory, without its inverted lists if faiss, which searches them, is needed and not installed.
+
+    Then the search compares with all rows. A prediction that takes longer is better than one that fails.
+    """
     if remembered.partition is None or world.device.type != "cpu" or is_installed():
         return remembered
-    reason = f"neighbours of each row are looked for among all {len(remembered)}, which takes several times as long"
+    reason = f"each row is compared with all {len(remembered)} labelled rows, which takes several times as long"
     log.warning(event="no_faiss", reason=reason, hint=HINT)
     return replace(remembered, partition=None)
 
 
 def named(computed: Arrays, known: pd.Series) -> Arrays:
-    """What was computed, with the ids and prices of comparable products in place of their rows.
+    """Replaces "comparable_rows", positions in the memory, by "comparable_ids" and "comparable_prices".
+
+    Outputs of a model without neighbours, which have no comparable products, are returned unchanged.
 
     Args:
-        known: prices in dollars of the rows, in their order, by sample id.
+        known: the price in dollars of each row of the memory, in its order; the index is their sample id.
     """
     if "comparable_rows" not in computed:
         return computed
     rows = computed["comparable_rows"]
-    named_here = {"comparable_ids": known.index.to_numpy()[rows], "comparable_prices": known.to_numpy()[rows]}
-    return {**{name: values for name, values in computed.items() if name != "comparable_rows"}, **named_here}
+    others = {name: values for name, values in computed.items() if name != "comparable_rows"}
+    return {
+        **others,
+        "comparable_ids": known.index.to_numpy()[rows],
+        "comparable_prices": known.to_numpy()[rows],
+    }
 
 
 def make_model(config: C, build_network: BuildNetwork[C], dims: Mapping[str, int]) -> PriceModel:
-    """A model with its first weights, which torch's generator decides."""
+    """Returns a new model for roles of these dimensions; torch's random generator decides its initial weights."""
     options = Options(
         config.held_out(),
         config.components,
@@ -122,45 +150,52 @@ def make_model(config: C, build_network: BuildNetwork[C], dims: Mapping[str, int
         config.input_noise,
         config.modality_dropout,
     )
-    seen = network_dims(dims, options)
-    return PriceModel([build_network(config, seen) for _ in options.held_out], dims, options)
+    of_network = network_dims(dims, options)
+    return PriceModel([build_network(config, of_network) for _ in options.held_out], dims, options)
 
 
 def features_of(run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint) -> Features | None:
-    """What the run computes from a table, verified; None if it reads all its sources."""
+    """Reads and verifies the features that the run computes from a table; None if it computes none."""
     return read_features(run, chosen.manifest.features_sha256) if has_features(config) else None
 
 
 def check_dims(found: Mapping[str, int], trained: Mapping[str, int], where: str) -> None:
-    """Raises a DataError that names both when the data's dimensions are not the model's."""
+    """Raises DataError if a role has another dimension in the data than in the trained model.
+
+    Args:
+        where: the location of the data, for the message.
+    """
     wrong = {role: (found[role], dim) for role, dim in trained.items() if found[role] != dim}
     for role, (dim, expected) in wrong.items():
         raise DataError(
             f"{role} has {dim} dimensions in {where}, the model was trained with {expected}",
-            "use embeddings of the encoder it was trained with, or train again",
+            "use embeddings of the encoder that the model was trained with, or train again",
         )
 
 
 def predict_test(settings: PredictConfig, config_class: type[C], build_network: BuildNetwork[C]) -> None:
-    """Predicts `test.csv` with a run's best checkpoint and publishes the submission; an unchanged one is not repeated.
+    """Predicts `test.csv` with the best checkpoint of a run, and publishes the submission.
+
+    If neither the model nor the input has changed since the last submission, nothing is computed again.
 
     Raises:
-        DataError: no such run, bad input, dimensions other than the model's, or prices that do not pass the checks.
-        UnreachableError: the input was written meanwhile.
-        StopRequested: a signal came; the parts that are done are kept.
+        DataError: there is no such run, the input is bad or has other dimensions than the model, or a guard refuses the
+            embeddings or the prices.
+        UnreachableError: the input was changed while it was read.
+        StopRequested: a signal asked to stop; the parts that are done are saved.
     """
     with join_world(settings.device) as world:
-        settings = replace(settings, date=world.on_main(settings.day))  # one day for all ranks, also around midnight
+        settings = replace(settings, date=world.on_main(settings.day))  # so that midnight cannot divide the ranks
         if world.on_main(lambda: republish(settings, config_class.variant)):
             return
         run, config, chosen, data = open_run(settings, config_class, world)
         features = world.on_main(lambda: features_of(run, config, chosen))
         inputs = world.on_main(lambda: find_inputs(data, "test", config.bindings()))
         origin = world.on_main(lambda: submission.origin_of(run, chosen, config, data, found=inputs))
-        under_way = storage.join(settings.output, "parts", settings.name)
-        parts = parts_folder(under_way, origin, world)
+        all_parts = storage.join(settings.output, "parts", settings.name)
+        parts = parts_folder(all_parts, origin, world)
         if world.on_main(lambda: submission.reuse(settings, origin)):
-            world.on_main(lambda: discard(under_way))  # of one that was killed after it had published
+            world.on_main(lambda: discard(all_parts))  # left by a job that was killed after it had published
             return
         model = load_model(chosen, config, build_network, world)
         limits = world.on_main_alone(lambda: intervals.intervals_of(chosen))
@@ -169,8 +204,8 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         columns = world.on_main_alone(lambda: columns_of(features, held(table)))
         ids = world.on_main(lambda: held(table).ids)
         bindings, sources = config.bindings(), inputs.sources
-        most = config.max_missing if settings.max_missing is None else settings.max_missing
-        store = load(data, "test", bindings, ids, world, max_missing=most, sources=sources)
+        max_missing = config.max_missing if settings.max_missing is None else settings.max_missing
+        store = load(data, "test", bindings, ids, world, max_missing=max_missing, sources=sources)
         store = with_features(store, features, columns, "test.csv", world)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
         if world.on_main(lambda: find_table(data, "test")) != inputs.table:
@@ -180,16 +215,18 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         store, last = store.resident_on(world.device), world.on_main_alone(lambda: submission.last(settings))
         seen = look(model, compared(store), ids, world)
         about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
-        world.on_main(lambda: guards.conclude(settings, about))  # before they are priced: a refusal costs seconds
+        world.on_main(lambda: guards.conclude(settings, about))  # refuses bad embeddings before prices are computed
         computed = named(compute_parts(pricing(model), store, world, parts), model.named_rows)
         try:
             world.on_main(
                 lambda: publish_prices(settings, origin, chosen.smape, held(table), computed, limits, seen, last)
             )
         except (DataError, DivergedError):
-            world.on_main(lambda: discard(under_way))  # refused: the input or the model will be replaced
+            # A guard has refused the prices. The parts are of no use, since the next attempt needs another input or
+            # another model.
+            world.on_main(lambda: discard(all_parts))
             raise
-        world.on_main(lambda: discard(under_way))  # also what earlier nights left that did not end
+        world.on_main(lambda: discard(all_parts))  # including those of earlier jobs that were never finished
 
 
 def publish_prices(
@@ -202,12 +239,17 @@ def publish_prices(
     seen: Look,
     last: submission.Last | None,
 ) -> None:
-    """Publishes what was computed of the table's rows, in its order, unless a guard refuses the prices.
+    """Publishes the prices of the table's N rows, in the order of its file, unless a guard refuses them.
 
     Args:
-        smape: of the model on its validation rows.
-        computed: "price" [N] in dollars, and further columns.
-        seen: the embeddings that the prices were made of.
+        smape: SMAPE in percent of the model on its validation rows.
+        computed: outputs for the rows, sorted by sample_id: "price" [N] in dollars, and others.
+        limits: the model's intervals; None if it has none.
+        seen: statistics of the embeddings that the prices were computed from.
+        last: the submission before this one; None if there is none.
+
+    Raises:
+        DataError, DivergedError: a guard refuses the prices.
     """
     prices = computed["price"]
     warn_of_leak(table, prices, smape)
@@ -223,7 +265,7 @@ def publish_prices(
 
 
 def _predictions(table: Table, computed: Arrays, limits: Intervals | None) -> bytes:
-    """`predictions.parquet`: of each row its price, the bounds of its intervals, and whatever else was computed."""
+    """Returns the content of `predictions.parquet`: each row's price, interval bounds and other outputs."""
     category = None if limits is None else intervals.category_of(table, limits.by)
     _warn_of_intervals(table, limits, category)
 
@@ -238,16 +280,27 @@ def _predictions(table: Table, computed: Arrays, limits: Intervals | None) -> by
 
 
 def _warn_of_intervals(table: Table, limits: Intervals | None, category: pd.Series | None) -> None:
+    """Warns if prices get no intervals, or intervals that do not depend on the row's category."""
     if limits is None:
-        log.warning(event="no_intervals", reason="an earlier version trained this run, or it validated on few rows")
+        log.warning(
+            event="no_intervals", reason="an earlier version trained this run, or it had too few validation rows"
+        )
     elif limits.by and category is None:
-        log.warning(event="column_missing", column=limits.by, reason=f"{table.name} lacks what intervals were made by")
+        log.warning(
+            event="column_missing",
+            column=limits.by,
+            reason=f"intervals depend on this column, which {table.name} lacks",
+        )
 
 
 def warn_of_leak(table: Table, prices: np.ndarray, validation_smape: float) -> None:
-    """Warns when test rows that have prices are predicted far worse than validation promised.
+    """Warns if `test.csv` has prices, and these are predicted much worse than those of the validation rows.
 
-    Embeddings whose encoder was tuned on training prices do that: the validation rows are no news to the encoder.
+    This happens if an encoder was fine-tuned on the prices of `train.csv`: the embeddings of validation rows then
+    reveal their prices, and the validation SMAPE is too low.
+
+    Args:
+        prices: [N] predicted prices of the table's rows.
     """
     if "price" not in table.frame.columns:
         return
@@ -258,10 +311,10 @@ def warn_of_leak(table: Table, prices: np.ndarray, validation_smape: float) -> N
     errors = row_smape(truth[priced], prices[priced])
     low, high = bootstrap_interval(errors)
     log.info(event="test_prices", rows=int(priced.sum()), smape=float(errors.mean()), low=low, high=high)
-    if low > validation_smape * 1.1:
+    if low > validation_smape * LEAK_FACTOR:
         log.warning(
             event="validation_too_good",
             validation_smape=validation_smape,
             test_smape=float(errors.mean()),
-            reason="an encoder that was tuned on training prices, or other prices in test",
+            reason="an encoder was fine-tuned on the training prices, or the test prices are of another kind",
         )

@@ -1,8 +1,12 @@
-"""Rows computed part by part: each part is kept once it is done, so that a stopped or killed job goes on."""
+"""Resumable computation: rows are computed in parts, and each part is saved when it is done.
+
+A job that was stopped or killed reads the saved parts and computes only the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import safetensors.numpy
@@ -19,20 +23,27 @@ from fusion.nn.batch import Batch
 Compute = Callable[[Batch], Mapping[str, Tensor]]  # from B rows to {name: [B, …]}
 Arrays = dict[str, np.ndarray]
 
-CHUNK = 1024  # rows a forward pass
+CHUNK = 1024  # rows per forward pass; more hardly make it faster, but need more memory
+# Rows per saved part. A killed job loses at most this much work per rank. Smaller parts would mean more requests to the
+# store: 75,000 rows are 10 parts.
 PART_ROWS = 8 * CHUNK
-_SHA256_LENGTH = 64
+_SHA256_LENGTH = 64  # hexadecimal digits, at the start of a saved part
 
 
 def compute_rows(compute: Compute, store: RowStore, rows: Tensor, device: torch.device) -> Arrays:
-    """What `compute` says of the store's rows [n], name to [n, …], in their order; nothing for no rows."""
+    """Returns the outputs of `compute` for the rows at these positions [n] of the store, as name to [n, …].
+
+    The result is empty if there are no rows.
+    """
     with torch.inference_mode():
         chunks = [compute(store.batch(chunk, device)) for chunk in torch.split(rows, CHUNK) if len(chunk)]
-        return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in (*chunks, {})[0]}
+        if not chunks:
+            return {}
+        return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
 
 
 def with_beats(compute: Compute, beat: Callable[[], None]) -> Compute:
-    """The same, which tells a watchdog of every chunk that this rank gets on."""
+    """Wraps `compute` such that it calls `beat` for every chunk, to show the watchdog that this rank makes progress."""
 
     def compute_and_beat(batch: Batch) -> Mapping[str, Tensor]:
         beat()
@@ -42,25 +53,32 @@ def with_beats(compute: Compute, beat: Callable[[], None]) -> Compute:
 
 
 def compute_parts(compute: Compute, store: RowStore, world: World, folder: str) -> Arrays:
-    """What `compute` says of all rows of the store, name to [N, …], in their order, on rank 0; nothing on the others.
+    """Returns the outputs of `compute` for all N rows of the store, as name to [N, …]; empty on all ranks but 0.
 
-    The parts are the same for any number of ranks. One that is in `folder` is read instead of computed.
+    The rows are divided into the same parts for any number of ranks. A part that is saved in `folder` is read from
+    there; any other part is computed and saved.
+
+    Args:
+        folder: URL. It must be different for other inputs, models or devices (see `predict.parts_folder`).
 
     Raises:
-        StopRequested: one of the ranks was asked to stop.
+        StopRequested: one of the ranks got a signal; all ranks raise it.
     """
     parts = torch.split(torch.arange(len(store)), PART_ROWS)
-    kept = set(world.on_main(lambda: storage.ls(folder)))
-    if kept:
-        log.info(event="resumed", parts=f"{len(kept)}/{len(parts)}", folder=folder)
+    saved = set(world.on_main(lambda: storage.ls(folder)))
+    if saved:
+        log.info(event="resumed", parts=f"{len(saved)}/{len(parts)}", folder=folder)
     mine: dict[int, Arrays] = {}
 
-    def do(number: int) -> None:
+    def read_or_compute(number: int) -> None:
+        if number >= len(parts):  # in the last round, there may be fewer parts than ranks
+            return
         url = storage.join(folder, f"{number:05d}")
-        found = _read(url) if url in kept else None
-        mine[number] = compute_rows(compute, store, parts[number], world.device) if found is None else found
+        found = _read(url) if url in saved else None
         if found is None:
-            _write(url, mine[number])
+            found = compute_rows(compute, store, parts[number], world.device)
+            _write(url, found)
+        mine[number] = found
 
     with (
         watched(STALL_TIMEOUT, lambda: f"rank {world.rank} at part {len(mine)}") as watchdog,
@@ -70,17 +88,26 @@ def compute_parts(compute: Compute, store: RowStore, world: World, folder: str) 
         for first in range(0, len(parts), world.size):
             _stop_if_asked(world, first, len(parts))
             watchdog.beat()
-            world.together(lambda number=first + world.rank: do(number) if number < len(parts) else None)  # type: ignore[misc]
+            world.together(partial(read_or_compute, first + world.rank))
             show(min(first + world.size, len(parts)))
-    everything = {number: part for answer in world.gather_on_main(mine) for number, part in answer.items()}
-    ordered = [everything[number] for number in sorted(everything)]
-    return {name: np.concatenate([part[name] for part in ordered]) for name in (ordered[0] if ordered else {})}
+    everything: dict[int, Arrays] = {}
+    for of_rank in world.gather_on_main(mine):
+        everything |= of_rank
+    return concatenated([everything[number] for number in sorted(everything)])
+
+
+def concatenated(parts: Sequence[Arrays]) -> Arrays:
+    """Joins parts that have the same names along their first dimension; no parts give an empty result."""
+    if not parts:
+        return {}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def discard(folder: str) -> None:
-    """Removes all parts below the folder; another attempt may be writing some, and then they stay.
+    """Removes all saved parts below the folder. If the store refuses, they stay, and a warning says so.
 
-    One that is under way loses nothing but time: it has its parts in memory, and computes again what it cannot read.
+    Another job that is using the parts only loses time: it has its own parts in memory, and computes again what it can
+    no longer read.
     """
     try:
         storage.remove(folder)
@@ -91,7 +118,7 @@ def discard(folder: str) -> None:
 def _stop_if_asked(world: World, n_done: int, n_parts: int) -> None:
     if any(world.exchange(signals.requested())):
         message = f"stopped on request, {n_done} of {n_parts} parts are done and kept"
-        raise StopRequested(message, "run the same command again to go on")
+        raise StopRequested(message, "run the same command again to resume")
 
 
 def _write(url: str, arrays: Arrays) -> None:
@@ -100,7 +127,7 @@ def _write(url: str, arrays: Arrays) -> None:
 
 
 def _read(url: str) -> Arrays | None:
-    """The part, or None when it is damaged, or gone because another attempt has published in the meantime."""
+    """Reads a saved part; None if it is damaged, or if another job has published and removed it in the meantime."""
     try:
         content = storage.read(url)
     except DataError:

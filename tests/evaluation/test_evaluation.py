@@ -32,7 +32,7 @@ def rows(prices: list[float] | np.ndarray, **columns: object) -> pd.DataFrame:
     return frame.assign(predicted=np.abs(prices) * np.exp(0.3 * rng.standard_normal(len(prices))), **columns)
 
 
-NOTHING = pd.DataFrame()  # to group by
+NO_COLUMNS = pd.DataFrame()  # to group by
 
 
 def show(evaluation: Evaluation) -> None:
@@ -58,19 +58,19 @@ def test_every_group_has_the_metrics_of_its_rows() -> None:
         assert found["median_error"] == pytest.approx((part["predicted"] - part["price"]).abs().median())
 
 
-def test_bins_hold_their_lower_edge() -> None:
+def test_bins_include_their_lower_edge() -> None:
     prices = pd.Series([0.01, 4.99, 5, 10, 499.99, 500, 1e9, -1, np.nan])
     expected = ["0-5", "0-5", "5-10", "10-15", "200-500", "500+", "500+", "outside", "outside"]
     assert price_bins(prices).tolist() == expected
 
 
 @pytest.mark.parametrize("prices", [[7.0], [7.0, 7.0], [-3.0, 7.0], [1e9], [0.001, 0.002]])
-def test_a_single_row_empty_bins_and_prices_outside_break_nothing(
+def test_single_rows_empty_bins_and_prices_outside_are_handled(
     prices: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evaluation = evaluate(rows(prices), NOTHING, gate=np.full((len(prices), 3), 1 / 3))
+        evaluation = evaluate(rows(prices), NO_COLUMNS, gate=np.full((len(prices), 3), 1 / 3))
         show(evaluation)
     groups = evaluation.groups.set_index(["by", "group"])
     assert groups.loc["price_bin", "count"].sum() == len(prices)
@@ -80,9 +80,9 @@ def test_a_single_row_empty_bins_and_prices_outside_break_nothing(
     assert summary["count"] == len(prices)
 
 
-def test_worst_and_best_rows_are_twenty_and_in_order() -> None:
+def test_the_twenty_worst_and_best_rows_are_sorted() -> None:
     table = rows(np.random.default_rng(2).lognormal(3, 1, 100))
-    evaluation = evaluate(table, NOTHING)
+    evaluation = evaluate(table, NO_COLUMNS)
     errors = np.sort(row_smape(table["price"], table["predicted"]))
     np.testing.assert_allclose(evaluation.worst["smape"], errors[::-1][:20])
     np.testing.assert_allclose(evaluation.best["smape"], errors[:20])
@@ -90,7 +90,7 @@ def test_worst_and_best_rows_are_twenty_and_in_order() -> None:
 
 @pytest.mark.parametrize("n_rows", [1, 19, 20, 21, 400])
 @pytest.mark.parametrize("n_unknown", [0, 1, 30])
-def test_worst_and_best_rows_are_those_of_all_rows_in_order(n_rows: int, n_unknown: int) -> None:
+def test_worst_and_best_rows_equal_those_of_a_full_sort(n_rows: int, n_unknown: int) -> None:
     errors = np.random.default_rng(n_rows).integers(0, 15, n_rows) * 10.0  # many are equal
     errors[:n_unknown] = np.nan
     table = rows(np.ones(n_rows), smape=errors)
@@ -107,13 +107,13 @@ def test_a_report_reads_the_columns_that_it_shows() -> None:
 
 def test_gates_are_means_over_the_rows_of_a_bin() -> None:
     gate = np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
-    gates = evaluate(rows([3.0, 4.0, 700.0]), NOTHING, gate=gate).gates
+    gates = evaluate(rows([3.0, 4.0, 700.0]), NO_COLUMNS, gate=gate).gates
     assert gates.loc["0-5"].tolist() == [0.75, 0.25]
     assert gates.loc["500+"].tolist() == [0.0, 1.0]
     assert gates.loc["all rows"].tolist() == [0.5, 0.5]
 
 
-def test_a_column_of_many_values_is_cut_off_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_column_with_many_values_is_cut_off_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     table = rows(np.full(600, 9.0), code=[str(i) for i in range(600)])
     assert (evaluate(table, table[["code"]]).groups["by"] == "code").sum() == 200
     assert "event=by_truncated column=code values=600" in capsys.readouterr().err
@@ -127,7 +127,7 @@ def test_missing_values_are_a_group() -> None:
 
 
 @pytest.mark.parametrize("name", ["present", "predicted", "smape", "price_bin", "price_range", "overall", "sample_id"])
-def test_a_column_of_the_users_keeps_its_values_whatever_its_name(name: str) -> None:
+def test_a_column_with_the_name_of_a_computed_one_keeps_its_values(name: str) -> None:
     table = rows(np.full(60, 9.0))
     groups = evaluate(table, pd.DataFrame({name: ["x", "y", "outside"] * 20})).groups
     ours = groups[groups["group"].isin(["x", "y", "outside"])]
@@ -135,7 +135,7 @@ def test_a_column_of_the_users_keeps_its_values_whatever_its_name(name: str) -> 
     assert groups.set_index("by").loc["overall", "count"] == 60
 
 
-def test_what_is_present_is_said_in_words() -> None:
+def test_present_roles_are_described_in_words() -> None:
     present = {"image": torch.tensor([True, False, True, False]), "text": torch.tensor([True, True, False, False])}
     table = Table(
         pd.DataFrame({"price": np.ones(4), "present": 7}, index=pd.Index(list("abcd"), name="sample_id")), np.arange(4)
@@ -146,7 +146,7 @@ def test_what_is_present_is_said_in_words() -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_numbers_and_ids_are_whole_on_any_terminal(width: int) -> None:
+def test_numbers_and_ids_are_never_cut_off(width: int) -> None:
     frame = pd.DataFrame(
         {"sample_id": ["B01IRPB3L4"], "price": [19.99], "predicted": [1234.5], "smape": [123.45]}
         | {"title": ["Item Name: Matty M Ladies' Midi Skirt, black, in many sizes"], "category": ["SKIRT or so"]}
@@ -159,8 +159,8 @@ def test_numbers_and_ids_are_whole_on_any_terminal(width: int) -> None:
     assert ("Item Name" in said) == (width >= 80)
 
 
-def test_values_of_columns_are_shown_and_never_obeyed() -> None:
-    """Also where markup would not be closed, which ended an evaluation with 70 after it was committed."""
+def test_values_of_columns_cannot_control_the_terminal() -> None:
+    """Markup is not interpreted. Otherwise `[/b]`, which closes nothing, would raise an error."""
     hostile = "[/b] \x1b[2J [red]"
     rows = pd.DataFrame({"sample_id": [hostile], "price": [1.0], "predicted": [1.0], "smape": [0.0], hostile: hostile})
     figures = {"by": "category", "group": hostile, "count": 1.0, "share": 1.0, "smape": 0.0, "smape_low": 0.0}
@@ -174,7 +174,7 @@ def test_values_of_columns_are_shown_and_never_obeyed() -> None:
     assert said.count(r"[/b] \x1b[2J [red]") == 5 and "\x1b" not in said
 
 
-def test_a_removal_that_removes_nothing_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "MANIFEST.json").write_text("another's")
     monkeypatch.setattr(storage, "remove", lambda _: None)
     monkeypatch.setattr(time, "sleep", lambda _: None)
@@ -185,7 +185,7 @@ def test_a_removal_that_removes_nothing_ends_in_an_error(tmp_path: Path, monkeyp
         _replace(str(tmp_path), {}, b"ours")
 
 
-def test_races_are_not_fought_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_of_conditional_writes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(storage, "create", lambda *_: False)
     with pytest.raises(UnreachableError):
@@ -195,16 +195,16 @@ def test_races_are_not_fought_for_ever(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("as_trained", [True, False, None])
-def test_other_data_are_said(as_trained: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_says_that_data_differ(as_trained: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
     table = rows(np.full(9, 9.0))
-    evaluation = evaluate(table, NOTHING, as_trained=as_trained)
+    evaluation = evaluate(table, NO_COLUMNS, as_trained=as_trained)
     _show(evaluation, table.set_index("sample_id"))
     assert ("with other prices or embeddings than in training" in capsys.readouterr().out) == (as_trained is False)
     checkpoint = Checkpoint("out/runs/r/checkpoints/step-1", {})  # type: ignore[arg-type]
     assert json.loads(_summary(RunFolder("out/runs/r"), checkpoint, evaluation))["as_trained"] is as_trained
 
 
-def test_large_evaluations_take_no_longer_than_they_must() -> None:
+def test_intervals_of_many_rows_are_not_resampled() -> None:
     started = time.process_time()
     low, high = bootstrap_interval(np.random.default_rng(0).exponential(10, 2_000_000))
-    assert 9.9 < low < high < 10.1 and time.process_time() - started < 2, "27 s, resampled"
+    assert 9.9 < low < high < 10.1 and time.process_time() - started < 2, "resampling would take 27 s"

@@ -33,19 +33,19 @@ def test_prices_of_any_size_are_plain_numbers(price: float, text: str) -> None:
 
 
 @pytest.mark.parametrize("price", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_price_that_is_none_is_never_published(price: float) -> None:
+def test_an_invalid_price_is_never_published(price: float) -> None:
     with pytest.raises(DivergedError, match="1 predicted prices are not finite numbers above 0, the first: b"):
         submission_csv(["a", "b"], np.array([1.0, price]))
 
 
-def test_test_prices_that_are_no_numbers_are_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+def test_test_prices_that_are_not_numbers_are_ignored(capsys: pytest.CaptureFixture[str]) -> None:
     frame = pd.DataFrame({"price": ["10", "free", "", "1,200"]}, index=pd.Index(list("abcd")))
     warn_of_leak(Table(frame, np.arange(4)), np.full(4, 10.0), 26.0)
     assert "event=test_prices rows=1 " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1.3, False), (3.0, True)])
-def test_only_a_test_far_worse_than_validation_is_warned_of(
+def test_warns_if_test_smape_is_far_above_validation_smape(
     factor: float, warned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     truth = np.full(100, 10.0)

@@ -1,4 +1,4 @@
-"""Prediction and evaluation go on after a stop or a kill, and end with the same bytes on any number of ranks."""
+"""Prediction and evaluation resume after a stop or a kill, and give the same bytes with any number of ranks."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ def parts_left(output: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def expected(run: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The submission of one undisturbed rank: 100 rows, in 7 parts."""
+    """The submission of one rank that was not interrupted: 100 rows, in 7 parts."""
     output = tmp_path_factory.mktemp("undisturbed")
     done = predict(str(run), str(output))
     assert done.code == 0, done.err
-    assert parts_left(output) == [], "parts are gone once the submission is there"
+    assert parts_left(output) == [], "parts are removed after the submission is published"
     return submission(str(output))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_the_number_of_ranks_changes_no_byte(ranks: int, run: Path, tmp_path: Path, expected: bytes) -> None:
+def test_any_number_of_ranks_gives_the_same_bytes(ranks: int, run: Path, tmp_path: Path, expected: bytes) -> None:
     done = predict(str(run), str(tmp_path), ranks)
     assert done.code == 0, done.err
     assert submission(str(tmp_path)) == expected
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 1), (1, 2)])
-def test_a_stop_keeps_what_is_done(first: int, second: int, run: Path, tmp_path: Path, expected: bytes) -> None:
+def test_a_stopped_prediction_resumes(first: int, second: int, run: Path, tmp_path: Path, expected: bytes) -> None:
     stopped = predict(str(run), str(tmp_path), first, "SIGTERM")
     assert stopped.code == 75, stopped.err
     assert f"stopped on request, {2 * first} of 7 parts are done and kept" in stopped.err
@@ -73,7 +73,7 @@ def test_a_stop_keeps_what_is_done(first: int, second: int, run: Path, tmp_path:
     assert submission(str(tmp_path)) == expected
 
 
-def test_a_killed_rank_costs_time_only(run: Path, tmp_path: Path, expected: bytes) -> None:
+def test_a_prediction_resumes_after_a_killed_rank(run: Path, tmp_path: Path, expected: bytes) -> None:
     killed = predict(str(run), str(tmp_path), 2, "SIGKILL")
     assert killed.code not in (0, 75), killed.err
     again = predict(str(run), str(tmp_path), 2)
@@ -89,7 +89,7 @@ def test_a_damaged_part_is_computed_again(run: Path, tmp_path: Path, expected: b
     assert submission(str(tmp_path)) == expected
 
 
-def test_an_evaluation_goes_on(run: Path) -> None:
+def test_a_stopped_evaluation_resumes(run: Path) -> None:
     metrics, names = run / "metrics", ("groups.csv", "groups.parquet", "summary.json", "predictions.parquet")
     where = ["--run-dir", str(run)]
     assert in_parts("evaluate_by_groups", 1, "", *where).code == 0

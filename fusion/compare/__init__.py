@@ -1,1 +1,1 @@
-"""Runs side by side on the rows that all of them validated on: `python -m fusion.compare`."""
+"""Compares runs on the rows that all of them validated on: `python -m fusion.compare`."""

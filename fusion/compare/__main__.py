@@ -1,12 +1,13 @@
-"""Which run is better, on the rows that all of them validated on, and whether by more than chance:
+"""Compares runs on the rows that all of them validated on, and shows whether they differ by more than chance:
 
     python -m fusion.compare RUN RUN … --output s3://bucket/output
 
-RUN is the id of a run under --output, or the URL of its folder. For each run: SMAPE on the shared rows with its 95%
-interval, and the difference to the best run row by row, with its standard error. Near-duplicates share their errors, so
-whole groups of them are what the errors are computed from. Fold runs of one recipe count as one run that validated on
-all rows. A run that validated on other rows is set apart, and compared on the rows that it shares with the best, if
-they are 100 or more. It only reads, and needs no GPU. `jobs/pull.py compare` shows metrics of runs group by group.
+RUN is the id of a run under --output, or the URL of its folder. For each run, the table shows its SMAPE on the shared
+rows with a 95% interval, and its mean difference to the best run, with a standard error. Errors of near-duplicates are
+not independent, so standard errors are computed from whole groups of them. Fold runs of one recipe count as one run
+that validated on all rows. A run that validated on other rows is listed apart; it is compared with the best run on the
+rows that both validated on, if there are at least 100. The command only reads, and needs no GPU. `jobs/pull.py compare`
+shows the metrics of runs by group.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Runs side by side on the rows that all of them validated on, with errors that know of near-duplicates."""
+"""Compares runs on the rows that all of them validated on.
+
+Standard errors take into account that the errors of near-duplicates are not independent.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,20 @@ from fusion.compare.standard_errors import Estimate, clustered_mean
 from fusion.metrics import row_smape
 from fusion.records.run import differing
 
-MIN_SHARED = 100  # rows: with an error of 40 +- 40 a row, the mean of fewer is off by more than 4
+# Rows that two runs have to share to be compared. The SMAPE of a row is about 40, with a standard deviation of 40, so
+# the mean over fewer rows has a standard error of more than 4.
+MIN_SHARED = 100
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run on the shared rows.
+    """A run, or the fold runs of one recipe, on the shared rows.
 
     Attributes:
-        smape: in %, with its 95% interval.
-        to_best: mean of the row SMAPEs minus those of the best run; None for the best itself.
-        minutes: of all attempts, None where none says.
+        smape: mean over the rows, in percent, with a 95% interval.
+        to_best: mean over the rows of the SMAPE minus that of the best run; None for the best run itself.
+        parameters: of the model of the first run; None if that is not known.
+        minutes: duration of all attempts together; None if that is not known.
     """
 
     name: str
@@ -41,10 +47,11 @@ class Apart:
     """A run that validated on other rows.
 
     Attributes:
-        rows: that it validated on.
-        shared: of these, rows that the best run validated on too.
-        smape, best_smape: of both on the shared rows, in %; None where these are too few.
-        to_best: as in `Entry`.
+        rows: number of rows that it validated on.
+        shared: number of these that the best run validated on too.
+        smape, best_smape: of this run and of the best one on the shared rows, in percent; None if there are fewer than
+            `MIN_SHARED`.
+        to_best: as in `Entry`; None if there are fewer than `MIN_SHARED` shared rows.
     """
 
     name: str
@@ -58,11 +65,13 @@ class Apart:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side, the best first.
+    """The result of a comparison.
 
     Attributes:
-        rows, groups: that all of `runs` validated on.
-        settings: those that differ, each with one value per run of `runs` and then of `apart`.
+        rows, groups: number of rows that all of `runs` validated on, and of the groups of near-duplicates among them.
+        runs: the runs that validated on these rows, the best one first.
+        apart: the runs that validated on other rows.
+        settings: settings that differ between runs, each with its values for all of `runs` and then all of `apart`.
     """
 
     rows: int
@@ -73,7 +82,10 @@ class Comparison:
 
 
 def compare(found: Sequence[Scored]) -> Comparison:
-    """Compares runs; of several sets of validation rows, the one that most of the runs have is what counts."""
+    """Compares runs on their validation rows.
+
+    If runs validated on different rows, those that most runs validated on are used; the other runs are listed apart.
+    """
     counts = [sum(same_rows(one, other) for other in found) for one in found]
     reference = found[int(np.argmax(counts))]
     together = [one for one in found if same_rows(one, reference)]
@@ -97,13 +109,13 @@ def compare(found: Sequence[Scored]) -> Comparison:
 
 
 def _differing(found: Sequence[Scored]) -> dict[str, list[Any]]:
-    """Settings in which runs differ; an ensemble has none, and None for each."""
-    runs = [place for place, one in enumerate(found) if one.members[0].settings]
-    differ = differing([_settings(found[place]) for place in runs], OF_FOLD - {"fold"})
+    """Returns the settings that differ between runs, each with a value per run; None for ensembles."""
+    columns = [column for column, one in enumerate(found) if one.members[0].settings]
+    differ = differing([_settings(found[column]) for column in columns], OF_FOLD - {"fold"})
     full: dict[str, list[Any]] = {key: [None] * len(found) for key in differ}
     for key, values in differ.items():
-        for place, value in zip(runs, values, strict=True):
-            full[key][place] = value
+        for column, value in zip(columns, values, strict=True):
+            full[key][column] = value
     return full
 
 
@@ -132,5 +144,5 @@ def _apart(one: Scored, best: Scored) -> Apart:
     head = (one.name, [member.run_id for member in one.members], len(one.rows), len(rows))
     if len(rows) < MIN_SHARED:
         return Apart(*head, None, None, None)
-    mine, others = (row_smape(rows.prices, predicted) for predicted in rows.predicted)
-    return Apart(*head, float(mine.mean()), float(others.mean()), clustered_mean(mine - others, rows.groups))
+    smape, of_best = (row_smape(rows.prices, predicted) for predicted in rows.predicted)
+    return Apart(*head, float(smape.mean()), float(of_best.mean()), clustered_mean(smape - of_best, rows.groups))

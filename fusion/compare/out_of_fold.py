@@ -1,4 +1,4 @@
-"""What runs predicted for rows that they did not train on, and which of these rows several runs share."""
+"""Out-of-fold predictions: reads what runs predicted for their validation rows, and finds the rows that runs share."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ from fusion.records.schemas import ENSEMBLE_VARIANT, MetricsManifest, read_if_wh
 from fusion.records.split import read_split
 from fusion.records.validation import has_validation, validation_of
 
-# Settings in which the fold runs of one recipe differ.
+# Settings in which the fold runs of one recipe may differ.
 OF_FOLD = {"fold", *HOW}
 
 
 @dataclass(frozen=True)
 class Member:
-    """A run, and the checkpoint of it that predicts; or an ensemble.
+    """A run with its best checkpoint, or an ensemble.
 
     Attributes:
-        settings: as of `RunFolder.settings`; an ensemble has none.
+        checkpoint: name of the best checkpoint.
+        finished: whether the training has ended; True for an ensemble.
+        settings: as of `RunFolder.settings`; empty for an ensemble.
     """
 
     run: RunFolder
@@ -50,11 +52,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Scored:
-    """A run, or the fold runs of one recipe together.
+    """A run, or the fold runs of one recipe together, with predictions of the validation rows.
 
     Attributes:
-        rows: of every validation row, sorted by sample_id, its index: price and predicted in dollars, group, and
-            where the run has them spread and category.
+        members: the run, or the fold runs.
+        rows: a row per validation row, with sample_id as the sorted index. Columns: price and predicted in dollars,
+            group, and, if the run has them, spread and category.
     """
 
     members: tuple[Member, ...]
@@ -67,44 +70,44 @@ class Scored:
 
 
 def scored_runs(runs: Sequence[str], output: str) -> list[Scored]:
-    """The runs that a user names, the fold runs of a recipe as one.
+    """Reads the runs that a user names; the fold runs of one recipe are joined into one.
 
     Raises:
-        UsageError: fewer than two, or one of them twice.
+        UsageError: there are fewer than two runs, or one is named twice.
         DataError: as `find_run` and `scored`.
     """
-    urls = [find_run(output, which) for which in runs]
-    twice = [which for which, url in zip(runs, urls, strict=True) if urls.count(url) > 1]
-    if twice:
-        raise UsageError(f"{twice[0]} is named {len(twice)} times", "name each run once")
+    folders = [find_run(output, which) for which in runs]
+    repeated = [which for which, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1]
+    if repeated:
+        raise UsageError(f"{repeated[0]} is named {len(repeated)} times", "name each run once")
     if len(runs) < 2:
-        lists = f"`python jobs/pull.py runs --output {output}` lists them"
-        raise UsageError(f"got {' '.join(runs)}, expected at least two runs", lists)
-    return stacked([scored(url) for url in urls])
+        hint = f"`python jobs/pull.py runs --output {output}` lists them"
+        raise UsageError(f"got {' '.join(runs)}, expected at least two runs", hint)
+    return stacked([scored(folder) for folder in folders])
 
 
 def find_run(output: str, which: str) -> RunFolder:
-    """A run, given by its id or by the URL of its folder.
+    """Returns the folder of a run, which is given by its id or by the URL of its folder.
 
     Raises:
-        DataError: there is none; or it names submissions.
+        DataError: there is no such run, or it is a submission.
     """
     run = RunFolder(which.rstrip("/")) if "/" in which else RunFolder.named(output, which)
     if run.exists():
         return run
     if storage.exists(run.at(SUBMISSION)) or storage.ls(storage.join(output, "submissions", which)):
-        lists = f"`python jobs/pull.py submissions --output {output}` says which run each was made with"
-        raise DataError(f"{which} is a submission, not a run", lists)
+        hint = f"`python jobs/pull.py submissions --output {output}` lists the run that made each submission"
+        raise DataError(f"{which} is a submission, not a run", hint)
     if "/" in which:
         raise DataError(f"{run} has no config.json: it is not the folder of a run", "name a run by its id or folder")
     raise no_run(output, which)
 
 
 def scored(run: RunFolder) -> Scored:
-    """A run with the predictions of its best checkpoint.
+    """Reads a run, or an ensemble, with the predictions of its best checkpoint for its validation rows.
 
     Raises:
-        DataError: the run has no checkpoint that was validated, or its predictions are not kept, or damaged.
+        DataError: the run has no validated checkpoint, or its predictions are missing or damaged.
     """
     if storage.exists(run.at(ENSEMBLE)):
         return _ensemble(run)
@@ -112,7 +115,7 @@ def scored(run: RunFolder) -> Scored:
     variant = facts.variant if facts else ""
     if not found:
         raise DataError(
-            f"run {run.run_id} has no committed checkpoint that was validated",
+            f"run {run.run_id} has no validated checkpoint yet",
             "let its training finish, or leave this run out",
         )
     chosen = manifests.best_of(found)
@@ -134,7 +137,13 @@ def _ensemble(folder: RunFolder) -> Scored:
 
 
 def _evaluated(run: RunFolder, chosen: manifests.Checkpoint, variant: str) -> pd.DataFrame:
-    """The predictions that an evaluation of the checkpoint has written, where an earlier version trained it."""
+    """Reads the predictions that an evaluation wrote, for a run whose checkpoints do not contain predictions.
+
+    Earlier versions trained such runs.
+
+    Raises:
+        DataError: this checkpoint was not evaluated, or not on the data of its training, or a file is damaged.
+    """
     manifest = read_if_whole(MetricsManifest, run.at("metrics", MANIFEST), "metrics_damaged")
     if manifest is not None and manifest.model_sha256 == chosen.model_sha256:
         files = {key: storage.read(run.at("metrics", key)) for key in ("predictions.parquet", "summary.json")}
@@ -143,13 +152,17 @@ def _evaluated(run: RunFolder, chosen: manifests.Checkpoint, variant: str) -> pd
             return pd.read_parquet(io.BytesIO(files["predictions.parquet"])).astype({"sample_id": "str"})
     output, run_id = run.url.rpartition("/runs/")[0], run.run_id
     raise DataError(
-        f"run {run_id} does not keep what it predicted for its validation rows: an earlier version trained it",
+        f"an earlier version trained run {run_id}, and did not save its predictions of the validation rows",
         f"evaluate it first: `python -m fusion.{variant}.evaluate_by_groups --output {output} --run-id {run_id}`",
     )
 
 
 def stacked(found: Sequence[Scored]) -> list[Scored]:
-    """The same, with the fold runs of one recipe as one: every row was predicted by the run that held it out."""
+    """Joins the fold runs of one recipe into one entry, in which each row is predicted by the run that held it out.
+
+    Raises:
+        DataError: two of the runs are of the same fold of one recipe.
+    """
     recipes: dict[str, list[Scored]] = {}
     for one in found:
         recipes.setdefault(_recipe(one), []).append(one)
@@ -157,16 +170,17 @@ def stacked(found: Sequence[Scored]) -> list[Scored]:
 
 
 def _recipe(one: Scored) -> str:
-    """The same for fold runs of one recipe, and for nothing else."""
+    """Returns a key that is equal for fold runs of one recipe, and different for any other runs."""
     (member,) = one.members
-    if member.settings.get("folds") is None or member.settings.get("fold") is None:  # the latter has all folds
+    # Without --fold, a run with --folds trains all folds, and so is complete by itself.
+    if member.settings.get("folds") is None or member.settings.get("fold") is None:
         return member.run.url
     settings = {key: value for key, value in member.settings.items() if key not in OF_FOLD}
     return json.dumps([member.variant, member.data_sha256, settings], sort_keys=True)
 
 
 def _joined(folds: list[Scored]) -> Scored:
-    """Raises DataError when two of the runs are of one fold."""
+    """Joins fold runs of one recipe. Raises DataError if two of them are of the same fold."""
     if len(folds) == 1:
         return folds[0]
     folds = sorted(folds, key=lambda one: int(one.members[0].settings["fold"]))
@@ -174,19 +188,21 @@ def _joined(folds: list[Scored]) -> Scored:
     members = tuple(member for one in folds for member in one.members)
     if rows.index.has_duplicates:
         ids = [member.run_id for member in members]
-        raise DataError(f"the runs {', '.join(ids)} are of one recipe, and two of them of one fold", "name one of them")
+        raise DataError(
+            f"two of the runs {', '.join(ids)} are of the same fold of one recipe", "leave out one of the two"
+        )
     return Scored(members, rows)
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Rows that several runs validated on at the same prices.
+    """The n rows that R runs all validated on, with the same prices.
 
     Attributes:
         prices: [n] dollars.
-        predicted: [R, n] dollars, of each run.
-        groups: [n] of near-duplicates, by any of the runs.
-        category: [n] text; None where a run has none, or another.
+        predicted: [R, n] dollars, the predictions of each run.
+        groups: [n] groups of near-duplicates. Rows that are in one group in any of the runs are in one group here.
+        category: [n] text; None if the runs have no category, or not the same.
     """
 
     ids: pd.Index
@@ -200,7 +216,7 @@ class Shared:
 
 
 def shared(found: Sequence[Scored]) -> Shared:
-    """The rows that all of them validated on; none if there are none."""
+    """Returns the rows that all runs validated on with the same prices; there may be no such rows."""
     ids = found[0].rows.index
     for other in found[1:]:
         ids = ids.intersection(other.rows.index)
@@ -220,6 +236,6 @@ def _category(found: Sequence[Scored], ids: pd.Index) -> pd.Series | None:
 
 
 def same_rows(one: Scored, other: Scored) -> bool:
-    """Whether both validated on the same rows, at the same prices."""
+    """Whether both runs validated on the same rows, with the same prices."""
     prices = (one.rows["price"], other.rows["price"])
     return one.rows.index.equals(other.rows.index) and bool((prices[0].to_numpy() == prices[1].to_numpy()).all())

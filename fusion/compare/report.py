@@ -1,4 +1,4 @@
-"""What a comparison of runs looks like on a terminal: legible at 100 columns, however many runs there are."""
+"""Prints a comparison of runs on a terminal, in at most 100 columns for any number of runs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from fusion.compare.comparison import MIN_SHARED, Apart, Comparison
 from fusion.compare.standard_errors import Estimate
 from fusion.errors import visible
 
-PLAIN_WIDTH = 100  # columns where standard output is no terminal
-RUNS_PER_TABLE = 6  # columns of settings beside one another; more runs get a table of their own
+PLAIN_WIDTH = 100  # characters per line if standard output is not a terminal
+RUNS_PER_TABLE = 6  # runs whose settings fit beside each other in 100 columns; more runs get another table
 
 
 def show(found: Comparison) -> None:
-    """Prints it on standard output."""
+    """Prints the comparison on standard output."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
     title = f"{found.rows} rows that all of them validated on, in {found.groups} groups of near-duplicates"
     _print(console, title, _runs(found))
     if found.apart:
-        _print(console, "Set apart: they validated on other rows", _apart(found.apart, first=len(found.runs)))
-    for first in range(0, len(found.runs) + len(found.apart) if found.settings else 0, RUNS_PER_TABLE):
-        _print(console, "What differs", _settings(found.settings, first))
+        _print(console, "Listed apart: they validated on other rows", _apart(found.apart, first=len(found.runs)))
+    n_runs = len(found.runs) + len(found.apart)
+    if found.settings:
+        for first in range(0, n_runs, RUNS_PER_TABLE):
+            _print(console, "Settings that differ", _settings(found.settings, first))
     for line in _verdict(found):
         console.print(Text(visible(line)))
 
 
 def _runs(found: Comparison) -> Table:
+    """Returns the table of the runs that validated on the same rows, each with a letter that the other tables use."""
     table = _table("", "run", "SMAPE", "95% interval", "to the best", "parameters", "minutes")
     for letter, entry in enumerate(found.runs):
         table.add_row(
@@ -51,6 +54,7 @@ def _runs(found: Comparison) -> Table:
 
 
 def _apart(apart: Sequence[Apart], first: int) -> Table:
+    """Returns the table of the runs that validated on other rows; their letters start at number `first`."""
     table = _table(
         "",
         "run",
@@ -69,6 +73,7 @@ def _apart(apart: Sequence[Apart], first: int) -> Table:
 
 
 def _settings(settings: dict[str, list[Any]], first: int) -> Table:
+    """Returns the table of settings that differ, for `RUNS_PER_TABLE` runs from number `first` on."""
     n_runs = min(RUNS_PER_TABLE, len(next(iter(settings.values()))) - first)
     table = _table("", *(_letter(first + i) for i in range(n_runs)))
     for key, values in settings.items():
@@ -77,25 +82,29 @@ def _settings(settings: dict[str, list[Any]], first: int) -> Table:
 
 
 def _verdict(found: Comparison) -> list[str]:
-    """What the figures say, in sentences."""
-    level = [
+    """Returns sentences that say which differences to the best run, A, are more than chance."""
+    undecided = [
         _letter(i)
         for i, entry in enumerate(found.runs)
         if entry.to_best is not None and not entry.to_best.is_significant
     ]
     lines = []
-    if level:
-        lines.append(f"A is not told from {', '.join(level)} on these rows: less than twice the standard error apart")
+    if undecided:
+        lines.append(
+            f"A is not significantly better than {', '.join(undecided)}: "
+            "the difference is less than twice its standard error"
+        )
     elif len(found.runs) > 1:
-        lines.append("A is better than every other by more than twice the standard error of the difference")
-    strangers = [one.name for one in found.apart if one.to_best is None]
-    if strangers:
-        lines.append(f"do not compare with A: {', '.join(strangers)}: fewer than {MIN_SHARED} shared validation rows")
+        lines.append("A is better than every other run by more than twice the standard error of the difference")
+    incomparable = [one.name for one in found.apart if one.to_best is None]
+    if incomparable:
+        names = ", ".join(incomparable)
+        lines.append(f"do not compare with A: {names}: fewer than {MIN_SHARED} shared validation rows")
     return lines
 
 
 def _print(console: Console, title: str, table: Table) -> None:
-    console.print(Text(title, style="bold"))  # a title of the table would be wrapped at the table's width
+    console.print(Text(title, style="bold"))  # rich would wrap a table's own title at the width of the table
     console.print(table)
 
 
@@ -113,6 +122,7 @@ def _texts(*cells: str) -> list[Text]:
 
 
 def _letter(number: int) -> str:
+    """Returns the letter that stands for a run, from 0; a number after the 26th run."""
     return ascii_uppercase[number] if number < len(ascii_uppercase) else str(number + 1)
 
 
@@ -127,4 +137,6 @@ def _difference(estimate: Estimate | None) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if value is None:
+        return "-"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

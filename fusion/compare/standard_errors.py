@@ -1,4 +1,7 @@
-"""Means of rows that are not independent: near-duplicates share an error, so whole groups are what is drawn."""
+"""Means, with standard errors, over rows that are not independent.
+
+Near-duplicates have similar errors, so groups of them, and not rows, are the independent units of a sample.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its standard error, and its interval; error and interval are None where there are fewer than 2 groups."""
+    """A mean with its standard error and confidence interval, which are None if there are fewer than 2 groups."""
 
     mean: float
     error: float | None
@@ -27,18 +30,19 @@ class Estimate:
 
     @property
     def is_significant(self) -> bool:
-        """Whether it differs from 0 by more than twice its standard error."""
+        """Whether the mean differs from 0 by more than twice its standard error, about the 5% level."""
         return self.error is not None and abs(self.mean) > 2 * self.error
 
 
 def clustered_mean(values: FloatArray, groups: NDArray[np.integer], level: float = 0.95) -> Estimate:
-    """Mean of values [n] with a standard error that is robust to dependence within groups [n].
+    """Returns the mean of values [n], with a cluster-robust standard error: values of a group [n] may be dependent.
 
-    `error^2 = G/(G-1) sum_g (sum_{i in g} (v_i - mean))^2 / n^2` (Liang and Zeger, 1986), and the interval is that of
-    Student's t with G - 1 degrees of freedom. Rows that are all alone in their groups give the usual `std / sqrt(n)`.
+    With G groups, `error^2 = G/(G-1) sum_g (sum_{i in g} (v_i - mean))^2 / n^2` (Liang and Zeger, 1986). The interval
+    is that of Student's t distribution with G - 1 degrees of freedom. If each row is its own group, the error is the
+    usual `std / sqrt(n)`.
 
     Raises:
-        ValueError: there are no values, or not as many groups as values.
+        ValueError: there are no values, or the number of groups is not that of values.
     """
     if not len(values) or len(values) != len(groups):
         raise ValueError(f"expected a group per value, however: {len(values)=}, {len(groups)=}")
@@ -53,7 +57,12 @@ def clustered_mean(values: FloatArray, groups: NDArray[np.integer], level: float
 
 
 def joined_groups(groupings: Sequence[NDArray[np.integer]]) -> IntArray:
-    """[n] groups of rows that any of the groupings, each [n], puts together, directly or through others."""
+    """Merges groupings, each [n], of the same rows.
+
+    Two rows are in the same group of the result, [n], if any of the groupings connects them, directly or through other
+    rows.
+    """
+    # The graph's nodes are the rows, followed by the groups of all groupings; its edges connect rows with their groups.
     n_rows, links = len(groupings[0]), []
     offset = n_rows
     for grouping in groupings:

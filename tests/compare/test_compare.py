@@ -1,4 +1,4 @@
-"""Runs are compared on rows that all of them validated on, and only on these."""
+"""`fusion.compare` compares runs only on rows that all of them validated on."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def output(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    place = str(tmp_path_factory.mktemp("compare"))
+    output = str(tmp_path_factory.mktemp("compare"))
     for run_id, flags in RUNS.items():
-        assert train.main(["--data", str(catalog), "--output", place, "--run-id", run_id, *PUBLISHED, *flags]) == 0
-    assert predict_test.main(["--output", place, "--run-id", "a", "--name", "prices"]) == 0
-    return place
+        assert train.main(["--data", str(catalog), "--output", output, "--run-id", run_id, *PUBLISHED, *flags]) == 0
+    assert predict_test.main(["--output", output, "--run-id", "a", "--name", "prices"]) == 0
+    return output
 
 
 def compared(output: str, capsys: Capture, *runs: str) -> dict[str, object]:
@@ -59,7 +59,7 @@ def fails(output: str, capsys: Capture, *runs: str) -> str:
     return capsys.readouterr().err
 
 
-def test_figures_are_those_of_the_rows(output: str, capsys: Capture) -> None:
+def test_metrics_are_computed_from_the_shared_rows(output: str, capsys: Capture) -> None:
     found = compared(output, capsys, "a", "b")
     runs = {run["name"]: run for run in found["runs"]}  # type: ignore[attr-defined]
     frames = {name: scored(RunFolder(f"{output}/runs/{name}")).rows for name in ("a", "b")}
@@ -77,9 +77,9 @@ def test_figures_are_those_of_the_rows(output: str, capsys: Capture) -> None:
     assert found["settings"] == {"dropout": [0.25, 0.5] if best == "a" else [0.5, 0.25]}
 
 
-def test_a_run_of_other_rows_is_set_apart(output: str, capsys: Capture) -> None:
+def test_a_run_with_other_validation_rows_is_listed_apart(output: str, capsys: Capture) -> None:
     found = compared(output, capsys, "other-seed", "a", "b", "half")
-    assert {run["name"] for run in found["runs"]} == {"a", "b"}, "of the rows that most of them have"
+    assert {run["name"] for run in found["runs"]} == {"a", "b"}, "most runs validated on these rows"
     other, half = found["apart"]  # type: ignore[misc]
     assert (other["name"], other["to_best"], other["smape"]) == ("other-seed", None, None) and other["shared"] < 100
     assert compare.main(["other-seed", "a", "b", "--output", output]) == 0
@@ -87,7 +87,7 @@ def test_a_run_of_other_rows_is_set_apart(output: str, capsys: Capture) -> None:
     assert half["rows"] > 250
 
 
-def test_enough_shared_rows_are_compared(output: str, capsys: Capture) -> None:
+def test_a_run_listed_apart_is_compared_on_enough_shared_rows(output: str, capsys: Capture) -> None:
     found = compared(output, capsys, "half", "half-other-seed")
     (run,), (other,) = found["runs"], found["apart"]  # type: ignore[misc]
     mine, others = (scored(RunFolder(f"{output}/runs/{one['name']}")).rows for one in (run, other))
@@ -107,17 +107,18 @@ def test_folds_of_one_recipe_count_as_one_run_on_all_rows(output: str, capsys: C
     assert found["apart"][0]["shared"] == 101 and found["apart"][0]["to_best"] is not None  # type: ignore[index]
 
 
-def test_it_is_legible_at_100_columns(output: str, capsys: Capture) -> None:
+def test_the_report_fits_into_100_columns(output: str, capsys: Capture) -> None:
     capsys.readouterr()
     assert compare.main([*RUNS, "--output", output]) == 0
     said = capsys.readouterr().out
     assert max(len(line.rstrip()) for line in said.splitlines()) <= 100
-    assert "101 rows that all of them validated on, in " in said and "Set apart: they validated on other rows" in said
+    assert "101 rows that all of them validated on, in " in said
+    assert "Listed apart: they validated on other rows" in said
     assert " A " in said and "dropout" in said and "val_fraction" in said
     assert compare.main([f"{output}/runs/a/", f"{output}/runs/b", "--output", "elsewhere"]) == 0
 
 
-def test_what_is_no_run(output: str, capsys: Capture) -> None:
+def test_arguments_that_are_not_runs_are_refused(output: str, capsys: Capture) -> None:
     said = fails(output, capsys, "a", "prices")
     assert "error: prices is a submission, not a run" in said and "pull.py submissions --output" in said
     folder = next(Path(output).glob("submissions/prices/*/*"))
@@ -137,7 +138,7 @@ def test_a_run_of_an_earlier_version_needs_an_evaluation(output: str, capsys: Ca
     files = [one for one in manifest["files"] if one["key"] != "validation.parquet"]
     folder.write_bytes(seal(manifest | {"files": files}))
     try:
-        with pytest.raises(DataError, match="does not keep what it predicted for its validation rows") as caught:
+        with pytest.raises(DataError, match="did not save its predictions of the validation rows") as caught:
             scored(RunFolder(f"{output}/runs/b"))
         command = f"`python -m fusion.qwen_clip.evaluate_by_groups --output {output} --run-id b`"
         assert caught.value.remedy == f"evaluate it first: {command}"
@@ -146,13 +147,13 @@ def test_a_run_of_an_earlier_version_needs_an_evaluation(output: str, capsys: Ca
         pd.testing.assert_frame_equal(before[after.columns], after, rtol=1e-6)
         predictions = Path(output, "runs/b/metrics/predictions.parquet")
         storage.write(str(predictions), predictions.read_bytes()[:-1])
-        with pytest.raises(DataError, match="does not keep"):
+        with pytest.raises(DataError, match="did not save"):
             scored(RunFolder(f"{output}/runs/b"))
     finally:
         folder.write_bytes(whole)
 
 
-def test_two_runs_of_one_fold(output: str, capsys: Capture, catalog: Path) -> None:
+def test_two_runs_of_the_same_fold_are_refused(output: str, capsys: Capture, catalog: Path) -> None:
     again = ["--data", str(catalog), "--output", output, "--run-id", "f1-again", *PUBLISHED, *RUNS["f1"]]
     assert train.main(again) == 0
-    assert "are of one recipe, and two of them of one fold" in fails(output, capsys, "f0", "f1", "f1-again")
+    assert "are of the same fold of one recipe" in fails(output, capsys, "f0", "f1", "f1-again")

@@ -6,7 +6,7 @@ import pytest
 from fusion.compare.standard_errors import clustered_mean, joined_groups
 
 
-def test_rows_that_are_alone_have_the_usual_error() -> None:
+def test_independent_rows_have_the_usual_standard_error() -> None:
     values = np.random.default_rng(0).normal(40, 30, 500)
     found = clustered_mean(values, np.arange(500))
     assert found.mean == pytest.approx(values.mean())
@@ -14,7 +14,7 @@ def test_rows_that_are_alone_have_the_usual_error() -> None:
     assert (found.high or 0) - found.mean == pytest.approx(1.9647 * found.error, rel=1e-3)
 
 
-def test_copies_of_rows_say_nothing_new() -> None:
+def test_copies_of_rows_do_not_reduce_the_error() -> None:
     values = np.random.default_rng(0).normal(40, 30, 500)
     once, copied = (
         clustered_mean(values, np.arange(500)),
@@ -23,7 +23,7 @@ def test_copies_of_rows_say_nothing_new() -> None:
     assert copied.error == pytest.approx(once.error) and copied.mean == pytest.approx(once.mean)
 
 
-def test_the_interval_covers_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_mean_in_95_percent_of_samples() -> None:
     rng = np.random.default_rng(1)
     groups = np.repeat(np.arange(60), rng.integers(1, 8, 60))
     hits = 0
@@ -41,7 +41,7 @@ def test_one_group_has_no_error() -> None:
         clustered_mean(np.arange(5.0), np.zeros(4, int))
 
 
-def test_groups_are_joined_through_any_grouping() -> None:
+def test_groups_are_merged_through_any_grouping() -> None:
     joined = joined_groups([np.array([0, 0, 1, 2, 3]), np.array([5, 6, 6, 7, 7])])
     assert joined.tolist() == [0, 0, 0, 1, 1]
     assert joined_groups([np.array([3, 1, 3])]).tolist() in ([0, 1, 0], [1, 0, 1])

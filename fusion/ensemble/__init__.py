@@ -1,1 +1,1 @@
-"""One price from several runs: of other variants, other inputs or other folds, mixed in log price."""
+"""Ensembles: one price from several runs, which may differ in variant, inputs or fold, as a weighted mean of logs."""

@@ -1,13 +1,14 @@
-"""One price from several runs, whatever their variants and inputs, mixed in log price:
+"""Makes an ensemble of runs of any variants and inputs. Its log price is a weighted mean of theirs:
 
     python -m fusion.ensemble RUN RUN … --output s3://bucket/output
     python -m fusion.ensemble.predict_test --output s3://bucket/output
 
-RUN is the id of a run under --output. All have to have validated on the same rows: with --folds, on all there are; the
-fold runs of one recipe (--folds 5 --fold 0 … 4) count as one. The weights are fitted on what each run predicted for
-rows that it did not train on, and kept if they are better than equal ones by twice the standard error. What is printed
-of them is nested: each row is priced by weights that were fitted without its group of near-duplicates. Fold runs
-together are better on new rows than that says, for there each row gets the mean of them all. Needs no GPU.
+RUN is the id of a run under --output. All runs have to validate on the same rows; runs with --folds validate on all
+rows. The fold runs of one recipe (--folds 5 --fold 0 … 4) count as one run. Weights are fitted on out-of-fold
+predictions: those of each run for rows that it did not train on. Fitted weights are used if their SMAPE is lower than
+that of equal weights by more than twice the standard error. The printed SMAPE is not biased by the fit, because each
+row is predicted with weights that were fitted without its group of near-duplicates. For fold runs it is a pessimistic
+estimate: a new row gets the mean of all folds, but a validation row only the prediction of one. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from fusion.records.schemas import ENSEMBLE_VARIANT
 
 
 def _check_members(found: Sequence[Scored], output: str) -> None:
-    """Raises an error for runs that lie elsewhere, are ensembles, or validated on other rows than the first."""
+    """Raises an error if a run is not under --output, is an ensemble, or validated on other rows than the first run."""
     for member in (member for one in found for member in one.members):
         if member.variant == ENSEMBLE_VARIANT:
-            raise UsageError(f"{member.run_id} is an ensemble itself", "name the runs that it is made of")
+            raise UsageError(f"{member.run_id} is itself an ensemble", "name its members instead")
         if member.run != RunFolder.named(output, member.run_id):
             raise UsageError(
-                f"{member.run} does not lie in {output}/runs", "name runs under --output, or copy this one there"
+                f"{member.run} is not in {output}/runs", "name runs under --output, or copy this run there"
             )
     for other in found[1:]:
         if not same_rows(found[0], other):
@@ -51,15 +52,18 @@ def _other_rows(first: Scored, other: Scored) -> DataError:
     return DataError(
         f"{first.name} validated on {len(first.rows)} rows and {other.name} on {len(other.rows)}, of which they share "
         f"{len(shared([first, other]))}",
-        "mix runs of one split, or train each with --folds 5, which validates on all rows",
+        "name runs with the same split, or train each with --folds 5, which validates on all rows",
     )
 
 
 def _warn_of_several_data(found: Sequence[Scored]) -> None:
-    wheres = {str(member.settings["data"]) for one in found for member in one.members}
-    if len(wheres) > 1:
+    """Warns if the runs were trained on data at different URLs, because a prediction reads all sources from one."""
+    urls = {str(member.settings["data"]) for one in found for member in one.members}
+    if len(urls) > 1:
         log.warning(
-            event="several_data", data=", ".join(sorted(wheres)), hint="predict_test needs all sources in --data"
+            event="several_data",
+            data=", ".join(sorted(urls)),
+            hint="copy all sources to one folder, and give it to predict_test with --data",
         )
 
 
@@ -77,13 +81,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="URL",
         type=filled("--output"),
         default=variable("FUSION_OUTPUT") or "output",
-        help="bucket or folder with runs/, which the ensemble is written to (default: FUSION_OUTPUT, else output)",
+        help="bucket or folder with runs/, where the ensemble is written too (default: FUSION_OUTPUT, else output)",
     )
     parser.add_argument(
         "--run-id",
         metavar="NAME",
         type=filled("--run-id"),
-        help="name of the ensemble (default: made from its members and weights)",
+        help="name of the ensemble (default: ensemble- and a digest of its members and weights)",
     )
     parser.add_argument("--promote", action="store_true", help="predict with this ensemble from now on")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")

@@ -1,7 +1,8 @@
-"""The folder of an ensemble: `runs/<id>/` with `ensemble.json`, its validation rows and intervals, then a manifest.
+"""The folder of an ensemble, `runs/<id>/`: `ensemble.json`, validation predictions, intervals, and a manifest.
 
-It lies among the runs, for it is compared and served as they are; in the place of a checkpoint it names its members,
-which stay where they are. Only the manifest, written last, makes it exist.
+It is among the folders of runs, because an ensemble is compared and served like a run. It has no checkpoint: its
+`ensemble.json` names the checkpoints of its members, which stay in their own folders. The manifest is written last; an
+ensemble without it does not exist.
 """
 
 from __future__ import annotations
@@ -36,7 +37,13 @@ from fusion.records.validation import to_parquet
 
 
 def record_of(run_id: str, found: Sequence[Scored], rows: Shared, blend: Blend) -> EnsembleRecord:
-    """What `ensemble.json` says; the fold runs of a recipe share its weight."""
+    """Returns the content of `ensemble.json`.
+
+    The fold runs of one recipe share its weight equally. Runs with a weight of 0 are left out.
+
+    Args:
+        run_id: name of the ensemble; empty: a name is made from the members and weights.
+    """
     members = [
         EnsembleMember(
             member.variant,
@@ -49,13 +56,15 @@ def record_of(run_id: str, found: Sequence[Scored], rows: Shared, blend: Blend) 
         for member in one.members
         if weight > 0
     ]
+    default_id = f"ensemble-{digest([[one.model_sha256, one.weight] for one in members])[:8]}"
+    equal_smape = blend.smape.mean + (blend.gain.mean if blend.fitted else 0)
     return EnsembleRecord(
-        run_id or f"ensemble-{digest([[one.model_sha256, one.weight] for one in members])[:8]}",
+        run_id or default_id,
         members,
         blend.fitted,
         blend.smape.mean,
         blend.smape.error,
-        blend.smape.mean + (blend.gain.mean if blend.fitted else 0),
+        equal_smape,
         min(one.mean for one in blend.members),
         len(rows),
         len(np.unique(rows.groups)),
@@ -65,15 +74,15 @@ def record_of(run_id: str, found: Sequence[Scored], rows: Shared, blend: Blend) 
 
 
 def rows_digest(ids: pd.Index, prices: np.ndarray) -> str:
-    """sha256 of ids [n] and their prices [n]."""
+    """Returns a sha256 of validation rows: their ids [n] and prices [n]."""
     return Table(pd.DataFrame({"price": prices}, index=ids), np.arange(len(ids))).digest()
 
 
 def publish(output: str, record: EnsembleRecord, found: Sequence[Scored], rows: Shared, blend: Blend) -> bool:
-    """Writes the folder unless it is there; whether it was written now.
+    """Writes the folder of the ensemble, unless it exists. Returns whether this call has written it.
 
     Raises:
-        ConfigError: the name is that of a run, or of an ensemble of other members.
+        ConfigError: there is a run of that name, or a different ensemble.
     """
     folder = RunFolder.named(output, record.run_id)
     if storage.exists(folder.at(CONFIG)):
@@ -86,7 +95,7 @@ def publish(output: str, record: EnsembleRecord, found: Sequence[Scored], rows: 
     frame = frame.assign(**_spread(found, rows, blend))
     made = intervals.fit(frame, by)
     files = {
-        ENSEMBLE: seal(asdict(record)),  # first: it tells the folder from that of a run
+        ENSEMBLE: seal(asdict(record)),  # comes first, because it shows that the folder is not that of a run
         FACTS: seal(schemas.written(_facts(record, members))),
         VALIDATION: to_parquet(frame.assign(group=rows.groups)),
         **({} if made is None else {INTERVALS: seal(asdict(made))}),
@@ -94,12 +103,15 @@ def publish(output: str, record: EnsembleRecord, found: Sequence[Scored], rows: 
     manifest = seal(asdict(Manifest(SCHEMA, manifests.write_files(folder.url, files))))
     if storage.create(folder.at(MANIFEST), manifest):
         return True
-    _check_same(folder, record)  # somebody else was faster
+    _check_same(folder, record)  # another process has written the manifest in the meantime
     return False
 
 
 def _frame(rows: Shared, blend: Blend, members: Sequence[Member]) -> tuple[pd.DataFrame, str]:
-    """The rows that intervals are made of, and the name of the column that their category is; empty without one."""
+    """Returns the rows that intervals are fitted on, and the name of the column that intervals are grouped by.
+
+    The name is empty, and the rows have no category, if the members do not all use the same column.
+    """
     frame = pd.DataFrame({"sample_id": rows.ids, "price": rows.prices, "predicted": np.exp(blend.log_prices)})
     names = {str(member.settings.get("interval_by") or intervals.CATEGORY) for member in members}
     if rows.category is None or len(names) > 1:
@@ -108,7 +120,10 @@ def _frame(rows: Shared, blend: Blend, members: Sequence[Member]) -> tuple[pd.Da
 
 
 def _spread(found: Sequence[Scored], rows: Shared, blend: Blend) -> dict[str, np.ndarray]:
-    """{"spread": [n]}, the weighted mean of the members' spreads; nothing where one that counts has none."""
+    """Returns {"spread": [n]}, the weighted mean of the members' spreads.
+
+    The result is empty if a member has no spread and its weight is not 0.
+    """
     used = [(one.rows, weight) for one, weight in zip(found, blend.weights, strict=True) if weight > 0]
     if not all("spread" in known and known["spread"].notna().all() for known, _ in used):
         return {}
@@ -116,15 +131,15 @@ def _spread(found: Sequence[Scored], rows: Shared, blend: Blend) -> dict[str, np
 
 
 def _check_same(folder: RunFolder, record: EnsembleRecord) -> None:
-    before = folder.ensemble()
-    if before != record:
+    """Raises ConfigError if the ensemble in the folder is not the one of the record."""
+    if folder.ensemble() != record:
         raise ConfigError(
             f"the ensemble {record.run_id} exists with other members, weights or rows", "choose another --run-id"
         )
 
 
 def _facts(record: EnsembleRecord, members: Sequence[Member]) -> RunFacts:
-    """`run.json`, as a run has it: what later nights, and pointers, ask of it."""
+    """Returns the content of `run.json`, with the facts that pointers and the guards of later predictions read."""
     first = schemas.read_required(RunFacts, members[0].run.at(FACTS))
     return RunFacts(
         run_id=record.run_id,
@@ -139,7 +154,7 @@ def _facts(record: EnsembleRecord, members: Sequence[Member]) -> RunFacts:
 
 
 def point_to(output: str, record: EnsembleRecord, *, promote: bool) -> None:
-    """Makes it the newest and, by the rules of runs, the best and the served ensemble."""
+    """Moves the pointers to this ensemble: `latest`, and `best` by the same rules as for runs."""
     target = RunPointer(record.run_id, ENSEMBLE, record.smape, record.rows_sha256, record.model_sha256())
     best_run.point_to(output, ENSEMBLE_VARIANT, target, promote=promote)
     log.info(event="ensemble", folder=RunFolder.named(output, record.run_id), smape=record.smape)

@@ -1,6 +1,7 @@
-"""Predict test.csv with an ensemble: `python -m fusion.ensemble.predict_test --output s3://bucket/output`.
+"""Predicts test.csv with an ensemble: `python -m fusion.ensemble.predict_test --output s3://bucket/output`.
 
-Ensembles are made by `python -m fusion.ensemble`; their members have to stay under --output.
+`python -m fusion.ensemble` makes ensembles. The runs that are members of an ensemble have to stay under --output,
+because predictions read their checkpoints.
 """
 
 import sys

@@ -1,9 +1,14 @@
-"""Prices of an ensemble: each member's model prices every row, and the mean of their logs is what is published."""
+"""Predicts prices with an ensemble: each row's log price is the weighted mean of the log prices of all members.
+
+Variants give different roles to the same source. All sources are therefore read once, by their own names, and each
+member gets a view of them by its roles.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -17,9 +22,9 @@ from fusion.data.inputs import Inputs, find_inputs, find_table, table_sha256
 from fusion.data.row_store import RowStore
 from fusion.data.tables import Table, read_table
 from fusion.distributed.world import World, held, join_world
-from fusion.ensemble.comparables import all_named, merged, places_among
+from fusion.ensemble.comparables import all_named, merged, positions_among
 from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
-from fusion.features.fitted import Features, columns_of
+from fusion.features.fitted import Columns, Features, columns_of
 from fusion.features.rows import compared, with_features
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
@@ -38,8 +43,14 @@ from fusion.variants import config_class_of, network_of
 
 
 @dataclass(frozen=True)
-class Part:
-    """A member: the checkpoint that it is, with the settings that it was trained with, and what it computes of rows."""
+class OpenedMember:
+    """A member of an ensemble, with what has been read of its run.
+
+    Attributes:
+        chosen: the checkpoint that the ensemble uses.
+        config: the settings of the member's training.
+        features: what the member computes from the table; None if it computes nothing.
+    """
 
     member: EnsembleMember
     chosen: Checkpoint
@@ -48,42 +59,51 @@ class Part:
 
     @property
     def bindings(self) -> dict[str, str]:
+        """Role to the source that it is read from."""
         return self.config.bindings()
 
     @property
     def computed(self) -> dict[str, str]:
-        """Computed role to its name among those of all members: fold runs have fitted it on other rows."""
+        """Computed role to its name in the store that all members share.
+
+        The name contains a digest, because fold runs fit the same feature on different rows.
+        """
         digest = self.chosen.manifest.features_sha256[:12]
         return {role: f"{role} {digest}" for role in self.features.dims} if self.features else {}
 
 
 def predict_test(settings: PredictConfig) -> None:
-    """As `fusion.prediction.predict.predict_test`, with an ensemble.
+    """Predicts `test.csv` with an ensemble, and publishes the submission.
 
     Raises:
-        DataError: no such ensemble, a member that is gone or another, and as there.
-        UnreachableError, StopRequested: as there.
+        DataError: there is no such ensemble, a member is missing or has changed, or as in
+            `fusion.prediction.predict.predict_test`.
+        UnreachableError, StopRequested: as in that function.
     """
     with join_world(settings.device) as world:
         settings = replace(settings, date=world.on_main(settings.day))
         if world.on_main(lambda: republish(settings, ENSEMBLE_VARIANT, ENSEMBLE_CODE)):
             return
-        folder, record, parts = world.on_main(lambda: _open(settings))
+        folder, record, members = world.on_main(lambda: _open(settings))
         log.configure(record.run_id, world.rank, world.size)
         data = world.on_main(lambda: find_run.data_of(settings, record.data))
-        inputs = world.on_main(lambda: find_inputs(data, "test", _sources(parts)))
-        origin = world.on_main(lambda: _origin(folder, record, parts, data, inputs))
-        under_way = storage.join(settings.output, "parts", settings.name)
+        inputs = world.on_main(lambda: find_inputs(data, "test", _sources(members)))
+        origin = world.on_main(lambda: _origin(folder, record, members, data, inputs))
+        all_parts = storage.join(settings.output, "parts", settings.name)
         if world.on_main(lambda: submission.reuse(settings, origin)):
-            world.on_main(lambda: discard(under_way))
+            world.on_main(lambda: discard(all_parts))  # left by a job that was killed after it had published
             return
         limits = world.on_main_alone(lambda: _intervals(folder))
-        _predict(settings, record, parts, inputs, origin, limits, world)
-        world.on_main(lambda: discard(under_way))
+        _predict(settings, record, members, inputs, origin, limits, world)
+        world.on_main(lambda: discard(all_parts))
 
 
-def _open(settings: PredictConfig) -> tuple[RunFolder, EnsembleRecord, list[Part]]:
-    """The ensemble to use: `--run-dir`, else `--run-id`, else the one that is served; and its members, checked."""
+def _open(settings: PredictConfig) -> tuple[RunFolder, EnsembleRecord, list[OpenedMember]]:
+    """Opens the ensemble to use: that of `--run-dir`, else of `--run-id`, else the served one.
+
+    Returns:
+        Its folder, the content of its `ensemble.json`, and its members.
+    """
     folder = _find(settings)
     record = folder.ensemble()
     output = folder.url.rpartition("/runs/")[0]
@@ -91,7 +111,13 @@ def _open(settings: PredictConfig) -> tuple[RunFolder, EnsembleRecord, list[Part
 
 
 def _find(settings: PredictConfig) -> RunFolder:
-    makes = f"`python -m fusion.ensemble RUN RUN --output {settings.output}` makes one"
+    """Returns the folder of the ensemble to use.
+
+    Raises:
+        DataError: there is no such ensemble.
+        ConfigError: the settings name a run that is not an ensemble.
+    """
+    hint = f"`python -m fusion.ensemble RUN RUN --output {settings.output}` makes one"
     if settings.run_dir:
         folder = RunFolder(settings.run_dir.rstrip("/"))
     elif settings.run_id:
@@ -99,42 +125,44 @@ def _find(settings: PredictConfig) -> RunFolder:
     else:
         best = pointed_to(settings.output, ENSEMBLE_VARIANT)
         if best is None:
-            raise DataError(f"no ensemble under {settings.output}", makes)
+            raise DataError(f"no ensemble under {settings.output}", hint)
         folder = RunFolder.named(settings.output, best.run_id)
     if storage.exists(folder.at(ENSEMBLE)):
         return folder
     facts = folder.facts_if_whole()
     if facts is not None and facts.variant != ENSEMBLE_VARIANT:
         raise ConfigError(
-            f"run {folder.run_id} is of {facts.variant}, and this command predicts with ensembles",
+            f"run {folder.run_id} is a run of {facts.variant}, and this command predicts with ensembles",
             f"use python -m fusion.{facts.variant}.predict_test",
         )
-    raise DataError(f"no ensemble {folder.run_id} under {settings.output}", makes)
+    raise DataError(f"no ensemble {folder.run_id} under {settings.output}", hint)
 
 
-def _open_member(output: str, record: EnsembleRecord, member: EnsembleMember) -> Part:
+def _open_member(output: str, record: EnsembleRecord, member: EnsembleMember) -> OpenedMember:
+    """Reads the run of a member. Raises DataError if the checkpoint is missing or has another model."""
     run = RunFolder(storage.join(output, member.run))
     found = {made.name: made for made in run.checkpoints()}
     chosen = found.get(member.checkpoint)
     if chosen is None or chosen.model_sha256 != member.model_sha256:
-        state = "gone" if chosen is None else "another model now"
+        state = "does not exist" if chosen is None else "now has another model"
         raise DataError(
-            f"the ensemble {record.run_id} needs {member.checkpoint} of {member.run}, which is {state}",
+            f"the ensemble {record.run_id} needs {member.checkpoint} of {member.run}, which {state}",
             "restore that run, or make an ensemble of the runs that are left with python -m fusion.ensemble",
         )
     url = run.at(CONFIG)
     config = from_json(config_class_of(member.variant), storage.read(url), url)
-    return Part(member, chosen, config, features_of(run, config, chosen))
+    return OpenedMember(member, chosen, config, features_of(run, config, chosen))
 
 
-def _sources(parts: Sequence[Part]) -> dict[str, str]:
-    """All sources that any member reads, by their own names: roles differ between variants."""
-    return {name: name for part in parts for name in part.bindings.values()}
+def _sources(members: Sequence[OpenedMember]) -> dict[str, str]:
+    """Returns bindings for all sources that any member reads, in which each source is its own role."""
+    return {name: name for opened in members for name in opened.bindings.values()}
 
 
 def _origin(
-    folder: RunFolder, record: EnsembleRecord, parts: Sequence[Part], data: str, inputs: Inputs
+    folder: RunFolder, record: EnsembleRecord, members: Sequence[OpenedMember], data: str, inputs: Inputs
 ) -> submission.Origin:
+    """Returns what decides the prices: the members' models and weights, the data, and the code."""
     table, limits = table_sha256(inputs.table), folder.ensemble_file(INTERVALS)
     return submission.Origin(
         folder.url,
@@ -145,7 +173,7 @@ def _origin(
         digest([table, inputs.sources_digest()]),
         code_digest(ENSEMBLE_CODE),
         record.data,
-        _sources(parts),
+        _sources(members),
         inputs.version(),
         "" if limits is None else storage.sha256(limits),
     )
@@ -159,121 +187,146 @@ def _intervals(folder: RunFolder) -> Intervals | None:
 def _predict(
     settings: PredictConfig,
     record: EnsembleRecord,
-    parts: Sequence[Part],
+    members: Sequence[OpenedMember],
     inputs: Inputs,
     origin: submission.Origin,
     limits: Intervals | None,
     world: World,
 ) -> None:
-    """Reads, judges, prices and publishes the rows."""
+    """Reads the rows, checks their embeddings, computes their prices, and publishes them."""
     data = origin.data
-    models = [load_model(part.chosen, part.config, network_of(part.member.variant), world) for part in parts]
-    computed_of = [name for part in parts if part.features for name in part.features.names]
-    columns = {"price", *([limits.by] if limits else []), *computed_of}
+    models = [load_model(opened.chosen, opened.config, network_of(opened.member.variant), world) for opened in members]
+    of_features = [name for opened in members if opened.features for name in opened.features.names]
+    columns = {"price", *([limits.by] if limits else []), *of_features}
     table = world.on_main_alone(lambda: read_table(data, "test", priced=False, columns=columns))
     ids = world.on_main(lambda: held(table).ids)
-    most = min(part.config.max_missing for part in parts) if settings.max_missing is None else settings.max_missing
-    store = load(data, "test", _sources(parts), ids, world, max_missing=most, sources=inputs.sources)
-    store = _with_computed(store, parts, table, world)
-    for part, model in zip(parts, models, strict=True):
-        check_dims(_view(store, part).dims, model.dims, f"{data}/embeddings/test")
+    max_missing = settings.max_missing
+    if max_missing is None:
+        max_missing = min(opened.config.max_missing for opened in members)
+    store = load(data, "test", _sources(members), ids, world, max_missing=max_missing, sources=inputs.sources)
+    store = _with_computed(store, members, table, world)
+    for opened, model in zip(members, models, strict=True):
+        check_dims(_view(store, opened).dims, model.dims, f"{data}/embeddings/test")
     if world.on_main(lambda: find_table(data, "test")) != inputs.table:
         raise UnreachableError(
             f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
         )
     store, last = store.resident_on(world.device), world.on_main_alone(lambda: submission.last(settings))
-    seen, agreement = _look(parts, models, store, ids, world)
+    seen, agreement = _look(members, models, store, ids, world)
     about = guards.about_embeddings(seen, agreement, last, origin)
     world.on_main(lambda: guards.conclude(settings, about))
-    under_way = storage.join(settings.output, "parts", settings.name)
+    all_parts = storage.join(settings.output, "parts", settings.name)
     known = all_named(models)
-    mixing = _mixing(parts, models, places_among(known, models, world.device))
-    computed = named(compute_parts(mixing, store, world, parts_folder(under_way, origin, world)), known)
+    compute = _weighted_mean_of(members, models, positions_among(known, models, world.device))
+    computed = named(compute_parts(compute, store, world, parts_folder(all_parts, origin, world)), known)
     try:
         world.on_main(lambda: publish_prices(settings, origin, record.smape, held(table), computed, limits, seen, last))
     except (DataError, DivergedError):
-        world.on_main(lambda: discard(under_way))
+        world.on_main(lambda: discard(all_parts))  # a guard has refused the prices: see `predict.predict_test`
         raise
 
 
-def _view(store: RowStore, part: Part) -> RowStore:
-    """The store's rows as the member knows them: by role."""
-    return RowStore(_by_role(store.values, part), _by_role(store.present, part), tuple(part.computed))
+def _view(store: RowStore, opened: OpenedMember) -> RowStore:
+    """Returns the store's rows by the roles of the member, instead of by the names of sources."""
+    return RowStore(_by_role(store.values, opened), _by_role(store.present, opened), tuple(opened.computed))
 
 
-def _by_role(by_name: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
-    return {role: by_name[name] for role, name in {**part.bindings, **part.computed}.items()}
+def _by_role(by_name: Mapping[str, Tensor], opened: OpenedMember) -> dict[str, Tensor]:
+    return {role: by_name[name] for role, name in {**opened.bindings, **opened.computed}.items()}
 
 
-def _with_computed(store: RowStore, parts: Sequence[Part], table: Table | None, world: World) -> RowStore:
-    """The store with what each member computes of the table; members that compute the same share it."""
+def _with_computed(store: RowStore, members: Sequence[OpenedMember], table: Table | None, world: World) -> RowStore:
+    """Adds the features that each member computes from the table; equal features are computed only once."""
     values, present = dict(store.values), dict(store.present)
-    for part in parts:
-        if part.features is None or set(part.computed.values()) <= values.keys():
+    for opened in members:
+        if opened.features is None or set(opened.computed.values()) <= values.keys():
             continue
-        features = part.features
-        columns = world.on_main_alone(lambda features=features: columns_of(features, held(table)))  # type: ignore[misc]
-        made = with_features(store, features, columns, "test.csv", world)
-        values |= {name: made.values[role] for role, name in part.computed.items()}
-        present |= {name: made.present[role] for role, name in part.computed.items()}
+        columns = world.on_main_alone(partial(_columns, opened.features, table))
+        made = with_features(store, opened.features, columns, "test.csv", world)
+        values |= {name: made.values[role] for role, name in opened.computed.items()}
+        present |= {name: made.present[role] for role, name in opened.computed.items()}
     return RowStore(values, present)
 
 
+def _columns(features: Features, table: Table | None) -> Columns:
+    return columns_of(features, held(table))
+
+
 def _look(
-    parts: Sequence[Part], models: Sequence[PriceModel], store: RowStore, ids: pd.Index, world: World
+    members: Sequence[OpenedMember],
+    models: Sequence[PriceModel],
+    store: RowStore,
+    ids: pd.Index,
+    world: World,
 ) -> tuple[Look, dict[str, float]]:
-    """What embeddings look like, by source, to the first member that reads each, and how pairs agreed in training."""
+    """Computes statistics of the embeddings, for the guards.
+
+    Returns:
+        The statistics by source; those of a source come from the model of the first member that reads it. And how much
+        pairs of sources agreed in the trainings of the members.
+    """
     seen, agreement, found = Look(pd.DataFrame(), {}, {}), dict[str, float](), list[Look]()
-    for part, model in zip(parts, models, strict=True):
-        shown = compared(_view(store, part))
-        names = {role: name for role, name in _shown(part, shown).items() if name not in seen.shift}
-        if not names:
+    for opened, model in zip(members, models, strict=True):
+        checked = compared(_view(store, opened))
+        names = _names(opened, checked)
+        new = {role: name for role, name in names.items() if name not in seen.shift}
+        if not new:
             continue
-        one = look(model, shown, ids, world)
-        found.append(replace(one, prints=one.prints[list(names)].rename(columns=names)))
-        seen.shift.update({name: one.shift[role] for role, name in names.items()})
-        seen.spread.update({name: one.spread[role] for role, name in names.items()})
-        agreement |= _agreement(part, _shown(part, shown))
+        one = look(model, checked, ids, world)
+        found.append(replace(one, prints=one.prints[list(new)].rename(columns=new)))
+        seen.shift.update({name: one.shift[role] for role, name in new.items()})
+        seen.spread.update({name: one.spread[role] for role, name in new.items()})
+        agreement |= _agreement(opened, names)
     return replace(seen, prints=pd.concat([one.prints for one in found], axis=1)), agreement
 
 
-def _shown(part: Part, store: RowStore) -> dict[str, str]:
-    """Role to what it is called where the roles of all members stand together: its source, if it has one."""
-    return {role: part.bindings.get(role, role) for role in store.values}
+def _names(opened: OpenedMember, store: RowStore) -> dict[str, str]:
+    """Returns, for each role, a name that members share: that of its source, or the role itself if it is computed."""
+    return {role: opened.bindings.get(role, role) for role in store.values}
 
 
-def _agreement(part: Part, names: Mapping[str, str]) -> dict[str, float]:
-    """Of pairs of sources, in either order."""
-    pairs = {tuple(pair.split(" ")): value for pair, value in part.chosen.manifest.agreement.items()}
-    both = [(names[one], names[other], value) for (one, other), value in pairs.items() if {one, other} <= names.keys()]
-    return {f"{first} {second}": value for a, b, value in both for first, second in ((a, b), (b, a))}
-
-
-def _mixing(parts: Sequence[Part], models: Sequence[PriceModel], places: Sequence[Tensor]) -> Compute:
-    """What computes {"price": [B] dollars} and, where all members have one, "spread" [B], their weighted means.
-
-    And the comparable products of members that name some, with rows among those of all members.
+def _agreement(opened: OpenedMember, names: Mapping[str, str]) -> dict[str, float]:
+    """Returns the agreement that the member's training measured, for pairs of sources in either order.
 
     Args:
-        places: of each member's rows there.
+        names: as of `_names`; pairs with other roles are left out.
     """
-    weights = [part.member.weight for part in parts]
+    found: dict[str, float] = {}
+    for pair, value in opened.chosen.manifest.agreement.items():
+        first, second = pair.split(" ")
+        if first in names and second in names:
+            found[f"{names[first]} {names[second]}"] = value
+            found[f"{names[second]} {names[first]}"] = value
+    return found
+
+
+def _weighted_mean_of(
+    members: Sequence[OpenedMember], models: Sequence[PriceModel], positions: Sequence[Tensor]
+) -> Compute:
+    """Returns the function that computes the outputs of the ensemble.
+
+    These are "price" [B] in dollars, "spread" [B] if all members have one, and the comparable products as of `merged`.
+
+    Args:
+        positions: as of `positions_among`.
+    """
+    weights = [opened.member.weight for opened in members]
     computes = [pricing(model) for model in models]
 
-    def compute(batch: Batch) -> dict[str, Tensor]:
-        found = [
-            priced(Batch(_by_role(batch.inputs, part), _by_role(batch.present, part)))
-            for part, priced in zip(parts, computes, strict=True)
+    def compute_all(batch: Batch) -> dict[str, Tensor]:
+        outputs = [
+            compute(Batch(_by_role(batch.inputs, opened), _by_role(batch.present, opened)))
+            for opened, compute in zip(members, computes, strict=True)
         ]
-        mixed = {"price": torch.exp(_mean(parts, [torch.log(one["price"].double()) for one in found]))}
-        if all("spread" in one for one in found):
-            mixed["spread"] = _mean(parts, [one["spread"].double() for one in found])
-        mixed |= merged(found, weights, places)
+        mixed = {"price": torch.exp(_mean(weights, [torch.log(output["price"].double()) for output in outputs]))}
+        if all("spread" in output for output in outputs):
+            mixed["spread"] = _mean(weights, [output["spread"].double() for output in outputs])
+        mixed |= merged(outputs, weights, positions)
         return mixed
 
-    return compute
+    return compute_all
 
 
-def _mean(parts: Sequence[Part], values: Sequence[Tensor]) -> Tensor:
-    """[B] from values [B] of each member, by their weights."""
-    return sum((part.member.weight * one for part, one in zip(parts, values, strict=True)), torch.zeros_like(values[0]))
+def _mean(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """Returns the weighted mean [B] of the members' values, each [B]; the weights have a sum of 1."""
+    return sum((weight * value for weight, value in zip(weights, values, strict=True)), torch.zeros_like(values[0]))

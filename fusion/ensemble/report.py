@@ -1,4 +1,4 @@
-"""What an ensemble looks like on a terminal."""
+"""Prints an ensemble on a terminal: its members, their weights, and its SMAPE."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fusion.ensemble.weights import Blend
 from fusion.errors import visible
 from fusion.records.schemas import EnsembleRecord
 
-PLAIN_WIDTH = 100  # columns where standard output is no terminal
+PLAIN_WIDTH = 100  # characters per line if standard output is not a terminal
 
 
 def show(output: str, record: EnsembleRecord, found: Sequence[Scored], blend: Blend) -> None:
-    """Prints members, weights, and what the mixture is worth."""
+    """Prints the members with their weights and SMAPE, and the SMAPE of the ensemble."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
     console.print(Text(f"{record.rows} rows in {record.groups} groups of near-duplicates", style="bold"))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -40,10 +40,10 @@ def show(output: str, record: EnsembleRecord, found: Sequence[Scored], blend: Bl
 
 
 def _sentences(output: str, record: EnsembleRecord, blend: Blend) -> list[str]:
-    kept = "fitted weights are kept" if blend.fitted else "so the weights are equal"
+    used = "fitted weights are used" if blend.fitted else "equal weights are used"
     where = shlex.join(["--output", output, "--run-id", record.run_id])
     return [
-        f"fitted weights, nested, are {_better(blend.gain)} than equal ones by {_size(blend.gain)}: {kept}",
+        f"fitted weights, cross-validated, are {_better(blend.gain)} than equal ones by {_size(blend.gain)}: {used}",
         f"the ensemble is {_better(blend.over_best)} than its best member by {_size(blend.over_best)}",
         f"`python -m fusion.ensemble.predict_test {where}` predicts with it",
     ]

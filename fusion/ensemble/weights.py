@@ -1,7 +1,8 @@
-"""Convex weights of several models, fitted on rows that none of them trained on, and what they are worth on others.
+"""Fits convex weights of several models on out-of-fold predictions, and estimates the SMAPE of the weighted mean.
 
-A mixture's price is `exp(sum_m w_m log p_m)`. Its SMAPE on the rows that the weights were fitted on flatters it, so
-figures are nested: weights fitted on four fifths of the groups of near-duplicates price the remaining fifth.
+The price of the ensemble is `exp(sum_m w_m log p_m)`. Its SMAPE on the rows that the weights were fitted on would be
+too low. Therefore it is cross-validated: weights that were fitted on four fifths of the groups of near-duplicates
+predict the remaining fifth.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ from scipy.optimize import minimize
 from fusion.compare.standard_errors import Estimate, IntArray, clustered_mean
 from fusion.metrics import FloatArray, row_smape
 
-N_PARTS = 5
-DIGITS = 4  # of a weight: what lies below is rounding, and would differ between machines
+N_PARTS = 5  # of the cross-validation; there are few weights, so more parts would hardly change the estimate
+DIGITS = 4  # decimals of a weight; further ones depend on the machine, and do not change the SMAPE visibly
 
 
 @dataclass(frozen=True)
 class Blend:
-    """Weights, and what they are worth; every SMAPE is in %, on all rows.
+    """The weights of M members, and estimates of their SMAPE, in percent, on all n rows.
 
     Attributes:
-        weights: [M] at least 0, of sum 1.
-        fitted: whether they were fitted; else they are equal, for fitted ones were not better by twice the error.
-        log_prices: [n] of the mixture; each row's, where fitted, by weights that were fitted without its group.
-        smape: of `log_prices`.
-        gain: of fitted weights, nested, over equal ones: positive where fitted ones are better.
-        over_best: of `log_prices` over the best member, likewise.
-        members: of each member alone.
+        weights: [M] not negative, with a sum of 1.
+        fitted: True if fitted weights are used; False if equal weights are, because fitted ones were not better by more
+            than twice the standard error.
+        log_prices: [n] predictions of the ensemble. With fitted weights, those of a row come from weights that were
+            fitted without its group.
+        smape: SMAPE of `log_prices`.
+        gain: SMAPE of equal weights minus that of fitted ones, cross-validated; positive if fitted ones are better.
+        over_best: SMAPE of the best member minus `smape`; positive if the ensemble is better.
+        members: SMAPE of each member alone.
     """
 
     weights: FloatArray
@@ -42,31 +45,36 @@ class Blend:
 
 
 def blend(log_predicted: FloatArray, log_prices: FloatArray, groups: IntArray) -> Blend:
-    """Weights for models that predict log prices [M, n] where [n] are right.
+    """Fits weights, and uses them if they are significantly better than equal ones.
 
     Args:
-        groups: [n] of near-duplicates, which stay together where parts are drawn and errors are estimated.
+        log_predicted: [M, n] out-of-fold predictions of the log price.
+        log_prices: [n] true values.
+        groups: [n] groups of near-duplicates. A group is never divided between parts of the cross-validation, and is
+            one unit in standard errors.
     """
-    equal = np.full(len(log_predicted), 1 / len(log_predicted))
-    nested, even = _nested(log_predicted, log_prices, groups), equal @ log_predicted
-    gain = clustered_mean(_smape(even, log_prices) - _smape(nested, log_prices), groups)
+    equal_weights = np.full(len(log_predicted), 1 / len(log_predicted))
+    with_equal = equal_weights @ log_predicted
+    with_fitted = _cross_validated(log_predicted, log_prices, groups)
+    gain = clustered_mean(_smape(with_equal, log_prices) - _smape(with_fitted, log_prices), groups)
     fitted = gain.mean > 0 and gain.is_significant
-    errors = np.stack([_smape(one, log_prices) for one in log_predicted])
-    chosen = nested if fitted else even
-    mine, best = _smape(chosen, log_prices), errors[errors.mean(axis=1).argmin()]
+    of_members = np.stack([_smape(one, log_prices) for one in log_predicted])
+    of_best = of_members[of_members.mean(axis=1).argmin()]
+    chosen = with_fitted if fitted else with_equal
+    of_ensemble = _smape(chosen, log_prices)
     return Blend(
-        fitted_weights(log_predicted, log_prices) if fitted else equal,
+        fitted_weights(log_predicted, log_prices) if fitted else equal_weights,
         fitted,
         chosen,
-        clustered_mean(mine, groups),
+        clustered_mean(of_ensemble, groups),
         gain,
-        clustered_mean(best - mine, groups),
-        [clustered_mean(one, groups) for one in errors],
+        clustered_mean(of_best - of_ensemble, groups),
+        [clustered_mean(smape, groups) for smape in of_members],
     )
 
 
-def _nested(log_predicted: FloatArray, log_prices: FloatArray, groups: IntArray) -> FloatArray:
-    """[n] log price of each row by weights that were fitted without its part of the groups."""
+def _cross_validated(log_predicted: FloatArray, log_prices: FloatArray, groups: IntArray) -> FloatArray:
+    """Returns [n] log prices, those of each part of the rows with weights that were fitted on the other parts."""
     parts = _parts(groups)
     mixed = np.empty(len(log_prices))
     for part in range(N_PARTS):
@@ -77,21 +85,25 @@ def _nested(log_predicted: FloatArray, log_prices: FloatArray, groups: IntArray)
 
 
 def _parts(groups: IntArray) -> IntArray:
-    """[n] part of each row: whole groups, drawn at random, always the same."""
+    """Returns the part [n] of each row. Groups are assigned at random, with a fixed seed, and never divided."""
     _, codes = np.unique(groups, return_inverse=True)
     drawn = np.random.default_rng(0).permutation(int(codes.max()) + 1) % N_PARTS
     return np.asarray(drawn[codes], np.int64)
 
 
 def fitted_weights(log_predicted: FloatArray, log_prices: FloatArray) -> FloatArray:
-    """[M] convex weights, in `DIGITS` digits, with the least SMAPE: the mean of `200 tanh(|log p - log a| / 2)`."""
+    """Returns the convex weights [M], rounded to `DIGITS` decimals, that minimise the SMAPE.
+
+    With log prices, SMAPE is the mean of `200 tanh(|log p - log a| / 2)`.
+    """
     n_models = len(log_predicted)
 
     def smape(weights: FloatArray) -> tuple[float, FloatArray]:
+        """Returns the SMAPE and its gradient [M]."""
         error = weights @ log_predicted - log_prices
-        bent = np.tanh(np.abs(error) / 2)
-        slope = 100 * (1 - bent**2) * np.sign(error)
-        return 200 * float(bent.mean()), log_predicted @ slope / len(error)
+        tanh = np.tanh(np.abs(error) / 2)
+        slope = 100 * (1 - tanh**2) * np.sign(error)
+        return 200 * float(tanh.mean()), log_predicted @ slope / len(error)
 
     found = minimize(
         smape,
@@ -101,7 +113,10 @@ def fitted_weights(log_predicted: FloatArray, log_prices: FloatArray) -> FloatAr
         bounds=[(0, 1)] * n_models,
         constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1, "jac": np.ones_like},
     )
-    weights = np.round(np.clip(found.x, 0, None) / np.clip(found.x, 0, None).sum(), DIGITS)
+    # The solver may leave the bounds by its tolerance. After rounding, the largest weight is adjusted such that the sum
+    # is 1.
+    positive = np.clip(found.x, 0, None)
+    weights = np.round(positive / positive.sum(), DIGITS)
     weights[weights.argmax()] += 1 - weights.sum()
     return np.asarray(np.round(weights, DIGITS))
 

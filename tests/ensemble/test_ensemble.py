@@ -1,4 +1,4 @@
-"""Several runs as one model: mixed, published, predicted with, verified, and never half there."""
+"""Ensembles: their weights, their predictions, their verification, and that a kill leaves no incomplete one."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ FOLDS = ["q0", "q1", "a0", "a1"]
 @pytest.fixture(scope="module")
 def trained(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two folds of each variant, and a run that validated on other rows."""
-    place = tmp_path_factory.mktemp("ensemble")
-    where = ["--data", str(catalog), "--output", str(place), *PUBLISHED, "--epochs", "3"]
+    output = tmp_path_factory.mktemp("ensemble")
+    where = ["--data", str(catalog), "--output", str(output), *PUBLISHED, "--epochs", "3"]
     for fold in ("0", "1"):
         assert train_two.main([*where, "--folds", "2", "--fold", fold, "--run-id", f"q{fold}"]) == 0
         assert train_all.main([*where, "--folds", "2", "--fold", fold, "--run-id", f"a{fold}"]) == 0
     assert train_two.main([*where, "--run-id", "single"]) == 0
-    return place
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +70,11 @@ def submission(output: Path, name: str) -> pd.Series:
     return pd.read_csv(output / "submissions" / current.submission / "submission.csv", index_col=0)["price"]
 
 
-def wrong(place: Path) -> list[str]:
-    return [str(finding) for finding in verify(str(place)) if finding.verdict == "BAD"]
+def wrong(output: Path) -> list[str]:
+    return [str(finding) for finding in verify(str(output)) if finding.verdict == "BAD"]
 
 
-def test_what_it_says_is_what_its_rows_give(mixed: Path, catalog: Path) -> None:
+def test_the_record_agrees_with_the_validation_rows(mixed: Path, catalog: Path) -> None:
     said, rows = record(mixed), pd.read_parquet(mixed / "runs/mix/validation.parquet")
     prices = pd.read_csv(catalog / "train.csv").set_index("sample_id")["price"]
     assert len(rows) == said["rows"] == len(prices)
@@ -105,7 +105,7 @@ def test_its_price_is_the_weighted_mean_of_the_members_log_prices(copied: Path) 
     assert wrong(copied) == []
 
 
-def test_several_ranks_and_a_second_night_give_the_same(copied: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_ranks_and_a_repeated_prediction_give_the_same_prices(copied: Path, tmp_path: Path, capsys: Capture) -> None:
     where = ["--output", str(copied), "--device", "cpu"]
     assert predict_test.main([*where, "--date", "2026-01-02", "--name", "one"]) == 0
     done = run_command("fusion.ensemble.predict_test", *where, "--date", "2026-01-02", "--name", "two", ranks=2)
@@ -123,7 +123,7 @@ def test_several_ranks_and_a_second_night_give_the_same(copied: Path, tmp_path: 
     assert wrong(copied) == [] and not [path for path in copied.glob("parts/**/*") if path.is_file()]
 
 
-def test_members_that_compute_sources(copied: Path, catalog: Path) -> None:
+def test_members_with_computed_sources(copied: Path, catalog: Path) -> None:
     """Each member computes them with what it fitted on its own training rows."""
     flags = ["--data", str(catalog), "--output", str(copied), *PUBLISHED, "--epochs", "1", "--features", "text"]
     for fold in ("0", "1"):
@@ -140,8 +140,8 @@ def test_members_that_compute_sources(copied: Path, catalog: Path) -> None:
     assert wrong(copied) == []
 
 
-def test_a_run_of_all_folds_beside_fold_runs(copied: Path, catalog: Path) -> None:
-    """Its members are one model with a memory; it validated on the rows of both fold runs together."""
+def test_a_run_with_all_folds_and_fold_runs_can_be_mixed(copied: Path, catalog: Path) -> None:
+    """The run is a model with a memory. It validated on the rows of both fold runs together."""
     flags = ["--data", str(catalog), "--output", str(copied), "--device", "cpu", "--folds", "2", "--run-id", "best"]
     small = ["--width", "16", "--hidden", "16", "--components", "8", "--neighbours", "8", "--epochs", "2"]
     assert train_two.main([*flags, *small]) == 0
@@ -157,12 +157,12 @@ def test_a_run_of_all_folds_beside_fold_runs(copied: Path, catalog: Path) -> Non
     assert wrong(copied) == []
     (weight,) = (member["weight"] for member in record(copied, "both")["members"] if member["run"] == "runs/best")
     mine, alone = comparables(copied, "both"), comparables(copied, "best")
-    assert (mine[0] == alone[0]).mean() > 0.95, "the others have no neighbours; of equal weights any may come first"
+    assert (mine[0] == alone[0]).mean() > 0.95, "only this member has neighbours; ties may be in any order"
     np.testing.assert_array_equal(mine[1][mine[0] == alone[0]], alone[1][mine[0] == alone[0]])
     np.testing.assert_allclose(mine[2], weight * alone[2], rtol=1e-5)
 
 
-def test_the_same_command_changes_nothing(copied: Path, capsys: Capture) -> None:
+def test_repeating_the_command_changes_nothing(copied: Path, capsys: Capture) -> None:
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     assert ensemble.main([*FOLDS, "--output", str(copied), "--run-id", "mix"]) == 0
     assert "event=finished_before" in (said := capsys.readouterr()).err
@@ -172,12 +172,12 @@ def test_the_same_command_changes_nothing(copied: Path, capsys: Capture) -> None
 
 
 class Killed(BaseException):
-    """What a SIGKILL is to a command in this process."""
+    """Ends a command in this process as a SIGKILL would: no handler of the command catches it."""
 
 
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[str], None]]]:
-    """What is called with the URL of each write, after it was done."""
+    """Functions added to this list are called with the URL of each write to the store, after the write."""
     called: list[Callable[[str], None]] = []
     for name in ("write", "create", "replace"):
         original = getattr(storage, name)
@@ -193,7 +193,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[str], Non
     called.clear()
 
 
-def test_a_kill_after_any_write_leaves_nothing_half(
+def test_a_kill_after_any_write_leaves_no_incomplete_ensemble(
     trained: Path, mixed: Path, tmp_path: Path, writes: list[Callable[[str], None]]
 ) -> None:
     n_writes, seen = 0, list[str]()
@@ -226,11 +226,11 @@ def test_a_kill_after_any_write_leaves_nothing_half(
     assert n_writes == 8, seen
 
 
-# A command that was killed leaves the same.
+# `verify` cannot find these changes, because a command that was killed leaves the same state.
 INVISIBLE = {"pointers/runs/ensemble/best.json: removed"}
 
 
-def test_every_change_is_found(copied: Path) -> None:
+def test_verify_finds_every_change(copied: Path) -> None:
     missed = set()
     n_tried = 0
     for name, mutation in mutations(copied):
@@ -241,22 +241,22 @@ def test_every_change_is_found(copied: Path) -> None:
     assert missed == INVISIBLE and n_tried > 100
 
 
-def test_a_member_that_is_gone_or_another(copied: Path, capsys: Capture) -> None:
+def test_a_missing_or_changed_member_is_refused(copied: Path, capsys: Capture) -> None:
     moved = copied / "elsewhere"
     shutil.move(copied / "runs/q0", moved)
     assert any("member runs/q0: model_sha256" in line and "cannot predict without it" in line for line in wrong(copied))
     where = ["--output", str(copied), "--date", "2026-01-02"]
     assert predict_test.main(where) == 65
     said = capsys.readouterr().err
-    assert "error: the ensemble mix needs step-" in said and "of runs/q0, which is gone" in said
+    assert "error: the ensemble mix needs step-" in said and "of runs/q0, which does not exist" in said
     assert "hint: restore that run, or make an ensemble of the runs that are left with python -m fusion.ens" in said
     shutil.copytree(copied / "runs/q1", copied / "runs/q0")
     assert predict_test.main(where) == 65
-    assert "of runs/q0, which is another model now" in capsys.readouterr().err
+    assert "of runs/q0, which now has another model" in capsys.readouterr().err
 
 
 def weighted_mean(output: Path, where: list[str]) -> Any:
-    """Of the log prices that the members predict on their own."""
+    """Predicts with each member alone, and returns the weighted mean of their log prices."""
     commands, total = {"q": predict_two, "a": predict_all}, 0.0
     for member in record(output)["members"]:
         run_id = storage.base(member["run"])
@@ -266,7 +266,7 @@ def weighted_mean(output: Path, where: list[str]) -> Any:
 
 
 def comparables(output: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, prices and weights [N, n]."""
+    """Ids, prices and weights of the comparable products of a submission, each [N, n]."""
     rows = submitted(output, name)
     ids, prices, weights = (np.stack(rows[f"comparable_{part}"].to_list()) for part in ("ids", "prices", "weights"))
     return ids, prices, weights
@@ -280,17 +280,17 @@ def submitted(output: Path, name: str) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def computing(catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ensemble of two folds with computed sources, each fitted on its own training rows, and of two without."""
-    place = tmp_path_factory.mktemp("computing")
-    where = ["--data", str(catalog), "--output", str(place), *PUBLISHED, "--epochs", "3", "--folds", "2", "--fold"]
+    """An ensemble of two fold runs with computed sources, fitted on their own training rows, and two without."""
+    output = tmp_path_factory.mktemp("computing")
+    where = ["--data", str(catalog), "--output", str(output), *PUBLISHED, "--epochs", "3", "--folds", "2", "--fold"]
     for fold in ("0", "1"):
         texts = ["--features", "text", "--columns", "category"]
         assert train_two.main([*where, fold, "--run-id", f"q{fold}", *texts]) == 0
         assert train_all.main([*where, fold, "--run-id", f"a{fold}"]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Estimate, "is_significant", False)  # equal weights: else those of the worse may be 0
-        assert ensemble.main([*FOLDS, "--output", str(place), "--run-id", "mix"]) == 0
-    return place
+        patch.setattr(Estimate, "is_significant", False)  # forces equal weights; fitted ones may be 0
+        assert ensemble.main([*FOLDS, "--output", str(output), "--run-id", "mix"]) == 0
+    return output
 
 
 def test_each_member_computes_its_own_sources(computing: Path, capsys: Capture) -> None:
@@ -300,7 +300,7 @@ def test_each_member_computes_its_own_sources(computing: Path, capsys: Capture) 
     expected = weighted_mean(computing, where)
     capsys.readouterr()
     assert predict_test.main(where) == 0
-    assert capsys.readouterr().err.count("event=looked role=text_chars") == 1, "of the same texts, once"
+    assert capsys.readouterr().err.count("event=looked role=text_chars") == 1, "equal texts are checked once"
     np.testing.assert_allclose(np.log(submission(computing, "test")), expected, atol=2e-5)
     done = run_command("fusion.ensemble.predict_test", *where, "--device", "cpu", "--name", "two", ranks=2)
     assert done.code == 0, done.err
@@ -308,7 +308,7 @@ def test_each_member_computes_its_own_sources(computing: Path, capsys: Capture) 
     assert wrong(computing) == []
 
 
-def test_runs_with_a_memory_whose_members_hold_out_all_folds(trained: Path, catalog: Path, tmp_path: Path) -> None:
+def test_an_ensemble_of_runs_with_a_memory_and_all_folds(trained: Path, catalog: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(trained, tmp_path / "output"))
     where = ["--data", str(catalog), "--output", str(output), "--device", "cpu", "--epochs", "3", "--folds", "2"]
     small = ["--width", "16", "--hidden", "16", "8", "--components", "16", "--neighbours", "16", "--batch-size", "64"]
@@ -319,7 +319,7 @@ def test_runs_with_a_memory_whose_members_hold_out_all_folds(trained: Path, cata
         for runs, name in ((["whole", "again"], "two"), (["whole", "a0", "a1"], "three")):
             assert ensemble.main([*runs, "--output", str(output), "--run-id", name]) == 0
             rows = pd.read_parquet(output / f"runs/{name}/validation.parquet")
-            assert ("spread" in rows) == (name == "two"), "all members have one, or the mixture has none"
+            assert ("spread" in rows) == (name == "two"), "the ensemble has a spread only if all members have one"
             limits = json.loads((output / f"runs/{name}/intervals.json").read_text())
             assert bool(limits["scales"]) == (name == "two")
             where = ["--output", str(output), "--date", "2026-01-02", "--run-id", name, "--name", name]
@@ -328,19 +328,19 @@ def test_runs_with_a_memory_whose_members_hold_out_all_folds(trained: Path, cata
     alone = ["--output", str(output), "--date", "2026-01-02", "--run-id", "whole", "--name", "alone"]
     assert predict_two.main(alone) == 0
     one, two = comparables(output, "alone"), comparables(output, "two")
-    assert (one[0] == two[0]).mean() > 0.95, "a run beside itself leans on what it leans on alone"
+    assert (one[0] == two[0]).mean() > 0.95, "two equal runs have the comparable products of one"
     np.testing.assert_allclose(one[2], two[2], atol=1e-6)
     np.testing.assert_allclose(submission(output, "alone"), submission(output, "two"), rtol=1e-4)
 
 
-def test_a_member_whose_computed_sources_are_gone(computing: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_member_without_its_computed_sources_is_refused(computing: Path, tmp_path: Path, capsys: Capture) -> None:
     output = Path(shutil.copytree(computing, tmp_path / "output"))
     (output / "runs/q1/features.safetensors").unlink()
     assert predict_test.main(["--output", str(output), "--date", "2026-01-03", "--name", "gone"]) == 65
     assert "runs/q1/features.safetensors does not exist" in capsys.readouterr().err
 
 
-def test_a_table_that_lacks_what_a_member_computes_from(computing: Path, catalog: Path, tmp_path: Path) -> None:
+def test_a_table_without_the_column_of_a_feature_is_refused(computing: Path, catalog: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(catalog, tmp_path / "data"))
     pd.read_csv(data / "test.csv").drop(columns="catalog_content").to_csv(data / "test.csv", index=False)
     done = run_command(
@@ -354,17 +354,17 @@ def test_a_table_that_lacks_what_a_member_computes_from(computing: Path, catalog
     ("runs", "said"),
     [
         (["q0", "q1", "single"], "q0 (2 folds) validated on 503 rows and single on 101, of which they share 101"),
-        (["single", "mix"], "mix is an ensemble itself"),
+        (["single", "mix"], "mix is itself an ensemble"),
         (["single", "nothing"], "no run nothing under"),
         (["single"], "expected at least two runs"),
     ],
 )
-def test_what_cannot_be_mixed(runs: list[str], said: str, mixed: Path, capsys: Capture) -> None:
+def test_runs_that_cannot_be_mixed_are_refused(runs: list[str], said: str, mixed: Path, capsys: Capture) -> None:
     assert ensemble.main([*runs, "--output", str(mixed)]) in (64, 65)
     assert said in capsys.readouterr().err
 
 
-def test_names(copied: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_names_that_are_taken_or_invalid_are_refused(copied: Path, tmp_path: Path, capsys: Capture) -> None:
     flags = ["--output", str(copied)]
     for runs, name, said in (
         (FOLDS, "single", "single is the name of a run in"),
@@ -375,13 +375,13 @@ def test_names(copied: Path, tmp_path: Path, capsys: Capture) -> None:
         assert said in capsys.readouterr().err
     shutil.copytree(copied / "runs/q0", tmp_path / "q0")
     assert ensemble.main([str(tmp_path / "q0"), "q1", *flags]) == 64
-    assert "does not lie in" in capsys.readouterr().err
+    assert "/q0 is not in" in capsys.readouterr().err
 
 
-def test_the_commands_of_variants_and_of_ensembles_are_told_apart(mixed: Path, capsys: Capture) -> None:
+def test_the_commands_of_variants_and_of_ensembles_name_each_other(mixed: Path, capsys: Capture) -> None:
     assert predict_test.main(["--output", str(mixed), "--run-id", "q0"]) == 78
     said = capsys.readouterr().err
-    assert "run q0 is of qwen_clip, and this command predicts with ensembles" in said
+    assert "run q0 is a run of qwen_clip, and this command predicts with ensembles" in said
     assert "hint: use python -m fusion.qwen_clip.predict_test" in said
     assert predict_two.main(["--output", str(mixed), "--run-id", "mix"]) == 78
     assert "python -m fusion.ensemble.predict_test" in capsys.readouterr().err
@@ -389,7 +389,7 @@ def test_the_commands_of_variants_and_of_ensembles_are_told_apart(mixed: Path, c
     assert "`python -m fusion.ensemble RUN RUN --output" in capsys.readouterr().err
 
 
-def test_the_folds_of_one_recipe_alone(copied: Path, capsys: Capture) -> None:
+def test_an_ensemble_of_one_recipe_has_equal_weights(copied: Path, capsys: Capture) -> None:
     assert ensemble.main(["q0", "q1", "--output", str(copied), "--run-id", "folds", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert [member["weight"] for member in said["members"]] == [0.5, 0.5] and not said["fitted"]
@@ -397,7 +397,7 @@ def test_the_folds_of_one_recipe_alone(copied: Path, capsys: Capture) -> None:
     assert wrong(copied) == []
 
 
-def test_in_a_bucket(bucket: str, mixed: Path, catalog: Path) -> None:
+def test_an_ensemble_in_a_bucket(bucket: str, mixed: Path, catalog: Path) -> None:
     upload(mixed, bucket)
     storage.remove(f"{bucket}/runs/mix")
     storage.remove(f"{bucket}/pointers/runs/ensemble")
@@ -407,7 +407,7 @@ def test_in_a_bucket(bucket: str, mixed: Path, catalog: Path) -> None:
     assert [str(one) for one in verify(bucket) if one.verdict == "BAD"] == []
 
 
-def test_a_night_is_sent_only_if_something_has_changed(copied: Path, capsys: Capture) -> None:
+def test_if_changed_submits_only_if_something_has_changed(copied: Path, capsys: Capture) -> None:
     flags = ["--cluster=local", "--task=predict", "--variant=ensemble", "--nproc-per-node=1", "--if-changed"]
     flags += ["--", "--output", str(copied), "--device", "cpu", "--date"]
     assert submit.main([*flags, "2026-01-02"]) == 0

@@ -13,14 +13,14 @@ def models(n: int, *noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray
     return np.stack([prices + rng.normal(0, one, n) for one in noise]), prices
 
 
-def test_weights_are_those_of_independent_errors() -> None:
+def test_weights_of_independent_errors_are_inverse_variances() -> None:
     predicted, prices = models(20_000, 0.2, 0.4, 2.0)
     weights = fitted_weights(predicted, prices)
-    assert weights == pytest.approx([0.79, 0.20, 0.01], abs=0.03)  # 1/variance, normalised
+    assert weights == pytest.approx([0.79, 0.20, 0.01], abs=0.03)  # 1 / variance, divided by their sum
     assert weights.sum() == pytest.approx(1, abs=1e-12) and (weights >= 0).all()
 
 
-def test_the_least_smape_is_found() -> None:
+def test_fitted_weights_minimise_smape() -> None:
     predicted, prices = models(500, 0.3, 0.5, 0.4)
     weights = fitted_weights(predicted, prices)
 
@@ -31,7 +31,7 @@ def test_the_least_smape_is_found() -> None:
     assert smape(weights) <= min(map(smape, others)) + 1e-5
 
 
-def test_fitted_weights_are_kept_only_where_they_are_better_by_twice_the_error() -> None:
+def test_fitted_weights_are_used_only_if_significantly_better() -> None:
     predicted, prices = models(2000, 0.2, 0.8)
     found = blend(predicted, prices, np.arange(2000))
     assert found.fitted and found.weights[0] > 0.8 and found.gain.mean > 0
@@ -41,8 +41,8 @@ def test_fitted_weights_are_kept_only_where_they_are_better_by_twice_the_error()
     assert found.over_best.mean > 2 and found.over_best.is_significant
 
 
-def test_figures_are_of_rows_that_the_weights_were_fitted_without() -> None:
-    """Fifty useless members: fitted on the same rows they look better than on others."""
+def test_estimates_are_cross_validated() -> None:
+    """The weights of 50 useless members look better on the rows that they were fitted on than on other rows."""
     predicted, prices = models(150, *[1.0] * 50)
     in_sample = fitted_weights(predicted, prices) @ predicted
     nested = blend(predicted, prices, np.arange(150)).gain.mean
@@ -52,7 +52,7 @@ def test_figures_are_of_rows_that_the_weights_were_fitted_without() -> None:
     assert nested < 0 < flattering
 
 
-def test_groups_stay_in_one_part() -> None:
+def test_a_group_is_never_divided() -> None:
     predicted, prices = models(300, 0.3, 0.5)
     thrice, copied = np.repeat(predicted, 3, axis=1), np.repeat(prices, 3)
     once, again = blend(predicted, prices, np.arange(300)), blend(thrice, copied, np.repeat(np.arange(300), 3))

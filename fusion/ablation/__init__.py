@@ -1,1 +1,1 @@
-"""What each source is worth to a run: `python -m fusion.ablation`."""
+"""Ablation: measures how much each source lowers the SMAPE of a run, with `python -m fusion.ablation`."""

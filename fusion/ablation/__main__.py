@@ -1,11 +1,15 @@
-"""What each source is worth to a run: `python -m fusion.ablation --run-id RUN --output s3://bucket/output`.
+"""Measures what each source is worth to a run: `python -m fusion.ablation --run-id RUN --output s3://bucket/output`.
 
-The run's validation rows are priced again with every set of its sources, the others hidden, as a row that lacks them is
-priced. A source is worth what it lowers the SMAPE by: alone, when all others are there, and on average over all orders
-in which the sources can be joined (its Shapley value; these add up). Differences are taken row by row, and errors by
-groups of near-duplicates. The model has learned to do without a source (--modality-dropout), but another one that never
-had it could do better: what is lost without a source is at most this much, and two sources that say the same are both
-worth little when the other is there. More than 6 sources are sampled. On a CPU: --device cpu.
+The model predicts the run's validation rows with every subset of its sources; the other sources are marked missing. The
+table shows, for each source, the SMAPE with it alone and without it, what is lost without it, and its Shapley value:
+how much the source lowers the SMAPE, averaged over all orders in which sources can be added. Shapley values add up to
+the difference between no source and all sources. Differences are means over rows, and standard errors come from groups
+of near-duplicates.
+
+The model has learned to predict with missing sources (--modality-dropout), but a model that was trained without a
+source could be better. So what a source is really worth may be less than what is lost without it. Two sources with the
+same information both seem worth little, because each replaces the other. For more than 6 sources, only some subsets are
+computed. On a CPU: --device cpu.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What an ablation looks like on a terminal."""
+"""Prints an ablation on a terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.text import Text
 from fusion.errors import visible
 from fusion.records.schemas import AblationRecord, Effect
 
-PLAIN_WIDTH = 100  # columns where standard output is no terminal
+PLAIN_WIDTH = 100  # characters per line if standard output is not a terminal
 
 
 def show(record: AblationRecord) -> None:
-    """Prints the sources, the one that is worth most first."""
+    """Prints a table of the sources, the one with the largest Shapley value first."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
     note = ", with other prices or embeddings than in training" if record.as_trained is False else ""
     title = f"SMAPE in %, on {record.rows} validation rows in {record.groups} groups of near-duplicates{note}"
@@ -30,9 +30,9 @@ def show(record: AblationRecord) -> None:
         figures = (f"{one.alone:.2f}", f"{one.without:.2f}", _effect(one.lost), _effect(one.shapley))
         table.add_row(*(Text(visible(cell)) for cell in (one.role, one.source, *figures, _interval(one.shapley))))
     console.print(table)
-    worth = record.nothing - record.everything
-    ends = f"{record.nothing:.2f} with no source, {record.everything:.2f} with all"
-    console.print(f"{ends}: the Shapley values add up to {worth:.2f}")
+    gain = record.nothing - record.everything
+    ends = f"SMAPE is {record.nothing:.2f} with no source and {record.everything:.2f} with all"
+    console.print(f"{ends}: the Shapley values add up to {gain:.2f}")
 
 
 def _effect(effect: Effect) -> str:

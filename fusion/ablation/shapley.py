@@ -1,8 +1,9 @@
-"""Which sets of sources a model is asked with, and the Shapley value of each source from what it says.
+"""Chooses the sets of sources (coalitions) that are computed, and the coefficients of the Shapley values.
 
-The Shapley value of a source (Shapley, 1953) is what it adds to a set of others, averaged over the orders in which the
-sources can be joined: `phi_s = sum_T |T|! (S - |T| - 1)! / S! (v(T with s) - v(T))`. The values of all sources add up
-to what all of them together are worth.
+The Shapley value of source s among S sources (Shapley, 1953) is how much it changes the value v of a set T of other
+sources, averaged over all orders in which sources can be added:
+`phi_s = sum_T |T|! (S - |T| - 1)! / S! (v(T with s) - v(T))`. The Shapley values of all sources add up to the value of
+the set of all sources minus that of the empty set.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import numpy as np
 
 from fusion.metrics import FloatArray
 
-MOST_EXACT = 6  # sources whose sets are all asked: 64; more are sampled
-N_ORDERS = 20  # of sources, drawn where they are sampled; each is asked backwards as well, which halves the error
+MOST_EXACT = 6  # up to this number of sources, all sets are computed: at most 64
+# For more sources, Shapley values are averages over this many random orders of the sources and the same orders
+# reversed. Pairs of opposite orders have about half the error of as many independent orders.
+N_ORDERS = 20
 
 
 @dataclass(frozen=True)
 class Coalitions:
-    """Sets of S sources, as bits: bit s says that source s is in it.
+    """C sets of S sources. A set is an integer whose bit s is 1 if source s is in the set.
 
     Attributes:
-        sets: [C] the sets that are asked, the empty one first, that of all sources last.
-        shapley: [S, C] coefficients: `values [C] @ shapley[s]` is the Shapley value of s.
+        sets: [C] the sets to compute; the first is empty, and the last contains all sources.
+        shapley: [S, C] coefficients: `values [C] @ shapley[s]` is the Shapley value of source s.
     """
 
     n_sources: int
@@ -33,16 +36,21 @@ class Coalitions:
     shapley: FloatArray
 
     def column(self, coalition: int) -> int:
-        """Its position in `sets`."""
+        """Returns the position of a set in `sets`."""
         return self.sets.index(coalition)
 
     @property
     def everything(self) -> int:
+        """The set of all sources."""
         return (1 << self.n_sources) - 1
 
 
 def coalitions(n_sources: int) -> Coalitions:
-    """All sets of up to `MOST_EXACT` sources; of more, those along random orders, of one source, and of all but one."""
+    """Returns all sets of up to `MOST_EXACT` sources.
+
+    For more sources, returns the sets that random orders of the sources pass through, each single source, and all
+    sources without each one.
+    """
     exact = n_sources <= MOST_EXACT
     return _all_sets(n_sources) if exact else _sampled(n_sources, np.random.default_rng(0))
 
@@ -51,23 +59,25 @@ def _all_sets(n_sources: int) -> Coalitions:
     sets = list(range(1 << n_sources))
     shapley = np.zeros((n_sources, len(sets)))
     for source in range(n_sources):
-        for one in sets:
-            if not one >> source & 1:
-                size = one.bit_count()
+        for others in sets:
+            if not others >> source & 1:  # the set does not contain the source
+                size = others.bit_count()
                 weight = factorial(size) * factorial(n_sources - size - 1) / factorial(n_sources)
-                shapley[source, one | 1 << source] += weight
-                shapley[source, one] -= weight
+                shapley[source, others | 1 << source] += weight
+                shapley[source, others] -= weight
     return Coalitions(n_sources, sets, shapley)
 
 
 def _sampled(n_sources: int, generator: np.random.Generator) -> Coalitions:
     drawn = [generator.permutation(n_sources) for _ in range(N_ORDERS)]
     orders = [*drawn, *(order[::-1] for order in drawn)]
+    # The sets that an order passes through, from the empty set to that of all sources.
     chains = [np.concatenate([[0], np.cumsum(1 << order)]).tolist() for order in orders]
     everything = (1 << n_sources) - 1
     single = [1 << source for source in range(n_sources)]
-    asked = {one for chain in chains for one in chain} | {0, everything}
-    sets = sorted(asked.union(single, (everything ^ one for one in single)))
+    all_but_one = [everything ^ one for one in single]
+    on_chains = {one for chain in chains for one in chain}
+    sets = sorted(on_chains | {0, everything, *single, *all_but_one})
     columns = {one: column for column, one in enumerate(sets)}
     shapley = np.zeros((n_sources, len(sets)))
     for order, chain in zip(orders, chains, strict=True):

@@ -1,4 +1,7 @@
-"""What each source is worth to a run: its validation rows priced with every set of sources, the others hidden."""
+"""Predicts a run's validation rows with every set of its sources, and computes what each source is worth.
+
+The sources that are not in a set are marked missing, as in a row that lacks them.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +38,19 @@ from fusion.records.split import read_split
 from fusion.submissions import submission
 from fusion.variants import config_class_of, network_of
 
-DIGITS = 6  # after the point, of a SMAPE in %
-COMPUTED = "train.csv"  # what a role is read from that no source is bound to
+DIGITS = 6  # decimals of a SMAPE in percent; further ones would be rounding errors
+COMPUTED = "train.csv"  # stands in place of a source for roles that are computed from the table
 
 
 @dataclass(frozen=True)
 class Priced:
-    """Validation rows, priced with every set of sources.
+    """The errors of the n validation rows with each of C sets of sources.
 
     Attributes:
-        errors: [n, C] SMAPE of each row by set.
-        groups: [n] of near-duplicates.
+        roles: the sources, by role, in the order of the bits of a set.
+        errors: [n, C] SMAPE in percent of each row with each set.
+        groups: [n] groups of near-duplicates.
+        as_trained: as in `fusion.evaluation.evaluate.is_as_trained`.
     """
 
     roles: list[str]
@@ -56,11 +61,11 @@ class Priced:
 
 
 def ablate(settings: AblateConfig) -> None:
-    """Prices a run's validation rows with every set of its sources, writes `metrics/ablation.json` and prints it.
+    """Computes what each source is worth to a run, writes `metrics/ablation.json`, and prints it.
 
     Raises:
-        DataError: as `evaluate_by_groups`.
-        StopRequested: a signal came; the parts that are done are kept.
+        DataError: as in `evaluate_by_groups`.
+        StopRequested: a signal asked to stop; the parts that are done are saved.
     """
     with join_world(settings.device) as world:
         variant = world.on_main(lambda: _variant(settings))
@@ -79,13 +84,14 @@ def ablate(settings: AblateConfig) -> None:
 
 
 def _variant(settings: AblateConfig) -> str:
+    """Returns the variant of the run that the settings name, from its `run.json`."""
     named = RunFolder.named(settings.output, settings.run_id or "")
     run = RunFolder(settings.run_dir.rstrip("/")) if settings.run_dir else named
     facts = run.facts()
     if facts:
         return facts.variant
     if settings.run_dir:
-        raise DataError(f"{run} has no run.json: it is not the folder of a run", "name the folder of a run: --run-dir")
+        raise DataError(f"{run} has no run.json: it is not the folder of a run", "give a run's folder with --run-dir")
     raise no_run(settings.output, settings.run_id or "")
 
 
@@ -98,7 +104,7 @@ def _price(
     data: str,
     world: World,
 ) -> Priced | None:
-    """The validation rows with their errors, on rank 0."""
+    """Computes the errors of the validation rows with every set of sources; returns them on rank 0, None elsewhere."""
     origin = world.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
     features = world.on_main(lambda: features_of(run, config, chosen))
     names = features.names if features else []
@@ -122,33 +128,35 @@ def _price(
 
 
 def _hiding(model: PriceModel, sets: Coalitions) -> Compute:
-    """What computes {"price": [B, C]}, by set, in dollars."""
+    """Returns the function that computes {"price": [B, C]}: the price in dollars of each row with each set."""
     compute = pricing(model)
 
     def compute_all(batch: Batch) -> dict[str, Tensor]:
-        return {"price": torch.stack([compute(_shown(batch, one))["price"] for one in sets.sets], dim=1)}
+        return {"price": torch.stack([compute(_restricted(batch, one))["price"] for one in sets.sets], dim=1)}
 
     return compute_all
 
 
-def _shown(batch: Batch, coalition: int) -> Batch:
-    """The rows as they would be if they had no other sources than these."""
+def _restricted(batch: Batch, coalition: int) -> Batch:
+    """Returns the rows with all sources that are not in the set marked missing, and their vectors set to 0."""
     present = {
-        role: there & bool(coalition >> number & 1) for number, (role, there) in enumerate(batch.present.items())
+        role: is_present & bool(coalition >> number & 1)
+        for number, (role, is_present) in enumerate(batch.present.items())
     }
     inputs = {role: torch.where(present[role].unsqueeze(1), values, 0.0) for role, values in batch.inputs.items()}
     return replace(batch, inputs=inputs, present=present)
 
 
 def _groups(run: RunFolder, chosen: manifests.Checkpoint, table: Table) -> IntArray:
+    """Returns the group of near-duplicates, [n], of each row of the table, from the run's split."""
     split = read_split(run, chosen.manifest.split_sha256).set_index("sample_id")
     found: pd.Series = split["group"].reindex(table.ids)
     return found.to_numpy(np.int64)
 
 
 def _record(run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint, priced: Priced) -> AblationRecord:
-    means, sets = priced.errors.mean(axis=0), priced.sets
-    names = [" ".join(role for s, role in enumerate(priced.roles) if one >> s & 1) or "none" for one in sets.sets]
+    means = priced.errors.mean(axis=0)
+    names = [_name(coalition, priced.roles) for coalition in priced.sets.sets]
     sources = {role: config.bindings().get(role, COMPUTED) for role in priced.roles}
     return AblationRecord(
         run.run_id,
@@ -165,10 +173,17 @@ def _record(run: RunFolder, config: RunConfig, chosen: manifests.Checkpoint, pri
     )
 
 
+def _name(coalition: int, roles: list[str]) -> str:
+    """Returns the roles in a set, separated by spaces, or "none" for the empty set."""
+    return " ".join(role for s, role in enumerate(roles) if coalition >> s & 1) or "none"
+
+
 def _worth(priced: Priced, source: int, role: str, name: str) -> SourceWorth:
+    """Returns what a source is worth; positive values mean that it lowers the SMAPE."""
     sets, errors = priced.sets, priced.errors
-    alone, without = errors[:, sets.column(1 << source)], errors[:, sets.column(sets.everything ^ 1 << source)]
-    lost = clustered_mean(without - errors[:, -1], priced.groups)
+    alone = errors[:, sets.column(1 << source)]
+    without = errors[:, sets.column(sets.everything ^ 1 << source)]
+    lost = clustered_mean(without - errors[:, -1], priced.groups)  # the last set contains all sources
     shapley = clustered_mean(-(errors @ sets.shapley[source]), priced.groups)
     return SourceWorth(role, name, _rounded(alone.mean()), _rounded(without.mean()), _effect(lost), _effect(shapley))
 

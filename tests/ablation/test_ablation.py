@@ -1,4 +1,4 @@
-"""What a source is worth, by hiding it: the same figures as rows that really lack it, and none that is made up."""
+"""Ablation: hiding a source gives the same metrics as data that really lack it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ ROLES = ["clip_image", "siglip_image", "siglip_text", "qwen_text"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, ablated; its data beside it."""
-    place = tmp_path_factory.mktemp("ablation")
-    generate(place / "data", n_products=303, dims=DIMS)
-    where = ["--output", str(place / "output"), "--run-id", "r", "--device", "cpu"]
-    assert train.main(["--data", str(place / "data"), *where, *PUBLISHED, "--epochs", "4"]) == 0
+    """A folder with data/ and output/, which contains a run and its ablation."""
+    folder = tmp_path_factory.mktemp("ablation")
+    generate(folder / "data", n_products=303, dims=DIMS)
+    where = ["--output", str(folder / "output"), "--run-id", "r", "--device", "cpu"]
+    assert train.main(["--data", str(folder / "data"), *where, *PUBLISHED, "--epochs", "4"]) == 0
     assert ablation.main(where) == 0
-    return place
+    return folder
 
 
 @pytest.fixture
@@ -45,16 +45,16 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "made"))
 
 
-def record(place: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((place / "output/runs/r/metrics/ablation.json").read_text())
+def record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "output/runs/r/metrics/ablation.json").read_text())
     return found
 
 
-def wrong(place: Path) -> list[str]:
-    return [str(finding) for finding in verify(str(place)) if finding.verdict == "BAD"]
+def wrong(output: Path) -> list[str]:
+    return [str(finding) for finding in verify(str(output)) if finding.verdict == "BAD"]
 
 
-def test_all_sets_are_asked_and_add_up(made: Path) -> None:
+def test_all_sets_are_computed_and_shapley_values_add_up(made: Path) -> None:
     found = record(made)
     assert len(found["sets"]) == 16
     assert found["sets"]["none"] == found["nothing"] and found["sets"][" ".join(ROLES)] == found["everything"]
@@ -69,7 +69,7 @@ def test_all_sets_are_asked_and_add_up(made: Path) -> None:
         assert one["shapley"]["low"] < one["shapley"]["mean"] < one["shapley"]["high"]
 
 
-def test_members_are_asked_about_rows_that_they_held_out(copied: Path) -> None:
+def test_rows_are_predicted_by_members_that_held_them_out(copied: Path) -> None:
     where = ["--output", str(copied / "output"), "--run-id", "folds", "--device", "cpu"]
     small = ["--width", "16", "--hidden", "16", "--components", "8", "--neighbours", "8", "--epochs", "2"]
     assert train.main(["--data", str(copied / "data"), *where, *small, "--folds", "2"]) == 0
@@ -79,8 +79,8 @@ def test_members_are_asked_about_rows_that_they_held_out(copied: Path) -> None:
     assert found["rows"] == len(pd.read_csv(copied / "data/train.csv"))
 
 
-def test_a_hidden_source_is_as_one_that_rows_lack(copied: Path) -> None:
-    """Zeros count as missing: the evaluation of rows that lack the text is what was measured without it."""
+def test_hiding_a_source_equals_data_that_lack_it(copied: Path) -> None:
+    """Vectors of zeros count as missing. Evaluating rows with such a source gives the SMAPE without that source."""
     source = copied / "data/embeddings/train/qwen_text.parquet"
     table = pq.read_table(source).to_pandas()
     table["embedding"] = [np.zeros(DIMS["qwen_text"], np.float32)] * len(table)
@@ -100,7 +100,7 @@ def test_a_hidden_source_is_as_one_that_rows_lack(copied: Path) -> None:
     assert without["lost"] == pytest.approx({k: getattr(lost, k) for k in ("mean", "error", "low", "high")}, abs=1e-5)
 
 
-def test_ranks_give_the_same(copied: Path) -> None:
+def test_two_ranks_give_the_same_result(copied: Path) -> None:
     before = record(copied)
     (copied / "output/runs/r/metrics/ablation.json").unlink()
     flags = ["--run-id", "r", "--output", str(copied / "output"), "--data", str(copied / "data"), "--device", "cpu"]
@@ -110,14 +110,14 @@ def test_ranks_give_the_same(copied: Path) -> None:
     assert after["sets"] == pytest.approx(before["sets"], rel=1e-6) and done.out.count("95% interval") == 1
 
 
-def test_the_table_is_legible(made: Path, capsys: Capture) -> None:
+def test_the_table_fits_into_100_columns(made: Path, capsys: Capture) -> None:
     assert ablation.main(["--run-dir", str(made / "output/runs/r"), "--data", str(made / "data")]) == 0
     said = capsys.readouterr().out
     assert max(len(line.rstrip()) for line in said.splitlines()) <= 100
     assert "the Shapley values add up to" in said and all(role in said for role in ROLES)
 
 
-def test_every_change_is_found(copied: Path) -> None:
+def test_verify_finds_every_change(copied: Path) -> None:
     assert wrong(copied / "output") == []
     tried = {
         name: mutation
@@ -125,7 +125,7 @@ def test_every_change_is_found(copied: Path) -> None:
         if all(path.name == "ablation.json" for path in mutation)
     }
     missed = {name for name, mutation in tried.items() if not is_found(mutation, copied / "output")}
-    assert missed == {"runs/r/metrics/ablation.json: removed"}, "as if it had never been made"
+    assert missed == {"runs/r/metrics/ablation.json: removed"}, "without the file, there was no ablation"
     assert len(tried) > 50
 
 
@@ -138,7 +138,9 @@ def test_every_change_is_found(copied: Path) -> None:
         (["--run-id", "r", "--data", "nowhere"], 65, "neither nowhere/train.csv nor train.parquet exists"),
     ],
 )
-def test_what_cannot_be_ablated(flags: list[str], code: int, said: str, made: Path, capsys: Capture) -> None:
+def test_runs_and_data_that_do_not_exist_are_refused(
+    flags: list[str], code: int, said: str, made: Path, capsys: Capture
+) -> None:
     output = str(made / "output")
     given = [flag.replace("{output}", output) for flag in flags]
     assert ablation.main(["--output", output, *given]) == code

@@ -9,7 +9,7 @@ from fusion.ablation.shapley import coalitions
 
 
 def by_definition(values: dict[int, float], n_sources: int) -> list[float]:
-    """What each source adds, averaged over all orders."""
+    """Shapley values: how much each source adds to the value, averaged over all orders of the sources."""
     total = np.zeros(n_sources)
     orders = list(permutations(range(n_sources)))
     for order in orders:
@@ -21,7 +21,7 @@ def by_definition(values: dict[int, float], n_sources: int) -> list[float]:
 
 
 @pytest.mark.parametrize("n_sources", [1, 2, 3, 5])
-def test_shapley_values_are_those_of_their_definition(n_sources: int) -> None:
+def test_shapley_values_equal_their_definition(n_sources: int) -> None:
     found = coalitions(n_sources)
     assert found.sets == list(range(1 << n_sources))
     values = np.random.default_rng(0).normal(40, 10, len(found.sets))
@@ -30,7 +30,7 @@ def test_shapley_values_are_those_of_their_definition(n_sources: int) -> None:
     assert shapley.sum() == pytest.approx(values[-1] - values[0])
 
 
-def test_many_sources_are_sampled_and_add_up_all_the_same() -> None:
+def test_sampled_shapley_values_add_up() -> None:
     found = coalitions(9)
     assert len(found.sets) < 1 << 9 and found.sets[0] == 0 and found.sets[-1] == found.everything == 511
     for source in range(9):
@@ -39,7 +39,7 @@ def test_many_sources_are_sampled_and_add_up_all_the_same() -> None:
     worth = np.array([5.0, 3, 2, 1, 0, 0, 0, 0, 0])
 
     def value(one: int) -> float:
-        """Adds up, and the first two are worth 4 more together: half of it each."""
+        """The sum of the sources' worth, plus 4 if the first two are both there, of which each should get half."""
         return float(sum(worth[s] for s in range(9) if one >> s & 1) + 4 * (one & 3 == 3))
 
     shapley = found.shapley @ np.array([value(one) for one in found.sets])
@@ -47,5 +47,5 @@ def test_many_sources_are_sampled_and_add_up_all_the_same() -> None:
     assert list(shapley) == pytest.approx(worth + np.array([2, 2, 0, 0, 0, 0, 0, 0, 0]))
 
 
-def test_the_same_sets_are_drawn_every_time() -> None:
+def test_the_sampled_sets_are_reproducible() -> None:
     assert coalitions(8).sets == coalitions(8).sets

@@ -106,6 +106,11 @@ def read_data(config: RunConfig, world: World) -> TrainingData:
 
 
 def _read_table(config: RunConfig) -> Table:
+    """Reads `train.csv` with the columns that the run needs, and warns of suspicious prices.
+
+    Raises:
+        DataError: the table is bad, or lacks the column of --interval-by.
+    """
     dates = config.validate_after[:1] if config.validate_after else ()
     kept = list(dict.fromkeys([category_column(config), *dates, *read_columns(config)]))
     drop, hashed = config.drop_bad_prices, [name for name in compared_columns(config) if name not in kept]

@@ -28,6 +28,7 @@ class EarlyStopping:
         self.n_worse = 0
 
     def __call__(self, score: float) -> bool:
+        """Takes the score of an epoch, and returns whether to stop."""
         if not math.isfinite(score):
             raise DivergedError(f"the score is {score}", "look for the first epoch whose loss is not finite")
         if self.best is None or self._gain(score, self.best) > self.min_delta:

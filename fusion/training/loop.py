@@ -77,6 +77,7 @@ def _next_commands(config: RunConfig) -> str:
 
 
 def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease | None) -> None:
+    """Reads the data, makes the model and its memory, resumes if there is a checkpoint, and trains to the end."""
     data = read_data(config, world)
     set_seed(config.seed)
     model = make_model(config, build_network, data.store.dims)

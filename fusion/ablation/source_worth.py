@@ -17,17 +17,14 @@ from fusion.ablation.report import show
 from fusion.ablation.shapley import Coalitions, coalitions
 from fusion.compare.standard_errors import Estimate, IntArray, clustered_mean
 from fusion.config import AblateConfig, RunConfig
-from fusion.data.embeddings import load
 from fusion.data.tables import Table
 from fusion.distributed.world import World, held, join_world
 from fusion.errors import DataError
-from fusion.evaluation.evaluate import as_validated, is_as_trained, validation_rows
-from fusion.features.fitted import columns_of
-from fusion.features.rows import with_features
+from fusion.evaluation.evaluate import read_validation
 from fusion.metrics import FloatArray, row_smape
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
-from fusion.prediction.predict import check_dims, features_of, load_model, open_run, parts_folder, pricing
+from fusion.prediction.predict import load_model, open_run, parts_folder, pricing
 from fusion.prediction.resumable import Compute, compute_parts, discard
 from fusion.records import manifests
 from fusion.records.find_run import no_run
@@ -106,16 +103,7 @@ def _price(
 ) -> Priced | None:
     """Computes the errors of the validation rows with every set of sources; returns them on rank 0, None elsewhere."""
     origin = world.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
-    features = world.on_main(lambda: features_of(run, config, chosen))
-    names = features.names if features else []
-    table = world.on_main_alone(lambda: validation_rows(run, chosen, config, (), data, names))
-    columns = world.on_main_alone(lambda: columns_of(features, held(table)))
-    ids = world.on_main(lambda: held(table).ids)
-    store = load(data, "train", config.bindings(), ids, world, partial=True)
-    store = with_features(store, features, columns, "train.csv", world)
-    check_dims(store.dims, model.dims, f"{data}/embeddings/train")
-    store = as_validated(store, model, run, config, chosen, world)
-    as_trained = world.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
+    table, store, as_trained = read_validation(settings, run, config, chosen, model, data, world)
     sets = coalitions(len(store.dims))
     log.info(event="ablating", rows=len(store), sets=len(sets.sets))
     parts = parts_folder(run.parts, origin, world) + "-ablation"

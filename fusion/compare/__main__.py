@@ -19,37 +19,20 @@ from dataclasses import asdict
 
 from fusion import storage
 from fusion.command import guarded
+from fusion.command.parser import add_output, add_store_timeout, command_parser
 from fusion.compare.comparison import compare
 from fusion.compare.out_of_fold import scored_runs
 from fusion.compare.report import show
-from fusion.environment import variable
-from fusion.errors import ExitCode, Parser, filled, seconds
+from fusion.errors import ExitCode, filled
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m fusion.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.example = "my-run-1 my-run-2 --output s3://my-bucket/output"
+    example = "my-run-1 my-run-2 --output s3://my-bucket/output"
+    parser = command_parser("python -m fusion.compare", __doc__, example)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=filled("RUN"), help="ids of runs, or URLs of folders")
-    parser.add_argument(
-        "--output",
-        metavar="URL",
-        type=filled("--output"),
-        default=variable("FUSION_OUTPUT") or "output",
-        help="bucket or folder with runs/ (default: FUSION_OUTPUT, else output)",
-    )
+    add_output(parser, "bucket or folder with runs/")
     parser.add_argument("--json", action="store_true", help="JSON instead of tables")
-    parser.add_argument(
-        "--store-timeout",
-        metavar="S",
-        type=seconds,
-        default=variable("FUSION_STORE_TIMEOUT") or "60",
-        help="seconds to retry a store that does not answer (default: 60)",
-    )
+    add_store_timeout(parser)
     return parser.parse_args(argv)
 
 

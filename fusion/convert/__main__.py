@@ -37,9 +37,10 @@ from numpy.typing import NDArray
 
 from fusion import storage
 from fusion.command import guarded
+from fusion.command.parser import command_parser
 from fusion.convert import safe_pickle
 from fusion.convert.numpy_file import read_npy
-from fusion.errors import DataError, ExitCode, Parser, UsageError, filled
+from fusion.errors import DataError, ExitCode, UsageError, filled
 from fusion.storage.scratch import temporary_folder
 
 ROW_GROUP: Final = 8192  # rows per row group of Parquet: enough for few requests, few enough to read in parallel
@@ -277,14 +278,9 @@ def convert(arguments: argparse.Namespace) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m fusion.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="FILE and URL are paths or fsspec URLs; objects of a store pass through a temporary folder (TMPDIR).",
-    )
-    parser.example = "--embeddings x.npy --ids ids.npy --to data/embeddings/train/clip_image.parquet"
+    example = "--embeddings x.npy --ids ids.npy --to data/embeddings/train/clip_image.parquet"
+    paths = "FILE and URL are paths or fsspec URLs; objects of a store pass through a temporary folder (TMPDIR)."
+    parser = command_parser("python -m fusion.convert", __doc__, example, epilog=paths)
     parser.add_argument("--embeddings", metavar="FILE", help=".npy with an array (rows, dim); needs --ids")
     parser.add_argument("--ids", metavar="FILE", help=".npy with the sample ids of these rows, in their order")
     parser.add_argument("--pickle", metavar="FILE", help="pickle or torch.save of a dict: embeddings, sample_ids")

@@ -23,13 +23,13 @@ import numpy as np
 
 from fusion import log, storage
 from fusion.command import guarded
+from fusion.command.parser import add_output, add_store_timeout, command_parser
 from fusion.compare.out_of_fold import Scored, same_rows, scored_runs, shared
 from fusion.config import A_RUN_ID, RUN_ID
 from fusion.ensemble.folder import point_to, publish, record_of
 from fusion.ensemble.report import show
 from fusion.ensemble.weights import blend
-from fusion.environment import variable
-from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, filled, seconds
+from fusion.errors import ConfigError, DataError, ExitCode, UsageError, filled
 from fusion.records.run import RunFolder
 from fusion.records.schemas import ENSEMBLE_VARIANT
 
@@ -68,21 +68,10 @@ def _warn_of_several_data(found: Sequence[Scored]) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m fusion.ensemble",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.example = "my-run-1 my-run-2 --output s3://my-bucket/output"
+    example = "my-run-1 my-run-2 --output s3://my-bucket/output"
+    parser = command_parser("python -m fusion.ensemble", __doc__, example)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=filled("RUN"), help="ids of runs under --output")
-    parser.add_argument(
-        "--output",
-        metavar="URL",
-        type=filled("--output"),
-        default=variable("FUSION_OUTPUT") or "output",
-        help="bucket or folder with runs/, where the ensemble is written too (default: FUSION_OUTPUT, else output)",
-    )
+    add_output(parser, "bucket or folder with runs/, where the ensemble is written too")
     parser.add_argument(
         "--run-id",
         metavar="NAME",
@@ -91,13 +80,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--promote", action="store_true", help="predict with this ensemble from now on")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    parser.add_argument(
-        "--store-timeout",
-        metavar="S",
-        type=seconds,
-        default=variable("FUSION_STORE_TIMEOUT") or "60",
-        help="seconds to retry a store that does not answer (default: 60)",
-    )
+    add_store_timeout(parser)
     arguments = parser.parse_args(argv)
     if arguments.run_id and not re.match(RUN_ID, arguments.run_id):
         raise ConfigError(f"--run-id is {arguments.run_id!r}: expected {A_RUN_ID}", "give --run-id an allowed value")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusion import log, storage
-from fusion.config import EvaluateConfig, RunConfig
+from fusion.config import AblateConfig, EvaluateConfig, RunConfig
 from fusion.data.embeddings import load
 from fusion.data.row_store import RowStore
 from fusion.data.splits import part_of
@@ -64,16 +64,10 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         run, config, chosen, data = open_run(settings, config_class, world)
         model = load_model(chosen, config, build_network, world)
         origin = world.on_main(lambda: submission.origin_of(run, chosen, config, data, "train"))
-        features = world.on_main(lambda: features_of(run, config, chosen))
-        names = [intervals.category_column(config), *(features.names if features else [])]
-        table = world.on_main_alone(lambda: validation_rows(run, chosen, config, settings.by, data, names))
-        columns = world.on_main_alone(lambda: columns_of(features, held(table)))
-        ids = world.on_main(lambda: held(table).ids)
-        store = load(data, "train", config.bindings(), ids, world, partial=True)
-        store = with_features(store, features, columns, "train.csv", world)
-        check_dims(store.dims, model.dims, f"{data}/embeddings/train")
-        store = as_validated(store, model, run, config, chosen, world)
-        as_trained = world.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
+        shown = [intervals.category_column(config)]
+        table, store, as_trained = read_validation(
+            settings, run, config, chosen, model, data, world, settings.by, shown
+        )
         parts = parts_folder(run.parts, origin, world)
         computed = named(compute_parts(pricing(model), store.resident_on(world.device), world, parts), model.named_rows)
 
@@ -90,6 +84,41 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
 
         world.on_main(finish)
         world.on_main(lambda: discard(run.parts))  # including those of earlier evaluations that were never finished
+
+
+def read_validation(
+    settings: EvaluateConfig | AblateConfig,
+    run: RunFolder,
+    config: RunConfig,
+    chosen: manifests.Checkpoint,
+    model: PriceModel,
+    data: str,
+    world: World,
+    by: Sequence[str] = (),
+    others: Sequence[str] = (),
+) -> tuple[Table | None, RowStore, bool | None]:
+    """Reads a run's validation rows again, as its training had them.
+
+    Args:
+        by, others: columns of `train.csv` to read: those to group by, which must exist, and further ones.
+
+    Returns:
+        The table, on rank 0 only; the embeddings; and whether both are as they were in the training, None if the run
+        does not say.
+
+    Raises:
+        DataError: rows or columns are missing, or the rows are others and --other-data was not given.
+    """
+    features = world.on_main(lambda: features_of(run, config, chosen))
+    names = [*others, *(features.names if features else [])]
+    table = world.on_main_alone(lambda: validation_rows(run, chosen, config, by, data, names))
+    columns = world.on_main_alone(lambda: columns_of(features, held(table)))
+    ids = world.on_main(lambda: held(table).ids)
+    store = load(data, "train", config.bindings(), ids, world, partial=True)
+    store = with_features(store, features, columns, "train.csv", world)
+    check_dims(store.dims, model.dims, f"{data}/embeddings/train")
+    store = as_validated(store, model, run, config, chosen, world)
+    return table, store, world.on_main(lambda: is_as_trained(settings.other_data, chosen, store, held(table), data))
 
 
 def as_validated(

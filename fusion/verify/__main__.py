@@ -23,8 +23,9 @@ import fsspec
 
 from fusion import storage
 from fusion.command import guarded
+from fusion.command.parser import add_store_timeout, command_parser
 from fusion.environment import variable
-from fusion.errors import DataError, ExitCode, Parser, filled, seconds, visible
+from fusion.errors import DataError, ExitCode, filled, visible
 from fusion.records.manifests import MANIFEST
 from fusion.records.run import CONFIG, FACTS, RunFolder
 from fusion.verify.checkpoint import check_checkpoint
@@ -74,13 +75,7 @@ def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = l
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m fusion.verify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.example = "s3://my-bucket/output"
+    parser = command_parser("python -m fusion.verify", __doc__, "s3://my-bucket/output")
     parser.add_argument("url", metavar="URL", type=filled("URL"), help=f"{_KINDS}; a path or an fsspec URL")
     parser.add_argument(
         "--data",
@@ -88,13 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=variable("FUSION_DATA"),
         help="bucket or folder whose test.csv a submission was predicted from (default: the one in its manifest)",
     )
-    parser.add_argument(
-        "--store-timeout",
-        metavar="S",
-        type=seconds,
-        default=variable("FUSION_STORE_TIMEOUT") or "60",
-        help="seconds to retry a store that does not answer (default: 60)",
-    )
+    add_store_timeout(parser)
     arguments = parser.parse_args(argv)
     try:
         fsspec.get_filesystem_class(fsspec.utils.get_protocol(arguments.url))

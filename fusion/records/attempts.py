@@ -55,7 +55,8 @@ def take_lease(run: RunFolder) -> Lease:
         held = storage.read_version(url)
         number = 1 if held is None else 1 + schemas.parse(LeaseRecord, held[0], url).attempt
         data = schemas.seal(asdict(LeaseRecord(number, token, schemas.now())))
-        if storage.create(url, data) if held is None else storage.replace(url, data, held[1]):
+        is_written = storage.create(url, data) if held is None else storage.replace(url, data, held[1])
+        if is_written:
             return Lease(url, number, token)
     raise AssertionError("turns() raises an error after its last turn")
 

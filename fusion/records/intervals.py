@@ -310,13 +310,19 @@ def _widths(intervals: Intervals) -> FloatArray:
     """[categories + 1, tiers, levels]: half the width in log price, before scaling.
 
     It is that of the finest bin that exists: of the category and tier, of the category, of the tier, or of all rows.
+
+    Raises:
+        KeyError: there is no bin of all rows, as in a damaged document.
     """
     found = {(one.category, one.tier): one.widths for one in intervals.bins}
+    of_all_rows = found[(None, None)]  # must exist, even if each category and tier has a finer bin
     tiers = range(len(intervals.tier_edges) + 1)
 
     def finest(name: str, tier: int) -> tuple[float, ...]:
-        keys = ((name, tier), (name, None), (None, tier))
-        return next((found[key] for key in keys if key in found), found[(None, None)])
+        for key in ((name, tier), (name, None), (None, tier)):
+            if key in found:
+                return found[key]
+        return of_all_rows
 
     return np.array([[finest(name, tier) for tier in tiers] for name in (*intervals.categories, OTHERS)])
 
@@ -328,5 +334,7 @@ def _groups(intervals: Intervals, rows: pd.DataFrame) -> Iterator[tuple[str, str
     if intervals.categories:
         by.append((intervals.by, [*intervals.categories, "others"], _category_codes(intervals, rows)))
     for name, groups, codes in by:
-        found = ((group, codes == code) for code, group in enumerate(groups))
-        yield from ((name, group, chosen) for group, chosen in found if chosen.any())
+        for code, group in enumerate(groups):
+            chosen = codes == code
+            if chosen.any():
+                yield name, group, chosen

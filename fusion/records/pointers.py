@@ -49,11 +49,13 @@ def move(
     pointer_url = url(output, *parts)
     fields: dict[str, Any] = asdict(target)  # type: ignore[call-overload]
     for _ in turns(pointer_url):
-        held, seen = seen or storage.read_version(pointer_url), None
+        held = seen or storage.read_version(pointer_url)
+        seen = None  # on the next turn the pointer has changed, and must be read
         current = None if held is None else schemas.parse_if_whole(type(target), held[0], pointer_url, DAMAGED)
         if current is not None and (current == target or unless(current)):
             return current == target
         data = schemas.seal({"pointer": "/".join(parts), **fields, "updated": schemas.now()})
-        if storage.create(pointer_url, data) if held is None else storage.replace(pointer_url, data, held[1]):
+        is_written = storage.create(pointer_url, data) if held is None else storage.replace(pointer_url, data, held[1])
+        if is_written:
             return True
     raise AssertionError("turns() raises an error after its last turn")

@@ -112,17 +112,22 @@ def _cut(prices: pd.Series, edges: Sequence[float], names: list[str]) -> pd.Seri
 def _groups(rows: pd.DataFrame, by: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yields, for each group, what rows are grouped by, the name of the group, and the positions of its rows."""
     yield "overall", "all rows", np.arange(len(rows))
-    own = {"price_bin": (price_bins(rows["price"]), BIN_NAMES)}
-    own["price_range"] = (_cut(rows["price"], RANGES, RANGE_NAMES), RANGE_NAMES)
-    own["present"] = (rows["present"], sorted(rows["present"].unique()))
+    own = {
+        "price_bin": (price_bins(rows["price"]), BIN_NAMES),
+        "price_range": (_cut(rows["price"], RANGES, RANGE_NAMES), RANGE_NAMES),
+        "present": (rows["present"], sorted(rows["present"].unique())),
+    }
     for name, (labels, groups) in own.items():
-        found = _positions(labels)
-        outside = [OUTSIDE] if OUTSIDE in found else []
-        yield from ((name, group, found.get(group, np.arange(0))) for group in [*groups, *outside])
+        positions = _positions(labels)
+        outside = [OUTSIDE] if OUTSIDE in positions else []
+        for group in [*groups, *outside]:
+            yield name, group, positions.get(group, np.arange(0))  # bins without rows are listed too
     for name in by.columns:
-        found = _positions(by[name])
-        shown = f"{name} (column)" if name in ("overall", *own) else name  # tells it from the groupings above
-        yield from ((shown, group, found[group]) for group in _largest(found, shown))
+        positions = _positions(by[name])
+        # Distinguishes a column of the user that is called, for example, "present".
+        shown = f"{name} (column)" if name in ("overall", *own) else name
+        for group in _largest(positions, shown):
+            yield shown, group, positions[group]
 
 
 def _positions(values: pd.Series) -> dict[str, np.ndarray]:

@@ -127,15 +127,17 @@ def _plain(title: str, frame: pd.DataFrame, width: int) -> Table:
     cells = {column: [_number(cell) for cell in frame[column]] for column in frame.columns}
     texts = [column for column in cells if column not in WHOLE and not pd.api.types.is_numeric_dtype(frame[column])]
     taken = sum(BETWEEN + max(map(len, [str(column), *cells[column]])) for column in cells if column not in texts)
-    share = min(TEXT_WIDTH, (width - 1 - taken) // max(1, len(texts)) - BETWEEN)
-    if share < LEAST_TEXT:
+    text_width = min(TEXT_WIDTH, (width - 1 - taken) // max(1, len(texts)) - BETWEEN)
+    if text_width < LEAST_TEXT:
         cells = {column: values for column, values in cells.items() if column not in texts}
     table = terminal.table(title)
     for column in cells:
-        number = pd.api.types.is_numeric_dtype(frame[column])
-        largest = share if column in texts else None
+        is_number = pd.api.types.is_numeric_dtype(frame[column])
         table.add_column(
-            terminal.text(str(column)), justify="right" if number else "left", no_wrap=True, max_width=largest
+            terminal.text(str(column)),
+            justify="right" if is_number else "left",
+            no_wrap=True,
+            max_width=text_width if column in texts else None,
         )
     for row in zip(*cells.values(), strict=True):
         terminal.add(table, *row)

@@ -41,22 +41,11 @@ class Saver:
         self.config, self.fit, self.world = config, fit, fit.world
         self.run, self.started = RunFolder.of(config), time.monotonic()
         self.saved_at, self.saved_step = self.started, 0
-        self.blocked, self.warned = 0.0, False
+        self.blocked = 0.0  # seconds in which saving has kept the training waiting
+        self.warned = False
         self.writer: checkpoint.Writer | None = None
         if lease is not None:
-            url = self.run.at(FACTS)
-            content = storage.read(url)
-            facts = schemas.parse(RunFacts, content, url)
-            lineage = {key: getattr(facts, key) for key in ("config_sha256", "data_sha256", "revision")}
-            lineage["run_sha256"] = storage.sha256(content)
-            lineage["split_sha256"] = storage.sha256(storage.read(self.run.at(SPLIT)))
-            computed = storage.read_if_exists(self.run.at(FEATURES)) if has_features(config) else None
-            lineage["features_sha256"] = "" if computed is None else storage.sha256(computed)
-            if config.neighbours:
-                lineage["memory_sha256"] = storage.sha256(storage.read(self.run.at(MEMORY)))
-            lineage["code_sha256"] = code_digest("training")
-            lineage["agreement"] = _agreement(fit)
-            lineage["validation_sha256"] = validation_digest(fit.data.store, fit.data.validation, fit.data.prices)
+            lineage = _lineage(self.run, fit)
             self.writer = checkpoint.Writer(self.run, fit.data.store.dims, lineage, lease.check, config.keep)
 
     def resume(self) -> None:
@@ -169,6 +158,24 @@ class Saver:
         point_to_run(self.config, made)
         seconds = time.monotonic() - self.started
         log.info(event="finished", checkpoint=made.url, **_outcome(self.fit), blocked=self.blocked / seconds)
+
+
+def _lineage(run: RunFolder, fit: Fit) -> dict[str, Any]:
+    """Returns what the manifest of every checkpoint says about its origin: digests of config, data and code."""
+    url = run.at(FACTS)
+    content = storage.read(url)
+    facts = schemas.parse(RunFacts, content, url)
+    lineage = {key: getattr(facts, key) for key in ("config_sha256", "data_sha256", "revision")}
+    lineage["run_sha256"] = storage.sha256(content)
+    lineage["split_sha256"] = storage.sha256(storage.read(run.at(SPLIT)))
+    computed = storage.read_if_exists(run.at(FEATURES)) if has_features(fit.config) else None
+    lineage["features_sha256"] = "" if computed is None else storage.sha256(computed)
+    if fit.config.neighbours:
+        lineage["memory_sha256"] = storage.sha256(storage.read(run.at(MEMORY)))
+    lineage["code_sha256"] = code_digest("training")
+    lineage["agreement"] = _agreement(fit)
+    lineage["validation_sha256"] = validation_digest(fit.data.store, fit.data.validation, fit.data.prices)
+    return lineage
 
 
 def _agreement(fit: Fit) -> dict[str, float]:

@@ -40,6 +40,8 @@ PARSERS = {
     "manifests": "jobs/manifests.py",
     "control": "jobs/control.py",
 }
+# Functions of fusion/command/parser.py, and the flag that each adds.
+SHARED = {"add_output": "--output", "add_store_timeout": "--store-timeout"}
 RUNS = ("train", "evaluate", "predict")
 
 # Commands that print the messages of a module, or of one of its functions. A flag must exist in all of them.
@@ -69,6 +71,8 @@ PRINTED_BY = {
     "fusion/features/fitted.py": ("train",),
     "fusion/features/columns.py": ("train",),
     "fusion/training/trainer.py": ("train",),
+    "fusion/command/parser.py:add_output": ("compare", "ensemble"),
+    "fusion/command/parser.py:add_store_timeout": ("compare", "ensemble", "verify"),
     "fusion/command/settings.py": RUNS,
     "fusion/submissions/guards.py": ("predict",),
     "fusion/data/inputs.py:_no_table": (*RUNS, "doctor"),
@@ -137,6 +141,7 @@ def flags_of(command: str) -> set[str]:
     tree = ast.parse((ROOT / PARSERS[command]).read_text())
     added = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and _name(call.func).startswith("add")]
     words = {word.value for call in added for word in call.args if isinstance(word, ast.Constant)}
+    words |= {SHARED[_name(call.func)] for call in added if _name(call.func) in SHARED}
     roles = {"--sources"} if command == "doctor" else set()
     return {word for word in words if isinstance(word, str)} | roles | {"--help"}
 

@@ -48,9 +48,9 @@ def test_a_log_is_followed_across_a_lost_pod_until_the_job_is_cancelled(namespac
         namespace.first_checkpoint("r", name)
         (listed,) = json.loads(control(namespace, "list", "--cluster=k8s", "--json").out)
         assert (listed["id"], listed["state"]) == (f"job/{name}", "running")
-        before = namespace.checkpoints("r")
         namespace("delete", "pod", namespace.pods(name)[0]["metadata"]["name"], "--wait=false")
         namespace.until(lambda: len(namespace.attempts("r")) == 2, "the next pod's attempt")
+        before = namespace.checkpoints("r")  # the last of them by the first attempt, when it was asked to stop
         namespace.until(lambda: namespace.checkpoints("r")[-1:] > before[-1:], "its checkpoint")
         assert "event=" in json.loads(control(namespace, "status", "--json", name).out)[0]["said"]
         cancelled = control(namespace, "cancel", name)

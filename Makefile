@@ -109,7 +109,7 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 # checkov pins old versions of packages that the project uses, so it has a virtual environment of its own.
-$(VENV)/checkov/.done: Makefile
+$(VENV)/checkov/.done: Makefile | $(BIN)/python
 	$(PYTHON) -m venv $(VENV)/checkov
 	$(VENV)/checkov/bin/pip install --quiet checkov==3.3.30
 	touch $@

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 import torch
 
@@ -21,8 +19,6 @@ from fusion.command.settings import parse
 from fusion.data.tables import Table, read_table
 from fusion.demo.catalog import generate
 from fusion.errors import ConfigError, DataError
-from fusion.features import columns as features_columns
-from fusion.features import quantities, tfidf
 from fusion.features.fitted import (
     Features,
     columns_of,
@@ -33,12 +29,13 @@ from fusion.features.fitted import (
     to_bytes,
     training_columns,
 )
-from fusion.features.terms import KINDS, Terms, chars, fields, words
+from fusion.features.terms import chars, words
 from fusion.metrics import compute_smape
 from fusion.records import manifests, pointers
 from fusion.records.run import RunFolder
 from fusion.records.schemas import RunPointer
 from tests.conftest import DIMS, SMALL, run_command
+from tests.features.texts import found, texts
 
 TEXTS = [
     "Alder Tea, pack of 6\nBrand: Alder",
@@ -47,10 +44,6 @@ TEXTS = [
     "Farrow Tea 12 oz\nBrand: Farrow",
 ]
 WITH_FEATURES = ["--features", "text", "--columns", "category"]
-
-
-def texts(values: list[str]) -> pa.Array:
-    return pa.array(values, pa.large_string())
 
 
 def table(**columns: list[object]) -> Table:
@@ -62,93 +55,6 @@ def fitted(rows: Table, config: Config, trains: np.ndarray | None = None) -> Fea
     columns = training_columns(config, rows)
     trains = np.ones(len(rows), bool) if trains is None else trains
     return fit_features(config, columns, rows.prices, trains, lambda: None)
-
-
-def n_terms(kind: str, text: str) -> int:
-    return len(KINDS[kind](texts([text])).hashes)
-
-
-def found(kind: Callable[[pa.Array], Terms], text: str) -> set[int]:
-    return set(kind(texts([text])).hashes.tolist())
-
-
-def test_words_are_those_of_letters_and_digits_and_their_pairs() -> None:
-    assert n_terms("words", "Bar-III  TEE, 2XL") == 4 + 3
-    assert n_terms("words", "tee tee") == 1 + 1, "the pair is not the word"
-    assert n_terms("words", "") == n_terms("words", " - ") == 0
-    assert found(words, "a b") != found(words, "b a")
-    assert found(words, "Été") == found(words, "été")
-
-
-def test_pairs_and_pieces_do_not_cross_rows() -> None:
-    several = ["red tea", "", "green"]
-    for kind in (words, chars):
-        together = kind(texts(several))
-        for row, text in enumerate(several):
-            assert set(together.hashes[together.counts[[row]].indices].tolist()) == found(kind, text)
-
-
-def test_pieces_are_runs_within_a_word_with_its_ends() -> None:
-    assert n_terms("chars", "tea") == len([" te", "tea", "ea ", " tea", "tea ", " tea "])
-    assert n_terms("chars", "a") == len([" a "])
-
-
-def test_fields_are_short_lines_with_a_label() -> None:
-    one, other = "Item: x\nBrand : Bar III ", "brand: bar iii"
-    assert found(fields, other) < found(fields, one)
-    assert n_terms("fields", f"Description: {'long ' * 20}") == 0
-    assert n_terms("fields", "no label") == n_terms("fields", "empty:") == 0
-
-
-def test_rows_are_counted_once_per_term() -> None:
-    terms = words(texts(["tea tea", "tea"]))
-    assert sorted(terms.n_rows().tolist()) == [1, 2]
-    assert sorted(terms.counts.toarray().max(axis=0).tolist()) == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "value"),
-    [
-        ("Soda, 6-pack", "pack", np.log(6)),
-        ("Set of 3 towels", "pack", np.log(3)),
-        ("12 ct", "pack", np.log(12)),
-        ("Value: 24.0\nUnit: Count", "pack", np.log(24)),
-        ("Coffee 2 lb", "mass", np.log(907.2)),
-        ("1.5 kg", "mass", np.log(1500)),
-        ("Jerky 3 oz\nValue: 12.0\nUnit: Ounce", "mass", np.log(12 * 28.35)),
-        ("Value: 16.9\nUnit: Fl Oz", "volume", np.log(16.9 * 29.57)),
-        ("500ml", "volume", np.log(500)),
-        ("10 inch pan", "length", np.log(25.4)),
-        ("Tee, Large", "size", 1.0),
-        ("Medium-weight tee 2XL", "size", 3.0),
-        ("Women's tee XS", "size", -2.0),
-        ("Dress, Size 8", "size_number", 8.0),
-    ],
-)
-def test_quantities_are_read(text: str, name: str, value: float) -> None:
-    position = 2 * quantities.NAMES.index(name)
-    found = quantities.quantities(texts([text]))[0]
-    assert found[position + 1] == 1
-    assert found[position] == pytest.approx(value, rel=1e-3)
-
-
-@pytest.mark.parametrize("text", ["Men's tee", "Model 40339PK", "", "Value: 0\nUnit: Count", "Value: 12.0"])
-def test_texts_without_quantities(text: str) -> None:
-    found = quantities.quantities(texts([text]))[0]
-    assert not found[1:-1:2].any()
-    assert np.isfinite(found).all()
-
-
-def test_a_projection_keeps_the_cosines() -> None:
-    generator = np.random.default_rng(0)
-    made = [" ".join(f"w{word}" for word in generator.integers(0, 300, 12)) for _ in range(200)]
-    space = tfidf.fit("words", texts(made))
-    assert space is not None
-    exact = tfidf.tfidf(words(texts(made)), space.terms, space.idf).toarray()
-    found, present = space.vectors(texts(made))
-    assert present.all()
-    np.testing.assert_allclose(found @ found.T, exact @ exact.T, atol=5 / tfidf.DIM**0.5)
-    assert np.abs(found @ found.T - exact @ exact.T).mean() < 1 / tfidf.DIM**0.5
 
 
 def test_vectors_of_a_row_depend_on_that_row_alone() -> None:
@@ -207,44 +113,6 @@ def test_hashes_of_different_rows_differ() -> None:
     columns = {"one": texts(["a", "b", "a", ""]), "two": texts(["b", "a", "b", ""])}
     found = row_hashes(columns)
     assert found[0] == found[2] and len(set(found.tolist())) == 3
-
-
-def test_numbers_are_scaled_and_wide_ones_by_their_logarithm() -> None:
-    narrow = features_columns.fit("n", texts(["1", " 2 ", "3.0", "N/A"]), np.ones(4))
-    assert (narrow.kind, narrow.is_log, narrow.centre) == ("number", False, 2.0)
-    np.testing.assert_allclose(narrow.vectors(texts(["2", "", "1e300"]), "x"), [[0, 0], [0, 1], [8, 0]])
-    wide = features_columns.fit("n", texts(["1", "10", "-100000"]), np.ones(3))
-    assert wide.is_log and np.isfinite(wide.vectors(texts(["1e308", "-1e308"]), "x")).all()
-
-
-def test_frequent_categories_have_a_dimension_each_and_others_share_one() -> None:
-    many = [f"c{number}" for number in range(100) for _ in range(100 - number)]
-    column = features_columns.fit("c", texts([*many, ""]), np.ones(len(many) + 1))
-    assert column.categories[:2] == ("c0", "c1") and len(column.categories) == features_columns.MOST_CATEGORIES
-    found = column.vectors(texts(["c1", "c99", "new", "", " c0 "]), "x")
-    assert found.argmax(1).tolist() == [1, 64, 64, 65, 0] and (found.sum(1) == 1).all()
-
-
-@pytest.mark.parametrize(
-    ("training", "later", "said"),
-    [
-        (["1", "2"], ["3", "four"], "has 'four', but all its values were numbers in training"),
-        (["a", "b"], ["1", "2"], "has only numbers, but its values were texts such as 'a' in training"),
-    ],
-)
-def test_a_column_of_another_type_is_refused(training: list[str], later: list[str], said: str) -> None:
-    column = features_columns.fit("c", texts(training), np.ones(2))
-    with pytest.raises(DataError, match=rf"column 'c' of test\.csv {said}"):
-        column.vectors(texts(later), "test.csv")
-
-
-def test_rejects_a_copy_of_the_price() -> None:
-    prices = np.random.default_rng(0).uniform(1, 100, 50)
-    with pytest.raises(DataError, match=r"orders the rows as their prices do \(rank correlation -1\.0000\)") as caught:
-        features_columns.fit("discount", texts([str(-price) for price in prices]), prices)
-    assert caught.value.remedy == "leave it out of --columns"
-    with pytest.raises(DataError, match="'empty' is empty in all 2 training rows"):
-        features_columns.fit("empty", texts(["", "nan"]), np.ones(2))
 
 
 def test_rejects_invalid_settings() -> None:

@@ -1,3 +1,5 @@
+"""Which rows train and which validate: shares, folds, dates, groups on one side."""
+
 from __future__ import annotations
 
 from pathlib import Path

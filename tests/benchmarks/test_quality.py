@@ -210,7 +210,7 @@ def test_runs_of_all_folds_are_one_prediction_of_all_rows(catalog: Catalog, outp
 
 
 def test_rejects_a_run_on_other_data(catalog: Catalog, output: Path) -> None:
-    with pytest.raises(DataError, match="two of the runs .* are of the same fold of one recipe"):
+    with pytest.raises(DataError, match=r"two of the runs .* are of the same fold of one recipe"):
         read_runs(["f0", "f0"], str(output), catalog)
     with pytest.raises(DataError, match="other prices"):
         read_runs(["f0"], str(output), replace(catalog, prices=catalog.prices * 2))

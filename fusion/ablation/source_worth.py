@@ -84,9 +84,8 @@ def _variant(settings: AblateConfig) -> str:
     """Returns the variant of the run that the settings name, from its `run.json`."""
     named = RunFolder.named(settings.output, settings.run_id or "")
     run = RunFolder(settings.run_dir.rstrip("/")) if settings.run_dir else named
-    facts = run.facts()
-    if facts:
-        return facts.variant
+    if variant := run.variant():
+        return variant
     if settings.run_dir:
         raise DataError(f"{run} has no run.json: it is not the folder of a run", "give a run's folder with --run-dir")
     raise no_run(settings.output, settings.run_id or "")

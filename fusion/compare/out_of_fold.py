@@ -111,8 +111,7 @@ def scored(run: RunFolder) -> Scored:
     """
     if storage.exists(run.at(ENSEMBLE)):
         return _ensemble(run)
-    found, facts = run.validated(), run.facts()
-    variant = facts.variant if facts else ""
+    found, variant = run.validated(), run.variant()
     if not found:
         raise DataError(
             f"run {run.run_id} has no validated checkpoint yet",

@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fusion import storage
 from fusion.errors import DataError
 from fusion.nn.approximate import Partition, fits
 from fusion.nn.neighbours import Memory, bands_of
@@ -126,10 +125,4 @@ def read(run: RunFolder, sha256: str = "") -> Remembered:
     Raises:
         DataError: the file does not exist, is damaged, or is not the one that the run was trained with.
     """
-    url = run.at(MEMORY)
-    content = storage.read(url)
-    if sha256 not in ("", storage.sha256(content)):
-        raise DataError(
-            f"{url} is not the one that the run was trained with", "restore it, or train under another --run-id"
-        )
-    return from_bytes(content, url)
+    return from_bytes(run.read_as_trained(MEMORY, sha256), run.at(MEMORY))

@@ -117,6 +117,28 @@ class RunFolder:
             raise damaged(url, f"expected an object with settings, found {values!r:.80}")
         return dict(_flat(values))
 
+    def variant(self) -> str:
+        """The variant, from `run.json`; empty for a run that never read its data."""
+        facts = self.facts()
+        return facts.variant if facts else ""
+
+    def read_as_trained(self, name: str, sha256: str) -> bytes:
+        """The bytes of a file that is written before the first step, such as `split.parquet`.
+
+        Args:
+            sha256: of the file that the run was trained with, from the manifest of a checkpoint; empty if unknown.
+
+        Raises:
+            DataError: the file does not exist, or is not the one that the run was trained with.
+        """
+        url = self.at(name)
+        content = storage.read(url)
+        if sha256 not in ("", storage.sha256(content)):
+            raise DataError(
+                f"{url} is not the one that the run was trained with", "restore it, or train under another --run-id"
+            )
+        return content
+
     def checkpoints(self) -> list[Checkpoint]:
         """All committed checkpoints, oldest first; those with a damaged manifest are left out, with a warning."""
         found = [_checkpoint(folder) for folder in storage.ls(self.at("checkpoints"))]

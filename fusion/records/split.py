@@ -6,7 +6,6 @@ import io
 
 import pandas as pd
 
-from fusion import storage
 from fusion.errors import DataError
 from fusion.records.manifests import SPLIT
 from fusion.records.run import RunFolder
@@ -24,16 +23,14 @@ def read_split(run: RunFolder, sha256: str = "") -> pd.DataFrame:
     Raises:
         DataError: the file does not exist, is damaged, or is not the one that the run was trained with.
     """
-    url = run.at(SPLIT)
-    content = storage.read(url)
-    remedy = "restore it, or train under another --run-id"
-    if sha256 not in ("", storage.sha256(content)):
-        raise DataError(f"{url} is not the one that the run was trained with", remedy)
+    content = run.read_as_trained(SPLIT, sha256)
     try:
         split = pd.read_parquet(io.BytesIO(content)).astype({"sample_id": "str"})
         return split[["sample_id", "side", "group", *(["fold"] if "fold" in split else [])]]
     except (ValueError, OSError, KeyError) as error:  # pyarrow's errors are subclasses of these
-        raise DataError(f"{url} is damaged: {str(error).splitlines()[0]}", remedy) from error
+        cause = str(error).splitlines()[0]
+        remedy = "restore it, or train under another --run-id"
+        raise DataError(f"{run.at(SPLIT)} is damaged: {cause}", remedy) from error
 
 
 def to_parquet(split: pd.DataFrame) -> bytes:

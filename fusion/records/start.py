@@ -26,7 +26,8 @@ def start_run(config: RunConfig) -> None:
     Raises:
         ConfigError: the run exists with other settings, or it exists and --fresh was given.
     """
-    url = RunFolder.of(config).at(CONFIG)
+    run = RunFolder.of(config)
+    url = run.at(CONFIG)
     if not storage.exists(url):
         storage.write(url, to_json(config).encode())
         return
@@ -42,7 +43,7 @@ def start_run(config: RunConfig) -> None:
             f"run {config.name()} exists with {key}={before[key]!r}, now it is {now[key]!r}",
             "give this run another --run-id, or the settings it was started with",
         )
-    if not storage.exists(RunFolder.of(config).at(FACTS)):
+    if not storage.exists(run.at(FACTS)):
         # No attempt has read the data yet, perhaps because --data was wrong, so --data may still change.
         storage.write(url, to_json(config).encode())
 
@@ -63,8 +64,8 @@ def describe_run(
     Raises:
         DataError: the data are not those that the run was started with.
     """
-    url = RunFolder.of(config).at(FACTS)
-    before = RunFolder.of(config).facts()
+    run = RunFolder.of(config)
+    before = run.facts()
     if before is not None:
         if before.data_sha256 != data_digest:
             raise DataError(
@@ -78,7 +79,7 @@ def describe_run(
         run_id=config.name(),
         variant=config.variant,
         config_sha256=config_digest(asdict(config)),
-        config_json_sha256=storage.sha256(storage.read(RunFolder.of(config).at(CONFIG))),
+        config_json_sha256=storage.sha256(storage.read(run.at(CONFIG))),
         code_sha256=code_digest("training"),
         data_sha256=data_digest,
         dims=dict(dims),
@@ -93,4 +94,4 @@ def describe_run(
         },
         started=schemas.now(),
     )
-    storage.write(url, schemas.seal(schemas.written(facts)))
+    storage.write(run.at(FACTS), schemas.seal(schemas.written(facts)))

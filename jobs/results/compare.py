@@ -62,7 +62,7 @@ def compare(runs: Sequence[RunFolder], metric: str = "smape") -> Comparison:
     groups = dict.fromkeys(key for one in evaluated for key in one)
     return Comparison(
         [run.run_id for run in runs],
-        [_variant(run) for run in runs],
+        [run.variant() for run in runs],
         [_smape(run) for run in runs],
         differing(settings, IGNORED),
         metric,
@@ -70,11 +70,6 @@ def compare(runs: Sequence[RunFolder], metric: str = "smape") -> Comparison:
         [run.run_id for run, found in zip(runs, metrics, strict=True) if not found],
         _same_rows(runs),
     )
-
-
-def _variant(run: RunFolder) -> str:
-    facts = run.facts()
-    return facts.variant if facts else ""  # it never read its data
 
 
 def _smape(run: RunFolder) -> float | None:

@@ -157,28 +157,30 @@ def _compare_model(report: Report, manifest: SubmissionManifest) -> None:
         _compare_ensemble(report, manifest)
         return
     folder = RunFolder(manifest.run).checkpoint_url(manifest.checkpoint)
-    try:
-        data = storage.read_if_exists(storage.join(folder, MANIFEST))
-    except _NOT_READABLE as error:
-        report.note(f"model not compared: {first_line(error)}")
-        return
+    data = _read_or_note(report, "model", folder, MANIFEST)
     if data is None:
-        report.note(f"model not compared: {folder} no longer exists")
         return
     made = parsed(report, f"{manifest.checkpoint}/{MANIFEST} of {manifest.run}", data, CheckpointManifest)
     if made is not None:
         report.expect(f"model_sha256, as in {manifest.checkpoint}", made.sha256_of(MODEL), manifest.model_sha256)
 
 
+def _read_or_note(report: Report, what: str, folder: str, name: str) -> bytes | None:
+    """Reads a file that a comparison needs; None, with a note that `what` was not compared, if that cannot be."""
+    try:
+        data = storage.read_if_exists(storage.join(folder, name))
+    except _NOT_READABLE as error:
+        report.note(f"{what} not compared: {first_line(error)}")
+        return None
+    if data is None:
+        report.note(f"{what} not compared: {folder} no longer exists")
+    return data
+
+
 def _compare_ensemble(report: Report, manifest: SubmissionManifest) -> None:
     """Compares the model's digest with the ensemble that the manifest names, if that still exists."""
-    try:
-        data = storage.read_if_exists(RunFolder(manifest.run).at(ENSEMBLE))
-    except _NOT_READABLE as error:
-        report.note(f"ensemble not compared: {first_line(error)}")
-        return
+    data = _read_or_note(report, "ensemble", manifest.run, ENSEMBLE)
     if data is None:
-        report.note(f"ensemble not compared: {manifest.run} no longer exists")
         return
     record = parsed(report, f"{ENSEMBLE} of {manifest.run}", data, EnsembleRecord)
     if record is not None:

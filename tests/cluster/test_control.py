@@ -52,12 +52,13 @@ def test_a_log_is_followed_across_a_lost_pod_until_the_job_is_cancelled(namespac
         namespace.until(lambda: len(namespace.attempts("r")) == 2, "the next pod's attempt")
         before = namespace.checkpoints("r")  # the last of them by the first attempt, when it was asked to stop
         namespace.until(lambda: namespace.checkpoints("r")[-1:] > before[-1:], "its checkpoint")
-        assert "event=" in json.loads(control(namespace, "status", "--json", name).out)[0]["said"]
+        assert " run=r " in json.loads(control(namespace, "status", "--json", name).out)[0]["said"]
         cancelled = control(namespace, "cancel", name)
         assert cancelled.code == 0 and cancelled.out.startswith(f"job/{name} is asked to stop")
         namespace.until(lambda: not namespace.get("jobs", name), "the end of the Job")
-    finally:
         followed = ended(follower)
+    finally:
+        follower.kill()
     assert followed.code == 0, followed.err
     assert followed.out.count("event=resumed") == 1
     assert [attempt["code"] for attempt in namespace.attempts("r")] == [75, 75]

@@ -22,7 +22,7 @@ from pydantic_core import ArgsKwargs
 # Settings that change where and how a run is computed, but not its result. They are left out of the digest that names
 # a run, and may differ when a run is resumed.
 HOW = {"output", "run_id", "device", "store_timeout", "grace", "stall_timeout", "fresh"}
-HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep", "promote"}
+HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep", "promote", "cache", "residency"}
 # (setting, value, other settings that have no effect when the first setting has this value)
 UNUSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("model", "concat", ("n_heads", "n_experts")),
@@ -86,6 +86,24 @@ class StoreConfig:
         "auto", "auto, cpu, cuda or cuda:N", "machine", "auto, cpu, cuda or cuda:0", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
     )
     store_timeout: float = setting(60.0, "seconds to retry a store that does not answer", "machine", ge=0)
+    cache: str | None = setting(
+        None,
+        "folder on a disk of this machine to keep the embeddings in; the next job on it does not read them again, and "
+        "they may be larger than the memory",
+        "machine",
+    )
+    residency: Literal["auto", "device", "host", "mapped"] = setting(
+        "auto",
+        "where rows are kept while they are used; device: memory of the GPU, host: memory of the machine, mapped: "
+        "--cache; auto: the first that is large enough",
+        "machine",
+    )
+
+    @model_validator(mode="after")
+    def _has_cache(self) -> StoreConfig:
+        if self.residency == "mapped" and self.cache is None:
+            raise ValueError("--residency mapped needs --cache FOLDER, which the rows are read from")
+        return self
 
     def without_effect(self) -> str:
         """Says which given setting has no effect because of another one; empty if all of them have an effect.

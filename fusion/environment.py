@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from fusion.errors import ConfigError
 
@@ -109,3 +110,36 @@ def _wrong(message: str) -> ConfigError:
     return ConfigError(
         message, "start the ranks with python -m fusion.launch, or unset RANK, WORLD_SIZE and LOCAL_RANK"
     )
+
+
+def usable_memory() -> int:
+    """Bytes of memory that this job may use: the limit of its cgroups, else the machine's memory."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(physical, memory_limit() or physical)
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """The smallest memory limit, in bytes, of the cgroups that this process is in (version 2 or 1); None: no limit.
+
+    Args:
+        root: another root of the file system, for tests.
+    """
+    found = [line.split(":", 2) for line in _text(root / "proc/self/cgroup").splitlines()]
+    groups = {kind: group.lstrip("/") for _, kind, group in found}  # the kind is empty for version 2
+    second = _limits(root / "sys/fs/cgroup", groups.get("", ""), "memory.max")
+    first = _limits(root / "sys/fs/cgroup/memory", groups.get("memory", ""), "memory.limit_in_bytes")
+    return min([*second, *first], default=None)
+
+
+def _limits(mount: Path, group: str, name: str) -> list[int]:
+    """The limits of a cgroup and of those above it."""
+    # Without a limit, version 2 says "max", and version 1 a number near 2**63.
+    texts = [_text(mount / folder / name).strip() for folder in (Path(group), *Path(group).parents)]
+    return [int(text) for text in texts if text.isdecimal() and int(text) < 2**60]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

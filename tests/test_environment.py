@@ -14,6 +14,7 @@ from fusion.environment import (
     WAITING,
     RankVariables,
     for_libraries,
+    memory_limit,
     rank,
     rank_variables,
     variable,
@@ -118,3 +119,26 @@ def test_a_python_without_dependencies_gets_a_two_line_error(module: str) -> Non
         f"error: No module named 'fsspec' for {sys.executable}",
         "hint: run `. .venv/bin/activate` first; `make demo` makes .venv",
     ]
+
+
+def limit(root: Path, path: str, content: str) -> Path:
+    """Writes a file below a root folder, such as one of a cgroup; returns the root."""
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(content)
+    return root
+
+
+def test_memory_limits_of_both_versions_of_cgroups(tmp_path: Path) -> None:
+    assert memory_limit(tmp_path) is None
+    second = limit(tmp_path / "2", "proc/self/cgroup", "0::/kubepods/pod1\n")
+    limit(second, "sys/fs/cgroup/kubepods/pod1/memory.max", "max\n")
+    assert memory_limit(second) is None
+    limit(second, "sys/fs/cgroup/kubepods/memory.max", str(2**33))
+    assert memory_limit(second) == 2**33
+    first = limit(tmp_path / "1", "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
+    assert memory_limit(first) is None
+    limit(first, "sys/fs/cgroup/memory/memory.limit_in_bytes", str(2**32))
+    assert memory_limit(first) == 2**32
+    limit(first, "proc/self/cgroup", "4:memory:/jobs/1\n2:cpu:/\n")
+    limit(first, "sys/fs/cgroup/memory/jobs/1/memory.limit_in_bytes", str(2**31))
+    assert memory_limit(first) == 2**31

@@ -106,7 +106,8 @@ def _price(
     sets = coalitions(len(store.dims))
     log.info(event="ablating", rows=len(store), sets=len(sets.sets))
     parts = parts_folder(run.parts, origin, world) + "-ablation"
-    computed = compute_parts(_hiding(model, sets), store.resident_on(world.device), world, parts)
+    store = store.resident_on(world.device, settings.residency)
+    computed = compute_parts(_hiding(model, sets), store, world, parts)
     if not world.is_main:
         return None
     prices = held(table).prices

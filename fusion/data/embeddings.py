@@ -17,16 +17,17 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from fusion import log, signals, storage
 from fusion.data.inputs import Sources, find_sources
-from fusion.data.row_store import RowStore
+from fusion.data.row_cache import Allocate, CacheFolder, Kinds, Loaded, kept_rows
+from fusion.data.row_store import RowStore, SourceArrays
 from fusion.data.shared_memory import node_tensor
 from fusion.data.source_file import Kind, Part, content_of, kind_of, open_part, parts_of
 from fusion.data.source_rows import NO_ROW, Found, Rows, check_ids
 from fusion.distributed.world import World
-from fusion.errors import DataError, StopRequested, UnreachableError
+from fusion.environment import usable_memory
+from fusion.errors import ConfigError, DataError, StopRequested, UnreachableError
 from fusion.storage import Entry
 
 N_THREADS = 4  # of each rank; reading waits for the store more than for the CPU
@@ -52,21 +53,6 @@ class Plan:
         return torch.float16 if self.kind.dtype == "float16" else torch.float32
 
 
-@dataclass(frozen=True)
-class Target:
-    """The arrays that the vectors of a role are read into.
-
-    Attributes:
-        values: [N, D] vectors.
-        present: [N] bool; the row has a usable vector.
-        zeros: [N] bool; the row's vector is all zeros, which counts as missing.
-    """
-
-    values: np.ndarray
-    present: np.ndarray
-    zeros: np.ndarray
-
-
 def load(
     data: str,
     split: str,
@@ -77,6 +63,7 @@ def load(
     max_missing: float = 1.0,
     partial: bool = False,
     sources: Sources | None = None,
+    cache: str | None = None,
 ) -> RowStore:
     """Loads the embeddings of the rows `ids`, in this order. Every rank calls this.
 
@@ -85,37 +72,76 @@ def load(
         max_missing: largest share of the rows that a source may lack.
         partial: whether `ids` are only some of the table's ids; then other ids in a source are not logged.
         sources: role to its files, if they are already known.
+        cache: folder on this machine's disk in which the rows are kept, see `row_cache`; None: they are kept in memory.
 
     Raises:
+        ConfigError: the rows do not fit in memory, or the cache cannot be written.
         DataError: a source is missing, unreadable, inconsistent, or lacks too many rows, or an id occurs twice.
         UnreachableError: a source was written while it was read.
         StopRequested: one of the ranks was asked to stop.
     """
     world.together(stop_if_asked)
     files = sources or world.on_main(lambda: find_sources(data, split, bindings))
+
+    def read(allocate: Allocate) -> Loaded:
+        loaded = _read(data, split, bindings, files, ids, max_missing, allocate, world)
+        if world.on_main(lambda: find_sources(data, split, bindings)) != files:
+            message = f"embeddings of {split} in {data} changed while they were read"
+            raise UnreachableError(message, "run it again once they are complete")
+        return loaded
+
+    if cache is None:
+        loaded = read(_in_memory(world))
+    else:
+        loaded = kept_rows(CacheFolder.of(cache, [data, split, dict(bindings), partial], files, ids), read, world)
+    world.on_main(lambda: _report(bindings, loaded, ids, max_missing, partial))
+    return loaded.store
+
+
+def _read(
+    data: str,
+    split: str,
+    bindings: Mapping[str, str],
+    files: Sources,
+    ids: pd.Index,
+    max_missing: float,
+    allocate: Allocate,
+    world: World,
+) -> Loaded:
+    """Reads the sources into new arrays; arguments as for `load`."""
     where = storage.join(data, "embeddings", split)
     kept: dict[str, bytes] = {}
     plans = world.on_main(lambda: _plans(files, bindings, where, kept))
+    arrays = allocate(len(ids), {plan.role: (plan.kind.dim, plan.dtype) for plan in plans})
     rows = Rows(ids)
-    values = {plan.role: node_tensor((len(ids), plan.kind.dim), plan.dtype, world) for plan in plans}
-    present = {plan.role: node_tensor((len(ids),), torch.bool, world) for plan in plans}
-    zeros = {plan.role: node_tensor((len(ids),), torch.bool, world) for plan in plans}
-    targets = {role: Target(values[role].numpy(), present[role].numpy(), zeros[role].numpy()) for role in values}
-    found = _fill(plans, rows, targets, kept, world)
-    if world.on_main(lambda: find_sources(data, split, bindings)) != files:
-        raise UnreachableError(
-            f"embeddings of {split} in {data} changed while they were read", "run it again once they are complete"
-        )
-    store = RowStore(values, present)
+    found = _fill(plans, rows, arrays, kept, world)
     # Every node reads everything, so the ids from one node suffice: those of the first node, where rank == local_rank.
     read = world.gather_on_main(found if world.rank == world.local_rank else {})
+    n_unknown = world.on_main(lambda: _n_unknown(plans, read, rows, max_missing))
+    return Loaded(RowStore.of(arrays), arrays, n_unknown)
 
-    def report() -> None:
-        everything = _checked(plans, read, rows, max_missing)
-        _report(bindings, store, zeros, everything, ids, max_missing, partial)
 
-    world.on_main(report)
-    return store
+def _in_memory(world: World) -> Allocate:
+    """Allocates arrays that the ranks of a node share."""
+
+    def allocate(n_rows: int, kinds: Kinds) -> dict[str, SourceArrays]:
+        world.on_main(lambda: _check_memory(n_rows * sum(dim * dtype.itemsize for dim, dtype in kinds.values())))
+        return {role: one(n_rows, *kind) for role, kind in kinds.items()}
+
+    def one(n_rows: int, dim: int, dtype: torch.dtype) -> SourceArrays:
+        present, zeros, known = (node_tensor((n_rows,), torch.bool, world) for _ in range(3))
+        return SourceArrays(node_tensor((n_rows, dim), dtype, world), present, zeros, known)
+
+    return allocate
+
+
+def _check_memory(n_bytes: int) -> None:
+    usable = usable_memory()
+    if n_bytes > usable:
+        raise ConfigError(
+            f"the embeddings take {n_bytes / 2**30:.1f} GiB of memory, and this job may use {usable / 2**30:.1f} GiB",
+            "read them from a disk of this machine while training: --cache FOLDER",
+        )
 
 
 def stop_if_asked() -> None:
@@ -154,17 +180,17 @@ def _first_kind(source: str, n_files: int, parts: Iterable[Part], kept: dict[str
 
 
 def _fill(
-    plans: Sequence[Plan], rows: Rows, targets: Mapping[str, Target], kept: dict[str, bytes], world: World
+    plans: Sequence[Plan], rows: Rows, arrays: Mapping[str, SourceArrays], kept: dict[str, bytes], world: World
 ) -> dict[str, Found]:
-    """Reads this rank's share of all parts into the targets, and returns the ids that it has read, by role."""
+    """Reads this rank's share of all parts into the arrays, and returns the ids that it has read, by role."""
     tasks = [(plan, part) for plan in plans for part in plan.parts][world.local_rank :: world.local_size]
     given_up = threading.Event()
 
     def read(task: tuple[Plan, Part]) -> Found:
         plan, part = task
         content = kept.pop(part.url, None) or content_of(part)
-        target = targets[plan.role]
-        return storage.retrying(part.url, lambda: _read_part(part, plan.kind, content, rows, target, given_up))
+        mine = arrays[plan.role]
+        return storage.retrying(part.url, lambda: _read_part(part, plan.kind, content, rows, mine, given_up))
 
     def is_reading() -> bool:
         """Waits for some time. Raises the first error of a reader, and whether this rank was asked to stop."""
@@ -187,53 +213,48 @@ def _fill(
 
 
 def _read_part(
-    part: Part, kind: Kind, content: bytes | None, rows: Rows, target: Target, given_up: threading.Event
+    part: Part, kind: Kind, content: bytes | None, rows: Rows, arrays: SourceArrays, given_up: threading.Event
 ) -> Found:
     if given_up.is_set():  # before the first try or a retry
         return Found.joined([])
     with open_part(part, kind, content) as (ids, batches):
         found = rows.find(ids)
+        arrays.known.numpy()[found.known] = True
         for vectors, positions in batches:
             if given_up.is_set():
                 break
-            _store(vectors, found.rows[positions], target)
+            _store(vectors, found.rows[positions], arrays)
         return found
 
 
-def _store(vectors: np.ndarray, rows: np.ndarray, target: Target) -> None:
-    """Writes vectors [M, D] into the rows [M] of a target. Vectors that are not finite or all zeros stay missing."""
+def _store(vectors: np.ndarray, rows: np.ndarray, arrays: SourceArrays) -> None:
+    """Writes vectors [M, D] into these rows [M]. Vectors that are not finite or all zeros stay missing."""
+    values = arrays.values.numpy()
     with np.errstate(over="ignore"):  # a float64 too large for float32 becomes inf, and counts as not finite
-        vectors = vectors.astype(target.values.dtype, copy=False)
+        vectors = vectors.astype(values.dtype, copy=False)
     known, empty = rows != NO_ROW, ~vectors.any(1)  # many extractors write zeros where there was no image or text
     good = known & ~empty & np.isfinite(vectors).all(1)
-    target.values[rows[good]] = vectors if good.all() else vectors[good]
-    target.present[rows[good]] = True
-    target.zeros[rows[known & empty]] = True
+    values[rows[good]] = vectors if good.all() else vectors[good]
+    arrays.present.numpy()[rows[good]] = True
+    arrays.zeros.numpy()[rows[known & empty]] = True
 
 
-def _checked(
+def _n_unknown(
     plans: Iterable[Plan], read: Iterable[Mapping[str, Found]], rows: Rows, max_missing: float
-) -> dict[str, Found]:
-    """Joins what the ranks have read into all ids of each source, by role, and checks them."""
+) -> dict[str, int]:
+    """Joins what the ranks have read into all ids of each source, checks them, and counts those that no row has."""
     everything = {plan.role: Found.joined([seen[plan.role] for seen in read if seen]) for plan in plans}
     for plan in plans:
         check_ids(plan.role, plan.source, everything[plan.role], rows, max_missing)
-    return everything
+    return {role: len(found.unknown) for role, found in everything.items()}
 
 
-def _report(
-    bindings: Mapping[str, str],
-    store: RowStore,
-    zeros: Mapping[str, Tensor],
-    found: Mapping[str, Found],
-    ids: pd.Index,
-    max_missing: float,
-    partial: bool,
-) -> None:
+def _report(bindings: Mapping[str, str], loaded: Loaded, ids: pd.Index, max_missing: float, partial: bool) -> None:
+    store = loaded.store
     for role, name in bindings.items():
-        present, empty, has_id = store.present[role].numpy(), zeros[role].numpy(), np.zeros(len(ids), bool)
-        has_id[found[role].known] = True
-        broken, missing, n_unknown = ids[has_id & ~present & ~empty], ids[~has_id], len(found[role].unknown)
+        arrays, n_unknown = loaded.arrays[role], loaded.n_unknown[role]
+        present, empty, has_id = arrays.present.numpy(), arrays.zeros.numpy(), arrays.known.numpy()
+        broken, missing = ids[has_id & ~present & ~empty], ids[~has_id]
         n_present, dim = int(present.sum()), store.dims[role]
         log.info(event="loaded", role=role, source=name, rows=n_present, missing=len(missing), dim=dim)
         if n_unknown and not partial:

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fusion.data.mapped_file import MappedFile
+from fusion.environment import usable_memory
 from fusion.nn.batch import Batch
 from fusion.nn.neighbours import CandidateTable
 
 DIGEST_ROWS = 4096  # rows converted to float32 at a time, so that a digest needs little memory
+Residency = Literal["auto", "device", "host", "mapped"]
+AHEAD = 16  # batches whose rows are being read from disk before they are used
+
+
+@dataclass(frozen=True)
+class SourceArrays:
+    """What is read of a source, for N rows.
+
+    Attributes:
+        values: [N, D] vectors, float16 or float32; zeros where there is no usable vector.
+        present: [N] bool; the row has a usable vector.
+        zeros: [N] bool; the row's vector is all zeros, which counts as missing.
+        known: [N] bool; the source has the row's id.
+        file: the file that `values` is mapped from; None if it is in memory.
+    """
+
+    values: Tensor
+    present: Tensor
+    zeros: Tensor
+    known: Tensor
+    file: MappedFile | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +54,8 @@ class RowStore:
         origins: [N] int64 hashes of the texts and columns from which these were computed; None without such roles.
         folds, groups: [N] int64, see `Batch`.
         candidates: candidate neighbours of all rows, if they were searched before.
+        maps: role to the file that its values are mapped from.
+        is_mapped: whether rows are read from these files when they are used, rather than kept in memory.
     """
 
     values: dict[str, Tensor]
@@ -35,6 +65,15 @@ class RowStore:
     folds: Tensor | None = None
     groups: Tensor | None = None
     candidates: CandidateTable | None = None
+    maps: Mapping[str, MappedFile] = field(default_factory=dict)
+    is_mapped: bool = False
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, SourceArrays]) -> RowStore:
+        """The rows of sources, by role."""
+        values = {role: one.values for role, one in arrays.items()}
+        present = {role: one.present for role, one in arrays.items()}
+        return cls(values, present, maps={role: one.file for role, one in arrays.items() if one.file})
 
     def __len__(self) -> int:
         return len(next(iter(self.present.values())))
@@ -51,15 +90,46 @@ class RowStore:
         folds, groups = _gathered(self.folds, rows, device), _gathered(self.groups, rows, device)
         return Batch(inputs, present, folds, groups, self.candidates.of(rows) if self.candidates else None)
 
-    def resident_on(self, device: torch.device) -> RowStore:
-        """The same rows in the GPU's memory, or unchanged if they would fill more than half of its free memory.
+    def batches(self, parts: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
+        """The batch of each part, which are positions [B]. Mapped rows are read from disk some batches ahead."""
+        if not self.is_mapped:
+            yield from (self.batch(rows, device) for rows in parts)
+            return
+        with ExitStack() as stack:
+            reader = stack.enter_context(ThreadPoolExecutor(1))
+            for file in self.maps.values():
+                stack.enter_context(file.used_at_random())
+            expected = deque[Tensor]()
+            for rows in parts:
+                reader.submit(self._expect, rows)
+                expected.append(rows)
+                if len(expected) > AHEAD:
+                    yield self.batch(expected.popleft(), device)
+            yield from (self.batch(rows, device) for rows in expected)
 
-        The other half is for the model, its optimizer and activations.
+    def _expect(self, rows: Tensor) -> None:
+        for file in self.maps.values():
+            file.expect(rows)
+
+    def resident_on(self, device: torch.device, residency: Residency = "auto") -> RowStore:
+        """The same rows where batches are gathered from.
+
+        Args:
+            residency: "device": the GPU's memory; "host": this node's memory, or its page cache; "mapped": the files of
+                the cache, from which rows are read when they are needed. "auto": the GPU's memory, if half of what is
+                free there suffices (the other half is for the model, its optimizer and activations); else the files,
+                if there are any and the rows would fill more than half of the memory that this job may use.
         """
-        n_bytes = sum(values.nbytes for values in self.values.values())
-        if device.type != "cuda" or n_bytes > torch.cuda.mem_get_info(device)[0] // 2:
-            return self
-        return replace(self, values=_moved(self.values, device), present=_moved(self.present, device))
+        on_gpu = device.type == "cuda"
+        if on_gpu and (residency == "device" or (residency == "auto" and self.n_bytes <= _free_on(device) // 2)):
+            return replace(self, values=_moved(self.values, device), present=_moved(self.present, device), maps={})
+        if residency == "mapped" or (residency == "auto" and self.maps and self.n_bytes > usable_memory() // 2):
+            return replace(self, is_mapped=True)
+        return self
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(values.nbytes for values in self.values.values())
 
     def of_roles(self, roles: Iterable[str]) -> RowStore:
         """The same rows with only these roles, and without folds, groups and candidates."""
@@ -70,6 +140,7 @@ class RowStore:
         """[N] bool: the row has at least one embedding."""
         return torch.stack(list(self.present.values())).any(0)
 
+    @cached_property
     def digest(self) -> str:
         """sha256 of values and presence. It depends on the rows alone, not on how they are spread over files."""
         total = hashlib.sha256()
@@ -100,6 +171,10 @@ def _gathered(values: Tensor | None, rows: Tensor, device: torch.device) -> Tens
     if values is None:
         return None
     return values[rows.to(values.device)].to(device)
+
+
+def _free_on(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -203,7 +203,8 @@ def _predict(
     max_missing = settings.max_missing
     if max_missing is None:
         max_missing = min(opened.config.max_missing for opened in members)
-    store = load(data, "test", _sources(members), ids, world, max_missing=max_missing, sources=inputs.sources)
+    names, sources, cache = _sources(members), inputs.sources, settings.cache
+    store = load(data, "test", names, ids, world, max_missing=max_missing, sources=sources, cache=cache)
     store = _with_computed(store, members, table, world)
     for opened, model in zip(members, models, strict=True):
         check_dims(_view(store, opened).dims, model.dims, f"{data}/embeddings/test")
@@ -211,7 +212,8 @@ def _predict(
         raise UnreachableError(
             f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
         )
-    store, last = store.resident_on(world.device), world.on_main_alone(lambda: submission.last(settings))
+    store = store.resident_on(world.device, settings.residency)
+    last = world.on_main_alone(lambda: submission.last(settings))
     seen, agreement = _look(members, models, store, ids, world)
     about = guards.about_embeddings(seen, agreement, last, origin)
     world.on_main(lambda: guards.conclude(settings, about))

@@ -68,8 +68,8 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         table, store, as_trained = read_validation(
             settings, run, config, chosen, model, data, world, settings.by, shown
         )
-        parts = parts_folder(run.parts, origin, world)
-        computed = named(compute_parts(pricing(model), store.resident_on(world.device), world, parts), model.named_rows)
+        parts, store = parts_folder(run.parts, origin, world), store.resident_on(world.device, settings.residency)
+        computed = named(compute_parts(pricing(model), store, world, parts), model.named_rows)
 
         def finish() -> None:
             rows = _predictions(held(table), computed["price"], store.present)
@@ -114,7 +114,7 @@ def read_validation(
     table = world.on_main_alone(lambda: validation_rows(run, chosen, config, by, data, names))
     columns = world.on_main_alone(lambda: columns_of(features, held(table)))
     ids = world.on_main(lambda: held(table).ids)
-    store = load(data, "train", config.bindings(), ids, world, partial=True)
+    store = load(data, "train", config.bindings(), ids, world, partial=True, cache=settings.cache)
     store = with_features(store, features, columns, "train.csv", world)
     check_dims(store.dims, model.dims, f"{data}/embeddings/train")
     store = as_validated(store, model, run, config, chosen, world)

@@ -203,16 +203,17 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         table = world.on_main_alone(lambda: read_table(data, "test", priced=False, columns=names))
         columns = world.on_main_alone(lambda: columns_of(features, held(table)))
         ids = world.on_main(lambda: held(table).ids)
-        bindings, sources = config.bindings(), inputs.sources
+        bindings, sources, cache = config.bindings(), inputs.sources, settings.cache
         max_missing = config.max_missing if settings.max_missing is None else settings.max_missing
-        store = load(data, "test", bindings, ids, world, max_missing=max_missing, sources=sources)
+        store = load(data, "test", bindings, ids, world, max_missing=max_missing, sources=sources, cache=cache)
         store = with_features(store, features, columns, "test.csv", world)
         check_dims(store.dims, model.dims, f"{data}/embeddings/test")
         if world.on_main(lambda: find_table(data, "test")) != inputs.table:
             raise UnreachableError(
                 f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
             )
-        store, last = store.resident_on(world.device), world.on_main_alone(lambda: submission.last(settings))
+        store = store.resident_on(world.device, settings.residency)
+        last = world.on_main_alone(lambda: submission.last(settings))
         seen = look(model, compared(store), ids, world)
         about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
         world.on_main(lambda: guards.conclude(settings, about))  # refuses bad embeddings before prices are computed

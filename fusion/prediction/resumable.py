@@ -36,7 +36,8 @@ def compute_rows(compute: Compute, store: RowStore, rows: Tensor, device: torch.
     The result is empty if there are no rows.
     """
     with torch.inference_mode():
-        chunks = [compute(store.batch(chunk, device)) for chunk in torch.split(rows, CHUNK) if len(chunk)]
+        parts = [part for part in torch.split(rows, CHUNK) if len(part)]
+        chunks = [compute(batch) for batch in store.batches(parts, device)]
         if not chunks:
             return {}
         return {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}

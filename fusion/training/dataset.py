@@ -87,7 +87,8 @@ def read_data(config: RunConfig, world: World) -> TrainingData:
     started = time.monotonic()
     table = world.on_main_alone(lambda: _read_table(config))
     ids, prices = world.on_main(lambda: (held(table).ids, held(table).prices))
-    store = load(config.data, "train", config.bindings(), ids, world, max_missing=config.max_missing)
+    missing, cache = config.max_missing, config.cache
+    store = load(config.data, "train", config.bindings(), ids, world, max_missing=missing, cache=cache)
     log.info(event="read", rows=len(ids), seconds=time.monotonic() - started)
     columns = world.on_main_alone(lambda: training_columns(config, held(table)))
     split = world.on_main(lambda: _split(config, held(table), held(columns), store, world))
@@ -156,7 +157,7 @@ def _split(
     url = run.at(SPLIT)
     split = None if storage.exists(url) else split_rows(table, groups, config)
     computed = _computed_dims(config, table, columns, split)
-    describe_run(config, digest([*rows, store.digest()]), store.dims | computed, quartiles, world.size)
+    describe_run(config, digest([*rows, store.digest]), store.dims | computed, quartiles, world.size)
     if split is not None:
         storage.write(url, to_parquet(split))
     made = run.checkpoints()

@@ -21,6 +21,7 @@ from fusion.distributed.world import World
 from fusion.errors import DivergedError
 from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape
+from fusion.nn.batch import Batch
 from fusion.nn.layers import random_rows
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.predict import predict_rows, pricing
@@ -61,7 +62,7 @@ class Fit:
 
     def __init__(self, config: RunConfig, model: PriceModel, data: TrainingData, world: World) -> None:
         self.config, self.model, self.data, self.world = config, model, data, world
-        self.store, self.targets = data.store.resident_on(world.device), data.targets.to(world.device)
+        self.store, self.targets = data.store.resident_on(world.device, config.residency), data.targets.to(world.device)
         self.held_out = torch.tensor(config.held_out())
         self.replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.loss = get_loss_function(config.loss)
@@ -99,9 +100,11 @@ class Fit:
         """
         self.model.train()
         batches = self._batches()
+        left = batches[self.batch :]
+        inputs = self.store.batches((batch[self._part(batch)] for batch in left), self.world.device)
         every = min(AGREE_STEPS, self.config.checkpoint_steps or AGREE_STEPS)
-        for batch in batches[self.batch :]:
-            self._unshared += self._train_batch(batch) * len(batch)
+        for batch, rows in zip(left, inputs, strict=True):
+            self._unshared += self._train_batch(batch, rows) * len(batch)
             self.step += 1
             self.batch += 1
             beat()
@@ -207,24 +210,34 @@ class Fit:
         shuffled = self.data.train[torch.randperm(len(self.data.train), generator=order)]
         return torch.split(shuffled, self.config.batch_size)
 
-    def _train_batch(self, batch: Tensor) -> Tensor:
+    def _part(self, batch: Tensor) -> slice:
+        """Returns this rank's part of a global batch.
+
+        If the batch has fewer rows than there are ranks, a rank without a row still has to take part in the exchange of
+        gradients, so it computes the first row, with a weight of 0.
+        """
+        part = self.world.share(len(batch))
+        return part if part.start < part.stop else slice(0, 1)
+
+    def _train_batch(self, batch: Tensor, inputs: Batch) -> Tensor:
         """Takes one optimizer step on a global batch of B positions.
+
+        Args:
+            inputs: the rows of this rank's part of the batch.
 
         Returns:
             This rank's part of the loss. The parts of all ranks add up to the mean over the batch.
         """
-        part = self.world.share(len(batch))
+        part, own = self._part(batch), self.world.share(len(batch))
         counts = self.data.folds[batch].unsqueeze(1) != self.held_out  # [B, M]: whether the member trains on the row
         n_counted = max(1.0, float(counts.sum()))
-        if part.start == part.stop:
-            # The batch has fewer rows than there are ranks. This rank still has to take part in the exchange of
-            # gradients, so it computes one row with a weight of 0.
-            part, counts = slice(0, 1), torch.zeros_like(counts)
+        if own.start == own.stop:
+            counts = torch.zeros_like(counts)
         rows, mine = batch[part], counts[part].to(self.world.device)
         seed = derived_seed(self.config.seed, "step", self.step)
         device, bf16 = self.world.device, self.config.precision == "bf16"
         with random_rows(seed, part, len(batch), device), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            outputs = self.replica(self.store.batch(rows, device))
+            outputs = self.replica(inputs)
         share = float(mine.sum()) / n_counted
         loss = self._loss(outputs.price, rows, mine) * share
         # The kernel regression has a loss of its own, so that similarities are learned even where the network corrects.

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import fusion
-from fusion.environment import variable
+from fusion.environment import memory_limit, variable
 from fusion.errors import ExitCode
 from fusion.storage.scratch import temporary_folder
 from jobs.checks.check import CheckResult, PlannedJob, fail, ok, size, warn
@@ -192,28 +192,6 @@ def memory(_: PlannedJob) -> CheckResult:
     if 0 <= n_files < MIN_OPEN_FILES:
         return warn(found, f"allow {MIN_OPEN_FILES} open files or more: `ulimit -n`")
     return ok(found)
-
-
-def memory_limit(root: Path = Path("/")) -> int | None:
-    """The smallest memory limit, in bytes, of the cgroups that this process is in (version 2, then 1); None: no limit.
-
-    Args:
-        root: another root of the file system, for tests.
-    """
-    group = next((line for line in _text(root / "proc/self/cgroup").splitlines() if line.startswith("0::/")), "0::/")
-    parents = [Path(group[4:]), *Path(group[4:]).parents]
-    files = [root / "sys/fs/cgroup" / folder / "memory.max" for folder in parents]
-    limits = [_text(file).strip() for file in [*files, root / "sys/fs/cgroup/memory/memory.limit_in_bytes"]]
-    # Without a limit, version 2 says "max", and version 1 a number near 2**63.
-    found = [int(limit) for limit in limits if limit.isdecimal() and int(limit) < 2**60]
-    return min(found, default=None)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def folders(_: PlannedJob) -> CheckResult:

@@ -278,12 +278,12 @@ def test_a_source_that_does_not_exist_lists_those_that_do(tmp_path: Path, alone:
 def test_the_digest_depends_on_values_but_not_on_the_order_of_rows(tmp_path: Path, alone: World) -> None:
     values = vectors(20)
     write(source(tmp_path), list(range(20)), values)
-    before = read(tmp_path, 20, alone).digest()
+    before = read(tmp_path, 20, alone).digest
     write(source(tmp_path), list(range(20))[::-1], values[::-1], rows=3)
-    assert read(tmp_path, 20, alone).digest() == before
+    assert read(tmp_path, 20, alone).digest == before
     values[7, 2] += 1
     write(source(tmp_path), list(range(20)), values)
-    assert read(tmp_path, 20, alone).digest() != before
+    assert read(tmp_path, 20, alone).digest != before
 
 
 def test_the_same_rows_from_s3(tmp_path: Path, alone: World, bucket: str) -> None:

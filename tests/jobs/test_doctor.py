@@ -399,26 +399,6 @@ def test_warns_of_a_low_limit_on_open_files() -> None:
     assert done.returncode == 0 and done.stdout.startswith("warn memory") and "256 open files" in done.stdout
 
 
-def limit(root: Path, path: str, content: str) -> Path:
-    """Writes a file below a root folder, such as one of a cgroup; returns the root."""
-    (root / path).parent.mkdir(parents=True, exist_ok=True)
-    (root / path).write_text(content)
-    return root
-
-
-def test_memory_limits_of_both_versions_of_cgroups(tmp_path: Path) -> None:
-    assert machine.memory_limit(tmp_path) is None
-    second = limit(tmp_path / "2", "proc/self/cgroup", "0::/kubepods/pod1\n")
-    limit(second, "sys/fs/cgroup/kubepods/pod1/memory.max", "max\n")
-    assert machine.memory_limit(second) is None
-    limit(second, "sys/fs/cgroup/kubepods/memory.max", str(2**33))
-    assert machine.memory_limit(second) == 2**33
-    first = limit(tmp_path / "1", "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
-    assert machine.memory_limit(first) is None
-    limit(first, "sys/fs/cgroup/memory/memory.limit_in_bytes", str(2**32))
-    assert machine.memory_limit(first) == 2**32
-
-
 def test_warns_of_a_dev_shm_larger_than_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory_limit", lambda: 2**28)
     monkeypatch.setattr(machine, "MIN_FREE_BYTES", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,8 @@ class MappedFile:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, writable: bool = False) -> None:
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
-        with open(path, "r+b" if writable else "rb") as file:
-            self._map = mmap.mmap(file.fileno(), math.prod(shape) * dtype.itemsize, access=access)
+        self._file = open(path, "r+b" if writable else "rb", buffering=0)  # noqa: SIM115 (open for as long as the map)
+        self._map = mmap.mmap(self._file.fileno(), math.prod(shape) * dtype.itemsize, access=access)
         self.tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
         self._row_bytes = self.tensor[:1].nbytes
 
@@ -37,6 +38,7 @@ class MappedFile:
 
     def expect(self, rows: Tensor) -> None:
         """Starts to read these rows [n] from disk, without waiting for them."""
+        # Not `mmap.madvise`, which keeps Python's global lock while the kernel queues the reads.
+        file = self._file.fileno()
         for start in (rows * self._row_bytes).tolist():
-            page = start - start % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, page, start + self._row_bytes - page)
+            os.posix_fadvise(file, start, self._row_bytes, os.POSIX_FADV_WILLNEED)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from fusion.command import terminal
 from fusion.compare.comparison import MIN_SHARED, Apart, Comparison
 from fusion.compare.standard_errors import Estimate
-from fusion.errors import visible
+from fusion.records.schemas import Effect
 
-PLAIN_WIDTH = 100  # characters per line if standard output is not a terminal
 RUNS_PER_TABLE = 6  # runs whose settings fit beside each other in 100 columns; more runs get another table
 
 
 def show(found: Comparison) -> None:
     """Prints the comparison on standard output."""
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    console = terminal.console()
     title = f"{found.rows} rows that all of them validated on, in {found.groups} groups of near-duplicates"
     _print(console, title, _runs(found))
     if found.apart:
@@ -32,52 +28,42 @@ def show(found: Comparison) -> None:
         for first in range(0, n_runs, RUNS_PER_TABLE):
             _print(console, "Settings that differ", _settings(found.settings, first))
     for line in _verdict(found):
-        console.print(Text(visible(line)))
+        console.print(terminal.text(line))
 
 
-def _runs(found: Comparison) -> Table:
+def _runs(found: Comparison) -> terminal.Table:
     """Returns the table of the runs that validated on the same rows, each with a letter that the other tables use."""
     table = _table("", "run", "SMAPE", "95% interval", "to the best", "parameters", "minutes")
     for letter, entry in enumerate(found.runs):
-        table.add_row(
-            *_texts(
-                _letter(letter),
-                entry.name if entry.finished else f"{entry.name} (unfinished)",
-                f"{entry.smape.mean:.2f}",
-                _interval(entry.smape),
-                _difference(entry.to_best),
-                "-" if entry.parameters is None else f"{entry.parameters:,}",
-                "-" if entry.minutes is None else f"{entry.minutes:.1f}",
-            )
+        terminal.add(
+            table,
+            _letter(letter),
+            entry.name if entry.finished else f"{entry.name} (unfinished)",
+            f"{entry.smape.mean:.2f}",
+            interval(entry.smape),
+            difference(entry.to_best),
+            "-" if entry.parameters is None else f"{entry.parameters:,}",
+            "-" if entry.minutes is None else f"{entry.minutes:.1f}",
         )
     return table
 
 
-def _apart(apart: Sequence[Apart], first: int) -> Table:
+def _apart(apart: Sequence[Apart], first: int) -> terminal.Table:
     """Returns the table of the runs that validated on other rows; their letters start at number `first`."""
-    table = _table(
-        "",
-        "run",
-        "rows",
-        "shared",
-        "SMAPE there",
-        "best there",
-        "to the best",
-    )
+    table = _table("", "run", "rows", "shared", "SMAPE there", "best there", "to the best")
     for letter, one in enumerate(apart, first):
         scores = ["-" if value is None else f"{value:.2f}" for value in (one.smape, one.best_smape)]
-        table.add_row(
-            *_texts(_letter(letter), one.name, str(one.rows), str(one.shared), *scores, _difference(one.to_best))
-        )
+        counts = (str(one.rows), str(one.shared))
+        terminal.add(table, _letter(letter), one.name, *counts, *scores, difference(one.to_best))
     return table
 
 
-def _settings(settings: dict[str, list[Any]], first: int) -> Table:
+def _settings(settings: dict[str, list[Any]], first: int) -> terminal.Table:
     """Returns the table of settings that differ, for `RUNS_PER_TABLE` runs from number `first` on."""
     n_runs = min(RUNS_PER_TABLE, len(next(iter(settings.values()))) - first)
     table = _table("", *(_letter(first + i) for i in range(n_runs)))
     for key, values in settings.items():
-        table.add_row(*_texts(key, *map(_cell, values[first : first + n_runs])))
+        terminal.add(table, key, *map(_cell, values[first : first + n_runs]))
     return table
 
 
@@ -103,22 +89,14 @@ def _verdict(found: Comparison) -> list[str]:
     return lines
 
 
-def _print(console: Console, title: str, table: Table) -> None:
-    console.print(Text(title, style="bold"))  # rich would wrap a table's own title at the width of the table
+def _print(console: Console, title: str, table: terminal.Table) -> None:
+    console.print(terminal.text(title, "bold"))  # rich would wrap a table's own title at the width of the table
     console.print(table)
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in headings:
-        is_text = heading in ("", "run") or heading in ascii_uppercase
-        is_whole = heading not in ("run", *ascii_uppercase)
-        table.add_column(heading, justify="left" if is_text else "right", no_wrap=is_whole, overflow="fold")
-    return table
-
-
-def _texts(*cells: str) -> list[Text]:
-    return [Text(visible(cell)) for cell in cells]
+def _table(*headings: str) -> terminal.Table:
+    texts = ("run", *ascii_uppercase)
+    return terminal.table("", *headings, numbers={*headings} - {"", *texts}, folded=texts)
 
 
 def _letter(number: int) -> str:
@@ -126,11 +104,12 @@ def _letter(number: int) -> str:
     return ascii_uppercase[number] if number < len(ascii_uppercase) else str(number + 1)
 
 
-def _interval(estimate: Estimate) -> str:
+def interval(estimate: Estimate | Effect) -> str:
     return "-" if estimate.low is None else f"{estimate.low:.2f} - {estimate.high:.2f}"
 
 
-def _difference(estimate: Estimate | None) -> str:
+def difference(estimate: Estimate | Effect | None) -> str:
+    """The mean with its sign, and its standard error."""
     if estimate is None:
         return "-"
     return f"{estimate.mean:+.2f}" if estimate.error is None else f"{estimate.mean:+.2f} +- {estimate.error:.2f}"

@@ -7,11 +7,10 @@ are escaped.
 from __future__ import annotations
 
 import math
-import sys
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
 from fusion.command import terminal
 from fusion.errors import visible
@@ -59,7 +58,7 @@ def show(
         note: a remark about the rows, for the title.
         coverage: as of `fusion.records.intervals.coverage`; None or empty if there are no intervals.
     """
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = terminal.console(PLAIN_WIDTH)
     console.print(_groups(groups, console.width, note))
     if coverage is not None and not coverage.empty:
         console.print(_coverage(coverage))
@@ -74,22 +73,17 @@ def show(
         console.print(_plain(title, gates.rename_axis("bin").reset_index(), console.width))
 
 
-def _groups(groups: pd.DataFrame, width: int, note: str) -> Table:
+def _groups(groups: pd.DataFrame, width: int, note: str) -> terminal.Table:
     """Returns the table of metrics, with a section per column that rows are grouped by."""
     shown = list(HEADINGS)[: _n_metrics(width)]
-    table = terminal.table(f"Validation rows{note}. SMAPE and MAPE in %, R2 a number, the rest in $")
-    table.add_column("group", no_wrap=True, max_width=TEXT_WIDTH)
-    for name in shown:
-        table.add_column(HEADINGS[name], justify="right", no_wrap=True)
-    for by, part in groups.groupby("by", sort=False):
-        if by != "overall":
-            table.add_section()
-            terminal.add(table, f"by {by}", style="bold")
-        for row in part.to_dict("records"):
-            row["interval"] = f"{_number(row['smape_low'])} - {_number(row['smape_high'])}"
-            row["share"] = f"{row['share']:.1%}"
-            terminal.add(table, str(row["group"]), *(_number(row[name]) for name in shown))
-    return table
+
+    def cells(row: dict[Hashable, Any]) -> list[str]:
+        row["interval"] = f"{_number(row['smape_low'])} - {_number(row['smape_high'])}"
+        row["share"] = f"{row['share']:.1%}"
+        return [_number(row[name]) for name in shown]
+
+    title = f"Validation rows{note}. SMAPE and MAPE in %, R2 a number, the rest in $"
+    return _by_group(title, groups, [HEADINGS[name] for name in shown], cells)
 
 
 def _n_metrics(width: int) -> int:
@@ -99,46 +93,47 @@ def _n_metrics(width: int) -> int:
     return 9 if width < 125 else len(HEADINGS)
 
 
-def _coverage(coverage: pd.DataFrame) -> Table:
+def _coverage(coverage: pd.DataFrame) -> terminal.Table:
     """Returns the table of coverage, with the standard error of the share within 90% bounds if that share is 90%."""
     covered = [str(name) for name in coverage if str(name).startswith("covered_")]
-    table = terminal.table(
-        "Intervals: share of the true prices inside, and the factor from the price to a bound of 90%"
-    )
-    table.add_column("group", no_wrap=True, max_width=TEXT_WIDTH)
     shares = [f"{name.removeprefix('covered_')}%" for name in covered]
-    for heading in ("rows", *shares, "s.e. of 90%", "factor"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for by, part in coverage.groupby("by", sort=False):
+
+    def cells(row: dict[Hashable, Any]) -> list[str]:
+        percents = [f"{row[name]:.1%}" for name in (*covered, "error")]
+        return [str(row["count"]), *percents, readable(row["factor_90"])]
+
+    title = "Intervals: share of the true prices inside, and the factor from the price to a bound of 90%"
+    return _by_group(title, coverage, ["rows", *shares, "s.e. of 90%", "factor"], cells)
+
+
+def _by_group(
+    title: str, frame: pd.DataFrame, headings: list[str], cells: Callable[[dict[Hashable, Any]], list[str]]
+) -> terminal.Table:
+    """Returns a table of the groups, with a section per column that rows are grouped by; `cells` formats a row."""
+    table = terminal.table(title, "group", *headings, numbers=headings, max_width={"group": TEXT_WIDTH})
+    for by, part in frame.groupby("by", sort=False):
         if by != "overall":
             table.add_section()
             terminal.add(table, f"by {by}", style="bold")
         for row in part.to_dict("records"):
-            percents = [f"{row[name]:.1%}" for name in (*covered, "error")]
-            terminal.add(table, str(row["group"]), str(row["count"]), *percents, readable(row["factor_90"]))
+            terminal.add(table, str(row["group"]), *cells(row))
     return table
 
 
-def _plain(title: str, frame: pd.DataFrame, width: int) -> Table:
+def _plain(title: str, frame: pd.DataFrame, width: int) -> terminal.Table:
     """Returns a table in which numbers and ids are never cut off.
 
     Texts share the width that is left, and are left out if it is too small to read them.
     """
+    frame = frame.rename(columns=str)
     cells = {column: [_number(cell) for cell in frame[column]] for column in frame.columns}
     texts = [column for column in cells if column not in WHOLE and not pd.api.types.is_numeric_dtype(frame[column])]
-    taken = sum(BETWEEN + max(map(len, [str(column), *cells[column]])) for column in cells if column not in texts)
+    taken = sum(BETWEEN + max(map(len, [column, *cells[column]])) for column in cells if column not in texts)
     text_width = min(TEXT_WIDTH, (width - 1 - taken) // max(1, len(texts)) - BETWEEN)
     if text_width < LEAST_TEXT:
         cells = {column: values for column, values in cells.items() if column not in texts}
-    table = terminal.table(title)
-    for column in cells:
-        is_number = pd.api.types.is_numeric_dtype(frame[column])
-        table.add_column(
-            terminal.text(str(column)),
-            justify="right" if is_number else "left",
-            no_wrap=True,
-            max_width=text_width if column in texts else None,
-        )
+    numbers = [column for column in cells if pd.api.types.is_numeric_dtype(frame[column])]
+    table = terminal.table(title, *cells, numbers=numbers, max_width=dict.fromkeys(texts, text_width))
     for row in zip(*cells.values(), strict=True):
         terminal.add(table, *row)
     return table

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from rich.table import Table
-
 from fusion.command import terminal
 from fusion.errors import ExitCode, visible
 from jobs.results.bucket import Run, Submission
@@ -38,7 +36,7 @@ def runs(found: Sequence[Run], output: str, *, failed: bool = False, width: int 
     _explain(shown, len(splits), len(found) - len(shown))
 
 
-def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, columns: Sequence[str]) -> Table:
+def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, columns: Sequence[str]) -> terminal.Table:
     table = terminal.table(f"Runs in {output}", *columns, numbers=NUMBERS)
     for run in shown:
         cells = {

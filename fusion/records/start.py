@@ -66,20 +66,27 @@ def describe_run(
     """
     run = RunFolder.of(config)
     before = run.facts()
-    if before is not None:
-        if before.data_sha256 != data_digest:
-            raise DataError(
-                f"the data have changed since run {config.name()} began: sha256 {data_digest[:12]}, "
-                f"was {before.data_sha256[:12]}",
-                "train on the new data under another --run-id",
-            )
-        return
+    if before is None:
+        facts = _facts(config, data_digest, dims, quartiles, world_size)
+        storage.write(run.at(FACTS), schemas.seal(schemas.written(facts)))
+    elif before.data_sha256 != data_digest:
+        raise DataError(
+            f"the data have changed since run {config.name()} began: sha256 {data_digest[:12]}, "
+            f"was {before.data_sha256[:12]}",
+            "train on the new data under another --run-id",
+        )
+
+
+def _facts(
+    config: RunConfig, data_digest: str, dims: Mapping[str, int], quartiles: Sequence[float], world_size: int
+) -> RunFacts:
+    """The content of `run.json`, from the arguments of `describe_run`."""
     low, median, high = quartiles
-    facts = RunFacts(
+    return RunFacts(
         run_id=config.name(),
         variant=config.variant,
         config_sha256=config_digest(asdict(config)),
-        config_json_sha256=storage.sha256(storage.read(run.at(CONFIG))),
+        config_json_sha256=storage.sha256(storage.read(RunFolder.of(config).at(CONFIG))),
         code_sha256=code_digest("training"),
         data_sha256=data_digest,
         dims=dict(dims),
@@ -94,4 +101,3 @@ def describe_run(
         },
         started=schemas.now(),
     )
-    storage.write(run.at(FACTS), schemas.seal(schemas.written(facts)))

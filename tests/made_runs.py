@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fusion import storage
+from fusion.records.run import RunFolder
 
 SHA = "0" * 64
 
@@ -28,7 +29,7 @@ def make_run(
         code: exit code of its only attempt; None: the attempt has not ended.
         split: digest of the validation rows.
     """
-    run = storage.join(output, "runs", run_id)
+    run = RunFolder.named(output, run_id).url
     write(f"{run}/config.json", {"data": "data", "width": 16})
     write(f"{run}/lease.json", {"attempt": 1, "token": "t", "started": started})
     write(f"{run}/attempts/1/start.json", {"attempt": 1, "started": started})

@@ -17,7 +17,8 @@ from fusion.config import HOW
 from fusion.errors import DataError, UsageError
 from fusion.records import manifests
 from fusion.records.find_run import no_run
-from fusion.records.manifests import ENSEMBLE, MANIFEST, SUBMISSION, VALIDATION
+from fusion.records.manifests import ENSEMBLE, SUBMISSION, VALIDATION
+from fusion.records.output import OutputFolder
 from fusion.records.run import RunFolder
 from fusion.records.schemas import ENSEMBLE_VARIANT, MetricsManifest, read_if_whole
 from fusion.records.split import read_split
@@ -95,7 +96,7 @@ def find_run(output: str, which: str) -> RunFolder:
     run = RunFolder(which.rstrip("/")) if "/" in which else RunFolder.named(output, which)
     if run.exists():
         return run
-    if storage.exists(run.at(SUBMISSION)) or storage.ls(storage.join(output, "submissions", which)):
+    if storage.exists(run.at(SUBMISSION)) or OutputFolder(output).ls("submissions", which):
         hint = f"`python jobs/pull.py submissions --output {output}` lists the run that made each submission"
         raise DataError(f"{which} is a submission, not a run", hint)
     if "/" in which:
@@ -143,16 +144,16 @@ def _evaluated(run: RunFolder, chosen: manifests.Checkpoint, variant: str) -> pd
     Raises:
         DataError: this checkpoint was not evaluated, or not on the data of its training, or a file is damaged.
     """
-    manifest = read_if_whole(MetricsManifest, run.at("metrics", MANIFEST), "metrics_damaged")
+    manifest = read_if_whole(MetricsManifest, run.metrics.manifest_url, "metrics_damaged")
     if manifest is not None and manifest.model_sha256 == chosen.model_sha256:
         files = {key: storage.read(run.at("metrics", key)) for key in ("predictions.parquet", "summary.json")}
         is_whole = all(storage.sha256(data) == manifest.sha256_of(key) for key, data in files.items())
         if is_whole and json.loads(files["summary.json"]).get("as_trained") is not False:
             return pd.read_parquet(io.BytesIO(files["predictions.parquet"])).astype({"sample_id": "str"})
-    output, run_id = run.url.rpartition("/runs/")[0], run.run_id
     raise DataError(
-        f"an earlier version trained run {run_id}, and did not save its predictions of the validation rows",
-        f"evaluate it first: `python -m fusion.{variant}.evaluate_by_groups --output {output} --run-id {run_id}`",
+        f"an earlier version trained run {run.run_id}, and did not save its predictions of the validation rows",
+        "evaluate it first: "
+        f"`python -m fusion.{variant}.evaluate_by_groups --output {run.output} --run-id {run.run_id}`",
     )
 
 

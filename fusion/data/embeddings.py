@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from fusion import log, signals, storage
-from fusion.data.inputs import Sources, find_sources
+from fusion.data.inputs import Sources, find_sources, sources_folder
 from fusion.data.row_cache import Allocate, CacheFolder, Kinds, Loaded, kept_rows
 from fusion.data.row_store import RowStore, SourceArrays
 from fusion.data.shared_memory import node_tensor
@@ -109,9 +109,8 @@ def _read(
     world: World,
 ) -> Loaded:
     """Reads the sources into new arrays; arguments as for `load`."""
-    where = storage.join(data, "embeddings", split)
     kept: dict[str, bytes] = {}
-    plans = world.on_main(lambda: _plans(files, bindings, where, kept))
+    plans = world.on_main(lambda: _plans(files, bindings, sources_folder(data, split), kept))
     arrays = allocate(len(ids), {plan.role: (plan.kind.dim, plan.dtype) for plan in plans})
     rows = Rows(ids)
     found = _fill(plans, rows, arrays, kept, world)

@@ -49,15 +49,21 @@ def find_inputs(data: str, split: str, bindings: Mapping[str, str]) -> Inputs:
     return Inputs(find_table(data, split), find_sources(data, split, bindings))
 
 
+def sources_folder(data: str, split: str) -> str:
+    """URL of the folder with the sources of a split."""
+    return storage.join(data, "embeddings", split)
+
+
 def find_sources(data: str, split: str, bindings: Mapping[str, str]) -> Sources:
     """The source files of `find_inputs`, without the table."""
-    found = storage.find(storage.join(data, "embeddings", split))
-    return {role: _files(data, split, role, name, found) for role, name in bindings.items()}
+    folder = sources_folder(data, split)
+    found = storage.find(folder)
+    return {role: _files(folder, role, name, found) for role, name in bindings.items()}
 
 
 def source_names(data: str, split: str) -> set[str]:
     """Names of all sources of a split."""
-    return _names(storage.find(storage.join(data, "embeddings", split)))
+    return _names(storage.find(sources_folder(data, split)))
 
 
 def find_table(data: str, split: str) -> tuple[Entry, ...]:
@@ -92,13 +98,12 @@ def _below(folder: str) -> dict[str, Entry]:
 
 
 def _no_table(data: str, split: str, there: list[str]) -> DataError:
-    csv = storage.join(data, f"{split}.csv")
     if not there and _is_file(data):
         folder = data.rstrip("/").rpartition("/")[0]
         return DataError(f"{data} is a file, expected the folder that holds {split}.csv", f"--data {folder or '.'}")
     holds = ", ".join(there[:10]) or "nothing"
     return DataError(
-        f"neither {csv} nor {split}{_PARQUET} exists; {data} holds {holds}",
+        f"neither {storage.join(data, split)}.csv nor {split}{_PARQUET} exists; {data} holds {holds}",
         "name the folder that holds it, such as --data s3://my-bucket/data; "
         "`python -m fusion.demo` makes an example in demo/data",
     )
@@ -112,18 +117,17 @@ def _is_file(url: str) -> bool:
     return name in beside and not beside[name].is_folder
 
 
-def _files(data: str, split: str, role: str, name: str, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
+def _files(folder: str, role: str, name: str, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
     """The files of a source `x`: the file `x.parquet`, or those in a folder `x` or, as Spark names it, `x.parquet`."""
-    folder = storage.join(data, "embeddings", split)
     single = found.get(f"{name}{_PARQUET}")
     folders = {of: _parts(of, found) for of in (f"{name}/", f"{name}{_PARQUET}/")}
     choices: dict[str, tuple[Entry, ...]] = {f"{name}{_PARQUET}": (single,)} if single else {}
     choices |= {of: parts for of, parts in folders.items() if parts}
     if len(choices) > 1:
-        both = " and ".join(storage.join(folder, choice) for choice in choices)
+        both = " and ".join(f"{folder}/{choice}" for choice in choices)
         raise DataError(f"there are {both} for the role {role}", "remove the wrong one")
     if not choices:
-        raise _no_source(folder, split, role, name, found)
+        raise _no_source(folder, role, name, found)
     return next(iter(choices.values()))
 
 
@@ -141,14 +145,14 @@ def _names(found: Mapping[str, Entry]) -> set[str]:
     return {parts[0].removesuffix(_PARQUET) for parts in mine}
 
 
-def _no_source(folder: str, split: str, role: str, name: str, found: Mapping[str, Entry]) -> DataError:
+def _no_source(folder: str, role: str, name: str, found: Mapping[str, Entry]) -> DataError:
     there = sorted(_names(found))
     near = did_you_mean(name, there)
     flag = f"name the source with --sources.{role.replace('_', '-')} NAME"
     if any(path.endswith((".npy", ".npz", ".pkl")) for path in found):
         flag = f"convert NumPy files and pickles with python -m fusion.convert, or {flag}"
     return DataError(
-        f"no {storage.join(folder, name)}{_PARQUET} and no {name}/*{_PARQUET} for the role {role}; {folder} holds "
+        f"no {folder}/{name}{_PARQUET} and no {name}/*{_PARQUET} for the role {role}; {folder} holds "
         f"{', '.join(there) or 'nothing'}",
-        near + (flag if split == "train" else "add the source: the model was trained with it"),
+        near + (flag if storage.base(folder) == "train" else "add the source: the model was trained with it"),
     )

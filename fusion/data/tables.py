@@ -114,7 +114,7 @@ def read_table(
             or occur twice, or prices are missing or not positive.
     """
     files = find_table(data, split)
-    url = files[0].url if len(files) == 1 else storage.join(data, f"{split}.parquet")
+    url = files[0].url if len(files) == 1 else files[0].url.rpartition("/")[0]  # a file, or the folder of its parts
     needed = ("sample_id", "price") if priced else ("sample_id",)
     found, names = _read_parts([entry.url for entry in files], needed, columns, hashed)
     if found.num_rows == 0:

@@ -20,7 +20,7 @@ from fusion.data.tables import Table
 from fusion.ensemble.weights import Blend
 from fusion.errors import ConfigError
 from fusion.records import best_run, intervals, manifests, schemas
-from fusion.records.manifests import ENSEMBLE, INTERVALS, MANIFEST, VALIDATION
+from fusion.records.manifests import ENSEMBLE, INTERVALS, VALIDATION
 from fusion.records.provenance import revision
 from fusion.records.run import CONFIG, FACTS, RunFolder
 from fusion.records.schemas import (
@@ -87,7 +87,7 @@ def publish(output: str, record: EnsembleRecord, found: Sequence[Scored], rows: 
     folder = RunFolder.named(output, record.run_id)
     if storage.exists(folder.at(CONFIG)):
         raise ConfigError(f"{record.run_id} is the name of a run in {output}", "choose another --run-id")
-    if storage.exists(folder.at(MANIFEST)):
+    if folder.is_committed():
         _check_same(folder, record)
         return False
     members = [member for one in found for member in one.members]
@@ -100,8 +100,8 @@ def publish(output: str, record: EnsembleRecord, found: Sequence[Scored], rows: 
         VALIDATION: to_parquet(frame.assign(group=rows.groups)),
         **({} if made is None else {INTERVALS: seal(asdict(made))}),
     }
-    manifest = seal(asdict(Manifest(SCHEMA, manifests.write_files(folder.url, files))))
-    if storage.create(folder.at(MANIFEST), manifest):
+    manifest = seal(asdict(Manifest(SCHEMA, manifests.write_files(folder, files))))
+    if storage.create(folder.manifest_url, manifest):
         return True
     _check_same(folder, record)  # another process has written the manifest in the meantime
     return False

@@ -18,26 +18,38 @@ from fusion import log, storage
 from fusion.command.settings import from_json
 from fusion.config import PredictConfig, RunConfig, digest
 from fusion.data.embeddings import load
-from fusion.data.inputs import Inputs, find_inputs, find_table, table_sha256
+from fusion.data.inputs import Inputs, find_inputs, table_sha256
 from fusion.data.row_store import RowStore
 from fusion.data.tables import Table, read_table
 from fusion.distributed.world import World, held, join_world
 from fusion.ensemble.comparables import all_named, merged, positions_among
-from fusion.errors import ConfigError, DataError, DivergedError, UnreachableError
+from fusion.errors import ConfigError, DataError
 from fusion.features.fitted import Columns, Features, columns_of
 from fusion.features.rows import compared, with_features
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
-from fusion.prediction.predict import check_dims, features_of, load_model, named, parts_folder, pricing, publish_prices
+from fusion.prediction.predict import (
+    all_parts,
+    check_dims,
+    check_unchanged,
+    features_of,
+    load_model,
+    named,
+    parts_folder,
+    pricing,
+    publish_and_discard,
+    publish_prices,
+)
 from fusion.prediction.resumable import Compute, compute_parts, discard
 from fusion.records import find_run, schemas
 from fusion.records.best_run import pointed_to
 from fusion.records.manifests import ENSEMBLE, INTERVALS, Checkpoint
+from fusion.records.output import OutputFolder
 from fusion.records.provenance import ENSEMBLE_CODE, code_digest
 from fusion.records.run import CONFIG, RunFolder
 from fusion.records.schemas import ENSEMBLE_VARIANT, EnsembleMember, EnsembleRecord, Intervals
 from fusion.submissions import guards, submission
-from fusion.submissions.fingerprints import Look, look
+from fusion.submissions.fingerprints import EmbeddingStatistics, statistics_of
 from fusion.submissions.unchanged import republish
 from fusion.variants import config_class_of, network_of
 
@@ -89,13 +101,11 @@ def predict_test(settings: PredictConfig) -> None:
         data = world.on_main(lambda: find_run.data_of(settings, record.data))
         inputs = world.on_main(lambda: find_inputs(data, "test", _sources(members)))
         origin = world.on_main(lambda: _origin(folder, record, members, data, inputs))
-        all_parts = storage.join(settings.output, "parts", settings.name)
         if world.on_main(lambda: submission.reuse(settings, origin)):
-            world.on_main(lambda: discard(all_parts))  # left by a job that was killed after it had published
+            world.on_main(lambda: discard(all_parts(settings)))  # left by a job that was killed after it had published
             return
         limits = world.on_main_alone(lambda: _intervals(folder))
         _predict(settings, record, members, inputs, origin, limits, world)
-        world.on_main(lambda: discard(all_parts))
 
 
 def _open(settings: PredictConfig) -> tuple[RunFolder, EnsembleRecord, list[OpenedMember]]:
@@ -106,8 +116,7 @@ def _open(settings: PredictConfig) -> tuple[RunFolder, EnsembleRecord, list[Open
     """
     folder = _find(settings)
     record = folder.ensemble()
-    output = folder.url.rpartition("/runs/")[0]
-    return folder, record, [_open_member(output, record, member) for member in record.members]
+    return folder, record, [_open_member(folder.output, record, member) for member in record.members]
 
 
 def _find(settings: PredictConfig) -> RunFolder:
@@ -140,7 +149,7 @@ def _find(settings: PredictConfig) -> RunFolder:
 
 def _open_member(output: str, record: EnsembleRecord, member: EnsembleMember) -> OpenedMember:
     """Reads the run of a member. Raises DataError if the checkpoint is missing or has another model."""
-    run = RunFolder(storage.join(output, member.run))
+    run = RunFolder(OutputFolder(output).at(member.run))
     found = {made.name: made for made in run.checkpoints()}
     chosen = found.get(member.checkpoint)
     if chosen is None or chosen.model_sha256 != member.model_sha256:
@@ -208,24 +217,21 @@ def _predict(
     store = _with_computed(store, members, table, world)
     for opened, model in zip(members, models, strict=True):
         check_dims(_view(store, opened).dims, model.dims, f"{data}/embeddings/test")
-    if world.on_main(lambda: find_table(data, "test")) != inputs.table:
-        raise UnreachableError(
-            f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
-        )
+    check_unchanged(inputs, data, world)
     store = store.resident_on(world.device, settings.residency)
-    last = world.on_main_alone(lambda: submission.last(settings))
-    seen, agreement = _look(members, models, store, ids, world)
+    last = world.on_main_alone(lambda: submission.last_submission(settings))
+    seen, agreement = _statistics(members, models, store, ids, world)
     about = guards.about_embeddings(seen, agreement, last, origin)
     world.on_main(lambda: guards.conclude(settings, about))
-    all_parts = storage.join(settings.output, "parts", settings.name)
     known = all_named(models)
     compute = _weighted_mean_of(members, models, positions_among(known, models, world.device))
-    computed = named(compute_parts(compute, store, world, parts_folder(all_parts, origin, world)), known)
-    try:
-        world.on_main(lambda: publish_prices(settings, origin, record.smape, held(table), computed, limits, seen, last))
-    except (DataError, DivergedError):
-        world.on_main(lambda: discard(all_parts))  # a guard has refused the prices: see `predict.predict_test`
-        raise
+    parts = parts_folder(all_parts(settings), origin, world)
+    computed = named(compute_parts(compute, store, world, parts), known)
+
+    def publish() -> None:
+        publish_prices(settings, origin, record.smape, held(table), computed, limits, seen, last)
+
+    publish_and_discard(settings, publish, world)
 
 
 def _view(store: RowStore, opened: OpenedMember) -> RowStore:
@@ -254,27 +260,28 @@ def _columns(features: Features, table: Table | None) -> Columns:
     return columns_of(features, held(table))
 
 
-def _look(
+def _statistics(
     members: Sequence[OpenedMember],
     models: Sequence[PriceModel],
     store: RowStore,
     ids: pd.Index,
     world: World,
-) -> tuple[Look, dict[str, float]]:
+) -> tuple[EmbeddingStatistics, dict[str, float]]:
     """Computes statistics of the embeddings, for the guards.
 
     Returns:
         The statistics by source; those of a source come from the model of the first member that reads it. And how much
         pairs of sources agreed in the trainings of the members.
     """
-    seen, agreement, found = Look(pd.DataFrame(), {}, {}), dict[str, float](), list[Look]()
+    seen, found = EmbeddingStatistics(pd.DataFrame(), {}, {}), list[EmbeddingStatistics]()
+    agreement = dict[str, float]()
     for opened, model in zip(members, models, strict=True):
         checked = compared(_view(store, opened))
         names = _names(opened, checked)
         new = {role: name for role, name in names.items() if name not in seen.shift}
         if not new:
             continue
-        one = look(model, checked, ids, world)
+        one = statistics_of(model, checked, ids, world)
         found.append(replace(one, prints=one.prints[list(new)].rename(columns=new)))
         seen.shift.update({name: one.shift[role] for role, name in new.items()})
         seen.spread.update({name: one.spread[role] for role, name in new.items()})

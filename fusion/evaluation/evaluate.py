@@ -283,12 +283,12 @@ def _write(run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluation,
     log.info(event="evaluated", rows=len(rows), written=folder)
 
 
-def _replace(folder: str, files: Mapping[str, bytes], manifest: bytes) -> None:
+def _replace(folder: manifests.Folder, files: Mapping[str, bytes], manifest: bytes) -> None:
     """Replaces the files of an earlier evaluation, and their manifest.
 
     If two evaluations write at the same time, the files of the last one remain, and match their manifest.
     """
-    url = storage.join(folder, manifests.MANIFEST)
+    url = folder.manifest_url
     for _ in turns(url):
         storage.remove(url)  # without a manifest, readers know that the files are being replaced
         manifests.write_files(folder, files)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fusion import log, storage
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig, digest
 from fusion.data.embeddings import load
-from fusion.data.inputs import find_inputs, find_table
+from fusion.data.inputs import Inputs, find_inputs, find_table
 from fusion.data.row_store import RowStore
 from fusion.data.tables import Table, read_table
 from fusion.distributed.world import World, held, join_world
@@ -30,11 +30,12 @@ from fusion.nn.price_model import Options, PriceModel, network_dims
 from fusion.prediction.resumable import Arrays, Compute, compute_parts, compute_rows, concatenated, discard
 from fusion.records import checkpoint, find_run, intervals, manifests, memory
 from fusion.records.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
+from fusion.records.output import OutputFolder
 from fusion.records.run import RunFolder
 from fusion.records.schemas import Intervals
 from fusion.records.validation import computed_frame
 from fusion.submissions import guards, predictions, submission
-from fusion.submissions.fingerprints import Look, look, to_parquet
+from fusion.submissions.fingerprints import EmbeddingStatistics, statistics_of, to_parquet
 from fusion.submissions.unchanged import republish
 
 C = TypeVar("C", bound=RunConfig)
@@ -65,6 +66,11 @@ def pricing(model: PriceModel) -> Compute:
     """
     model.eval()
     return model.explained
+
+
+def all_parts(settings: PredictConfig) -> str:
+    """Returns the folder that the saved parts of all predictions under this name are in."""
+    return OutputFolder(settings.output).at("parts", settings.name)
 
 
 def parts_folder(parent: str, origin: submission.Origin, world: World) -> str:
@@ -192,42 +198,70 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
         features = world.on_main(lambda: features_of(run, config, chosen))
         inputs = world.on_main(lambda: find_inputs(data, "test", config.bindings()))
         origin = world.on_main(lambda: submission.origin_of(run, chosen, config, data, found=inputs))
-        all_parts = storage.join(settings.output, "parts", settings.name)
-        parts = parts_folder(all_parts, origin, world)
         if world.on_main(lambda: submission.reuse(settings, origin)):
-            world.on_main(lambda: discard(all_parts))  # left by a job that was killed after it had published
+            world.on_main(lambda: discard(all_parts(settings)))  # left by a job that was killed after it had published
             return
         model = load_model(chosen, config, build_network, world)
-        limits = world.on_main_alone(lambda: intervals.intervals_of(chosen))
-        names = ["price", *([limits.by] if limits else []), *(features.names if features else [])]
-        table = world.on_main_alone(lambda: read_table(data, "test", priced=False, columns=names))
-        columns = world.on_main_alone(lambda: columns_of(features, held(table)))
-        ids = world.on_main(lambda: held(table).ids)
-        bindings, sources, cache = config.bindings(), inputs.sources, settings.cache
-        max_missing = config.max_missing if settings.max_missing is None else settings.max_missing
-        store = load(data, "test", bindings, ids, world, max_missing=max_missing, sources=sources, cache=cache)
-        store = with_features(store, features, columns, "test.csv", world)
-        check_dims(store.dims, model.dims, f"{data}/embeddings/test")
-        if world.on_main(lambda: find_table(data, "test")) != inputs.table:
-            raise UnreachableError(
-                f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
-            )
-        store = store.resident_on(world.device, settings.residency)
-        last = world.on_main_alone(lambda: submission.last(settings))
-        seen = look(model, compared(store), ids, world)
-        about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
-        world.on_main(lambda: guards.conclude(settings, about))  # refuses bad embeddings before prices are computed
-        computed = named(compute_parts(pricing(model), store, world, parts), model.named_rows)
-        try:
-            world.on_main(
-                lambda: publish_prices(settings, origin, chosen.smape, held(table), computed, limits, seen, last)
-            )
-        except (DataError, DivergedError):
-            # A guard has refused the prices. The parts are of no use, since the next attempt needs another input or
-            # another model.
-            world.on_main(lambda: discard(all_parts))
-            raise
-        world.on_main(lambda: discard(all_parts))  # including those of earlier jobs that were never finished
+        _predict(settings, config, chosen, model, features, inputs, origin, world)
+
+
+def _predict(
+    settings: PredictConfig,
+    config: RunConfig,
+    chosen: manifests.Checkpoint,
+    model: PriceModel,
+    features: Features | None,
+    inputs: Inputs,
+    origin: submission.Origin,
+    world: World,
+) -> None:
+    """Reads the rows, checks their embeddings, computes their prices, and publishes them."""
+    data = origin.data
+    limits = world.on_main_alone(lambda: intervals.intervals_of(chosen))
+    names = ["price", *([limits.by] if limits else []), *(features.names if features else [])]
+    table = world.on_main_alone(lambda: read_table(data, "test", priced=False, columns=names))
+    columns = world.on_main_alone(lambda: columns_of(features, held(table)))
+    ids = world.on_main(lambda: held(table).ids)
+    bindings, sources, cache = config.bindings(), inputs.sources, settings.cache
+    max_missing = config.max_missing if settings.max_missing is None else settings.max_missing
+    store = load(data, "test", bindings, ids, world, max_missing=max_missing, sources=sources, cache=cache)
+    store = with_features(store, features, columns, "test.csv", world)
+    check_dims(store.dims, model.dims, f"{data}/embeddings/test")
+    check_unchanged(inputs, data, world)
+    store = store.resident_on(world.device, settings.residency)
+    last = world.on_main_alone(lambda: submission.last_submission(settings))
+    seen = statistics_of(model, compared(store), ids, world)
+    about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
+    world.on_main(lambda: guards.conclude(settings, about))  # refuses bad embeddings before prices are computed
+    parts = parts_folder(all_parts(settings), origin, world)
+    computed = named(compute_parts(pricing(model), store, world, parts), model.named_rows)
+
+    def publish() -> None:
+        publish_prices(settings, origin, chosen.smape, held(table), computed, limits, seen, last)
+
+    publish_and_discard(settings, publish, world)
+
+
+def check_unchanged(inputs: Inputs, data: str, world: World) -> None:
+    """Raises UnreachableError if the table of `test.csv` was written since the inputs were listed."""
+    if world.on_main(lambda: find_table(data, "test")) != inputs.table:
+        raise UnreachableError(
+            f"{inputs.table[0].url} was written while it was read", "run it again once it is complete"
+        )
+
+
+def publish_and_discard(settings: PredictConfig, publish: Callable[[], None], world: World) -> None:
+    """Calls `publish` on rank 0, and then removes all saved parts, including those of jobs that were never finished.
+
+    They are also removed if a guard refuses the prices, since the next attempt needs another input or another model.
+    """
+    parts = all_parts(settings)
+    try:
+        world.on_main(publish)
+    except (DataError, DivergedError):
+        world.on_main(lambda: discard(parts))
+        raise
+    world.on_main(lambda: discard(parts))
 
 
 def publish_prices(
@@ -237,8 +271,8 @@ def publish_prices(
     table: Table,
     computed: Arrays,
     limits: Intervals | None,
-    seen: Look,
-    last: submission.Last | None,
+    seen: EmbeddingStatistics,
+    last: submission.LastSubmission | None,
 ) -> None:
     """Publishes the prices of the table's N rows, in the order of its file, unless a guard refuses them.
 
@@ -262,7 +296,7 @@ def publish_prices(
         FINGERPRINTS: to_parquet(seen.prints.iloc[table.file_order]),
     }
     history = guards.remembered(priced, last, settings.day(), origin.model_sha256)
-    submission.publish(settings, origin, submission.Made(files, len(table), smape, history))
+    submission.publish(settings, origin, submission.SubmissionContent(files, len(table), smape, history))
 
 
 def _predictions(table: Table, computed: Arrays, limits: Intervals | None) -> bytes:

@@ -76,9 +76,8 @@ def attempt(run: RunFolder) -> Iterator[Lease]:
     # Warns in the log if the store lacks conditional writes: then two simultaneous attempts could mix their files.
     storage.honours_conditions(run.url)
     lease = take_lease(run)
-    folder = run.attempt_url(lease.attempt)
     start = AttemptStart(lease.attempt, schemas.now())
-    storage.write(storage.join(folder, START), schemas.seal(asdict(start)))
+    storage.write(run.attempt(lease.attempt).at(START), schemas.seal(asdict(start)))
     end = Ending(ExitCode.BUG)  # until the attempt is known to have ended otherwise
     try:
         try:
@@ -120,7 +119,7 @@ def end_of(error: FusionError) -> Ending:
 def record_end(lease: Lease, end: Ending) -> None:
     """Writes `log.txt` and then `exit.json` of an attempt. If the store is unreachable, warns; the exit code stands."""
     run = RunFolder(lease.url.rpartition("/")[0])
-    folder = run.attempt_url(lease.attempt)
+    folder = run.attempt(lease.attempt)
     if end.code != ExitCode.DONE:
         storage.set_patience(min(PATIENCE_AT_THE_END, storage.patience()))
     try:
@@ -134,7 +133,7 @@ def record_end(lease: Lease, end: Ending) -> None:
             ended=schemas.now(),
             log=log_entry,
         )
-        storage.write(storage.join(folder, EXIT), schemas.seal(schemas.written(record)))
+        storage.write(folder.at(EXIT), schemas.seal(schemas.written(record)))
     except FusionError as error:
         log.warning(event="end_not_recorded", reason=error.message)
 
@@ -152,8 +151,7 @@ def _check_progress(run: RunFolder, number: int) -> None:
     """
     step = _newest_step(run)
     for earlier in (number - 1, number - 2):
-        url = storage.join(run.attempt_url(earlier), EXIT)
-        end = schemas.read_if_whole(AttemptEnd, url, "attempt_damaged")
+        end = schemas.read_if_whole(AttemptEnd, run.attempt(earlier).at(EXIT), "attempt_damaged")
         if end is None or end.code != ExitCode.STOPPED or end.step != step:
             return
     raise FusionError(

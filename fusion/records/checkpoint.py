@@ -30,7 +30,6 @@ from fusion.records.manifests import (
     EPOCHS,
     INTERVALS,
     LINES,
-    MANIFEST,
     MODEL,
     STATE,
     VALIDATION,
@@ -141,17 +140,16 @@ def commit(
     Raises:
         SupersededError: a newer attempt has taken the lease, or another process has committed this step.
     """
-    folder = run.checkpoint_url(f"step-{snapshot.step:08d}")
+    folder = run.checkpoint(f"step-{snapshot.step:08d}")
     contiguous = {name: tensor.contiguous() for name, tensor in snapshot.weights.items()}
     files = {
         MODEL: safetensors.torch.save(contiguous, {"dims": json.dumps(dict(dims))}),
         STATE: _torch_bytes(snapshot.state),
     }
     files |= _of_validation(snapshot)
-    url = storage.join(folder, MANIFEST)
     check_lease()
-    if storage.exists(url):  # of a damaged checkpoint of this step, which the resume skipped
-        storage.remove(url)
+    if folder.is_committed():  # with a damaged checkpoint of this step, which the resume skipped
+        storage.remove(folder.manifest_url)
     history = _write_history(run, snapshot.state["history"])
     try:
         written = write_files(folder, files)
@@ -160,9 +158,9 @@ def commit(
         raise
     manifest = CheckpointManifest(SCHEMA, written, step=snapshot.step, history=history, **snapshot.facts, **lineage)
     check_lease()
-    if not storage.create(url, seal(asdict(manifest))):
+    if not storage.create(folder.manifest_url, seal(asdict(manifest))):
         raise SupersededError(f"another process has committed {folder}", "let it finish; run one job per --run-id")
-    return Checkpoint(folder, manifest)
+    return Checkpoint(folder.url, manifest)
 
 
 def _of_validation(snapshot: Snapshot) -> dict[str, bytes]:
@@ -194,13 +192,13 @@ def prune(run: RunFolder, keep: int, resumed_from: str | None) -> None:
     if not found:
         return
     kept = {checkpoint.url for checkpoint in [*found[-keep:], *_validated(found), best_of(found)]} | {resumed_from}
-    for url in storage.ls(run.at("checkpoints")):
-        if url not in kept and url < found[-1].url:
+    for folder in run.ls("checkpoints"):
+        if folder.url not in kept and folder.url < found[-1].url:
             try:
-                storage.remove(storage.join(url, MANIFEST))
-                storage.remove(url)
+                storage.remove(folder.manifest_url)
+                storage.remove(folder.url)
             except (FusionError, OSError) as error:  # an older attempt may be writing there; the next prune tries again
-                log.warning(event="not_pruned", checkpoint=url, reason=error)
+                log.warning(event="not_pruned", checkpoint=folder, reason=error)
 
 
 def _validated(found: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -216,7 +214,7 @@ def forget_after(run: RunFolder, url: str | None) -> None:
     """
     for checkpoint in run.checkpoints():
         if url is None or checkpoint.url > url:
-            storage.remove(storage.join(checkpoint.url, MANIFEST))
+            storage.remove(checkpoint.manifest_url)
 
 
 def newest(run: RunFolder) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]] | None:

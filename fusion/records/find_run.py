@@ -12,6 +12,7 @@ from fusion.config import ReadRunConfig, RunConfig
 from fusion.errors import ConfigError, DataError, did_you_mean
 from fusion.records import manifests
 from fusion.records.best_run import pointed_to
+from fusion.records.output import OutputFolder
 from fusion.records.run import CONFIG, RunFolder, config_digest
 
 C = TypeVar("C", bound=RunConfig)
@@ -42,7 +43,7 @@ def _no_finished_run(output: str, variant: str) -> DataError:
 
 def no_run(output: str, run_id: str) -> DataError:
     """The error for a run id that does not exist; its hint suggests the most similar id."""
-    known = {storage.base(url) for url in storage.ls(storage.join(output, "runs"))} - {run_id}
+    known = {run.run_id for run in OutputFolder(output).runs()} - {run_id}
     near = did_you_mean(run_id, sorted(known))
     return DataError(
         f"no run {run_id} under {output}", f"{near}`python jobs/pull.py runs --output {output}` lists what is there"

@@ -41,16 +41,40 @@ PULLED: Final = "pulled.json"  # in a folder that jobs/pull.py has written: whic
 _DIMS = TypeAdapter(dict[str, PositiveInt])
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint: its folder and its manifest."""
+@dataclass(frozen=True, order=True)
+class Folder:
+    """A folder in a bucket, identified by its URL, which does not end with a slash."""
 
     url: str
-    manifest: CheckpointManifest
+
+    def __str__(self) -> str:
+        return self.url
 
     @property
     def name(self) -> str:
         return storage.base(self.url)
+
+    @property
+    def manifest_url(self) -> str:
+        return self.at(MANIFEST)
+
+    def at(self, *names: str) -> str:
+        """URL of a file or folder in this folder: `run.at("metrics", "groups.csv")`."""
+        return storage.join(self.url, *names)
+
+    def ls(self, *names: str) -> list[Folder]:
+        """The folders (and files) directly in this one, or in one below it, sorted by URL: `run.ls("checkpoints")`."""
+        return [Folder(url) for url in storage.ls(self.at(*names))]
+
+    def is_committed(self) -> bool:
+        return storage.exists(self.manifest_url)
+
+
+@dataclass(frozen=True)
+class Checkpoint(Folder):
+    """A committed checkpoint: its folder and its manifest."""
+
+    manifest: CheckpointManifest
 
     @property
     def model_sha256(self) -> str:
@@ -62,10 +86,10 @@ class Checkpoint:
         return float("inf") if self.manifest.smape is None else self.manifest.smape
 
 
-def write_files(folder: str, files: Mapping[str, bytes]) -> list[FileEntry]:
+def write_files(folder: Folder, files: Mapping[str, bytes]) -> list[FileEntry]:
     """Writes the files, and returns their entries for a manifest."""
     for name, data in files.items():
-        storage.write(storage.join(folder, name), data)
+        storage.write(folder.at(name), data)
     return entries(files)
 
 
@@ -127,7 +151,7 @@ def read_file(checkpoint: Checkpoint, name: str) -> bytes:
     Raises:
         DataError: the file does not exist, or its bytes are not those that were written.
     """
-    data = storage.read(storage.join(checkpoint.url, name))
+    data = storage.read(checkpoint.at(name))
     found, expected = storage.sha256(data), checkpoint.manifest.sha256_of(name)
     if found != expected:
         raise DataError(

@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
@@ -28,7 +27,7 @@ from fusion import log, storage
 from fusion.config import HOW, RunConfig, digest
 from fusion.errors import DataError
 from fusion.records import schemas
-from fusion.records.manifests import ENSEMBLE, MANIFEST, SPLIT, Checkpoint, best_of
+from fusion.records.manifests import ENSEMBLE, MANIFEST, SPLIT, Checkpoint, Folder, best_of
 from fusion.records.schemas import AttemptEnd, AttemptStart, CheckpointManifest, EnsembleRecord, Manifest, RunFacts
 
 CONFIG: Final = "config.json"
@@ -42,15 +41,12 @@ LOG: Final = "log.txt"
 _PARAMETERS = re.compile(r"\bevent=start\b.*\bparameters=(\d+)")
 
 
-@dataclass(frozen=True, order=True)
-class RunFolder:
-    """A run or ensemble, identified by the URL of its folder, which does not end with a slash.
+class RunFolder(Folder):
+    """A run or ensemble, identified by the URL of its folder.
 
     The object holds nothing but the URL: each method reads the bucket. Unless a method says otherwise, it returns None
     for a document that does not exist, and raises `DataError` for a damaged one.
     """
-
-    url: str
 
     @classmethod
     def named(cls, output: str, run_id: str) -> RunFolder:
@@ -65,30 +61,33 @@ class RunFolder:
     def of_checkpoint(cls, checkpoint: Checkpoint) -> RunFolder:
         return cls(checkpoint.url.rpartition("/checkpoints/")[0])
 
-    def __str__(self) -> str:
-        return self.url
+    @property
+    def output(self) -> str:
+        """URL of the output that this run is in; empty for a copy elsewhere."""
+        return self.url.rpartition("/runs/")[0]
+
+    @property
+    def is_in_runs(self) -> bool:
+        """Whether the folder lies in one that is named `runs`; a copy elsewhere may have another name than the run."""
+        return self.url.split("/")[-2:-1] == ["runs"]
 
     @property
     def run_id(self) -> str:
-        return storage.base(self.url)
-
-    def at(self, *names: str) -> str:
-        """URL of a file or folder of this run: `run.at("metrics", "groups.csv")`."""
-        return storage.join(self.url, *names)
+        return self.name
 
     @property
-    def metrics(self) -> str:
-        return self.at("metrics")
+    def metrics(self) -> Folder:
+        return Folder(self.at("metrics"))
 
     @property
     def parts(self) -> str:
         return self.at("parts")
 
-    def checkpoint_url(self, name: str) -> str:
-        return self.at("checkpoints", name)
+    def checkpoint(self, name: str) -> Folder:
+        return Folder(self.at("checkpoints", name))
 
-    def attempt_url(self, number: int | str) -> str:
-        return self.at("attempts", str(number))
+    def attempt(self, number: int) -> Folder:
+        return Folder(self.at("attempts", str(number)))
 
     def exists(self) -> bool:
         """Whether the folder holds a run or an ensemble."""
@@ -141,7 +140,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Checkpoint]:
         """All committed checkpoints, oldest first; those with a damaged manifest are left out, with a warning."""
-        found = [_checkpoint(folder) for folder in storage.ls(self.at("checkpoints"))]
+        found = [checkpoint_in(folder) for folder in self.ls("checkpoints")]
         return [checkpoint for checkpoint in found if checkpoint is not None]
 
     def validated(self) -> list[Checkpoint]:
@@ -158,7 +157,7 @@ class RunFolder:
         Raises:
             DataError: the run has no checkpoint that was validated.
         """
-        last = _checkpoint(self.checkpoint_url(named)) if named else None
+        last = checkpoint_in(self.checkpoint(named)) if named else None
         if last is not None and last.manifest.finished and last.manifest.smape is not None:
             return last
         found = self.validated()
@@ -190,7 +189,7 @@ class RunFolder:
         Raises:
             DataError: the ensemble is not committed, or the file is damaged.
         """
-        url, manifest = self.at(name), schemas.read(Manifest, self.at(MANIFEST))
+        url, manifest = self.at(name), schemas.read(Manifest, self.manifest_url)
         if manifest is None:
             raise DataError(
                 f"{self} has no {MANIFEST}: this ensemble was not completed",
@@ -205,8 +204,8 @@ class RunFolder:
 
     def n_parameters(self) -> int | None:
         """Number of the model's parameters, read from the log of the training; None if no log has it."""
-        for folder in storage.ls(self.at("attempts")):
-            content = storage.read_if_exists(storage.join(folder, LOG))
+        for attempt in self.ls("attempts"):
+            content = storage.read_if_exists(attempt.at(LOG))
             found = _PARAMETERS.search(content.decode(errors="replace")) if content else None
             if found:
                 return int(found[1])
@@ -217,7 +216,7 @@ class RunFolder:
 
         Attempts that were killed are not counted, because they did not record their end.
         """
-        minutes = [_minutes(folder) for folder in storage.ls(self.at("attempts"))]
+        minutes = [_minutes(attempt) for attempt in self.ls("attempts")]
         known = [one for one in minutes if one is not None]
         return sum(known) if known else None
 
@@ -256,15 +255,15 @@ def _damaged_ensemble(url: str) -> DataError:
     )
 
 
-def _checkpoint(folder: str) -> Checkpoint | None:
+def checkpoint_in(folder: Folder) -> Checkpoint | None:
     """The checkpoint in a folder; None, with a warning if its manifest is damaged, if it is not committed."""
-    manifest = schemas.read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
+    manifest = schemas.read_if_whole(CheckpointManifest, folder.manifest_url, "checkpoint_damaged")
     if manifest is None:
         return None
-    if manifest.name != storage.base(folder):
+    if manifest.name != folder.name:
         log.warning(event="checkpoint_damaged", checkpoint=folder, reason=f"its manifest is of {manifest.name}")
         return None
-    return Checkpoint(folder, manifest)
+    return Checkpoint(folder.url, manifest)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -275,10 +274,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _minutes(attempt: str) -> float | None:
+def _minutes(attempt: Folder) -> float | None:
     """Minutes between the start and the end of an attempt; None if one of them was not recorded."""
-    start = schemas.read_if_whole(AttemptStart, storage.join(attempt, START), "attempt_damaged")
-    end = schemas.read_if_whole(AttemptEnd, storage.join(attempt, EXIT), "attempt_damaged")
+    start = schemas.read_if_whole(AttemptStart, attempt.at(START), "attempt_damaged")
+    end = schemas.read_if_whole(AttemptEnd, attempt.at(EXIT), "attempt_damaged")
     if start is None or end is None:
         return None
     began, ended = (datetime.fromisoformat(one) for one in (start.started, end.ended))

@@ -43,7 +43,7 @@ _POPCOUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
 @dataclass(frozen=True)
-class Look:
+class EmbeddingStatistics:
     """Fingerprints of all embeddings of a table, and how their distribution differs from that of the training rows.
 
     Attributes:
@@ -74,7 +74,7 @@ class Comparison:
     new: int
 
 
-def look(model: PriceModel, store: RowStore, ids: pd.Index, world: World) -> Look:
+def statistics_of(model: PriceModel, store: RowStore, ids: pd.Index, world: World) -> EmbeddingStatistics:
     """Computes fingerprints and moments of all rows of the store; each rank handles a share of the rows.
 
     All ranks get the moments; only rank 0 gets the fingerprints.
@@ -85,7 +85,7 @@ def look(model: PriceModel, store: RowStore, ids: pd.Index, world: World) -> Loo
     moments = dict(zip(sums, totals, strict=True))
     found = world.gather_on_main(prints)
     table = pd.DataFrame(np.concatenate(found), index=ids) if found else pd.DataFrame(prints[:0])
-    return Look(
+    return EmbeddingStatistics(
         table.set_axis(list(store.dims), axis=1),
         {role: _shift(total) for role, total in moments.items()},
         {role: _spread(total) for role, total in moments.items()},
@@ -138,13 +138,13 @@ def _bounds(sums: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _shift(total: np.ndarray) -> float:
-    """`Look.shift` from the sums of a role; 0 if no row has the role."""
+    """`EmbeddingStatistics.shift` from the sums of a role; 0 if no row has the role."""
     n_rows, (mean, _) = total[0], _means(total)
     return float(np.sqrt((mean**2).mean())) if n_rows and len(mean) else 0.0
 
 
 def _spread(total: np.ndarray) -> float:
-    """`Look.spread` from the sums of a role; 1 if no row has the role."""
+    """`EmbeddingStatistics.spread` from the sums of a role; 1 if no row has the role."""
     n_rows, (mean, square) = total[0], _means(total)
     return max(0.0, float((square - mean**2).mean())) if n_rows and len(mean) else 1.0
 

@@ -26,8 +26,8 @@ from fusion.metrics import compute_smape, readable
 from fusion.records import schemas
 from fusion.records.run import RunFolder
 from fusion.records.schemas import Night
-from fusion.submissions.fingerprints import Look, agreements_with_chance, compared
-from fusion.submissions.submission import Last, Origin
+from fusion.submissions.fingerprints import EmbeddingStatistics, agreements_with_chance, compared
+from fusion.submissions.submission import LastSubmission, Origin
 
 # With fewer rows, distributions are not checked: the mean of 50 rows is off by 0.14 standard deviations by chance.
 MIN_ROWS = 50
@@ -35,8 +35,8 @@ MIN_ROWS = 50
 # 1.01; a single category 0.67 to 1.22; all vectors halved 0.25; zeros, or one vector for all rows, 0; the vectors of
 # two image encoders rotated at random 1.9 and 4.3.
 SPREAD_REFUSED, SPREAD_DOUBTED = 2.5, 1.6
-# Shift of the mean in standard deviations of the training rows, see `Look.shift`. Measured: test rows 0.03; a single
-# category up to 0.53; another encoder of the same dimension 1.2 to 2.7.
+# Shift of the mean in standard deviations of the training rows, see `EmbeddingStatistics`. Measured: test rows 0.03; a
+# single category up to 0.53; another encoder of the same dimension 1.2 to 2.7.
 SHIFT_REFUSED, SHIFT_DOUBTED = 0.8, 0.4
 # Agreement of two sources (see `fingerprints.agreements`), divided by that in training; lower is worse. Measured: test
 # rows 0.93 to 1.13; a single category at least 0.71; half of the rows under wrong ids 0.25; one source entirely under
@@ -101,23 +101,25 @@ def conclude(settings: PredictConfig, anomalies: Iterable[Anomaly]) -> None:
         )
 
 
-def about_embeddings(look: Look, trained: Mapping[str, float], last: Last | None, origin: Origin) -> Iterator[Anomaly]:
+def about_embeddings(
+    statistics: EmbeddingStatistics, trained: Mapping[str, float], last: LastSubmission | None, origin: Origin
+) -> Iterator[Anomaly]:
     """Checks the embeddings of a night; yields what is unusual.
 
     Args:
-        look: fingerprints and moments of the night's embeddings.
+        statistics: fingerprints and moments of the night's embeddings.
         trained: agreement of each pair of roles on the training rows; empty for runs of earlier versions.
         last: the submission that is current; None on the first night.
         origin: what the new submission is made from.
     """
     if last is not None and last.prints is not None:
         same_model = last.manifest.model_sha256 == origin.model_sha256
-        for role in look.prints.columns.intersection(last.prints.columns):
-            yield from _about_ids(role, last.prints[role], look.prints[role], same_model)
-    yield from _about_agreement(look.prints, trained)
-    for role in look.prints.columns:
-        if int((look.prints[role] > 0).sum()) >= MIN_ROWS:
-            yield from _about_distribution(role, look.shift[role], look.spread[role])
+        for role in statistics.prints.columns.intersection(last.prints.columns):
+            yield from _about_ids(role, last.prints[role], statistics.prints[role], same_model)
+    yield from _about_agreement(statistics.prints, trained)
+    for role in statistics.prints.columns:
+        if int((statistics.prints[role] > 0).sum()) >= MIN_ROWS:
+            yield from _about_distribution(role, statistics.shift[role], statistics.spread[role])
 
 
 def _about_distribution(role: str, shift: float, spread: float) -> Iterator[Anomaly]:
@@ -167,7 +169,7 @@ def _about_ids(role: str, before: pd.Series, now: pd.Series, same_model: bool) -
 
 
 def about_prices(
-    settings: PredictConfig, prices: pd.Series, smape: float, last: Last | None, origin: Origin
+    settings: PredictConfig, prices: pd.Series, smape: float, last: LastSubmission | None, origin: Origin
 ) -> Iterator[Anomaly]:
     """Checks the prices of a night; yields what is unusual.
 
@@ -186,7 +188,7 @@ def about_prices(
 
 
 def _against_last(
-    settings: PredictConfig, prices: pd.Series, smape: float, last: Last, origin: Origin
+    settings: PredictConfig, prices: pd.Series, smape: float, last: LastSubmission, origin: Origin
 ) -> Iterator[Anomaly]:
     """Compares number of rows, prices of known products and quartiles with the last submission."""
     if len(prices) < settings.min_rows * len(last.prices):
@@ -248,7 +250,7 @@ def _about_change(change: float, limit: float, nights: Sequence[Night], model_sh
         yield Anomaly(f"{what}, in {len(usual)} nights before by at most {max(usual):.1f}%", False)
 
 
-def remembered(prices: pd.Series, last: Last | None, day: str, model_sha256: str) -> list[Night]:
+def remembered(prices: pd.Series, last: LastSubmission | None, day: str, model_sha256: str) -> list[Night]:
     """The nights to store in the new submission, oldest first: those of the last submission, and this one.
 
     Logs it if prices have moved by more than `MOVED_PRICES` over these nights.

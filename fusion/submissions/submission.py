@@ -14,7 +14,6 @@ import csv
 import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -24,13 +23,11 @@ from fusion.config import PredictConfig, RunConfig, digest
 from fusion.data.inputs import Inputs, find_inputs, table_sha256
 from fusion.errors import DivergedError
 from fusion.records import manifests, pointers, schemas
-from fusion.records.manifests import FINGERPRINTS, INTERVALS, MANIFEST, SUBMISSION
+from fusion.records.manifests import FINGERPRINTS, INTERVALS, SUBMISSION, Folder
+from fusion.records.output import OutputFolder, key_of
 from fusion.records.provenance import code_digest
 from fusion.records.run import RunFolder
 from fusion.records.schemas import SCHEMA, Night, SubmissionManifest, SubmissionPointer, seal
-
-C = TypeVar("C", bound=RunConfig)
-T = TypeVar("T")
 
 # Dollars. Prices from here on are written with four decimals, smaller ones with six significant digits: of a price
 # below a cent, four decimals would keep at most two significant digits.
@@ -75,7 +72,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Made:
+class SubmissionContent:
     """The content of a submission that is not published yet.
 
     Attributes:
@@ -92,12 +89,32 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Last:
-    """The current submission, with which the next night is compared.
+class CommittedSubmission(Folder):
+    """A submission that was published: its folder and its manifest."""
+
+    manifest: SubmissionManifest
+
+    def read_whole(self, name: str) -> bytes | None:
+        """Content of a file; None, with a warning, if it is missing or its sha256 is not the manifest's."""
+        url = self.at(name)
+        content = storage.read_if_exists(url)
+        if content is not None and storage.sha256(content) == self.manifest.sha256_of(name):
+            return content
+        log.warning(event="submission_damaged", submission=url, reason="missing, or its sha256 is not the manifest's")
+        return None
+
+    def is_whole(self) -> bool:
+        """Whether all files that the manifest lists exist and are not damaged."""
+        return all(self.read_whole(entry.key) is not None for entry in self.manifest.files)
+
+
+@dataclass(frozen=True)
+class LastSubmission:
+    """The submission that is current before a night, with which the night is compared.
 
     Attributes:
         prices: dollars, indexed by sample_id.
-        prints: fingerprints of its embeddings, as in `fingerprints.Look`; None if they are missing or damaged.
+        prints: fingerprints of its embeddings, as in `EmbeddingStatistics`; None if they are missing or damaged.
     """
 
     manifest: SubmissionManifest
@@ -149,125 +166,107 @@ def reuse(settings: PredictConfig, origin: Origin) -> str | None:
     published again under this date.
     """
     current = _current(settings)
-    for folder, manifest in _candidates(settings, current):
-        content = read_verified(folder, manifest, SUBMISSION) if origin.same_as(manifest) else None
+    for found in _candidates(settings, current):
+        content = found.read_whole(SUBMISSION) if origin.same_as(found.manifest) else None
         if content is None:
             continue
-        if current == (folder, manifest) and _is_of(settings, manifest):  # it is current already: nothing to do
-            return published_before(folder, manifest.rows)
-        return publish(settings, origin, _made(folder, manifest, content), current[0] if current else None)
+        if found == current and _is_of(settings, found.manifest):  # it is current already: nothing to do
+            return published_before(found)
+        return publish(settings, origin, _content(found, content), current)
     return None
 
 
-def _candidates(
-    settings: PredictConfig, current: tuple[str, SubmissionManifest] | None
-) -> Iterator[tuple[str, SubmissionManifest]]:
-    """The submissions that `reuse` considers, with their manifests: those of this date, and the current one.
+def _candidates(settings: PredictConfig, current: CommittedSubmission | None) -> Iterator[CommittedSubmission]:
+    """The submissions that `reuse` considers: those of this date, and the current one.
 
     The current one comes first unless it has a later date. It usually has the same origin, and then the folder of this
     date does not have to be listed.
     """
-    if current is not None and current[1].date <= settings.day():
+    if current is not None and current.manifest.date <= settings.day():
         yield current
-    for folder in storage.ls(storage.join(settings.output, "submissions", settings.name, settings.day())):
-        manifest = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
-        if manifest is not None and (folder, manifest) != current:
-            yield folder, manifest
-    if current is not None and current[1].date > settings.day():
+    for folder in OutputFolder(settings.output).submissions(settings.name, settings.day()):
+        found = open_submission(folder)
+        if found is not None and found != current:
+            yield found
+    if current is not None and current.manifest.date > settings.day():
         yield current
 
 
-def _made(folder: str, manifest: SubmissionManifest, submission: bytes) -> Made:
+def _content(found: CommittedSubmission, submission: bytes) -> SubmissionContent:
     """The content of a committed submission, without damaged files.
 
     Args:
         submission: content of its `submission.csv`.
     """
-    others = [entry.key for entry in manifest.files if entry.key != SUBMISSION]
-    found = {key: read_verified(folder, manifest, key) for key in others}
-    whole = {key: content for key, content in found.items() if content is not None}
-    return Made({SUBMISSION: submission, **whole}, manifest.rows, manifest.smape, manifest.history)
+    manifest = found.manifest
+    others = {entry.key: found.read_whole(entry.key) for entry in manifest.files if entry.key != SUBMISSION}
+    whole = {name: content for name, content in others.items() if content is not None}
+    return SubmissionContent({SUBMISSION: submission, **whole}, manifest.rows, manifest.smape, manifest.history)
 
 
-def published_before(folder: str, rows: int) -> str:
+def published_before(found: CommittedSubmission) -> str:
     """Logs that a submission exists already, and returns its URL."""
-    url = storage.join(folder, SUBMISSION)
-    log.info(event="published_before", rows=rows, submission=url)
+    url = found.at(SUBMISSION)
+    log.info(event="published_before", rows=found.manifest.rows, submission=url)
     return url
 
 
-def _current(settings: PredictConfig) -> tuple[str, SubmissionManifest] | None:
-    """Folder and manifest of the current submission; None if there is none, or it is damaged."""
-    pointer = pointers.read(SubmissionPointer, settings.output, "submissions", settings.name, "current")
-    if pointer is None:
-        return None
-    folder = storage.join(settings.output, "submissions", pointer.submission)
-    manifest = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
-    return (folder, manifest) if manifest else None
+def _current(settings: PredictConfig) -> CommittedSubmission | None:
+    """The current submission; None if there is none, or it is damaged."""
+    output = OutputFolder(settings.output)
+    pointer = output.current(settings.name)
+    return open_submission(output.submission(pointer.submission)) if pointer else None
 
 
-def _whole(kind: type[T], url: str) -> T | None:
-    # Only warns of a damaged document: it must not prevent all later submissions.
-    return schemas.read_if_whole(kind, url, "submission_damaged")
+def open_submission(folder: Folder) -> CommittedSubmission | None:
+    """The submission in a folder; None if it is not committed, or, with a warning, if its manifest is damaged.
+
+    It only warns, because a damaged manifest must not prevent all later submissions.
+    """
+    manifest = schemas.read_if_whole(SubmissionManifest, folder.manifest_url, "submission_damaged")
+    return CommittedSubmission(folder.url, manifest) if manifest else None
 
 
-def read_verified(folder: str, manifest: SubmissionManifest, key: str) -> bytes | None:
-    """Content of a file of a submission; None, with a warning, if it is missing or its sha256 is not the manifest's."""
-    url = storage.join(folder, key)
-    content = storage.read_if_exists(url)
-    if content is not None and storage.sha256(content) == manifest.sha256_of(key):
-        return content
-    log.warning(event="submission_damaged", submission=url, reason="missing, or its sha256 is not the manifest's")
-    return None
-
-
-def publish(settings: PredictConfig, origin: Origin, made: Made, current: str | None = None) -> str:
+def publish(settings: PredictConfig, origin: Origin, content: SubmissionContent, current: Folder | None = None) -> str:
     """Commits the submission under its date, makes it current unless one of a later date is, and returns its URL.
 
     If the same submission was published before, its folder stays as it is; damaged files in it are written again.
 
     Args:
-        current: folder of the submission that is current, if the caller knows it.
+        current: the submission that is current, if the caller knows it.
     """
-    key = f"{settings.name}/{settings.day()}/{storage.sha256(made.files[SUBMISSION])[:12]}"
-    folder = storage.join(settings.output, "submissions", key)
-    existing = {storage.base(url) for url in storage.ls(folder)}
-    before = _same_publication(settings, origin, folder) if MANIFEST in existing else None
-    if before is None or not _is_whole(folder, before):
-        _write_missing_or_damaged(folder, made.files, existing)
-        if before is None or before.files != manifests.entries(made.files):
-            _commit(folder, _manifest(settings, origin, made, _previous(settings, key, current)))
-    url = storage.join(folder, SUBMISSION)
-    log.info(event="published_before" if before else "published", rows=made.rows, submission=url)
+    key = f"{settings.name}/{settings.day()}/{storage.sha256(content.files[SUBMISSION])[:12]}"
+    folder = OutputFolder(settings.output).submission(key)
+    existing = {entry.name for entry in folder.ls()}
+    before = _same_publication(settings, origin, folder) if manifests.MANIFEST in existing else None
+    # Whole files are kept rather than replaced by newly computed ones: another kind of processor may compute values
+    # that differ from them in digits that the prices in `submission.csv` do not show.
+    if before is None or not before.is_whole():
+        _write_missing_or_damaged(folder, content.files, existing)
+        if before is None or before.manifest.files != manifests.entries(content.files):
+            _commit(folder, _manifest(settings, origin, content, _previous(settings, key, current)))
+    url = folder.at(SUBMISSION)
+    log.info(event="published_before" if before else "published", rows=content.rows, submission=url)
     point_to(settings, key)
     return url
 
 
-def _is_whole(folder: str, manifest: SubmissionManifest) -> bool:
-    """Whether all files that the manifest lists exist and are not damaged.
-
-    Such files are kept rather than replaced by newly computed ones. Another kind of processor may compute values that
-    differ from them in digits that the prices in `submission.csv` do not show.
-    """
-    return all(read_verified(folder, manifest, entry.key) is not None for entry in manifest.files)
-
-
-def _manifest(settings: PredictConfig, origin: Origin, made: Made, previous: str) -> SubmissionManifest:
+def _manifest(settings: PredictConfig, origin: Origin, content: SubmissionContent, previous: str) -> SubmissionManifest:
     return SubmissionManifest(
         SCHEMA,
-        manifests.entries(made.files),
-        rows=made.rows,
+        manifests.entries(content.files),
+        rows=content.rows,
         date=settings.day(),
-        smape=made.smape,
-        history=made.history,
+        smape=content.smape,
+        history=content.history,
         name=settings.name,
         previous=previous,
         **asdict(origin),
     )
 
 
-def _commit(folder: str, manifest: SubmissionManifest) -> None:
-    url, data = storage.join(folder, MANIFEST), seal(asdict(manifest))
+def _commit(folder: Folder, manifest: SubmissionManifest) -> None:
+    url, data = folder.manifest_url, seal(asdict(manifest))
     if not storage.create(url, data):  # there is a damaged manifest, or one of another origin with the same prices
         storage.write(url, data)
 
@@ -290,21 +289,21 @@ def point_to(settings: PredictConfig, key: str, seen: tuple[bytes, str] | None =
         log.warning(event="not_current", date=settings.day(), reason="a submission of a later date is current")
 
 
-def _write_missing_or_damaged(folder: str, files: Mapping[str, bytes], existing: Collection[str]) -> None:
+def _write_missing_or_damaged(folder: Folder, files: Mapping[str, bytes], existing: Collection[str]) -> None:
     """Writes the files that do not exist with this content.
 
     Args:
         existing: names of the files in the folder; only these are read and compared.
     """
     for name, content in files.items():
-        if name not in existing or storage.read_if_exists(storage.join(folder, name)) != content:
+        if name not in existing or storage.read_if_exists(folder.at(name)) != content:
             manifests.write_files(folder, {name: content})
 
 
-def _same_publication(settings: PredictConfig, origin: Origin, folder: str) -> SubmissionManifest | None:
-    """The manifest of a folder, if its submission has this origin, name and date; else None."""
-    found = _whole(SubmissionManifest, storage.join(folder, MANIFEST))
-    return found if found is not None and origin.same_as(found) and _is_of(settings, found) else None
+def _same_publication(settings: PredictConfig, origin: Origin, folder: Folder) -> CommittedSubmission | None:
+    """The submission in a folder, if it has this origin, name and date; else None."""
+    found = open_submission(folder)
+    return found if found and origin.same_as(found.manifest) and _is_of(settings, found.manifest) else None
 
 
 def _is_of(settings: PredictConfig, manifest: SubmissionManifest) -> bool:
@@ -312,13 +311,14 @@ def _is_of(settings: PredictConfig, manifest: SubmissionManifest) -> bool:
     return manifest.date == settings.day() and manifest.name in ("", settings.name)
 
 
-def _previous(settings: PredictConfig, key: str, current: str | None) -> str:
+def _previous(settings: PredictConfig, key: str, current: Folder | None) -> str:
     """`<name>/<date>/<digest>` of the submission that is current before `key` is published; empty if there is none."""
     if current is not None:
-        before = current.removeprefix(storage.join(settings.output, "submissions", ""))
-        return before if before != key else ""
-    pointer = pointers.read(SubmissionPointer, settings.output, "submissions", settings.name, "current")
-    return pointer.submission if pointer and pointer.submission != key else ""
+        before = key_of(current)
+    else:
+        pointer = OutputFolder(settings.output).current(settings.name)
+        before = pointer.submission if pointer else ""
+    return before if before != key else ""
 
 
 def submission_csv(ids: Sequence[str], prices: np.ndarray) -> bytes:
@@ -354,21 +354,21 @@ def plain(price: float) -> str:
     return np.format_float_positional(price, precision=6, unique=False, fractional=False, trim="-")
 
 
-def last(settings: PredictConfig) -> Last | None:
+def last_submission(settings: PredictConfig) -> LastSubmission | None:
     """The current submission under this name; None if there is none, or it is damaged."""
     found = _current(settings)
-    content = read_verified(*found, SUBMISSION) if found else None
+    content = found.read_whole(SUBMISSION) if found else None
     if found is None or content is None:
         return None
     frame = pd.read_csv(io.BytesIO(content), dtype={"sample_id": "str"}, keep_default_na=False)
-    return Last(found[1], frame.set_index("sample_id")["price"], _prints(*found))
+    return LastSubmission(found.manifest, frame.set_index("sample_id")["price"], _prints(found))
 
 
-def _prints(folder: str, manifest: SubmissionManifest) -> pd.DataFrame | None:
+def _prints(found: CommittedSubmission) -> pd.DataFrame | None:
     """Fingerprints of a submission; None if it has none, or they are damaged."""
-    if not manifest.sha256_of(FINGERPRINTS):  # an earlier version made the submission
+    if not found.manifest.sha256_of(FINGERPRINTS):  # an earlier version made the submission
         return None
-    content = read_verified(folder, manifest, FINGERPRINTS)
+    content = found.read_whole(FINGERPRINTS)
     if content is None:
         return None
     frame = pd.read_parquet(io.BytesIO(content))

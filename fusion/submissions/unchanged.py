@@ -17,7 +17,8 @@ from fusion.data.inputs import find_inputs
 from fusion.errors import DataError
 from fusion.records import best_run, pointers, schemas
 from fusion.records.find_run import data_of, open_run
-from fusion.records.manifests import MANIFEST, SUBMISSION
+from fusion.records.manifests import SUBMISSION
+from fusion.records.output import OutputFolder, key_of
 from fusion.records.provenance import code_digest
 from fusion.records.schemas import SubmissionManifest, SubmissionPointer, seal
 from fusion.submissions import submission
@@ -54,20 +55,20 @@ def republish(settings: PredictConfig, variant: str, code: str = "prediction") -
     """
     if settings.run_id or settings.run_dir:  # the run may have a better checkpoint by now, which no pointer names
         return None
-    pointer_url = pointers.url(settings.output, "submissions", settings.name, "current")
+    output = OutputFolder(settings.output)
+    pointer_url = output.current_url(settings.name)
     seen = storage.read_version(pointer_url)
     if seen is None:
         return None
     pointer = schemas.parse_if_whole(SubmissionPointer, seen[0], pointer_url, pointers.DAMAGED)
     if pointer is None or pointer.date > settings.day():
         return None
-    folder = storage.join(settings.output, "submissions", pointer.submission)
-    manifest = schemas.read_if_whole(SubmissionManifest, storage.join(folder, MANIFEST), "submission_damaged")
-    if manifest is None or manifest.date != pointer.date:  # damaged, or copied here from the folder of another date
+    found = submission.open_submission(output.submission(pointer.submission))
+    if found is None or found.manifest.date != pointer.date:  # damaged, or copied here from the folder of another date
         return None
-    if not _is_current(settings, variant, manifest, code):
+    if not _is_current(settings, variant, found.manifest, code):
         return None
-    return _carry_over(settings, pointer, folder, manifest, seen)
+    return _carry_over(settings, found, seen)
 
 
 def _is_current(settings: PredictConfig, variant: str, manifest: SubmissionManifest, code: str) -> bool:
@@ -86,32 +87,31 @@ def _is_of(settings: PredictConfig, run_id: str, manifest: SubmissionManifest) -
     return storage.base(manifest.run) == run_id and manifest.name == settings.name
 
 
-def _carry_over(
-    settings: PredictConfig, pointer: SubmissionPointer, folder: str, manifest: SubmissionManifest, seen: Seen
-) -> str | None:
+def _carry_over(settings: PredictConfig, found: submission.CommittedSubmission, seen: Seen) -> str | None:
     """Copies the submission to this date and makes it current; its URL.
 
     Returns None if it is damaged, or if the folder that it would be copied to has a manifest already.
     """
-    content = submission.read_verified(folder, manifest, SUBMISSION)
+    manifest, content = found.manifest, found.read_whole(SUBMISSION)
     if content is None:
         return None
-    if pointer.date == settings.day():
-        return submission.published_before(folder, manifest.rows)
-    key = f"{settings.name}/{settings.day()}/{storage.base(folder)}"
-    target = storage.join(settings.output, "submissions", key)
-    storage.write(storage.join(target, SUBMISSION), content)
+    if manifest.date == settings.day():
+        return submission.published_before(found)
+    key = f"{settings.name}/{settings.day()}/{found.name}"
+    target = OutputFolder(settings.output).submission(key)
+    url = target.at(SUBMISSION)
+    storage.write(url, content)
     try:
         for entry in manifest.files:
             if entry.key != SUBMISSION:
-                storage.copy(storage.join(folder, entry.key), storage.join(target, entry.key))
+                storage.copy(found.at(entry.key), target.at(entry.key))
     except DataError as error:  # one of the files does not exist any longer
-        log.warning(event="submission_damaged", submission=folder, reason=error.message)
+        log.warning(event="submission_damaged", submission=found, reason=error.message)
         return None
     data = settings.data or manifest.run_data
-    again = replace(manifest, date=settings.day(), previous=pointer.submission, data=data)
-    if not storage.create(storage.join(target, MANIFEST), seal(asdict(again))):
+    again = replace(manifest, date=settings.day(), previous=key_of(found), data=data)
+    if not storage.create(target.manifest_url, seal(asdict(again))):
         return None
-    log.info(event="published", rows=manifest.rows, submission=storage.join(target, SUBMISSION), unchanged=True)
+    log.info(event="published", rows=manifest.rows, submission=url, unchanged=True)
     submission.point_to(settings, key, seen)
-    return storage.join(target, SUBMISSION)
+    return url

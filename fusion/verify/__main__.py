@@ -27,6 +27,7 @@ from fusion.command.parser import add_store_timeout, command_parser
 from fusion.environment import variable
 from fusion.errors import DataError, ExitCode, filled, visible
 from fusion.records.manifests import MANIFEST
+from fusion.records.output import OutputFolder
 from fusion.records.run import CONFIG, FACTS, RunFolder
 from fusion.verify.checkpoint import check_checkpoint
 from fusion.verify.ensemble import check_ensemble, is_ensemble
@@ -55,20 +56,21 @@ def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = l
         DataError: `url` does not exist, or is not one of these kinds.
         CredentialsError, UnreachableError: as for `fusion.storage.read`.
     """
-    url, report = url.rstrip("/"), Report(say)
-    manifest = None if url.endswith(".json") else read(storage.join(url, MANIFEST))
-    if url.endswith(".json") and POINTERS in url and storage.exists(url):
+    folder, report = RunFolder(url.rstrip("/")), Report(say)
+    url, is_document = folder.url, url.endswith(".json")
+    manifest = None if is_document else read(folder.manifest_url)
+    if is_document and POINTERS in url and storage.exists(url):
         check_pointer(report, url, data)
     elif manifest is not None and b'"rows"' in manifest:  # only the manifest of a submission has this key
-        check_submission(report, url, data)
-    elif not url.endswith(".json") and is_ensemble(url, manifest):
-        check_ensemble(report, url)
+        check_submission(report, folder, data)
+    elif not is_document and is_ensemble(folder, manifest):
+        check_ensemble(report, folder)
     elif manifest is not None:
-        check_checkpoint(report, url)
-    elif any(storage.exists(storage.join(url, name)) for name in (CONFIG, FACTS)):
-        check_run(report, RunFolder(url))
-    elif not url.endswith(".json") and is_output(url):
-        check_output(report, url, data)
+        check_checkpoint(report, folder)
+    elif any(storage.exists(folder.at(name)) for name in (CONFIG, FACTS)):
+        check_run(report, folder)
+    elif not is_document and is_output(OutputFolder(url)):
+        check_output(report, OutputFolder(url), data)
     else:
         raise DataError(f"{url} does not exist, or has neither {MANIFEST} nor config.json", f"name {_KINDS}")
     return report.findings

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 
-from fusion import storage
 from fusion.metrics import compute_smape
 from fusion.records import manifests
-from fusion.records.manifests import INTERVALS, MODEL, STATE, VALIDATION
+from fusion.records.manifests import INTERVALS, MODEL, STATE, VALIDATION, Folder
 from fusion.records.schemas import CheckpointManifest, Intervals, RunFacts
 from fusion.verify.findings import Report, check_files, check_once, first_line, parsed, some
 
@@ -20,7 +19,7 @@ TOLERANCE = 1e-9  # relative: another machine may add up the float64 numbers in 
 
 def check_checkpoint(
     report: Report,
-    folder: str,
+    folder: Folder,
     left_out: Container[str] = (),
     facts: RunFacts | None = None,
     validating: set[str] | None = None,
@@ -32,7 +31,7 @@ def check_checkpoint(
         facts: `run.json` of its run; None if unknown.
         validating: ids of the validation rows of its run; None if unknown.
     """
-    name = storage.base(folder)
+    name = folder.name
     manifest, contents = check_files(report, folder, CheckpointManifest, {MODEL, STATE}, left_out)
     if manifest is not None and name.startswith("step-"):
         report.expect(f"{name}: step of the manifest", name, manifest.name)

@@ -9,8 +9,9 @@ import numpy as np
 
 from fusion import storage
 from fusion.metrics import compute_smape
-from fusion.records.manifests import ENSEMBLE, INTERVALS, MANIFEST, MODEL, PULLED, VALIDATION
-from fusion.records.run import FACTS
+from fusion.records.manifests import ENSEMBLE, INTERVALS, MANIFEST, MODEL, PULLED, VALIDATION, Folder
+from fusion.records.output import OutputFolder
+from fusion.records.run import FACTS, RunFolder
 from fusion.records.schemas import (
     ENSEMBLE_VARIANT,
     CheckpointManifest,
@@ -18,7 +19,6 @@ from fusion.records.schemas import (
     EnsembleRecord,
     Manifest,
     RunFacts,
-    validated,
 )
 from fusion.verify.checkpoint import check_intervals
 from fusion.verify.findings import Report, check_files, check_once, first_line, parsed, read
@@ -27,27 +27,27 @@ from fusion.verify.findings import Report, check_files, check_once, first_line, 
 TOLERANCE = 1e-6
 
 
-def is_ensemble(folder: str, manifest: bytes | None) -> bool:
+def is_ensemble(folder: Folder, manifest: bytes | None) -> bool:
     """Whether the folder is that of an ensemble, committed or not: `ensemble.json` is written first, the manifest last.
 
     Args:
         manifest: content of the folder's manifest; None if it has none.
     """
-    return (manifest is not None and ENSEMBLE.encode() in manifest) or storage.exists(storage.join(folder, ENSEMBLE))
+    return (manifest is not None and ENSEMBLE.encode() in manifest) or storage.exists(folder.at(ENSEMBLE))
 
 
-def check_ensemble(report: Report, folder: str) -> None:
+def check_ensemble(report: Report, folder: RunFolder) -> None:
     """Checks the folder of an ensemble, and that each member still has the model that the ensemble was made with."""
-    if not storage.exists(storage.join(folder, MANIFEST)):
-        report.note(f"{storage.base(folder)}: not committed, so it does not count")
+    if not folder.is_committed():
+        report.note(f"{folder.name}: not committed, so it does not count")
         return
     manifest, contents = check_files(report, folder, Manifest, {ENSEMBLE, FACTS, VALIDATION})
     record = parsed(report, ENSEMBLE, contents.get(ENSEMBLE), EnsembleRecord)
     facts = parsed(report, FACTS, contents.get(FACTS), RunFacts)
     if manifest is None or record is None or facts is None:
         return
-    if storage.base(folder.rpartition("/")[0]) == "runs":  # a copy elsewhere may have any name
-        report.expect(f"{ENSEMBLE}: run_id", storage.base(folder), record.run_id)
+    if folder.is_in_runs:
+        report.expect(f"{ENSEMBLE}: run_id", folder.name, record.run_id)
     report.expect("run.json: run_id", record.run_id, facts.run_id)
     report.expect("run.json: variant", ENSEMBLE_VARIANT, facts.variant)
     report.expect("run.json: config_sha256 of the members", record.model_sha256(), facts.config_sha256)
@@ -62,12 +62,12 @@ def check_ensemble(report: Report, folder: str) -> None:
         check_intervals(report, INTERVALS, contents[INTERVALS], contents.get(VALIDATION))
 
 
-def _check_member(report: Report, folder: str, member: EnsembleMember) -> None:
+def _check_member(report: Report, folder: RunFolder, member: EnsembleMember) -> None:
     """Compares a member with its run. In a copy of the ensemble alone, runs are missing, which is only noted."""
-    output, inside, _ = folder.rpartition("/runs/")
     what = f"member {member.run}: model_sha256 of {member.checkpoint}"
-    content = read(storage.join(output, member.run, "checkpoints", member.checkpoint, MANIFEST)) if inside else None
-    if content is None and (not inside or storage.exists(storage.join(folder, PULLED))):
+    run = RunFolder(OutputFolder(folder.output).at(member.run)) if folder.output else None
+    content = read(run.checkpoint(member.checkpoint).manifest_url) if run else None
+    if content is None and (run is None or storage.exists(folder.at(PULLED))):
         report.note(f"member {member.run}: its run is not in this copy, so it was not compared")
     elif content is None:
         report.bad(what, "a checkpoint", "no such checkpoint, and the ensemble cannot predict without it")
@@ -98,15 +98,3 @@ def _check_validation(report: Report, record: EnsembleRecord, content: bytes) ->
     report.expect(f"{VALIDATION}: rows_sha256", record.rows_sha256, digest)
     if not math.isclose(smape, record.smape, rel_tol=TOLERANCE):
         report.bad(f"{ENSEMBLE}: smape, recomputed", smape, record.smape)
-
-
-def record_in(folder: str) -> EnsembleRecord | None:
-    """Content of `ensemble.json`, committed or not; None if it does not exist, or is damaged.
-
-    Nothing is reported here: `check_ensemble` reports damage.
-    """
-    content = read(storage.join(folder, ENSEMBLE))
-    try:
-        return None if content is None else validated(EnsembleRecord, content)
-    except ValueError:
-        return None

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fusion import storage
 from fusion.errors import DataError
-from fusion.records.manifests import MANIFEST
+from fusion.records.manifests import MANIFEST, Folder
 from fusion.records.schemas import FileEntry, Manifest, Seal, reason, seal_of, validated
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Report:
 
 
 def check_files(
-    report: Report, folder: str, kind: type[M], required: set[str], left_out: Container[str] = ()
+    report: Report, folder: Folder, kind: type[M], required: set[str], left_out: Container[str] = ()
 ) -> tuple[M | None, dict[str, bytes]]:
     """Checks the manifest of a folder and the sha256 of every file that it lists.
 
@@ -97,15 +97,15 @@ def check_files(
         The manifest, or None if it is missing or damaged; and name to bytes of each listed file that exists, damaged
         or not.
     """
-    name, contents = storage.base(folder), dict[str, bytes]()
-    manifest = parsed(report, f"{name}/{MANIFEST}", read(storage.join(folder, MANIFEST)), kind)
+    name, contents = folder.name, dict[str, bytes]()
+    manifest = parsed(report, f"{name}/{MANIFEST}", read(folder.manifest_url), kind)
     if manifest is None:
         return None, contents
     keys = {entry.key for entry in manifest.files}
     if required - keys:
         report.bad(f"{name}/{MANIFEST}", " and ".join(sorted(required)), " and ".join(sorted(keys)) or "no files")
     for entry in manifest.files:
-        data = read(storage.join(folder, entry.key))
+        data = read(folder.at(entry.key))
         if data is None and entry.key in left_out:
             report.note(f"{name}/{entry.key}: not pulled")
             continue
@@ -186,6 +186,15 @@ def read(url: str) -> bytes | None:
     try:
         return storage.read(url)
     except DataError:
+        return None
+
+
+def read_as(kind: type[T], url: str) -> T | None:
+    """A JSON document; None if it does not exist or is damaged, which the check of its folder reports."""
+    content = read(url)
+    try:
+        return None if content is None else validated(kind, content)
+    except ValidationError:
         return None
 
 

@@ -40,7 +40,7 @@ def check_metrics(
         validating: ids of the validation rows; None if unknown.
     """
     folder, part = run.metrics, Report(prefix=report.prefix)
-    before = read(storage.join(folder, MANIFEST))
+    before = read(folder.manifest_url)
     if before is None:
         _check_unfinished(report, run)
         return
@@ -49,7 +49,7 @@ def check_metrics(
         _check_lineage(part, run, manifest, facts, checkpoints)
     if manifest is not None and not part.n_wrong:
         _check_content(part, manifest, contents, validating)
-    if part.n_wrong and read(storage.join(folder, MANIFEST)) != before:
+    if part.n_wrong and read(folder.manifest_url) != before:
         report.note("metrics: another evaluation replaced them while they were read")
     else:
         report.add(*part.findings)
@@ -85,7 +85,7 @@ def _check_unfinished(report: Report, run: RunFolder) -> None:
     An evaluation that still runs, or was killed, leaves such files, and then also has chunks in `parts/`: only a note.
     Without the chunks the manifest was lost.
     """
-    names = {storage.base(url) for url in storage.ls(run.metrics)} - {LINES, EPOCHS, ABLATION}
+    names = {file.name for file in run.ls("metrics")} - {LINES, EPOCHS, ABLATION}
     if names and storage.ls(run.parts):
         report.note("metrics: an evaluation has not completed; if it is not running, run it again")
     elif names & FILES:
@@ -108,7 +108,7 @@ def _check_lineage(
         report.expect(f"metrics: model_sha256 of {name}", made.sha256_of(MODEL), manifest.model_sha256)
     elif made is None and name < max(checkpoints, default=""):
         report.note(f"metrics: they are of {name}, which was removed since; run the evaluation again")
-    elif made is None and not storage.exists(run.at("checkpoints", name, MANIFEST)):
+    elif made is None and not run.checkpoint(name).is_committed():
         report.bad("metrics: checkpoint", some(list(checkpoints)), name)
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
-
-from pydantic import ValidationError
 
 from fusion import storage
 from fusion.errors import ExitCode
+from fusion.records import pointers
 from fusion.records.best_run import SERVED, best_of_kind
-from fusion.records.manifests import MANIFEST, PULLED
+from fusion.records.manifests import ENSEMBLE, MANIFEST, PULLED
+from fusion.records.output import OutputFolder, key_of
 from fusion.records.run import RunFolder
-from fusion.records.schemas import ENSEMBLE_VARIANT, RunPointer, SubmissionManifest, validated
-from fusion.verify.ensemble import check_ensemble, is_ensemble, record_in
-from fusion.verify.findings import Report, read
+from fusion.records.schemas import ENSEMBLE_VARIANT, EnsembleRecord, RunPointer, SubmissionManifest
+from fusion.verify.ensemble import check_ensemble, is_ensemble
+from fusion.verify.findings import Report, read, read_as
 from fusion.verify.pointers import check_run_pointer, check_submission_pointer
 from fusion.verify.run import CheckedRun, check_run
 from fusion.verify.submission import check_submission
@@ -22,59 +21,57 @@ from fusion.verify.submission import check_submission
 Submissions = Mapping[str, SubmissionManifest]  # by <name>/<date>/<digest>
 
 
-def is_output(url: str) -> bool:
-    """Whether the URL has a folder of runs, submissions or pointers that is not empty."""
-    return any(storage.ls(storage.join(url, name)) for name in ("runs", "submissions", "pointers"))
+def is_output(output: OutputFolder) -> bool:
+    """Whether it has a folder of runs, submissions or pointers that is not empty."""
+    return any(output.ls(name) for name in ("runs", "submissions", "pointers"))
 
 
-def check_output(report: Report, url: str, data: str | None) -> None:
+def check_output(report: Report, output: OutputFolder, data: str | None) -> None:
     """Checks all runs, submissions and pointers.
 
     Args:
         data: as for `verify`.
     """
-    runs = _check_runs(report, url)
-    submissions = _check_submissions(report, url, data)
-    pointers = storage.join(url, "pointers")
-    to_runs = _pointer_urls(storage.join(pointers, "runs"))
-    expected = _expected_run_pointers(pointers, runs) | _expected_ensemble_pointers(url, to_runs)
+    runs = _check_runs(report, output)
+    submissions = _check_submissions(report, output, data)
+    to_runs = _pointer_urls(output, "runs")
+    expected = _expected_run_pointers(output, runs) | _expected_ensemble_pointers(output, to_runs)
     for pointer_url in sorted(to_runs | expected):
         check_run_pointer(report, pointer_url)
-    to_submissions = _pointer_urls(storage.join(pointers, "submissions"))
-    for pointer_url in sorted(to_submissions | _expected_submission_pointers(url, pointers, submissions)):
+    to_submissions = _pointer_urls(output, "submissions")
+    for pointer_url in sorted(to_submissions | _expected_submission_pointers(output, submissions)):
         check_submission_pointer(report, pointer_url)
 
 
-def _pointer_urls(folder: str) -> set[str]:
-    """URLs of the pointers in a folder such as `pointers/runs`, which has one folder per variant or name."""
-    return {url for subfolder in storage.ls(folder) for url in storage.ls(subfolder)}
+def _pointer_urls(output: OutputFolder, kind: str) -> set[str]:
+    """URLs of the pointers to "runs" or "submissions"; each variant or name has a folder of them."""
+    return {pointer.url for folder in output.ls("pointers", kind) for pointer in folder.ls()}
 
 
-def _check_runs(report: Report, url: str) -> dict[str, CheckedRun]:
+def _check_runs(report: Report, output: OutputFolder) -> dict[str, CheckedRun]:
     runs = dict[str, CheckedRun]()
-    for folder in storage.ls(storage.join(url, "runs")):
-        if not storage.ls(folder):  # an empty folder remains if a run on a file system was killed at its first write
+    for run in output.runs():
+        if not run.ls():  # an empty folder remains if a run on a file system was killed at its first write
             continue
-        with report.within(f"runs/{storage.base(folder)}"):
-            if is_ensemble(folder, read(storage.join(folder, MANIFEST))):
-                check_ensemble(report, folder)
+        with report.within(f"runs/{run.run_id}"):
+            if is_ensemble(run, read(run.manifest_url)):
+                check_ensemble(report, run)
             else:
-                runs[storage.base(folder)] = check_run(report, RunFolder(folder))
+                runs[run.run_id] = check_run(report, run)
     return runs
 
 
-def _check_submissions(report: Report, url: str, data: str | None) -> Submissions:
+def _check_submissions(report: Report, output: OutputFolder, data: str | None) -> Submissions:
     """Checks all submissions; returns the manifests of those that are committed and not damaged."""
-    names = storage.ls(storage.join(url, "submissions"))
-    folders = [folder for name in names for date in storage.ls(name) for folder in storage.ls(date)]
-    keys = {"/".join(folder.split("/")[-3:]): folder for folder in folders}
-    committed = {key for key, folder in keys.items() if storage.exists(storage.join(folder, MANIFEST))}
+    dates = [date for name in output.ls("submissions") for date in name.ls()]
+    folders = {key_of(folder): folder for date in dates for folder in date.ls()}
+    committed = {key for key, folder in folders.items() if folder.is_committed()}
     whole = dict[str, SubmissionManifest]()
     for key in sorted(committed):
         with report.within(f"submissions/{key}"):
-            manifest = check_submission(report, keys[key], data)
+            manifest = check_submission(report, folders[key], data)
         whole |= {key: manifest} if manifest else {}
-    for key in sorted(keys.keys() - committed):
+    for key in sorted(folders.keys() - committed):
         _check_uncommitted(report, key, whole)
     return whole
 
@@ -92,7 +89,7 @@ def _check_uncommitted(report: Report, key: str, whole: Submissions) -> None:
         report.note(f"submissions/{key}: not committed, so it does not count")
 
 
-def _expected_run_pointers(pointers: str, runs: Mapping[str, CheckedRun]) -> set[str]:
+def _expected_run_pointers(output: OutputFolder, runs: Mapping[str, CheckedRun]) -> set[str]:
     """URLs of the pointers that must exist because of runs that finished.
 
     An attempt moves the pointers before it records its end.
@@ -105,11 +102,11 @@ def _expected_run_pointers(pointers: str, runs: Mapping[str, CheckedRun]) -> set
         names = ["latest", SERVED]
         if run.newest and run.newest.run_sha256:  # earlier versions, without this field, had no best of each kind
             names.append(best_of_kind(run.newest.split_sha256))
-        expected |= {storage.join(pointers, "runs", run.facts.variant, f"{name}.json") for name in names}
+        expected |= {pointers.url(output.url, "runs", run.facts.variant, name) for name in names}
     return expected
 
 
-def _expected_ensemble_pointers(url: str, there: set[str]) -> set[str]:
+def _expected_ensemble_pointers(output: OutputFolder, there: set[str]) -> set[str]:
     """URLs of the pointers that must exist because others to ensembles do.
 
     The pointers to an ensemble are written in the order latest, best of its kind, best. If one exists, so must those
@@ -119,18 +116,18 @@ def _expected_ensemble_pointers(url: str, there: set[str]) -> set[str]:
     Args:
         there: URLs of the pointers to runs and ensembles that exist.
     """
-    folder = storage.join(url, "pointers", "runs", ENSEMBLE_VARIANT)
-    mine = {storage.base(pointer_url) for pointer_url in there if pointer_url.startswith(f"{folder}/")}
-    names = {"latest.json"} if mine else set[str]()
-    content = read(storage.join(folder, f"{SERVED}.json")) if f"{SERVED}.json" in mine else None
-    with suppress(ValidationError):
-        served = None if content is None else validated(RunPointer, content)
-        record = record_in(storage.join(url, "runs", served.run_id)) if served else None
-        names |= {f"{best_of_kind(record.rows_sha256)}.json"} if record else set()
-    return {storage.join(folder, name) for name in names}
+
+    def pointer_url(name: str) -> str:
+        return pointers.url(output.url, "runs", ENSEMBLE_VARIANT, name)
+
+    names = {"latest"} if any(url.split("/")[-2] == ENSEMBLE_VARIANT for url in there) else set[str]()
+    served = read_as(RunPointer, pointer_url(SERVED)) if pointer_url(SERVED) in there else None
+    record = read_as(EnsembleRecord, RunFolder.named(output.url, served.run_id).at(ENSEMBLE)) if served else None
+    names |= {best_of_kind(record.rows_sha256)} if record else set()
+    return {pointer_url(name) for name in names}
 
 
-def _expected_submission_pointers(url: str, pointers: str, whole: Submissions) -> set[str]:
+def _expected_submission_pointers(output: OutputFolder, whole: Submissions) -> set[str]:
     """URLs of the pointers that must exist because a submission names the one that was current before it.
 
     Submissions that were copied by `jobs/pull.py` are excluded, since the pointer is not copied.
@@ -138,6 +135,6 @@ def _expected_submission_pointers(url: str, pointers: str, whole: Submissions) -
     names = {
         key.split("/")[0]
         for key, manifest in whole.items()
-        if manifest.previous and not storage.exists(storage.join(url, "submissions", key, PULLED))
+        if manifest.previous and not storage.exists(output.submission(key).at(PULLED))
     }
-    return {storage.join(pointers, "submissions", name, "current.json") for name in names}
+    return {output.current_url(name) for name in names}

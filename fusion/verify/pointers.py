@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from pydantic import ValidationError
-
-from fusion import storage
-from fusion.records.manifests import ENSEMBLE, MANIFEST
+from fusion.records.manifests import ENSEMBLE
+from fusion.records.output import OutputFolder
 from fusion.records.run import FACTS, RunFolder
-from fusion.records.schemas import CheckpointManifest, PointerPath, RunFacts, RunPointer, SubmissionPointer, validated
-from fusion.verify.ensemble import check_ensemble, record_in
-from fusion.verify.findings import Report, parsed, read
+from fusion.records.schemas import (
+    CheckpointManifest,
+    EnsembleRecord,
+    PointerPath,
+    RunFacts,
+    RunPointer,
+    SubmissionPointer,
+    validated,
+)
+from fusion.verify.ensemble import check_ensemble
+from fusion.verify.findings import Report, parsed, read, read_as
 from fusion.verify.run import check_run
 from fusion.verify.submission import check_submission
 
@@ -32,13 +38,13 @@ def check_pointer(report: Report, url: str, data: str | None) -> None:
         if pointer is not None:
             run = RunFolder.named(output, pointer.run_id)
             if pointer.checkpoint == ENSEMBLE:
-                check_ensemble(report, run.url)
+                check_ensemble(report, run)
             else:
                 check_run(report, run)
     else:
         target = check_submission_pointer(report, url)
         if target is not None:
-            check_submission(report, storage.join(output, "submissions", target.submission), data)
+            check_submission(report, OutputFolder(output).submission(target.submission), data)
 
 
 def check_run_pointer(report: Report, url: str) -> RunPointer | None:
@@ -50,13 +56,13 @@ def check_run_pointer(report: Report, url: str) -> RunPointer | None:
     if pointer is None:
         return None
     run = RunFolder.named(url.rpartition(POINTERS)[0], pointer.run_id)
-    facts = _read(RunFacts, run.at(FACTS))
+    facts = read_as(RunFacts, run.at(FACTS))
     if facts is not None:
         report.expect(f"{_name(url)}: variant of {pointer.run_id}", _name(url).split("/")[2], facts.variant)
     if pointer.checkpoint == ENSEMBLE:
-        _compare_ensemble(report, _name(url), pointer, run.url)
+        _compare_ensemble(report, _name(url), pointer, run)
         return pointer
-    made = _read(CheckpointManifest, run.at("checkpoints", pointer.checkpoint, MANIFEST))
+    made = read_as(CheckpointManifest, run.checkpoint(pointer.checkpoint).manifest_url)
     what = f"{_name(url)}: smape of {pointer.checkpoint} in {pointer.run_id}"
     if made is None:
         report.bad(what, pointer.smape, "no such checkpoint")
@@ -67,10 +73,10 @@ def check_run_pointer(report: Report, url: str) -> RunPointer | None:
     return pointer
 
 
-def _compare_ensemble(report: Report, name: str, pointer: RunPointer, folder: str) -> None:
+def _compare_ensemble(report: Report, name: str, pointer: RunPointer, folder: RunFolder) -> None:
     """Compares a pointer with the ensemble in the folder that it names."""
     what = f"{name}: smape of {pointer.run_id}"
-    record = record_in(folder) if storage.exists(storage.join(folder, MANIFEST)) else None
+    record = read_as(EnsembleRecord, folder.at(ENSEMBLE)) if folder.is_committed() else None
     if record is None:
         report.bad(what, pointer.smape, "no such ensemble")
         return
@@ -88,8 +94,7 @@ def check_submission_pointer(report: Report, url: str) -> SubmissionPointer | No
     if pointer is None:
         return None
     report.expect(f"{_name(url)}: name", _name(url).split("/")[2], pointer.submission.split("/")[0])
-    folder = storage.join(url.rpartition(POINTERS)[0], "submissions", pointer.submission)
-    if storage.exists(storage.join(folder, MANIFEST)):
+    if OutputFolder(url.rpartition(POINTERS)[0]).submission(pointer.submission).is_committed():
         report.ok(f"{_name(url)}: {pointer.submission}")
     else:
         report.bad(f"{_name(url)}: submission", "one that is committed", pointer.submission)
@@ -110,12 +115,3 @@ def _parse(report: Report, url: str, kind: type[T]) -> T | None:
         if path:  # earlier versions did not write it
             report.expect(f"{_name(url)}: pointer", _name(url), f"pointers/{path}.json")
     return pointer
-
-
-def _read(kind: type[T], url: str) -> T | None:
-    """The document; None if it does not exist or is damaged, which the check of its folder reports."""
-    content = read(url)
-    try:
-        return None if content is None else validated(kind, content)
-    except ValidationError:
-        return None

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from fusion import storage
 from fusion.errors import DataError, ExitCode
-from fusion.records.manifests import FEATURES, LINES, MANIFEST, MEMORY, PULLED, SPLIT
+from fusion.records.manifests import FEATURES, LINES, MANIFEST, MEMORY, PULLED, SPLIT, Folder
 from fusion.records.run import CONFIG, EXIT, FACTS, LEASE, START, RunFolder, config_digest
 from fusion.records.schemas import (
     AttemptEnd,
@@ -106,7 +106,7 @@ def _check_pulled(report: Report, run: RunFolder) -> tuple[str, ...] | None:
 
 def _is_trained(run: RunFolder) -> bool:
     """Whether a checkpoint was begun. Then `run.json`, the split and the memory must exist."""
-    return bool(storage.ls(run.at("checkpoints")))
+    return bool(run.ls("checkpoints"))
 
 
 def _check_settings(report: Report, run: RunFolder) -> tuple[RunFacts | None, str]:
@@ -119,7 +119,7 @@ def _check_settings(report: Report, run: RunFolder) -> tuple[RunFacts | None, st
     facts = parsed(report, FACTS, content, RunFacts)
     if facts is None:
         return None, ""
-    if storage.base(run.url.rpartition("/")[0]) == "runs":  # a copy elsewhere may have any name
+    if run.is_in_runs:
         report.expect("run.json: run_id", run.run_id, facts.run_id)
     if settings and config:
         _compare_settings(report, settings, facts)
@@ -196,10 +196,9 @@ def _check_memory(report: Report, run: RunFolder, split: bytes | None, facts: Ru
 
 def _check_attempts(report: Report, run: CheckedRun) -> dict[int, AttemptEnd]:
     """Checks all attempts; returns the ends by number. An attempt that was killed or still runs has no end."""
-    folders = {storage.base(folder): folder for folder in storage.ls(run.folder.at("attempts"))}
-    numbers = sorted(int(name) for name in folders if name.isdigit())
+    numbers = sorted(int(attempt.name) for attempt in run.folder.ls("attempts") if attempt.name.isdigit())
     _check_lease(report, run, numbers)
-    ends = {number: _check_attempt(report, folders[str(number)], number) for number in numbers}
+    ends = {number: _check_attempt(report, run.folder.attempt(number), number) for number in numbers}
     return {number: end for number, end in ends.items() if end is not None}
 
 
@@ -222,14 +221,14 @@ def _check_lease(report: Report, run: CheckedRun, numbers: list[int]) -> None:
         report.bad("lease.json: attempt", f"at least {numbers[-1]}, as in attempts/", lease.attempt)
 
 
-def _check_attempt(report: Report, folder: str, number: int) -> AttemptEnd | None:
+def _check_attempt(report: Report, folder: Folder, number: int) -> AttemptEnd | None:
     """Checks start, end and log of an attempt; returns its end, or None if it has none."""
-    if not storage.ls(folder):
+    if not folder.ls():
         return None  # an empty folder remains if an attempt on a file system was killed at its first write
-    start = parsed(report, f"attempts/{number}/start.json", read(storage.join(folder, START)), AttemptStart)
+    start = parsed(report, f"attempts/{number}/start.json", read(folder.at(START)), AttemptStart)
     if start is not None:
         report.expect(f"attempts/{number}/start.json: attempt", number, start.attempt)
-    content = read(storage.join(folder, EXIT))
+    content = read(folder.at(EXIT))
     if content is None:
         report.note(f"attempts/{number}: has not ended, or was killed")
         return None
@@ -237,31 +236,31 @@ def _check_attempt(report: Report, folder: str, number: int) -> AttemptEnd | Non
     if end is not None and end.attempt is not None:
         report.expect(f"attempts/{number}/exit.json: attempt", number, end.attempt)
     if end is not None and end.log is not None:
-        check_beginning(report, f"attempts/{number}/log.txt", end.log, read(storage.join(folder, end.log.key)))
+        check_beginning(report, f"attempts/{number}/log.txt", end.log, read(folder.at(end.log.key)))
     return end
 
 
 def _check_checkpoints(report: Report, run: CheckedRun) -> None:
     """Checks all checkpoints, and adds the committed ones to `run.committed` and `run.checkpoints`."""
-    folders = storage.ls(run.folder.at("checkpoints"))
+    folders = run.folder.ls("checkpoints")
     for folder in folders:
-        if storage.exists(storage.join(folder, MANIFEST)):
+        if folder.is_committed():
             _check_checkpoint_of_run(report, folder, run)
     for folder in folders:
-        if storage.base(folder) not in run.committed:
+        if folder.name not in run.committed:
             _check_uncommitted(report, folder, run)
     if not run.committed:
         report.note("no committed checkpoint")
 
 
-def _check_uncommitted(report: Report, folder: str, run: CheckedRun) -> None:
+def _check_uncommitted(report: Report, folder: Folder, run: CheckedRun) -> None:
     """Reports the folder of a checkpoint without a manifest.
 
     A job that is killed while it writes leaves one: only a note. But if the newest checkpoint names it among those that
     were kept, it had been committed, and its manifest was lost.
     """
-    name = storage.base(folder)
-    if run.newest and name in run.newest.earlier and storage.ls(folder) and _is_newest(run):
+    name = folder.name
+    if run.newest and name in run.newest.earlier and folder.ls() and _is_newest(run):
         report.bad(f"{name}/{MANIFEST}", f"a file, as {run.newest.name} names this checkpoint", "no such file")
     else:
         report.note(f"{name}: not committed, so it does not count")
@@ -272,19 +271,18 @@ def _is_newest(run: CheckedRun) -> bool:
 
     A running training that commits one removes older ones afterwards, so that their absence is no error then.
     """
-    folders = storage.ls(run.folder.at("checkpoints"))
-    later = [folder for folder in folders if storage.base(folder) > run.committed[-1]]
-    return not any(storage.exists(storage.join(folder, MANIFEST)) for folder in later)
+    later = [folder for folder in run.folder.ls("checkpoints") if folder.name > run.committed[-1]]
+    return not any(folder.is_committed() for folder in later)
 
 
-def _check_checkpoint_of_run(report: Report, folder: str, run: CheckedRun) -> None:
+def _check_checkpoint_of_run(report: Report, folder: Folder, run: CheckedRun) -> None:
     """Checks a committed checkpoint; its findings are dropped if a running training removes it meanwhile."""
-    part, name = Report(prefix=report.prefix), storage.base(folder)
+    part, name = Report(prefix=report.prefix), folder.name
     left_out = {storage.base(path) for path in run.left_out or ()}
     manifest = check_checkpoint(part, folder, left_out, run.facts, run.validating)
     if manifest is not None:
         _check_lineage(part, name, manifest, run)
-    if part.n_wrong and not storage.exists(storage.join(folder, MANIFEST)):
+    if part.n_wrong and not folder.is_committed():
         report.note(f"{name}: removed while it was read")
         return
     report.add(*part.findings)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fusion import storage
 from fusion.data.inputs import find_table, table_sha256
 from fusion.errors import CredentialsError, DataError
-from fusion.records.manifests import ENSEMBLE, MANIFEST, MODEL, PREDICTIONS, SUBMISSION
+from fusion.records.manifests import ENSEMBLE, MANIFEST, MODEL, PREDICTIONS, SUBMISSION, Folder
 from fusion.records.run import CONFIG, RunFolder
 from fusion.records.schemas import CheckpointManifest, DataOfRun, EnsembleRecord, SubmissionManifest, read_required
 from fusion.submissions.submission import plain
@@ -27,7 +27,7 @@ _PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")  # a number without sign and exponent
 _NOT_READABLE = (DataError, CredentialsError, ImportError, ValueError)
 
 
-def check_submission(report: Report, folder: str, data: str | None) -> SubmissionManifest | None:
+def check_submission(report: Report, folder: Folder, data: str | None) -> SubmissionManifest | None:
     """Checks a submission's folder; returns its manifest, or None if that is missing or damaged.
 
     Args:
@@ -39,7 +39,7 @@ def check_submission(report: Report, folder: str, data: str | None) -> Submissio
     _check_path(report, folder, manifest)
     if SUBMISSION in contents:
         content = contents[SUBMISSION]
-        report.expect("folder's digest", storage.sha256(content)[:12], storage.base(folder))
+        report.expect("folder's digest", storage.sha256(content)[:12], folder.name)
         rows = _check_csv(report, content, manifest.rows)
         if PREDICTIONS in contents:
             _check_predictions(report, contents[PREDICTIONS], rows)
@@ -49,9 +49,9 @@ def check_submission(report: Report, folder: str, data: str | None) -> Submissio
     return manifest
 
 
-def _check_path(report: Report, folder: str, manifest: SubmissionManifest) -> None:
+def _check_path(report: Report, folder: Folder, manifest: SubmissionManifest) -> None:
     """Compares date and name with the path of the folder; a copy outside of `submissions/` may have any path."""
-    parent, name, date = ["", "", *folder.split("/")][-4:-1]
+    parent, name, date = ["", "", *folder.url.split("/")][-4:-1]
     if parent == "submissions":
         report.expect("date of the manifest", date, manifest.date)
         if manifest.name:  # earlier versions did not write it
@@ -156,7 +156,7 @@ def _compare_model(report: Report, manifest: SubmissionManifest) -> None:
     if manifest.checkpoint == ENSEMBLE:
         _compare_ensemble(report, manifest)
         return
-    folder = RunFolder(manifest.run).checkpoint_url(manifest.checkpoint)
+    folder = RunFolder(manifest.run).checkpoint(manifest.checkpoint)
     data = _read_or_note(report, "model", folder, MANIFEST)
     if data is None:
         return
@@ -165,10 +165,10 @@ def _compare_model(report: Report, manifest: SubmissionManifest) -> None:
         report.expect(f"model_sha256, as in {manifest.checkpoint}", made.sha256_of(MODEL), manifest.model_sha256)
 
 
-def _read_or_note(report: Report, what: str, folder: str, name: str) -> bytes | None:
+def _read_or_note(report: Report, what: str, folder: Folder, name: str) -> bytes | None:
     """Reads a file that a comparison needs; None, with a note that `what` was not compared, if that cannot be."""
     try:
-        data = storage.read_if_exists(storage.join(folder, name))
+        data = storage.read_if_exists(folder.at(name))
     except _NOT_READABLE as error:
         report.note(f"{what} not compared: {first_line(error)}")
         return None
@@ -179,7 +179,7 @@ def _read_or_note(report: Report, what: str, folder: str, name: str) -> bytes | 
 
 def _compare_ensemble(report: Report, manifest: SubmissionManifest) -> None:
     """Compares the model's digest with the ensemble that the manifest names, if that still exists."""
-    data = _read_or_note(report, "ensemble", manifest.run, ENSEMBLE)
+    data = _read_or_note(report, "ensemble", RunFolder(manifest.run), ENSEMBLE)
     if data is None:
         return
     record = parsed(report, f"{ENSEMBLE} of {manifest.run}", data, EnsembleRecord)

@@ -14,19 +14,17 @@ from typing import TypeVar
 
 from fusion import storage
 from fusion.errors import DataError, ExitCode
-from fusion.records import pointers
+from fusion.records.best_run import pointed_to
 from fusion.records.manifests import ENSEMBLE, MANIFEST, Checkpoint, best_of
-from fusion.records.run import FACTS, LEASE, RunFolder
+from fusion.records.output import OutputFolder
+from fusion.records.run import FACTS, LEASE, RunFolder, checkpoint_in
 from fusion.records.schemas import (
     AttemptEnd,
     AttemptStart,
-    CheckpointManifest,
     RunFacts,
-    RunPointer,
     SubmissionManifest,
     SubmissionPointer,
     read,
-    read_if_whole,
 )
 from fusion.storage import Entry
 
@@ -101,9 +99,8 @@ class Submission:
 
 def list_runs(output: str) -> list[Run]:
     """All runs: first the finished ones, then the others, each newest first."""
-    folders = _by_folder(storage.find(storage.join(output, "runs")), depth=1)
-    root, now = storage.join(output, "runs"), datetime.now(UTC)
-    runs = _in_parallel(lambda run_id: _describe_run(root, run_id, folders[run_id], now), folders)
+    folders, now = _by_folder(storage.find(OutputFolder(output).at("runs")), depth=1), datetime.now(UTC)
+    runs = _in_parallel(lambda name: _describe_run(RunFolder.named(output, name), folders[name], now), folders)
     served = _served(output, {run.variant for run in runs if run.variant})
     marked = [replace(run, served=run.run_id in served) for run in runs]
     newest = sorted(marked, key=lambda run: (run.started, run.run_id), reverse=True)
@@ -122,47 +119,47 @@ def _by_folder(listing: Listing, depth: int) -> dict[str, Listing]:
 
 def _served(output: str, variants: Iterable[str]) -> set[str]:
     """Ids of the runs that predictions use."""
-    found = _in_parallel(lambda variant: pointers.read(RunPointer, output, "runs", variant, "best"), variants)
+    found = _in_parallel(lambda variant: pointed_to(output, variant), variants)
     return {pointer.run_id for pointer in found if pointer}
 
 
-def _describe_run(root: str, run_id: str, listing: Listing, now: datetime) -> Run:
+def _describe_run(folder: RunFolder, listing: Listing, now: datetime) -> Run:
     """The run as a list shows it, whatever state its files are in; raises no DataError."""
     seen = max((found.modified for found in listing.values() if found.modified), default=None)
     sign = f"{seen.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}" if seen else ""
     if ENSEMBLE in listing:
-        return _describe_ensemble(root, run_id, listing, sign)
+        return _describe_ensemble(folder, listing, sign)
     if LEASE not in listing:
-        return Run(run_id, last_sign=sign, error="there is no lease.json: the run was never started")
+        return Run(folder.run_id, last_sign=sign, error="there is no lease.json: the run was never started")
     try:
-        run = _read_run(storage.join(root, run_id), listing)
+        run = _read_run(folder, listing)
     except DataError as error:
-        return Run(run_id, last_sign=sign, error=error.message)
+        return Run(folder.run_id, last_sign=sign, error=error.message)
     if run.state == "running" and seen and now - seen > SILENT_AFTER:
         return replace(run, state="silent", last_sign=sign, error=f"nothing written since {sign}: most likely killed")
     return replace(run, last_sign=sign)
 
 
-def _describe_ensemble(root: str, run_id: str, listing: Listing, sign: str) -> Run:
-    url = storage.join(root, run_id)
+def _describe_ensemble(folder: RunFolder, listing: Listing, sign: str) -> Run:
+    run_id = folder.run_id
     if MANIFEST not in listing:
         return Run(run_id, "ensemble", last_sign=sign, error="the ensemble is incomplete: make it again")
     try:
-        record, facts = RunFolder(url).ensemble(), _read_listed(RunFacts, url, FACTS, listing)
+        record, facts = folder.ensemble(), _read_listed(RunFacts, folder, FACTS, listing)
     except DataError as error:
         return Run(run_id, "ensemble", last_sign=sign, error=error.message)
     started, rows = facts.started if facts else "", record.rows_sha256[:12]
     return Run(run_id, "ensemble", record.smape, "finished", 0, 1, started, started, sign, rows)
 
 
-def _read_run(url: str, listing: Listing) -> Run:
+def _read_run(folder: RunFolder, listing: Listing) -> Run:
     attempt = max((int(name) for name in _by_folder(_below(listing, "attempts"), 1) if name.isdecimal()), default=1)
-    facts = _read_listed(RunFacts, url, FACTS, listing)  # None for a run that ended before it had read its data
-    end = _read_listed(AttemptEnd, url, f"attempts/{attempt}/exit.json", listing)
-    begun = facts or _read_listed(AttemptStart, url, f"attempts/{attempt}/start.json", listing)
-    best = best_checkpoint(url, listing)
+    facts = _read_listed(RunFacts, folder, FACTS, listing)  # None for a run that ended before it had read its data
+    end = _read_listed(AttemptEnd, folder, f"attempts/{attempt}/exit.json", listing)
+    begun = facts or _read_listed(AttemptStart, folder, f"attempts/{attempt}/start.json", listing)
+    best = best_checkpoint(folder, listing)
     return Run(
-        storage.base(url),
+        folder.run_id,
         facts.variant if facts else "",
         best.smape if best else None,
         _state(end),
@@ -175,25 +172,21 @@ def _read_run(url: str, listing: Listing) -> Run:
     )
 
 
-def _read_listed(kind: type[T], url: str, path: str, listing: Listing) -> T | None:
+def _read_listed(kind: type[T], folder: RunFolder, path: str, listing: Listing) -> T | None:
     """The document, or None when the listing does not have it, which saves a request."""
-    return read(kind, storage.join(url, path)) if path in listing else None
+    return read(kind, folder.at(path)) if path in listing else None
 
 
 def _below(listing: Listing, folder: str) -> Listing:
     return {path.removeprefix(f"{folder}/"): found for path, found in listing.items() if path.startswith(f"{folder}/")}
 
 
-def best_checkpoint(run: str, listing: Listing) -> Checkpoint | None:
+def best_checkpoint(run: RunFolder, listing: Listing) -> Checkpoint | None:
     """The best committed checkpoint that was validated. A damaged checkpoint is logged and skipped."""
-    names = _by_folder(_below(listing, "checkpoints"), 1)
-    folders = [storage.join(run, "checkpoints", name) for name, files in names.items() if MANIFEST in files]
-    found = []
-    for folder in folders:
-        manifest = read_if_whole(CheckpointManifest, storage.join(folder, MANIFEST), "checkpoint_damaged")
-        if manifest and manifest.smape is not None and manifest.name == storage.base(folder):
-            found.append(Checkpoint(folder, manifest))
-    return best_of(found) if found else None
+    folders = _by_folder(_below(listing, "checkpoints"), 1)
+    found = [checkpoint_in(run.checkpoint(name)) for name, files in folders.items() if MANIFEST in files]
+    validated = [made for made in found if made and made.manifest.smape is not None]
+    return best_of(validated) if validated else None
 
 
 def _state(end: AttemptEnd | None) -> str:
@@ -205,30 +198,30 @@ def _state(end: AttemptEnd | None) -> str:
 
 def list_submissions(output: str, name: str | None = None) -> list[Submission]:
     """All committed submissions, newest date first."""
-    root = storage.join(output, "submissions")
-    listing = storage.find(storage.join(root, name) if name else root)
+    folder = OutputFolder(output)
+    listing = storage.find(folder.at("submissions", *([name] if name else [])))
     if name:
         listing = {f"{name}/{path}": found for path, found in listing.items()}
-    folders = [path for path, files in _by_folder(listing, depth=3).items() if MANIFEST in files]
-    names = sorted({path.split("/")[0] for path in folders})
-    current = dict(zip(names, _in_parallel(lambda one: current_of(output, one), names), strict=True))
-    found = _in_parallel(lambda path: _describe_submission(root, path, current), folders)
+    keys = [path for path, files in _by_folder(listing, depth=3).items() if MANIFEST in files]
+    names = sorted({key.split("/")[0] for key in keys})
+    current = dict(zip(names, _in_parallel(lambda one: current_of(folder, one), names), strict=True))
+    found = _in_parallel(lambda key: _describe_submission(folder, key, current), keys)
     return sorted(filter(None, found), key=lambda one: (one.date, one.name, one.current), reverse=True)
 
 
-def _describe_submission(root: str, path: str, current: Mapping[str, str | None]) -> Submission | None:
-    name, date, digest = path.split("/")
-    is_current = current[name] == path
+def _describe_submission(output: OutputFolder, key: str, current: Mapping[str, str | None]) -> Submission | None:
+    name, date, digest = key.split("/")
+    is_current = current[name] == key
     try:
-        manifest = read(SubmissionManifest, storage.join(root, path, MANIFEST))
+        manifest = read(SubmissionManifest, output.submission(key).manifest_url)
     except DataError as error:
         return Submission(name, date, digest, None, "", is_current, error.message)
     return Submission(name, date, digest, manifest.rows, storage.base(manifest.run), is_current) if manifest else None
 
 
-def current_of(output: str, name: str) -> str | None:
-    """Path below `submissions/` of the submission that is published under a name; None when there is none."""
-    pointer = read(SubmissionPointer, pointers.url(output, "submissions", name, "current"))
+def current_of(output: OutputFolder, name: str) -> str | None:
+    """Key of the submission that is published under a name; None when there is none."""
+    pointer = read(SubmissionPointer, output.current_url(name))
     return pointer.submission if pointer else None
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from fusion import storage
 from fusion.errors import DataError, UsageError, did_you_mean
 from fusion.records.find_run import no_run
-from fusion.records.manifests import ENSEMBLE, FEATURES, MANIFEST, MEMORY, PULLED, SPLIT, STATE, Checkpoint
-from fusion.records.run import LEASE
+from fusion.records.manifests import ENSEMBLE, FEATURES, MANIFEST, MEMORY, PULLED, SPLIT, STATE, Checkpoint, Folder
+from fusion.records.output import OutputFolder, key_of
+from fusion.records.run import LEASE, RunFolder
 from fusion.records.schemas import (
     CheckpointManifest,
     FileEntry,
@@ -45,7 +45,7 @@ class Choice:
     pointer: dict[str, bytes]
 
 
-def choose_run(output: str, which: str, variant: str | None) -> Choice:
+def choose_run(output: OutputFolder, which: str, variant: str | None) -> Choice:
     """The run with this id, or the one that the pointer `latest` or `best` of a variant names.
 
     Args:
@@ -57,20 +57,19 @@ def choose_run(output: str, which: str, variant: str | None) -> Choice:
         UsageError: several variants have runs, and `variant` is None.
     """
     if which not in POINTERS:
-        known = [storage.base(url) for url in storage.ls(storage.join(output, "runs"))]
-        if which not in known:
-            raise no_run(output, which)
+        if which not in [run.run_id for run in output.runs()]:
+            raise no_run(output.url, which)
         return Choice(f"runs/{which}", {})
     variant = variant or _only_variant(output)
     path = f"pointers/runs/{variant}/{which}.json"
-    content = storage.read_if_exists(storage.join(output, path))
+    content = storage.read_if_exists(output.at(path))
     if content is None:
         raise DataError(f"no finished run of {variant} under {output}", _listing_hint("runs", output))
-    return Choice(f"runs/{parse(RunPointer, content, storage.join(output, path)).run_id}", {path: content})
+    return Choice(f"runs/{parse(RunPointer, content, output.at(path)).run_id}", {path: content})
 
 
-def _only_variant(output: str) -> str:
-    variants = [storage.base(url) for url in storage.ls(storage.join(output, "pointers", "runs"))]
+def _only_variant(output: OutputFolder) -> str:
+    variants = [folder.name for folder in output.ls("pointers", "runs")]
     if len(variants) == 1:
         return variants[0]
     if not variants:
@@ -80,7 +79,7 @@ def _only_variant(output: str) -> str:
     raise UsageError(f"there are runs of {' and '.join(variants)}", f"choose with --variant {variants[0]}")
 
 
-def choose_submission(output: str, which: str, name: str) -> Choice:
+def choose_submission(output: OutputFolder, which: str, name: str) -> Choice:
     """A submission by its date or DATE/DIGEST, or the one that is `current`.
 
     Raises:
@@ -89,40 +88,41 @@ def choose_submission(output: str, which: str, name: str) -> Choice:
     if which == "current":
         return _current_submission(output, name)
     date, _, digest = which.partition("/")
-    found = [url for url in storage.ls(storage.join(output, "submissions", name, date)) if _is_committed(url)]
-    matching = [url for url in found if storage.base(url) == digest or not digest]
+    found = [folder for folder in output.submissions(name, date) if folder.is_committed()]
+    matching = [folder for folder in found if folder.name == digest or not digest]
     if len(matching) > 1:
         current = current_of(output, name)
-        matching = [url for url in matching if url.endswith(f"/submissions/{current}")] or matching
+        matching = [folder for folder in matching if key_of(folder) == current] or matching
     if len(matching) == 1:
-        return Choice(f"submissions/{name}/{date}/{storage.base(matching[0])}", {})
-    there = ", ".join(f"{date}/{storage.base(url)}" for url in found)
+        return Choice(f"submissions/{key_of(matching[0])}", {})
+    there = ", ".join(f"{date}/{folder.name}" for folder in found)
     raise DataError(
         f"{len(matching) or 'no'} submissions {which} of {name!r} under {output}",
         f"name one of {there}" if there else _listing_hint("submissions", output),
     )
 
 
-def _current_submission(output: str, name: str) -> Choice:
+def _current_submission(output: OutputFolder, name: str) -> Choice:
     path = f"pointers/submissions/{name}/current.json"
-    content = storage.read_if_exists(storage.join(output, path))
+    content = storage.read_if_exists(output.at(path))
     if content is None:
-        known = [storage.base(url) for url in storage.ls(storage.join(output, "pointers", "submissions"))]
-        raise DataError(f"no submission named {name!r} under {output}", _name_hint(name, known, output))
-    pointer = parse(SubmissionPointer, content, storage.join(output, path))
+        near = did_you_mean(name, [folder.name for folder in output.ls("pointers", "submissions")])
+        hint = near + _listing_hint("submissions", output)
+        raise DataError(f"no submission named {name!r} under {output}", hint)
+    pointer = parse(SubmissionPointer, content, output.at(path))
     return Choice(f"submissions/{pointer.submission}", {path: content})
 
 
-def plan_run(output: str, choice: Choice, *, state: bool) -> Plan:
+def plan_run(output: OutputFolder, choice: Choice, *, state: bool) -> Plan:
     """The files of a run to pull: all but its lease, the temporary ones and all checkpoints except the best.
 
     Args:
         state: whether to pull `state.pt` of the best checkpoint.
     """
-    run = storage.join(output, choice.path)
-    listing = storage.find(run)
+    run = RunFolder(output.at(choice.path))
+    listing = storage.find(run.url)
     if not listing:  # The pointer may name a run that was deleted.
-        raise no_run(output, storage.base(run))
+        raise no_run(output.url, run.run_id)
     if ENSEMBLE in listing:  # The folder has no weights: its members are other runs.
         plan = _committed(output, choice.path, Manifest)
         return _merged(plan, Plan([], choice.pointer | _marker(output, choice, [])))
@@ -137,30 +137,31 @@ def plan_run(output: str, choice: Choice, *, state: bool) -> Plan:
     return _merged(plan, Plan([], choice.pointer | _marker(output, choice, left_out)))
 
 
-def plan_submission(output: str, choice: Choice) -> Plan:
+def plan_submission(output: OutputFolder, choice: Choice) -> Plan:
     """The files of a submission to pull: its manifest and all that the manifest names."""
     named = _committed(output, choice.path, SubmissionManifest)
     return _merged(named, Plan([], choice.pointer | _marker(output, choice, [])))
 
 
-def _marker(output: str, choice: Choice, left_out: list[str]) -> dict[str, bytes]:
+def _marker(output: OutputFolder, choice: Choice, left_out: list[str]) -> dict[str, bytes]:
     """The document that tells `fusion.verify` that the folder is a copy, and which files it lacks on purpose."""
-    marker = Pulled(storage.join(output, choice.path), tuple(left_out))
+    marker = Pulled(output.at(choice.path), tuple(left_out))
     return {f"{choice.path}/{PULLED}": seal(asdict(marker))}
 
 
-def _committed(output: str, path: str, kind: type[Manifest], *, required: bool = True) -> Plan:
+def _committed(output: OutputFolder, path: str, kind: type[Manifest], *, required: bool = True) -> Plan:
     """The files that the manifest of a folder names, and the manifest.
 
     Args:
         required: False for metrics/, which has no manifest before the first evaluation and while one is rewriting it.
     """
-    url = storage.join(output, path, MANIFEST)
+    folder = Folder(output.at(path))
+    url = folder.manifest_url
     content = storage.read(url) if required else storage.read_if_exists(url)
     if content is None:
         return Plan([], {})
     files = parse(kind, content, url).files
-    items = [Item(storage.join(output, path, entry.key), f"{path}/{entry.key}", entry) for entry in files]
+    items = [Item(folder.at(entry.key), f"{path}/{entry.key}", entry) for entry in files]
     return Plan(items, {f"{path}/{MANIFEST}": content})
 
 
@@ -196,13 +197,5 @@ def _merged(first: Plan, second: Plan) -> Plan:
     return Plan([*first.items, *second.items], {**first.last, **second.last})
 
 
-def _is_committed(folder: str) -> bool:
-    return storage.exists(storage.join(folder, MANIFEST))
-
-
-def _name_hint(wrong: str, known: Iterable[str], output: str) -> str:
-    return did_you_mean(wrong, known) + _listing_hint("submissions", output)
-
-
-def _listing_hint(what: str, output: str) -> str:
+def _listing_hint(what: str, output: OutputFolder) -> str:
     return f"`python jobs/pull.py {what} --output {output}` lists what is there"

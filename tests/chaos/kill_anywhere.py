@@ -43,6 +43,7 @@ from fusion.ablation import __main__ as ablation
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.prediction import resumable
 from fusion.records import manifests
+from fusion.records.output import OutputFolder
 from fusion.records.run import RunFolder
 from fusion.verify.__main__ import verify
 from fusion.verify.output import is_output
@@ -132,11 +133,11 @@ def main() -> int:
     resumable.PART_ROWS = 16
     wanted = Counter(dict.fromkeys(options.at or ALL, options.times))
     plan, n_without_progress = Plan(random.Random(options.seed), options.kills, wanted), 0
-    expected = _finish(options, storage.join(options.output, "undisturbed"), Plan(random.Random(0), 0, Counter()))
+    expected = _finish(options, f"{options.output}/undisturbed", Plan(random.Random(0), 0, Counter()))
     while not plan.done:
         before = plan.killed_at.total()
         plan.begin_run()
-        found = _finish(options, storage.join(options.output, f"killed-{plan.runs}"), plan)
+        found = _finish(options, f"{options.output}/killed-{plan.runs}", plan)
         if found != expected:
             print(f"run {plan.runs} ended with {found}, undisturbed: {expected}")
             return 1
@@ -188,11 +189,11 @@ def _finish(options: argparse.Namespace, output: str, plan: Plan) -> dict[str, s
 
 
 def _published(output: str) -> dict[str, bytes]:
-    run = storage.join(output, "runs", "r")
+    run = RunFolder.named(output, "r")
     current = json.loads(storage.read(f"{output}/pointers/submissions/test/current.json"))["submission"]
     epochs = pd.read_csv(io.BytesIO(storage.read(f"{run}/metrics/epochs.csv"))).drop(columns="seconds")
     return {
-        "model": manifests.read_file(RunFolder(run).best(), manifests.MODEL),
+        "model": manifests.read_file(run.best(), manifests.MODEL),
         "epochs": epochs.to_csv().encode(),
         "metrics": storage.read(f"{run}/metrics/{manifests.MANIFEST}"),
         "ablation": storage.read(f"{run}/metrics/{manifests.ABLATION}"),
@@ -218,7 +219,11 @@ def _try(job: Callable[[list[str]], int], flags: list[str], ranks: int, plan: Pl
 
 def _check_undamaged(output: str) -> None:
     """Raises RuntimeError when `fusion.verify` finds damage."""
-    wrong = [str(finding) for finding in verify(output) if finding.verdict == "BAD"] if is_output(output) else []
+    wrong = (
+        [str(finding) for finding in verify(output) if finding.verdict == "BAD"]
+        if is_output(OutputFolder(output))
+        else []
+    )
     if wrong:
         raise RuntimeError(f"fusion.verify finds damage after an attempt: {wrong}")
 

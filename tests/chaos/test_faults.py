@@ -251,7 +251,7 @@ def test_a_flipped_bit_in_the_store_is_detected(
     assert store.train() == 77
     store.proxy.plan = None
     newest = RunFolder(store.run).checkpoints()[-1]
-    _flip(storage.join(newest.url, manifests.MODEL))
+    _flip(newest.at(manifests.MODEL))
     capsys.readouterr()
     assert store.train() == 0
     said = capsys.readouterr().err
@@ -264,7 +264,7 @@ def test_a_flipped_bit_in_the_store_is_detected(
     assert store.predict() == 0
     assert store.results() == undisturbed, "the damaged submission was not made again"
     _flip(f"s3://{BUCKET}/{submission}")
-    _flip(storage.join(best.url, manifests.MODEL))
+    _flip(best.at(manifests.MODEL))
     assert store.predict() == 65
     check_two_lines(capsys.readouterr().err, "model.safetensors is damaged: sha256")
 

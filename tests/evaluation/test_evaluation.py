@@ -20,7 +20,7 @@ from fusion.evaluation.groups import BIN_NAMES, RANGE_NAMES, Evaluation, evaluat
 from fusion.metrics import bootstrap_interval, compute_metrics, row_smape
 from fusion.records import pointers
 from fusion.records.attempts import take_lease
-from fusion.records.manifests import Checkpoint
+from fusion.records.manifests import Checkpoint, Folder
 from fusion.records.run import RunFolder
 from fusion.records.schemas import RunPointer
 
@@ -179,10 +179,10 @@ def test_a_manifest_that_cannot_be_removed_is_an_error(tmp_path: Path, monkeypat
     monkeypatch.setattr(storage, "remove", lambda _: None)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(UnreachableError, match=r"MANIFEST.json was changed by others at each of \d+ tries"):
-        _replace(str(tmp_path), {}, b"ours")
+        _replace(Folder(str(tmp_path)), {}, b"ours")
     monkeypatch.setattr(signals, "_received", [15])
     with pytest.raises(StopRequested):
-        _replace(str(tmp_path), {}, b"ours")
+        _replace(Folder(str(tmp_path)), {}, b"ours")
 
 
 def test_retries_of_conditional_writes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

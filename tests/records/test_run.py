@@ -31,8 +31,8 @@ def test_the_layout() -> None:
     assert (
         run.at("metrics", "groups.csv") == f"{run.metrics}/groups.csv" == "s3://bucket/output/runs/r/metrics/groups.csv"
     )
-    assert run.checkpoint_url("step-00000003") == f"{run}/checkpoints/step-00000003"
-    assert run.attempt_url(2) == f"{run}/attempts/2"
+    assert str(run.checkpoint("step-00000003")) == f"{run}/checkpoints/step-00000003"
+    assert str(run.attempt(2)) == f"{run}/attempts/2"
 
 
 def test_a_run_exists_once_it_has_settings_or_is_an_ensemble(tmp_path: Path) -> None:

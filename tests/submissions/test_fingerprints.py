@@ -12,7 +12,14 @@ from fusion.distributed.world import World
 from fusion.nn.layers import ConcatNetwork
 from fusion.nn.price_model import PriceModel
 from fusion.submissions import fingerprints
-from fusion.submissions.fingerprints import Comparison, agreements, agreements_with_chance, compared, look, to_parquet
+from fusion.submissions.fingerprints import (
+    Comparison,
+    agreements,
+    agreements_with_chance,
+    compared,
+    statistics_of,
+    to_parquet,
+)
 
 DIMS = {"image": 40, "text": 24}
 N = 400
@@ -54,8 +61,8 @@ def model() -> PriceModel:
     return made
 
 
-def seen(model: PriceModel, values: dict[str, torch.Tensor]) -> fingerprints.Look:
-    return look(model, store(values), IDS, WORLD)
+def seen(model: PriceModel, values: dict[str, torch.Tensor]) -> fingerprints.EmbeddingStatistics:
+    return statistics_of(model, store(values), IDS, WORLD)
 
 
 def test_rounding_keeps_a_fingerprint_and_another_product_changes_it(model: PriceModel) -> None:
@@ -85,7 +92,7 @@ def test_missing_embeddings_have_no_fingerprint_and_are_not_counted(model: Price
     there = whole.present["text"].clone()
     there[:30] = False
     some = RowStore(whole.values, whole.present | {"text": there})
-    found = look(model, some, IDS, WORLD)
+    found = statistics_of(model, some, IDS, WORLD)
     assert (found.prints["text"] == 0).sum() == 30 and (found.prints["image"] > 0).all()
     assert compared(found.prints["text"], seen(model, rows(2)).prints["text"]) == Comparison(N - 30, 0, 0)
 

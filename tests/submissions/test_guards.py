@@ -12,9 +12,9 @@ from fusion.config import PredictConfig
 from fusion.errors import DataError
 from fusion.records.schemas import Night, SubmissionManifest
 from fusion.submissions import guards
-from fusion.submissions.fingerprints import Look
+from fusion.submissions.fingerprints import EmbeddingStatistics
 from fusion.submissions.guards import Anomaly
-from fusion.submissions.submission import Last, Origin
+from fusion.submissions.submission import LastSubmission, Origin
 
 N = 400
 MODEL, OTHER = "a" * 64, "b" * 64
@@ -35,13 +35,13 @@ def changed(before: pd.Series, noise: float) -> pd.Series:
     return before * np.exp(noise * np.random.default_rng(1).standard_normal(len(before)))
 
 
-def last(before: pd.Series, prints: pd.DataFrame | None = None, history: list[Night] | None = None) -> Last:
+def last(before: pd.Series, prints: pd.DataFrame | None = None, history: list[Night] | None = None) -> LastSubmission:
     facts = {"rows": len(before), "date": "2026-03-01", "run": "r", "checkpoint": "c", "smape": 40.0}
     manifest = SubmissionManifest(schema=1, files=[], model_sha256=MODEL, history=history or [], **facts)  # type: ignore[arg-type]
-    return Last(manifest, before, prints)
+    return LastSubmission(manifest, before, prints)
 
 
-def verdicts(now: pd.Series, before: Last, model: str = MODEL, **settings: object) -> dict[str, bool]:
+def verdicts(now: pd.Series, before: LastSubmission, model: str = MODEL, **settings: object) -> dict[str, bool]:
     chosen = PredictConfig(**settings)  # type: ignore[arg-type]
     return {one.what: one.refused for one in guards.about_prices(chosen, now, 40.0, before, origin(model))}
 
@@ -143,7 +143,9 @@ def about(now: pd.DataFrame, before: pd.DataFrame | None = None, model: str = MO
         {role: moments.get(name, usual) for role in now} for name, usual in (("shift", 0.0), ("spread", 1.0))
     )
     earlier = None if before is None else last(prices(), before)
-    return list(guards.about_embeddings(Look(now, shift, spread), {"image text": 0.25}, earlier, origin(model)))
+    return list(
+        guards.about_embeddings(EmbeddingStatistics(now, shift, spread), {"image text": 0.25}, earlier, origin(model))
+    )
 
 
 def test_usual_embeddings_pass() -> None:

@@ -41,7 +41,7 @@ def publisher(catalog: Path, output: str) -> Callable[[int], None]:
     def publish(number: int) -> None:
         prices = np.random.default_rng(number).uniform(1, 100, len(table))
         content = submission.submission_csv(list(table.ids[table.file_order]), prices)
-        submission.publish(settings, origin, submission.Made({SUBMISSION: content}, len(table), None, []))
+        submission.publish(settings, origin, submission.SubmissionContent({SUBMISSION: content}, len(table), None, []))
 
     return publish
 

@@ -166,7 +166,7 @@ def a_model_of_nan(workspace: Path) -> None:
         manifests.MODEL: safetensors.torch.save(tensors, header["__metadata__"]),
         manifests.STATE: Path(made.url, manifests.STATE).read_bytes(),
     }
-    manifest = dataclasses.replace(made.manifest, files=manifests.write_files(made.url, files))
+    manifest = dataclasses.replace(made.manifest, files=manifests.write_files(made, files))
     storage.write(f"{made.url}/{manifests.MANIFEST}", seal(dataclasses.asdict(manifest)))
     where = (str(workspace / "output"), "runs", Config.variant, "best")
     pointer = pointers.read(RunPointer, *where)

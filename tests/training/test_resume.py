@@ -225,7 +225,7 @@ def test_two_evaluations_at_once_leave_consistent_files(
     flags = ["--output", str(tmp_path), "--device", "cpu"]
     original = manifests.write_files
 
-    def write_files(folder: str, files: Mapping[str, bytes]) -> list[FileEntry]:
+    def write_files(folder: manifests.Folder, files: Mapping[str, bytes]) -> list[FileEntry]:
         written = original(folder, files)
         monkeypatch.setattr(manifests, "write_files", original)
         assert run_command("fusion.all_embeddings.evaluate_by_groups", *flags, "--by", "category").code == 0

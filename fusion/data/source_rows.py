@@ -109,17 +109,31 @@ def check_ids(role: str, source: str, found: Found, rows: Rows, max_missing: flo
         return
     is_missing = np.ones(len(rows), bool)
     is_missing[found.known] = False
-    missing, unknown = rows.ids.filter(pa.array(is_missing)), found.unknown
-    message = f"{source} ({role}) has embeddings for {n_found} of {len(rows)} rows, without: {_shown(missing)}"
+    missing = rows.ids.filter(pa.array(is_missing))
+    raise too_few(f"{source} ({role})", n_found, missing, found.unknown, max_missing)
+
+
+def too_few(source: str, n_found: int, missing: pa.Array, unknown: pa.Array, max_missing: float) -> DataError:
+    """The error that a source lacks too many of the table's rows.
+
+    Args:
+        source: its description.
+        n_found: number of the table's rows that it has.
+        missing: [n] large_string, ids of the table that the source does not have.
+        unknown: large_string, ids of the source that the table does not have.
+        max_missing: the share of missing rows that is accepted.
+    """
+    n_rows = n_found + len(missing)
+    message = f"{source} has embeddings for {n_found} of {n_rows} rows, without: {_shown(missing)}"
     if len(unknown):
         message += f"; it has other ids instead: {_shown(unknown)}"
     n_respelled = _n_equal(_plain(missing), _plain(unknown))
     if n_respelled:
         message += f"; {n_respelled} of them differ only in their spelling"
-        raise DataError(message, "write the ids in both files alike, as whole numbers or as the same text")
+        return DataError(message, "write the ids in both files alike, as whole numbers or as the same text")
     if n_found == 0:
-        raise DataError(f"{message}; no id is in both", "use the same ids in the table and the source")
-    raise DataError(
+        return DataError(f"{message}; no id is in both", "use the same ids in the table and the source")
+    return DataError(
         message, f"complete the source, or accept more than {max_missing:.0%} missing rows with --max-missing"
     )
 

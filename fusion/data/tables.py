@@ -18,6 +18,7 @@ from fusion import log, storage
 from fusion.data.inputs import find_table
 from fusion.data.table_file import Columns, parse_table
 from fusion.errors import DataError, did_you_mean
+from fusion.storage import Entry
 
 # Below this number of rows, there is a warning. A fifth of 500 rows validates; as SMAPE varies by about 40 points
 # between rows, the mean over 100 rows has a standard error of 4 points.
@@ -56,13 +57,21 @@ class Table:
 
     def digest(self) -> str:
         """sha256 of ids and prices. It depends on the rows alone, not on the file's format or order."""
+        total = self._hash_of_ids()
+        total.update(np.ascontiguousarray(self.prices).data)
+        return total.hexdigest()
+
+    def ids_digest(self) -> str:
+        """sha256 of the ids alone."""
+        return self._hash_of_ids().hexdigest()
+
+    def _hash_of_ids(self) -> hashlib._Hash:
         ids = _large_string(self.ids)
         total = hashlib.sha256(pc.binary_length(ids).to_numpy().tobytes())
         _, offsets, texts = ids.buffers()
         first, *_, last = np.frombuffer(offsets, np.int64)[[ids.offset, ids.offset + len(ids)]]
         total.update(memoryview(texts)[first:last])
-        total.update(np.ascontiguousarray(self.prices).data)
-        return total.hexdigest()
+        return total
 
     def column(self, name: str, flag: str) -> pd.Series:
         """[N] values of a column that the user named with `flag`.
@@ -115,6 +124,19 @@ def read_table(
     """
     files = find_table(data, split)
     url = files[0].url if len(files) == 1 else files[0].url.rpartition("/")[0]  # a file, or the folder of its parts
+    return read_files(files, url, priced=priced, drop_bad_prices=drop_bad_prices, columns=columns, hashed=hashed)
+
+
+def read_files(
+    files: Sequence[Entry],
+    url: str,
+    *,
+    priced: bool,
+    drop_bad_prices: bool = False,
+    columns: Columns | None = None,
+    hashed: Collection[str] = (),
+) -> Table:
+    """As `read_table`, of a table whose files are known; `url` names it in messages."""
     needed = ("sample_id", "price") if priced else ("sample_id",)
     found, names = _read_parts([entry.url for entry in files], needed, columns, hashed)
     if found.num_rows == 0:

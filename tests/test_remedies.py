@@ -19,6 +19,7 @@ from fusion.convert import __main__ as convert
 from fusion.ensemble import __main__ as ensemble
 from fusion.errors import ExitCode, Parser, UsageError
 from fusion.launch import launcher
+from fusion.prepare import __main__ as prepare
 from fusion.verify import __main__ as verify
 from jobs import submit
 
@@ -34,6 +35,7 @@ PARSERS = {
     "ensemble": "fusion/ensemble/__main__.py",
     "convert": "fusion/convert/__main__.py",
     "demo": "fusion/demo/__main__.py",
+    "prepare": "fusion/prepare/__main__.py",
     "doctor": "jobs/doctor.py",
     "pull": "jobs/pull.py",
     "submit": "jobs/submit.py",
@@ -57,6 +59,11 @@ PRINTED_BY = {
     "fusion/config.py:AblateConfig": ("ablate",),
     "fusion/convert/__main__.py": ("convert",),
     "fusion/demo/__main__.py": ("demo",),
+    "fusion/prepare/__main__.py": ("prepare",),
+    "fusion/prepare/checks.py": ("prepare",),
+    "fusion/prepare/folder.py": ("prepare",),
+    "fusion/prepare/prepare.py": ("prepare",),
+    "fusion/prepare/requests.py": ("prepare",),
     "fusion/distributed/world.py": RUNS,
     "fusion/data/duplicates.py": ("train",),
     "fusion/data/embeddings.py": ("train", "predict"),
@@ -74,7 +81,7 @@ PRINTED_BY = {
     "fusion/features/columns.py": ("train",),
     "fusion/training/trainer.py": ("train",),
     "fusion/command/parser.py:add_output": ("compare", "ensemble"),
-    "fusion/command/parser.py:add_store_timeout": ("compare", "ensemble", "verify"),
+    "fusion/command/parser.py:add_store_timeout": ("compare", "ensemble", "prepare", "verify"),
     "fusion/command/settings.py": RUNS,
     "fusion/submissions/guards.py": ("predict",),
     "fusion/data/inputs.py:_no_table": (*RUNS, "doctor"),
@@ -94,7 +101,7 @@ PRINTED_BY = {
     "fusion/records/find_run.py:no_run": ("pull",),  # in a command that it names
     "fusion/records/find_run.py:open_run": ("evaluate", "predict"),
     "fusion/records/find_run.py:data_of": ("evaluate", "predict"),
-    "fusion/data/source_rows.py": ("train", "predict"),
+    "fusion/data/source_rows.py": ("train", "predict", "prepare"),
     "fusion/ablation/source_worth.py": ("ablate",),
     "fusion/data/splits.py": ("train",),
     "fusion/submissions/submission.py": ("predict",),
@@ -234,7 +241,7 @@ def test_the_example_of_a_parser_can_be_parsed(parser: Parser) -> None:
     parser.parse_args(parser.example.partition(" -- ")[0].split())
 
 
-@pytest.mark.parametrize("command", [verify, convert, compare, ensemble])
+@pytest.mark.parametrize("command", [verify, convert, compare, ensemble, prepare])
 def test_a_command_without_arguments_shows_an_example(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([]) == ExitCode.USAGE
     name = command.__name__.removesuffix(".__main__")

@@ -15,6 +15,7 @@ from fusion.convert import safe_pickle
 from fusion.errors import DataError
 
 ROW_GROUP: Final = 8192  # rows per row group of Parquet: enough for few requests, few enough to read in parallel
+CHUNK_IDS: Final = 1 << 16  # texts converted at a time
 _STACK_IDS: Final = "save the ids as one array of integers, or of text: np.save('ids.npy', ids.astype(str))"
 PAIR: Final = "give embeddings and ids that were written together"
 _STACK_ROWS: Final = "save the embeddings as one array of float16 or float32 with one row per sample"
@@ -123,8 +124,14 @@ def _id_array(array: NDArray[Any], name: str) -> pa.Array:
         raise DataError(f"{name} has dtype {array.dtype}, expected integers or text", _STACK_IDS)
     flat = np.char.decode(array.ravel(), "utf-8") if array.dtype.kind == "S" else array.ravel()
     if flat.dtype.kind == "U":
-        return pa.array(flat.tolist(), pa.string())
+        return _texts(flat)
     return pa.array(flat.astype(flat.dtype.newbyteorder("="))).cast(pa.int64())  # raises where uint64 does not fit
+
+
+def _texts(values: NDArray[Any]) -> pa.Array:
+    """The texts as Arrow; block by block, because a Python object for each id needs several times the memory."""
+    blocks = (values[start : start + CHUNK_IDS] for start in range(0, len(values), CHUNK_IDS))
+    return pa.concat_arrays([pa.array([], pa.string()), *(pa.array(block.tolist(), pa.string()) for block in blocks)])
 
 
 def _id_list(values: Sequence[object], name: str) -> pa.Array:

@@ -11,6 +11,8 @@ from fusion.errors import DataError, did_you_mean
 from fusion.storage import Entry
 
 _PARQUET = ".parquet"
+# In the folder of a source while `fusion.prepare` writes its files: they may be some of the old and some of the new.
+UNFINISHED = "_UNFINISHED"
 Sources = Mapping[str, tuple[Entry, ...]]
 
 
@@ -119,6 +121,11 @@ def _is_file(url: str) -> bool:
 
 def _files(folder: str, role: str, name: str, found: Mapping[str, Entry]) -> tuple[Entry, ...]:
     """The files of a source `x`: the file `x.parquet`, or those in a folder `x` or, as Spark names it, `x.parquet`."""
+    if f"{name}/{UNFINISHED}" in found:
+        raise DataError(
+            f"{storage.join(folder, name)} is not complete: `python -m fusion.prepare` was stopped while it wrote it",
+            "run that command again, with the same arguments",
+        )
     single = found.get(f"{name}{_PARQUET}")
     folders = {of: _parts(of, found) for of in (f"{name}/", f"{name}{_PARQUET}/")}
     choices: dict[str, tuple[Entry, ...]] = {f"{name}{_PARQUET}": (single,)} if single else {}

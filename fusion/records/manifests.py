@@ -19,6 +19,8 @@ from fusion.errors import DataError
 from fusion.records.schemas import CheckpointManifest, FileEntry
 
 MANIFEST: Final = "MANIFEST.json"
+# Of a prepared source. Readers of folders of Parquet files, such as pyarrow and Spark, ignore names with "_".
+SOURCE_MANIFEST: Final = "_MANIFEST.json"
 MODEL: Final = "model.safetensors"
 STATE: Final = "state.pt"
 VALIDATION: Final = "validation.parquet"  # predictions of the best weights for the validation rows

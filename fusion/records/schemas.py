@@ -209,6 +209,43 @@ class MetricsManifest(Manifest):
     data_sha256: str = ""
 
 
+@dataclass(frozen=True)
+class InputFile:
+    """A file that a source was prepared from.
+
+    Attributes:
+        version: the store's tag of the version that was read; for a local file, its size, time and inode.
+    """
+
+    url: str
+    bytes: Count
+    version: str
+
+
+@dataclass(frozen=True)
+class SourceManifest(Manifest):
+    """`<data>/embeddings/<split>/<source>/_MANIFEST.json`, which commits the files that `fusion.prepare` wrote.
+
+    Attributes:
+        dim: numbers per vector.
+        shard_rows: file k has the vectors of rows k * shard_rows to (k + 1) * shard_rows of the sorted table.
+        table_rows: number of rows of the table.
+        table_sha256: of the table's ids, see `Table.ids_digest`.
+        vectors: number of rows that have a vector.
+        inputs: the files that were read, in their order.
+    """
+
+    source: Name
+    split: Name
+    dim: PositiveInt
+    dtype: Literal["float16", "float32"]
+    shard_rows: PositiveInt
+    table_rows: PositiveInt
+    table_sha256: Sha256
+    vectors: PositiveInt
+    inputs: tuple[InputFile, ...]
+
+
 ENSEMBLE_VARIANT: Final = "ensemble"  # the variant of an ensemble in `run.json` and in the paths of pointers
 
 

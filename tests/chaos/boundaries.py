@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -65,11 +65,25 @@ KINDS = {
     "current": "write */pointers/submissions/*/current.json",
     "prediction-parts-gone": "remove */parts/*",
 }
+# Kinds of `fusion.prepare`, which a run does not reach.
+PREPARATION = {
+    "preparation-begins": "write */embeddings/*/_UNFINISHED",
+    "prepared-shard": "write */embeddings/*/part-*.parquet",
+    "surplus-shard-gone": "remove */embeddings/*/part-*.parquet",
+    "source-manifest": "write */embeddings/*/_MANIFEST.json",
+    "preparation-ends": "remove */embeddings/*/_UNFINISHED",
+    "prepared-table": "write */train.csv",
+}
 # Kinds that a run reaches many times, of which `skip` may pass over some.
 REPEATED = ("history-by-line", "history-as-table", "model", "state", "checkpoint-manifest", "epoch-end")
 REPEATED += ("checkpoint-validation", "checkpoint-intervals", "prune-manifest", "prune")
 ON_ALL_RANKS = ("epoch-end", "evaluation-part", "prediction-part")  # rank 0 alone reaches the others
-WITHOUT_INSIDE = ("prune-manifest", "metrics-manifest-gone")  # the removal of a single object
+WITHOUT_INSIDE = (
+    "prune-manifest",
+    "metrics-manifest-gone",
+    "surplus-shard-gone",
+    "preparation-ends",
+)  # the removal of a single object
 
 
 @dataclass(frozen=True)
@@ -93,12 +107,16 @@ class Boundary:
         return self.kind in ON_ALL_RANKS
 
 
-ALL = [
-    Boundary(kind, when)
-    for kind in KINDS
-    for when in ("before", "inside", "after")
-    if when != "inside" or kind not in WITHOUT_INSIDE
-]
+def boundaries_of(kinds: Iterable[str]) -> list[Boundary]:
+    return [
+        Boundary(kind, when)
+        for kind in kinds
+        for when in ("before", "inside", "after")
+        if when != "inside" or kind not in WITHOUT_INSIDE
+    ]
+
+
+ALL = boundaries_of(KINDS)
 
 
 class KillSwitch:
@@ -141,9 +159,9 @@ class KillSwitch:
         return result
 
     def _next(self, action: str) -> Boundary | None:
-        kind = next((kind for kind, pattern in KINDS.items() if fnmatchcase(action, pattern)), None)
+        kind = next((kind for kind, pattern in (KINDS | PREPARATION).items() if fnmatchcase(action, pattern)), None)
         if kind is None:
-            raise RuntimeError(f"{action!r} matches no kind of boundary: add one to KINDS")
+            raise RuntimeError(f"{action!r} matches no kind of boundary: add one to KINDS or PREPARATION")
         found = next((boundary for boundary in self.boundaries if boundary.kind == kind), None)
         if found and self.skip.get(kind):
             self.skip[kind] -= 1

@@ -1,0 +1,197 @@
+"""Prepares sources one after the other: divides rows among shards, finishes and checks these, then publishes them."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+
+from fusion import signals, storage
+from fusion.data.inputs import find_table
+from fusion.data.source_file import Kind
+from fusion.data.tables import read_files
+from fusion.errors import ConfigError, DataError, StopRequested, UnreachableError
+from fusion.prepare.checks import check
+from fusion.prepare.folder import SourceFolder, shard_name
+from fusion.prepare.inputs import Input, entries_of, first_kind, inputs_of, large_batches, stored_dtype
+from fusion.prepare.requests import Request, files
+from fusion.prepare.scratch import scratch_folder
+from fusion.prepare.shards import Findings, Spilled, divided, finished, first_ids, write_parquet
+from fusion.records.schemas import SCHEMA, InputFile, SourceManifest
+from fusion.storage import Entry
+
+SHARD_ROWS = 16_384  # two row groups; with 1,024 numbers of float32 per vector, a shard is a file of 64 MiB
+_OTHER = {"csv": "parquet", "parquet": "csv"}  # the other ending that a table may have
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to prepare, and where.
+
+    Attributes:
+        requests: name of a source to its `--source` flags.
+        table: URL of the table; None: the one that `to` has.
+        to: folder or bucket that training reads, `<data>`.
+        max_missing: largest share of the table's rows that a source may lack.
+        drop_bad_vectors: whether rows with values that are not finite count as missing, instead of being an error.
+        shard_rows: rows of the table per file.
+    """
+
+    requests: dict[str, list[Request]]
+    table: str | None
+    split: str
+    to: str
+    max_missing: float = 0.05
+    drop_bad_vectors: bool = False
+    shard_rows: int = SHARD_ROWS
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The table's rows.
+
+    Attributes:
+        ids: [N] sorted as training sorts them.
+        sha256: of the ids.
+    """
+
+    ids: pl.Series
+    sha256: str
+
+
+def prepare(options: Options) -> Iterator[str]:
+    """Prepares all sources, then writes the table. Yields a line about each as soon as it is done.
+
+    Raises:
+        DataError: a file is missing or damaged, or the ids or vectors are not as they must be.
+        UnreachableError: a file was written while it was read, or a store does not answer.
+        UsageError, ConfigError, CredentialsError: as the message says.
+        StopRequested: the process received a stop signal.
+    """
+    table_files = _table_files(options)
+    table = read_files(table_files, table_files[0].url, priced=False, columns=())
+    rows = Rows(pl.Series(pl.from_arrow(pa.array(table.ids, pa.large_string()))), table.ids_digest())
+    del table
+    for name, requests in options.requests.items():
+        with scratch_folder() as scratch, _full_disk_named(scratch):
+            inputs = inputs_of(requests, scratch)
+            yield _prepared(options, name, inputs, rows, scratch)
+    if options.table:
+        yield _copy_table(options, table_files[0])
+
+
+def _table_files(options: Options) -> tuple[Entry, ...]:
+    if not options.table:
+        return find_table(options.to, options.split)
+    found = files(options.table)
+    if len(found) > 1:
+        message = f"{options.table} names {len(found)} files, expected one"
+        hint = f"write them to {options.split}.parquet/ in the folder of --to, and leave out --table"
+        raise DataError(message, hint)
+    _table_url(options, found[0])
+    return tuple(found)
+
+
+@contextmanager
+def _full_disk_named(scratch: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        remedy = "set TMPDIR to a folder with room for the vectors of one source"
+        raise ConfigError(f"{scratch.parent} is full: {error.strerror}", remedy) from error
+
+
+def _prepared(options: Options, name: str, inputs: Sequence[Input], rows: Rows, scratch: Path) -> str:
+    """Prepares a source, unless it is already prepared, and returns a line about it."""
+    folder = SourceFolder(options.to, options.split, name)
+    folder.check_replaceable(entries_of(inputs))
+    kind = first_kind(name, inputs)
+    wanted = _manifest(options, name, kind, inputs, rows)
+    found = folder.current(wanted)
+    if found and found.vectors >= (1 - options.max_missing) * found.table_rows:
+        return f"{_summary(folder, found)}: unchanged"
+    shards, findings = _finish(options, inputs, kind, rows, scratch)
+    check(name, findings, len(rows.ids), options.max_missing, options.drop_bad_vectors)
+    if entries_of(inputs_of(options.requests[name], scratch)) != entries_of(inputs):
+        raise UnreachableError(f"files of {name} changed while they were read", "run it again once they are complete")
+    n_vectors = len(rows.ids) - len(findings.missing)
+    return _summary(folder, folder.publish(shards, replace(wanted, vectors=n_vectors)))
+
+
+def _manifest(options: Options, name: str, kind: Kind, inputs: Sequence[Input], rows: Rows) -> SourceManifest:
+    """The manifest, without its files and the number of vectors, which are not known yet."""
+    return SourceManifest(
+        SCHEMA,
+        [],
+        source=name,
+        split=options.split,
+        dim=kind.dim,
+        dtype=stored_dtype(kind.dtype),
+        shard_rows=options.shard_rows,
+        table_rows=len(rows.ids),
+        table_sha256=rows.sha256,
+        vectors=len(rows.ids),
+        inputs=tuple(InputFile(entry.url, entry.size, entry.version) for entry in entries_of(inputs)),
+    )
+
+
+def _finish(
+    options: Options, inputs: Sequence[Input], kind: Kind, rows: Rows, scratch: Path
+) -> tuple[list[Path], Findings]:
+    """The finished shards of a source, as files in `scratch`, and what was found in all of them."""
+    spilled, starts = Spilled(scratch / "rows"), first_ids(rows.ids, options.shard_rows)
+    for batch in large_batches(inputs, kind):
+        _stop_if_asked()
+        spilled.add(divided(batch, starts))
+    shards, findings = list[Path](), list[Findings]()
+    for number in range(len(starts)):
+        _stop_if_asked()
+        wanted = rows.ids.slice(number * options.shard_rows, options.shard_rows)
+        kept, found = finished(wanted, spilled.take(number, _schema(kind)))
+        shards.append(scratch / shard_name(number))
+        write_parquet(kept, shards[-1])
+        findings.append(found)
+    return shards, Findings.joined(findings)
+
+
+def _schema(kind: Kind) -> pl.Schema:
+    number = pl.Float16 if stored_dtype(kind.dtype) == "float16" else pl.Float32
+    return pl.Schema({"sample_id": pl.String(), "embedding": pl.Array(number, kind.dim)})
+
+
+def _stop_if_asked() -> None:
+    if signals.requested():
+        message = "stopped on request; sources that were not announced are as they were"
+        raise StopRequested(message, "run the same command again")
+
+
+def _summary(folder: SourceFolder, manifest: SourceManifest) -> str:
+    shape = f"{manifest.vectors} vectors of {manifest.dim} {manifest.dtype}"
+    missing = manifest.table_rows - manifest.vectors
+    return f"{folder.url}: {shape} in {len(manifest.files)} files, {missing} rows without one"
+
+
+def _copy_table(options: Options, table: Entry) -> str:
+    """Copies the table to where training reads it, unless it is there already."""
+    url = _table_url(options, table)
+    content = storage.read(table.url)
+    if storage.read_if_exists(url) == content:
+        return f"{url}: unchanged"
+    storage.write(url, content)
+    return f"{url}: copied from {table.url}"
+
+
+def _table_url(options: Options, table: Entry) -> str:
+    """Where training reads the table. Raises a DataError if there is another one, which it would read instead."""
+    ending = "parquet" if table.url.endswith(".parquet") else "csv"
+    url, other = (storage.join(options.to, f"{options.split}.{one}") for one in (ending, _OTHER[ending]))
+    if storage.exists(other):
+        raise DataError(f"{other} exists beside {url}", "remove the wrong one, or name another folder with --to")
+    return url

@@ -1,0 +1,135 @@
+"""Operations on rows of a source, with Polars: dividing them among shards, and finishing a shard.
+
+A shard has the vectors of `shard_rows` successive rows of the table, which is sorted by id. So an id alone decides
+which shard a row belongs to, and each shard is finished by itself. Memory is bounded by one batch and one shard,
+however many rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fusion.convert.arrays import ROW_GROUP
+
+SCHEMA = ("sample_id", "embedding")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Ids of rows that need attention.
+
+    Attributes:
+        missing: rows of the table without a usable vector.
+        unknown: the table does not have them.
+        repeated: they occur again, with the same vector.
+        contradictory: they occur again, with another vector.
+        not_finite: their vector has a value that is NaN or infinite.
+        zeros: their vector is all zeros, which training takes for missing.
+    """
+
+    missing: pl.Series
+    unknown: pl.Series
+    repeated: pl.Series
+    contradictory: pl.Series
+    not_finite: pl.Series
+    zeros: pl.Series
+
+    @classmethod
+    def joined(cls, parts: Iterable[Findings]) -> Findings:
+        parts = list(parts)
+        return cls(**{one.name: pl.concat([getattr(part, one.name) for part in parts]) for one in fields(cls)})
+
+
+def first_ids(ids: pl.Series, shard_rows: int) -> pl.Series:
+    """The first id of each shard; the first shard begins with the empty text, so that it takes all smaller ids."""
+    starts = ids.gather_every(shard_rows)
+    return pl.concat([pl.Series(starts.name, [""]), starts[1:]])
+
+
+def divided(rows: pl.DataFrame, starts: pl.Series) -> dict[int, pl.DataFrame]:
+    """Rows by the number of their shard.
+
+    Args:
+        starts: as `first_ids` returns them.
+    """
+    shard = starts.search_sorted(rows["sample_id"], side="right") - 1
+    parts = rows.with_columns(shard=shard).partition_by("shard", as_dict=True, include_key=False)
+    return {int(key[0]): part for key, part in parts.items()}
+
+
+def finished(ids: pl.Series, rows: pl.DataFrame) -> tuple[pl.DataFrame, Findings]:
+    """The usable vectors of a shard, sorted by id, each id once.
+
+    Args:
+        ids: of the table's rows of this shard, sorted.
+        rows: all rows of the source in this shard, in the order in which they were read.
+    """
+    wanted = ids.to_frame("sample_id")
+    unknown = rows.select("sample_id").join(wanted, on="sample_id", how="anti")["sample_id"]
+    found = wanted.join(rows, on="sample_id", how="inner", maintain_order="left_right").rechunk()
+    vectors = found["embedding"].to_numpy()
+    again, differs = _repetitions(found["sample_id"], vectors)
+    finite, zeros = np.isfinite(vectors).all(1), ~vectors.any(1)
+    good = ~again & finite & ~zeros
+    kept = found if good.all() else found.filter(pl.Series(good))
+
+    def where(mask: np.ndarray) -> pl.Series:
+        return found["sample_id"].filter(pl.Series(mask, dtype=pl.Boolean))
+
+    missing = wanted.join(kept.select("sample_id"), on="sample_id", how="anti", maintain_order="left")["sample_id"]
+    return kept, Findings(
+        missing, unknown, where(again & ~differs), where(differs), where(~again & ~finite), where(~again & zeros)
+    )
+
+
+def _repetitions(ids: pl.Series, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n] whether a row has the id of the row before it, and whether it also has another vector. Ids are sorted."""
+    again = np.zeros(len(ids), bool)
+    again[1:] = (ids[1:] == ids[:-1]).to_numpy()
+    differs = np.zeros(len(ids), bool)
+    rows = np.flatnonzero(again)
+    one, other = vectors[rows], vectors[rows - 1]
+    differs[rows] = ((one != other) & ~(np.isnan(one) & np.isnan(other))).any(1)
+    return again, differs
+
+
+def write_parquet(rows: pl.DataFrame, path: Path) -> None:
+    """Writes a shard in the layout that training reads fastest: plain vectors of fixed length in small row groups."""
+    table = rows.select(SCHEMA).to_arrow(compat_level=pl.CompatLevel.oldest())
+    pq.write_table(table, path, row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
+
+
+class Spilled:
+    """The rows of a source on disk, in one file per shard; a file is a sequence of Arrow streams, one per batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard}.arrows"
+
+    def add(self, parts: dict[int, pl.DataFrame]) -> None:
+        for shard, rows in parts.items():
+            # No file stays open, so that there can be more shards than files that a process may open.
+            with self._path(shard).open("ab") as file:
+                rows.write_ipc_stream(file, compression="uncompressed", compat_level=pl.CompatLevel.oldest())
+
+    def take(self, shard: int, schema: pl.Schema) -> pl.DataFrame:
+        """Reads the rows of a shard in the order in which they were added."""
+        path = self._path(shard)
+        if not path.exists():
+            return pl.DataFrame(schema=schema)
+        batches = list[pa.RecordBatch]()
+        with path.open("rb") as file:
+            while file.tell() < path.stat().st_size:
+                batches += pa.ipc.open_stream(file)
+        path.unlink()
+        return pl.DataFrame(pl.from_arrow(pa.Table.from_batches(batches)))

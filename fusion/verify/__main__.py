@@ -3,11 +3,13 @@
     python -m fusion.verify s3://bucket/output
     python -m fusion.verify s3://bucket/output/runs/all-embeddings-1f2e3d4c
     python -m fusion.verify s3://bucket/output/pointers/submissions/test/current.json
+    python -m fusion.verify s3://bucket/data
 
 URL is an output (the folder with runs/, submissions/ and pointers/), a run, an ensemble, a checkpoint's folder, a
-submission's folder, or a pointer. Each check prints one line: `ok`, `BAD`, or `note` for something that could not be
-compared, which is not an error. The last line is OK with exit code 0, or the number of BAD lines with exit code 65. The
-command only reads, never executes what it reads, and needs no GPU.
+submission's folder, a pointer, or the folder of data or of one source that `fusion.prepare` has written. Each check
+prints one line: `ok`, `BAD`, or `note` for something that could not be compared, which is not an error. The last line
+is OK with exit code 0, or the number of BAD lines with exit code 65. The command only reads, never executes what it
+reads, and needs no GPU.
 
 Every file must match a digest in another file or in itself, and must fit the path that it has in the output. This
 finds damage and mistakes, but not a change by somebody who recomputes all digests, because nothing is signed.
@@ -35,9 +37,12 @@ from fusion.verify.findings import Finding, Report, read
 from fusion.verify.output import check_output, is_output
 from fusion.verify.pointers import POINTERS, check_pointer
 from fusion.verify.run import check_run
+from fusion.verify.source import check_data, check_source, is_source, prepared_sources
 from fusion.verify.submission import check_submission
 
-_KINDS = "an output, a run, an ensemble, a checkpoint or submission folder, or a pointer such as current.json"
+_KINDS = (
+    "an output, a run, an ensemble, a checkpoint or submission folder, a pointer such as current.json, prepared data"
+)
 
 
 def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = lambda _: None) -> list[Finding]:
@@ -71,6 +76,10 @@ def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = l
         check_run(report, folder)
     elif not is_document and is_output(OutputFolder(url)):
         check_output(report, OutputFolder(url), data)
+    elif not is_document and is_source(url):
+        check_source(report, url)
+    elif not is_document and prepared_sources(url):
+        check_data(report, url)
     else:
         raise DataError(f"{url} does not exist, or has neither {MANIFEST} nor config.json", f"name {_KINDS}")
     return report.findings

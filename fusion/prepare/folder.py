@@ -10,7 +10,7 @@ from fusion import storage
 from fusion.data.inputs import UNFINISHED
 from fusion.errors import DataError, UsageError
 from fusion.records.manifests import SOURCE_MANIFEST
-from fusion.records.schemas import FileEntry, SourceManifest, read_if_whole, seal
+from fusion.records.schemas import FileEntry, InputFile, SourceManifest, read_if_whole, seal
 from fusion.storage import Entry
 
 _PARQUET = ".parquet"
@@ -19,6 +19,15 @@ _NOTE = b"python -m fusion.prepare is writing this folder; if it was stopped, ru
 
 def shard_name(number: int) -> str:
     return f"part-{number:05d}{_PARQUET}"
+
+
+@dataclass(frozen=True)
+class MadeFrom:
+    """What decides the shards of a source; see `SourceManifest`."""
+
+    table_sha256: str
+    shard_rows: int
+    inputs: tuple[InputFile, ...]
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,13 @@ class SourceFolder:
     def url(self) -> str:
         return storage.join(self.data, "embeddings", self.split, self.source)
 
-    def current(self, wanted: SourceManifest) -> SourceManifest | None:
-        """The manifest in the folder, if the shards are there and were made from the same files and table."""
+    def current(self, made_from: MadeFrom) -> SourceManifest | None:
+        """The manifest in the folder, if its shards are there and were made from this; else None."""
         there = {storage.base(entry.url): entry.size for entry in storage.entries(self.url)}
         if SOURCE_MANIFEST not in there or UNFINISHED in there:
             return None
         found = read_if_whole(SourceManifest, storage.join(self.url, SOURCE_MANIFEST), "prepared_manifest_damaged")
-        if found is None or replace(found, files=wanted.files, vectors=wanted.vectors) != wanted:
+        if found is None or MadeFrom(found.table_sha256, found.shard_rows, found.inputs) != made_from:
             return None
         shards = {name: size for name, size in there.items() if name.endswith(_PARQUET)}
         return found if shards == {entry.key: entry.bytes for entry in found.files} else None
@@ -69,6 +78,7 @@ class SourceFolder:
     def publish(self, shards: Sequence[Path], manifest: SourceManifest) -> SourceManifest:
         """Replaces the files of the folder by these shards. Until the end, training refuses to read it."""
         storage.write(storage.join(self.url, UNFINISHED), _NOTE)
+        storage.remove_temporary(self.url)
         written = [self._write(shard) for shard in shards]
         names = {entry.key for entry in written}
         for entry in storage.entries(self.url):

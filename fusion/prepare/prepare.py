@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -17,7 +17,7 @@ from fusion.data.source_file import Kind
 from fusion.data.tables import read_files
 from fusion.errors import ConfigError, DataError, StopRequested, UnreachableError
 from fusion.prepare.checks import check
-from fusion.prepare.folder import SourceFolder, shard_name
+from fusion.prepare.folder import MadeFrom, SourceFolder, shard_name
 from fusion.prepare.inputs import Input, entries_of, first_kind, inputs_of, large_batches, stored_dtype
 from fusion.prepare.requests import Request, files
 from fusion.prepare.scratch import scratch_folder
@@ -74,7 +74,8 @@ def prepare(options: Options) -> Iterator[str]:
         StopRequested: the process received a stop signal.
     """
     table_files = _table_files(options)
-    table = read_files(table_files, table_files[0].url, priced=False, columns=())
+    url = table_files[0].url if len(table_files) == 1 else storage.join(options.to, f"{options.split}.parquet")
+    table = read_files(table_files, url, priced=False, columns=())
     rows = Rows(pl.Series(pl.from_arrow(pa.array(table.ids, pa.large_string()))), table.ids_digest())
     del table
     for name, requests in options.requests.items():
@@ -112,33 +113,37 @@ def _prepared(options: Options, name: str, inputs: Sequence[Input], rows: Rows, 
     """Prepares a source, unless it is already prepared, and returns a line about it."""
     folder = SourceFolder(options.to, options.split, name)
     folder.check_replaceable(entries_of(inputs))
-    kind = first_kind(name, inputs)
-    wanted = _manifest(options, name, kind, inputs, rows)
-    found = folder.current(wanted)
+    made_from = MadeFrom(rows.sha256, options.shard_rows, _identity(inputs))
+    found = folder.current(made_from)
     if found and found.vectors >= (1 - options.max_missing) * found.table_rows:
         return f"{_summary(folder, found)}: unchanged"
+    kind = first_kind(name, inputs)
     shards, findings = _finish(options, inputs, kind, rows, scratch)
     check(name, findings, len(rows.ids), options.max_missing, options.drop_bad_vectors)
     if entries_of(inputs_of(options.requests[name], scratch)) != entries_of(inputs):
         raise UnreachableError(f"files of {name} changed while they were read", "run it again once they are complete")
-    n_vectors = len(rows.ids) - len(findings.missing)
-    return _summary(folder, folder.publish(shards, replace(wanted, vectors=n_vectors)))
+    manifest = _manifest(folder, kind, made_from, len(rows.ids), len(findings.missing))
+    return _summary(folder, folder.publish(shards, manifest))
 
 
-def _manifest(options: Options, name: str, kind: Kind, inputs: Sequence[Input], rows: Rows) -> SourceManifest:
-    """The manifest, without its files and the number of vectors, which are not known yet."""
+def _identity(inputs: Sequence[Input]) -> tuple[InputFile, ...]:
+    return tuple(InputFile(entry.url, entry.size, entry.version) for entry in entries_of(inputs))
+
+
+def _manifest(folder: SourceFolder, kind: Kind, made_from: MadeFrom, n_rows: int, n_missing: int) -> SourceManifest:
+    """The manifest, without its files, which are not written yet."""
     return SourceManifest(
         SCHEMA,
         [],
-        source=name,
-        split=options.split,
+        source=folder.source,
+        split=folder.split,
         dim=kind.dim,
         dtype=stored_dtype(kind.dtype),
-        shard_rows=options.shard_rows,
-        table_rows=len(rows.ids),
-        table_sha256=rows.sha256,
-        vectors=len(rows.ids),
-        inputs=tuple(InputFile(entry.url, entry.size, entry.version) for entry in entries_of(inputs)),
+        shard_rows=made_from.shard_rows,
+        table_rows=n_rows,
+        table_sha256=made_from.table_sha256,
+        vectors=n_rows - n_missing,
+        inputs=made_from.inputs,
     )
 
 

@@ -17,8 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion.convert.arrays import ROW_GROUP
-
-SCHEMA = ("sample_id", "embedding")
+from fusion.data.source_file import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,20 @@ def _repetitions(ids: pl.Series, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
     again[1:] = (ids[1:] == ids[:-1]).to_numpy()
     differs = np.zeros(len(ids), bool)
     rows = np.flatnonzero(again)
-    one, other = vectors[rows], vectors[rows - 1]
-    differs[rows] = ((one != other) & ~(np.isnan(one) & np.isnan(other))).any(1)
+    bits = vectors.view(f"u{vectors.itemsize}")  # so that the order in which equal rows are read makes no difference
+    differs[rows] = (bits[rows] != bits[rows - 1]).any(1)
     return again, differs
 
 
 def write_parquet(rows: pl.DataFrame, path: Path) -> None:
     """Writes a shard in the layout that training reads fastest: plain vectors of fixed length in small row groups."""
-    table = rows.select(SCHEMA).to_arrow(compat_level=pl.CompatLevel.oldest())
-    pq.write_table(table, path, row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
+    with path.open("wb") as file:
+        pq.write_table(as_arrow(rows), file, row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
+
+
+def as_arrow(rows: pl.DataFrame) -> pa.Table:
+    """Ids as large_string, and vectors as lists of fixed size."""
+    return rows.select(COLUMNS).to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
 class Spilled:
@@ -119,8 +123,9 @@ class Spilled:
     def add(self, parts: dict[int, pl.DataFrame]) -> None:
         for shard, rows in parts.items():
             # No file stays open, so that there can be more shards than files that a process may open.
-            with self._path(shard).open("ab") as file:
-                rows.write_ipc_stream(file, compression="uncompressed", compat_level=pl.CompatLevel.oldest())
+            table = as_arrow(rows)
+            with self._path(shard).open("ab") as file, pa.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
 
     def take(self, shard: int, schema: pl.Schema) -> pl.DataFrame:
         """Reads the rows of a shard in the order in which they were added."""

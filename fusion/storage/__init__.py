@@ -130,6 +130,14 @@ def remove(url: str) -> None:
     retrying(url, rm)
 
 
+def remove_temporary(folder: str) -> None:
+    """Removes what killed processes have left of files that they were writing in a local folder.
+
+    No other process may be writing there. Stores of objects have no such files.
+    """
+    retrying(folder, lambda: backend.remove_temporary(folder))
+
+
 def honours_conditions(folder: str) -> bool:
     """Whether conditional writes work: tries on a temporary object whether the store rejects those that it must reject.
 

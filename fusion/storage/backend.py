@@ -197,6 +197,14 @@ def temporary(path: str, data: bytes) -> Iterator[str]:
             os.unlink(name)
 
 
+def remove_temporary(folder: str) -> None:
+    fs, path = locate(folder)
+    if is_local(fs):
+        for name in os.listdir(path):
+            if name.endswith(TEMPORARY):
+                os.unlink(os.path.join(path, name))
+
+
 def _make_folder(path: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)

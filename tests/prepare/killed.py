@@ -72,7 +72,8 @@ def readable(data: Path) -> bool:
 
 
 def digest(data: Path) -> str:
-    files = sorted(path for path in data.rglob("*") if path.is_file() and path.suffix != ".tmp")
+    """sha256 of all files below `data/embeddings`, and of the table."""
+    files = [data / "train.csv", *sorted(path for path in (data / "embeddings").rglob("*") if path.is_file())]
     return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()
 
 

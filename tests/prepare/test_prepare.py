@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -307,6 +308,25 @@ def test_a_source_that_changes_while_it_is_read_is_refused(table: Path, monkeypa
     monkeypatch.setattr(prepare, "divided", change)
     assert run(table, f"a={source}") == 69
     assert not folder(table).exists()
+
+
+def test_a_stop_request_leaves_the_earlier_source(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(table, f"a={shuffled(table.parent / 'x.parquet')}") == 0
+    before = files(table.parent / "data")
+    monkeypatch.setattr("fusion.signals.requested", lambda: True)
+    assert run(table, f"a={shuffled(table.parent / 'y.parquet')}") == 75
+    assert files(table.parent / "data") == before
+
+
+def test_a_full_disk_is_an_error_with_a_hint(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fusion.prepare.prepare.write_parquet", full)
+    assert run(table, f"a={shuffled(table.parent / 'x.parquet')}") == 78
+    assert "hint: set TMPDIR to a folder with room" in capsys.readouterr().err
 
 
 def test_objects_of_a_bucket(bucket: str, table: Path) -> None:

@@ -85,9 +85,8 @@ def _compare(given: argparse.Namespace) -> None:
     if len(given.runs) < 2:
         lists = f"`python jobs/pull.py runs --output {given.output}` lists them"
         raise UsageError(f"compare got {' '.join(given.runs)}, expected at least two runs", lists)
-    output = OutputFolder(given.output)
-    chosen = [choose_run(output, which, given.variant) for which in given.runs]
-    found = compare([RunFolder(output.at(one.path)) for one in chosen], given.metric)
+    chosen = [choose_run(OutputFolder(given.output), which, given.variant) for which in given.runs]
+    found = compare([RunFolder(one.url) for one in chosen], given.metric)
     if given.json:
         groups = [{"by": by, "group": group, given.metric: values} for (by, group), values in found.groups.items()]
         _print_json(asdict(found) | {"groups": groups})
@@ -96,12 +95,11 @@ def _compare(given: argparse.Namespace) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
-    output = OutputFolder(given.output)
-    choice = choose_run(output, given.which, given.variant)
+    choice = choose_run(OutputFolder(given.output), given.which, given.variant)
     if given.dry_run:
         _print_commands(given, choice, _run_filters(given, choice))
         return
-    paths = _pull(given, lambda: plan_run(output, choice, state=given.state))
+    paths = _pull(given, lambda: plan_run(choice, state=given.state))
     if any(storage.base(path) == ENSEMBLE for path in paths):
         _say("this run is an ensemble: pull its members too, the runs that ensemble.json names")
     elif not any("/checkpoints/" in path for path in paths):
@@ -110,12 +108,11 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def _submission(given: argparse.Namespace) -> None:
-    output = OutputFolder(given.output)
-    choice = choose_submission(output, given.which, given.name)
+    choice = choose_submission(OutputFolder(given.output), given.which, given.name)
     if given.dry_run:
         _print_commands(given, choice, [])
         return
-    _pull(given, lambda: plan_submission(output, choice))
+    _pull(given, lambda: plan_submission(choice))
     print(os.path.join(given.to, choice.path, SUBMISSION))
 
 
@@ -158,7 +155,7 @@ def _check(plan: Plan, folder: str) -> None:
 
 def _run_filters(given: argparse.Namespace, choice: Choice) -> list[str]:
     """Filters of `aws s3 sync` that leave out what `plan_run` leaves out. Of two that match, the later one counts."""
-    plan = plan_run(OutputFolder(given.output), choice, state=given.state)
+    plan = plan_run(choice, state=given.state)
     steps = {item.path.split("/")[3] for item in plan.items if "/checkpoints/" in item.path}
     filters = ["--exclude", LEASE, "--exclude", "parts/*", "--exclude", "checkpoints/*"]
     for step in steps:
@@ -170,10 +167,9 @@ def _print_commands(given: argparse.Namespace, choice: Choice, filters: Sequence
     """Prints the aws commands that pull the same files, for --dry-run."""
     endpoint = variable("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     where = ["--endpoint-url", endpoint] if endpoint else []
-    output, target = OutputFolder(given.output), os.path.join(given.to, choice.path)
-    print(shlex.join(["aws", "s3", "sync", output.at(choice.path), target, *filters, *where]))
+    print(shlex.join(["aws", "s3", "sync", choice.url, os.path.join(given.to, choice.path), *filters, *where]))
     for path in choice.pointer:  # With cp, because sync skips a file that differs but has the same size.
-        print(shlex.join(["aws", "s3", "cp", output.at(path), os.path.join(given.to, path), *where]))
+        print(shlex.join(["aws", "s3", "cp", choice.output.at(path), os.path.join(given.to, path), *where]))
 
 
 def _print_json(value: Any) -> None:

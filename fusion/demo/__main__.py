@@ -19,8 +19,8 @@ from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.command import guarded
 from fusion.demo.catalog import Truth, generate
 from fusion.metrics import compute_smape
-from fusion.records import pointers
-from fusion.records.schemas import RunPointer, SubmissionPointer
+from fusion.records.best_run import pointed_to
+from fusion.records.output import OutputFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +52,7 @@ def _demonstrate(options: argparse.Namespace) -> int:
 
 def _outcome(folder: Path, truth: Truth, seconds: float) -> str:
     output = str(folder / "output")
-    run = pointers.read(RunPointer, output, "runs", "all_embeddings", "best")
-    current = pointers.read(SubmissionPointer, output, "submissions", "test", "current")
+    run, current = pointed_to(output, "all_embeddings"), OutputFolder(output).current("test")
     assert run is not None and current is not None, "train and predict publish pointers"
     submission = pd.read_csv(f"{output}/submissions/{current.submission}/submission.csv")
     assert (submission["sample_id"].to_numpy() == truth.sample_ids).all(), "a submission keeps the order of test.csv"

@@ -91,12 +91,7 @@ def compute_parts(compute: Compute, store: RowStore, world: World, folder: str) 
             watchdog.beat()
             world.together(partial(read_or_compute, first + world.rank))
             show(min(first + world.size, len(parts)))
-    return _in_order(world.gather_on_main(mine))
-
-
-def _in_order(of_ranks: Sequence[Mapping[int, Arrays]]) -> Arrays:
-    """Joins the parts of all ranks, each by its number."""
-    everything = {number: part for parts in of_ranks for number, part in parts.items()}
+    everything = {number: part for of_rank in world.gather_on_main(mine) for number, part in of_rank.items()}
     return concatenated([everything[number] for number in sorted(everything)])
 
 

@@ -106,15 +106,6 @@ def read_version(url: str) -> tuple[bytes, str] | None:
     return retrying(url, lambda: conditional.read_version(url))
 
 
-def version_of(url: str) -> str:
-    """A tag that changes when the object is written: its ETag; for a local file, its size, time and inode.
-
-    Raises:
-        DataError, CredentialsError, UnreachableError: as for `read`.
-    """
-    return retrying(url, lambda: backend.version(url))
-
-
 def replace(url: str, data: bytes, version: str) -> bool:
     """Writes the object if it still has this version. Returns whether it now has these bytes, as `create` does."""
     return retrying(url, lambda: conditional.replace(url, data, version)) or read_if_exists(url) == data

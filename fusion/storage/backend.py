@@ -241,12 +241,6 @@ def is_there(url: str) -> bool:
     return False
 
 
-def version(url: str) -> str:
-    """A tag that changes when the object is written: its ETag; for a local file, its size, time and inode."""
-    fs, path = locate(url)
-    return _file_version(os.stat(path)) if is_local(fs) else _version(fs.info(path))
-
-
 def _version(facts: Mapping[str, Any]) -> str:
     tag = facts.get("ETag") or facts.get("etag")
     return str(tag or "-".join(str(facts.get(key)) for key in ("size", "mtime", "created")))

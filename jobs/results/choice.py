@@ -41,8 +41,13 @@ class Choice:
         pointer: path and content of the pointer that named the folder; empty when the user gave an id.
     """
 
+    output: OutputFolder
     path: str
     pointer: dict[str, bytes]
+
+    @property
+    def url(self) -> str:
+        return self.output.at(self.path)
 
 
 def choose_run(output: OutputFolder, which: str, variant: str | None) -> Choice:
@@ -59,13 +64,13 @@ def choose_run(output: OutputFolder, which: str, variant: str | None) -> Choice:
     if which not in POINTERS:
         if which not in [run.run_id for run in output.runs()]:
             raise no_run(output.url, which)
-        return Choice(f"runs/{which}", {})
+        return Choice(output, f"runs/{which}", {})
     variant = variant or _only_variant(output)
     path = f"pointers/runs/{variant}/{which}.json"
     content = storage.read_if_exists(output.at(path))
     if content is None:
         raise DataError(f"no finished run of {variant} under {output}", _listing_hint("runs", output))
-    return Choice(f"runs/{parse(RunPointer, content, output.at(path)).run_id}", {path: content})
+    return Choice(output, f"runs/{parse(RunPointer, content, output.at(path)).run_id}", {path: content})
 
 
 def _only_variant(output: OutputFolder) -> str:
@@ -94,7 +99,7 @@ def choose_submission(output: OutputFolder, which: str, name: str) -> Choice:
         current = current_of(output, name)
         matching = [folder for folder in matching if key_of(folder) == current] or matching
     if len(matching) == 1:
-        return Choice(f"submissions/{key_of(matching[0])}", {})
+        return Choice(output, f"submissions/{key_of(matching[0])}", {})
     there = ", ".join(f"{date}/{folder.name}" for folder in found)
     raise DataError(
         f"{len(matching) or 'no'} submissions {which} of {name!r} under {output}",
@@ -110,43 +115,40 @@ def _current_submission(output: OutputFolder, name: str) -> Choice:
         hint = near + _listing_hint("submissions", output)
         raise DataError(f"no submission named {name!r} under {output}", hint)
     pointer = parse(SubmissionPointer, content, output.at(path))
-    return Choice(f"submissions/{pointer.submission}", {path: content})
+    return Choice(output, f"submissions/{pointer.submission}", {path: content})
 
 
-def plan_run(output: OutputFolder, choice: Choice, *, state: bool) -> Plan:
+def plan_run(choice: Choice, *, state: bool) -> Plan:
     """The files of a run to pull: all but its lease, the temporary ones and all checkpoints except the best.
 
     Args:
         state: whether to pull `state.pt` of the best checkpoint.
     """
-    run = RunFolder(output.at(choice.path))
+    run = RunFolder(choice.url)
     listing = storage.find(run.url)
     if not listing:  # The pointer may name a run that was deleted.
-        raise no_run(output.url, run.run_id)
+        raise no_run(choice.output.url, run.run_id)
     if ENSEMBLE in listing:  # The folder has no weights: its members are other runs.
-        plan = _committed(output, choice.path, Manifest)
-        return _merged(plan, Plan([], choice.pointer | _marker(output, choice, [])))
+        return _marked(choice, _committed(choice.output, choice.path, Manifest), [])
     best = best_checkpoint(run, listing)
-    metrics = _committed(output, f"{choice.path}/metrics", Manifest, required=False)
+    metrics = _committed(choice.output, f"{choice.path}/metrics", Manifest, required=False)
     plan = _merged(metrics, _unlisted(choice.path, listing, metrics, best))
     if best:
-        weights = _committed(output, f"{choice.path}/checkpoints/{best.name}", CheckpointManifest)
+        weights = _committed(choice.output, f"{choice.path}/checkpoints/{best.name}", CheckpointManifest)
         kept = [item for item in weights.items if state or storage.base(item.path) != STATE]
         plan = _merged(plan, Plan(kept, weights.last))
-    left_out = [LEASE] if state or not best else [LEASE, f"checkpoints/{best.name}/{STATE}"]
-    return _merged(plan, Plan([], choice.pointer | _marker(output, choice, left_out)))
+    return _marked(choice, plan, [LEASE] if state or not best else [LEASE, f"checkpoints/{best.name}/{STATE}"])
 
 
-def plan_submission(output: OutputFolder, choice: Choice) -> Plan:
+def plan_submission(choice: Choice) -> Plan:
     """The files of a submission to pull: its manifest and all that the manifest names."""
-    named = _committed(output, choice.path, SubmissionManifest)
-    return _merged(named, Plan([], choice.pointer | _marker(output, choice, [])))
+    return _marked(choice, _committed(choice.output, choice.path, SubmissionManifest), [])
 
 
-def _marker(output: OutputFolder, choice: Choice, left_out: list[str]) -> dict[str, bytes]:
-    """The document that tells `fusion.verify` that the folder is a copy, and which files it lacks on purpose."""
-    marker = Pulled(output.at(choice.path), tuple(left_out))
-    return {f"{choice.path}/{PULLED}": seal(asdict(marker))}
+def _marked(choice: Choice, plan: Plan, left_out: list[str]) -> Plan:
+    """The plan, with the pointer, and a document that tells `fusion.verify` which files the copy lacks on purpose."""
+    marker = seal(asdict(Pulled(choice.url, tuple(left_out))))
+    return _merged(plan, Plan([], {**choice.pointer, f"{choice.path}/{PULLED}": marker}))
 
 
 def _committed(output: OutputFolder, path: str, kind: type[Manifest], *, required: bool = True) -> Plan:

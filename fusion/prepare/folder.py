@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 
 from fusion import storage
 from fusion.data.inputs import UNFINISHED
 from fusion.errors import DataError, UsageError
 from fusion.records.manifests import SOURCE_MANIFEST
-from fusion.records.schemas import FileEntry, InputFile, SourceManifest, read_if_whole, seal
+from fusion.records.schemas import InputFile, SourceManifest, read_if_whole, seal
 from fusion.storage import Entry
+from fusion.storage.backend import store_of
 
 _PARQUET = ".parquet"
 _NOTE = b"python -m fusion.prepare is writing this folder; if it was stopped, run it again\n"
-
-
-def shard_name(number: int) -> str:
-    return f"part-{number:05d}{_PARQUET}"
 
 
 @dataclass(frozen=True)
@@ -75,22 +71,28 @@ class SourceFolder:
         message = f"{url} exists, and this command has not written it"
         return DataError(message, "move it away, or name another folder with --to, or the source otherwise")
 
-    def publish(self, shards: Sequence[Path], manifest: SourceManifest) -> SourceManifest:
-        """Replaces the files of the folder by these shards. Until the end, training refuses to read it."""
+    def publish(self, staged: str, manifest: SourceManifest) -> SourceManifest:
+        """Replaces the files of the folder by those of the manifest. Until the end, training refuses to read it.
+
+        Args:
+            staged: URL of the folder that has these files.
+        """
         storage.write(storage.join(self.url, UNFINISHED), _NOTE)
         storage.remove_temporary(self.url)
-        written = [self._write(shard) for shard in shards]
-        names = {entry.key for entry in written}
-        for entry in storage.entries(self.url):
-            if entry.url.endswith(_PARQUET) and storage.base(entry.url) not in names:
-                storage.remove(entry.url)
-        manifest = replace(manifest, files=written)
+        for entry in manifest.files:
+            _copy(storage.join(staged, entry.key), storage.join(self.url, entry.key))
+        names = {entry.key for entry in manifest.files}
+        for found in storage.entries(self.url):
+            if found.url.endswith(_PARQUET) and storage.base(found.url) not in names:
+                storage.remove(found.url)
         storage.write(storage.join(self.url, SOURCE_MANIFEST), seal(asdict(manifest)))
         storage.remove(storage.join(self.url, UNFINISHED))
         return manifest
 
-    def _write(self, shard: Path) -> FileEntry:
-        content = shard.read_bytes()
-        storage.write(storage.join(self.url, shard.name), content)
-        shard.unlink()
-        return FileEntry(shard.name, len(content), storage.sha256(content))
+
+def _copy(source: str, target: str) -> None:
+    """Copies a file, within a store if both are in one; else through this process."""
+    if store_of(source) == store_of(target):
+        storage.copy(source, target)
+    else:
+        storage.write(target, storage.read(source))

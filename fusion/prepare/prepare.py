@@ -5,23 +5,23 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
 
-from fusion import signals, storage
+from fusion import storage
 from fusion.data.inputs import find_table
 from fusion.data.source_file import Kind
 from fusion.data.tables import read_files
-from fusion.errors import ConfigError, DataError, StopRequested, UnreachableError
+from fusion.errors import ConfigError, DataError, UnreachableError
 from fusion.prepare.checks import check
-from fusion.prepare.folder import MadeFrom, SourceFolder, shard_name
-from fusion.prepare.inputs import Input, entries_of, first_kind, inputs_of, large_batches, stored_dtype
+from fusion.prepare.folder import MadeFrom, SourceFolder
+from fusion.prepare.inputs import Input, entries_of, first_kind, inputs_of, stored_dtype
 from fusion.prepare.requests import Request, files
 from fusion.prepare.scratch import scratch_folder
-from fusion.prepare.shards import Findings, Spilled, divided, finished, first_ids, write_parquet
+from fusion.prepare.work import Work, on_this_machine
 from fusion.records.schemas import SCHEMA, InputFile, SourceManifest
 from fusion.storage import Entry
 
@@ -118,12 +118,12 @@ def _prepared(options: Options, name: str, inputs: Sequence[Input], rows: Rows, 
     if found and found.vectors >= (1 - options.max_missing) * found.table_rows:
         return f"{_summary(folder, found)}: unchanged"
     kind = first_kind(name, inputs)
-    shards, findings = _finish(options, inputs, kind, rows, scratch)
-    check(name, findings, len(rows.ids), options.max_missing, options.drop_bad_vectors)
+    staged = on_this_machine(Work(inputs, kind, rows.ids, options.shard_rows), scratch)
+    check(name, staged.findings, len(rows.ids), options.max_missing, options.drop_bad_vectors)
     if entries_of(inputs_of(options.requests[name], scratch)) != entries_of(inputs):
         raise UnreachableError(f"files of {name} changed while they were read", "run it again once they are complete")
-    manifest = _manifest(folder, kind, made_from, len(rows.ids), len(findings.missing))
-    return _summary(folder, folder.publish(shards, manifest))
+    manifest = _manifest(folder, kind, made_from, len(rows.ids), len(staged.findings.missing))
+    return _summary(folder, folder.publish(staged.folder, replace(manifest, files=staged.files)))
 
 
 def _identity(inputs: Sequence[Input]) -> tuple[InputFile, ...]:
@@ -145,36 +145,6 @@ def _manifest(folder: SourceFolder, kind: Kind, made_from: MadeFrom, n_rows: int
         vectors=n_rows - n_missing,
         inputs=made_from.inputs,
     )
-
-
-def _finish(
-    options: Options, inputs: Sequence[Input], kind: Kind, rows: Rows, scratch: Path
-) -> tuple[list[Path], Findings]:
-    """The finished shards of a source, as files in `scratch`, and what was found in all of them."""
-    spilled, starts = Spilled(scratch / "rows"), first_ids(rows.ids, options.shard_rows)
-    for batch in large_batches(inputs, kind):
-        _stop_if_asked()
-        spilled.add(divided(batch, starts))
-    shards, findings = list[Path](), list[Findings]()
-    for number in range(len(starts)):
-        _stop_if_asked()
-        wanted = rows.ids.slice(number * options.shard_rows, options.shard_rows)
-        kept, found = finished(wanted, spilled.take(number, _schema(kind)))
-        shards.append(scratch / shard_name(number))
-        write_parquet(kept, shards[-1])
-        findings.append(found)
-    return shards, Findings.joined(findings)
-
-
-def _schema(kind: Kind) -> pl.Schema:
-    number = pl.Float16 if stored_dtype(kind.dtype) == "float16" else pl.Float32
-    return pl.Schema({"sample_id": pl.String(), "embedding": pl.Array(number, kind.dim)})
-
-
-def _stop_if_asked() -> None:
-    if signals.requested():
-        message = "stopped on request; sources that were not announced are as they were"
-        raise StopRequested(message, "run the same command again")
 
 
 def _summary(folder: SourceFolder, manifest: SourceManifest) -> str:

@@ -7,6 +7,7 @@ however many rows there are.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -99,10 +100,11 @@ def _repetitions(ids: pl.Series, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
     return again, differs
 
 
-def write_parquet(rows: pl.DataFrame, path: Path) -> None:
-    """Writes a shard in the layout that training reads fastest: plain vectors of fixed length in small row groups."""
-    with path.open("wb") as file:
-        pq.write_table(as_arrow(rows), file, row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
+def as_parquet(rows: pl.DataFrame) -> bytes:
+    """A shard in the layout that training reads fastest: plain vectors of fixed length in small row groups."""
+    file = io.BytesIO()
+    pq.write_table(as_arrow(rows), file, row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
+    return file.getvalue()
 
 
 def as_arrow(rows: pl.DataFrame) -> pa.Table:
@@ -127,11 +129,11 @@ class Spilled:
             with self._path(shard).open("ab") as file, pa.ipc.new_stream(file, table.schema) as stream:
                 stream.write_table(table)
 
-    def take(self, shard: int, schema: pl.Schema) -> pl.DataFrame:
-        """Reads the rows of a shard in the order in which they were added."""
+    def take(self, shard: int) -> pl.DataFrame | None:
+        """Reads and removes the rows of a shard; None if it has none."""
         path = self._path(shard)
         if not path.exists():
-            return pl.DataFrame(schema=schema)
+            return None
         batches = list[pa.RecordBatch]()
         with path.open("rb") as file:
             while file.tell() < path.stat().st_size:

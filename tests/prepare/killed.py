@@ -22,7 +22,7 @@ from typing import Any
 
 from fusion.data.inputs import find_sources
 from fusion.errors import DataError
-from fusion.prepare import inputs, prepare
+from fusion.prepare import inputs, work
 from fusion.prepare.__main__ import main
 from fusion.prepare.shards import Spilled
 from tests.chaos.boundaries import PREPARATION, Boundary, arm, boundaries_of
@@ -59,7 +59,7 @@ def armed(kind: str, when: str, reached: Any) -> None:
     if kind == "spilling":
         Spilled.add = kill_after(int(when), Spilled.add)  # type: ignore[method-assign]
     elif kind == "finishing":
-        prepare.write_parquet = kill_after(int(when), prepare.write_parquet)
+        work.finish_shard = kill_after(int(when), work.finish_shard)
     else:
         arm([Boundary(kind, when)], 0, reached)
 

@@ -25,7 +25,6 @@ from fusion.distributed.world import join_world
 from fusion.errors import DataError
 from fusion.prepare import inputs
 from fusion.prepare.__main__ import main
-from fusion.prepare.folder import SourceFolder
 
 N, DIM = 100, 6
 IDS = np.random.default_rng(1).permutation(N) + 95  # 99 comes before 100 as a number, and after it as text
@@ -283,29 +282,28 @@ def test_training_refuses_a_folder_that_is_being_written(table: Path, monkeypatc
     source, data = shuffled(table.parent / "raw.parquet"), str(table.parent / "data")
     seen = []
 
-    def write_and_look(self: SourceFolder, shard: Path) -> Any:
-        seen.append(shard.name)
+    def look_and_copy(source: str, target: str) -> None:
+        seen.append(target)
         with pytest.raises(DataError, match="is not complete"):
             find_sources(data, "train", {"role": "a"})
-        return original(self, shard)
+        storage.write(target, storage.read(source))
 
-    original = SourceFolder._write
-    monkeypatch.setattr(SourceFolder, "_write", write_and_look)
+    monkeypatch.setattr(storage, "copy", look_and_copy)
     assert run(table, f"a={source}") == 0
     assert len(seen) == 3 and len(find_sources(data, "train", {"role": "a"})["role"]) == 3
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = shuffled(table.parent / "raw.parquet")
-    from fusion.prepare import prepare
+    from fusion.prepare import work
 
-    original = prepare.divided
+    original = work.divided
 
     def change(*arguments: Any) -> Any:
         shuffled(source, VECTORS + 1)
         return original(*arguments)
 
-    monkeypatch.setattr(prepare, "divided", change)
+    monkeypatch.setattr(work, "divided", change)
     assert run(table, f"a={source}") == 69
     assert not folder(table).exists()
 
@@ -324,7 +322,7 @@ def test_a_full_disk_is_an_error_with_a_hint(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fusion.prepare.prepare.write_parquet", full)
+    monkeypatch.setattr("fusion.prepare.work.finish_shard", full)
     assert run(table, f"a={shuffled(table.parent / 'x.parquet')}") == 78
     assert "hint: set TMPDIR to a folder with room" in capsys.readouterr().err
 

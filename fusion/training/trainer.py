@@ -233,7 +233,7 @@ class Fit:
         n_counted = max(1.0, float(counts.sum()))
         if own.start == own.stop:
             counts = torch.zeros_like(counts)
-        rows, mine = batch[part], counts[part].to(self.world.device)
+        rows, mine = batch[part], counts[part]
         seed = derived_seed(self.config.seed, "step", self.step)
         device, bf16 = self.world.device, self.config.precision == "bf16"
         with random_rows(seed, part, len(batch), device), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -252,11 +252,16 @@ class Fit:
         """Returns the mean loss of predictions [B, M] over the pairs for which `counts` [B, M] is True.
 
         Without any such pair it is 0, with a gradient of 0, because every rank has to run the backward pass.
+
+        Args:
+            rows, counts: in CPU memory, so that the step does not wait for the GPU to know which pairs count.
         """
         if not bool(counts.any()):
             return (prediction * 0).sum()
-        targets = self.targets[rows.to(self.world.device)].unsqueeze(1).expand_as(prediction)
-        loss: Tensor = self.loss(prediction[counts], targets[counts])
+        device = self.world.device
+        targets = self.targets[rows.to(device)].unsqueeze(1).expand_as(prediction).flatten()
+        pairs = counts.flatten().nonzero().squeeze(1).to(device)
+        loss: Tensor = self.loss(prediction.flatten().index_select(0, pairs), targets.index_select(0, pairs))
         return loss
 
     def _step(self) -> None:

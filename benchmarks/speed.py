@@ -1,0 +1,173 @@
+"""Seconds per epoch: `python -m benchmarks.speed [--rows 75000] [--repeats 3] [--json FILE] [--compare BEFORE AFTER]`.
+
+Generates a data set with the published dimensions, below --folder. Trains two epochs on it in new processes: with the
+command of `all_embeddings`, once for each of the settings in `SETTINGS`, and with the code that the published models
+were trained with, rewritten from its description: torch's DataLoader over rows in memory, float32, one token per
+source. The second epoch counts, with its validation. Settings take turns, so that a machine that becomes slower or
+faster does not favour one.
+
+Prints for each the median, the lowest and the highest seconds; the multiply-accumulate work per row; the time that the
+matrix products of the epoch would take alone at the rate of a large product, measured in the same run (the floor), and
+the ratio to it; and how many times faster it is than the published code.
+
+--compare reads two files of --json and says which settings changed, by Welch's t-test of the logarithms at p < 0.01.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.larger_than_memory import DIMS, make
+from benchmarks.published import PublishedNetwork
+from fusion.all_embeddings.config import Config
+from fusion.all_embeddings.model import build_network
+from fusion.nn.batch import Batch
+from fusion.prediction.predict import make_model
+
+PUBLISHED = "published code"
+SETTINGS = {
+    "--recipe published": ["--recipe", "published"],
+    "--recipe published --precision bf16": ["--recipe", "published", "--precision", "bf16"],
+    "default": [],
+    "default, --precision bf16": ["--precision", "bf16"],
+    "default, --batch-size 1024": ["--batch-size", "1024"],
+}
+VALIDATING = 0.2  # the default of --val-fraction
+SIGNIFICANT = 0.01
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The epochs of one setting.
+
+    Attributes:
+        seconds: of the second epoch, in each repetition.
+        mflop: of the matrix products of a forward pass of one row.
+        floor: seconds that the matrix products of an epoch take alone.
+    """
+
+    seconds: list[float]
+    mflop: float
+    floor: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=75_000, help="rows, of which a fifth validates")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=[PUBLISHED, *SETTINGS], default=[PUBLISHED, *SETTINGS])
+    parser.add_argument("--folder", help="where the temporary folder is made")
+    parser.add_argument("--json", help="file to write the seconds to")
+    parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"))
+    given = parser.parse_args()
+    if given.compare:
+        return compare(*(json.loads(Path(file).read_text()) for file in given.compare))
+    with tempfile.TemporaryDirectory(prefix="fusion-speed-", dir=given.folder) as folder:
+        make(Path(folder), given.rows)
+        rates = {"fp32": rate(torch.float32), "bf16": rate(torch.bfloat16)}
+        seconds: dict[str, list[float]] = {name: [] for name in given.only}
+        for number in range(given.repeats):
+            for name in given.only:
+                seconds[name].append(epoch_seconds(Path(folder), name, number, given.rows))
+    timed = {name: described(name, times, given.rows, rates) for name, times in seconds.items()}
+    show(timed, rates)
+    if given.json:
+        machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        found = {name: asdict(one) for name, one in timed.items()}
+        Path(given.json).write_text(json.dumps({**machine, "rows": given.rows, "settings": found}, indent=1))
+    return None
+
+
+def epoch_seconds(data: Path, name: str, number: int, n_rows: int) -> float:
+    """Trains two epochs in a new process, and returns the seconds of the second."""
+    if name == PUBLISHED:
+        command = [sys.executable, "-m", "benchmarks.published", str(data)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    run = ["--output", str(data / "output"), "--run-id", f"r{number}-{list(SETTINGS).index(name)}"]
+    flags = ["--data", str(data), *run, "--epochs", "2", "--checkpoint-seconds", "3600", *SETTINGS[name]]
+    command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags]
+    done = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+    return n_rows * (1 - VALIDATING) / float(re.findall(r"rows_s=(\S+)", done.stderr)[-1])
+
+
+def described(name: str, seconds: list[float], n_rows: int, rates: dict[str, float]) -> Timed:
+    per_row = flop_per_row(name)
+    # The backward pass takes two products for each of the forward pass; rows that validate have a forward pass only.
+    work = n_rows * per_row * (3 * (1 - VALIDATING) + VALIDATING)
+    return Timed(seconds, per_row / 1e6, work / rates["bf16" if "bf16" in name else "fp32"])
+
+
+def flop_per_row(name: str) -> float:
+    """Floating-point operations of the matrix products of a forward pass, per row."""
+    n_rows = 64
+    inputs = {role: torch.randn(n_rows, dim) for role, dim in DIMS.items()}
+    present = {role: torch.ones(n_rows, dtype=torch.bool) for role in DIMS}
+    counter = FlopCounterMode(display=False)
+    if name == PUBLISHED:
+        network = PublishedNetwork(DIMS).eval()
+        with counter:
+            network(inputs)
+    else:
+        config = Config(recipe="published") if "published" in name else Config(neighbours=0)
+        model = make_model(config, build_network, DIMS).eval()
+        with counter:
+            model.price(Batch(inputs, present))
+    return counter.get_total_flops() / n_rows
+
+
+def rate(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a product of 256 rows with a square matrix; the best of 50."""
+    first, second = torch.randn(256, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+    best = float("inf")
+    for _ in range(50):
+        began = time.perf_counter()
+        first @ second
+        best = min(best, time.perf_counter() - began)
+    return 2 * 256 * 2048 * 2048 / best
+
+
+def show(timed: dict[str, Timed], rates: dict[str, float]) -> None:
+    found = ", ".join(f"{kind} {value / 1e9:.0f} GFLOP/s" for kind, value in rates.items())
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; large products: {found}\n")
+    reference = timed.get(PUBLISHED)
+    print(f"{'':<38} s/epoch (lowest-highest)  MFLOP/row  floor, s  x floor  x faster than the published code")
+    for name, one in timed.items():
+        median = statistics.median(one.seconds)
+        faster = f"{statistics.median(reference.seconds) / median:8.2f}" if reference else ""
+        spread = f"({min(one.seconds):.2f}-{max(one.seconds):.2f})"
+        line = f"{name:<38} {median:7.2f} {spread:<17} {one.mflop:9.1f} {one.floor:9.2f} {median / one.floor:8.2f}"
+        print(f"{line} {faster}")
+
+
+def processor() -> str:
+    facts = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", facts.read_text()) if facts.exists() else None
+    return found[1] if found else platform.processor()
+
+
+def compare(before: dict, after: dict) -> None:
+    """Prints the ratio of the seconds of each setting that both files have, and whether it could be chance."""
+    for name in before["settings"].keys() & after["settings"].keys():
+        first, second = (np.log(one["settings"][name]["seconds"]) for one in (before, after))
+        chance = scipy.stats.ttest_ind(first, second, equal_var=False).pvalue if min(len(first), len(second)) > 1 else 1
+        verdict = "changed" if chance < SIGNIFICANT else "no change that could be told from chance"
+        print(f"{name:<38} {np.exp(second.mean() - first.mean()):.3f} times the seconds, p = {chance:.2g}: {verdict}")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,10 @@ left out. The table is copied to <to>/<split>.csv or .parquet. `python -m fusion
 Memory does not grow with the number of vectors: the command needs about 0.5 GB, a few times the size of one part, and
 the size of the table. Vectors pass through a temporary folder (TMPDIR), which needs room for one source.
 
+With --engine ray (pip install 'ray[data]') the workers of a Ray cluster read the files, shuffle the rows and write the
+shards, for sources that one machine cannot hold. The result has the same bytes. All workers must reach all URLs.
+Vectors pass through Ray's object store; shards are written beside the final ones, and copied when all are checked.
+
 A source whose files and table have not changed is left as it is. If the command is stopped or killed, run it again:
 the result has the same bytes. This needs polars, and no GPU.
 """
@@ -27,6 +31,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from fusion import signals, storage
 from fusion.command import guarded
@@ -35,6 +40,7 @@ from fusion.environment import variable
 from fusion.errors import ExitCode, UsageError, filled
 from fusion.prepare.requests import requests
 
+_INSTALLED_BY = {"polars": "polars", "ray": "'ray[data]'"}
 _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -98,6 +104,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=16_384,
         help="rows of the table per file; the same for all sources of a split (default: 16384)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("polars", "ray"),
+        default="polars",
+        help="polars: this machine; ray: the cluster of RAY_ADDRESS, or processes on this machine (default: polars)",
+    )
     add_store_timeout(parser)
     return parser.parse_args(argv)
 
@@ -105,8 +117,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _job(argv: Sequence[str] | None) -> ExitCode:
     arguments = _parse(argv)
     found = requests(arguments.source, arguments.folds)
-    if importlib.util.find_spec("polars") is None:
-        raise UsageError("polars, which divides and joins rows, is not installed", "pip install polars")
+    for package, needed in {"polars": True, "ray": arguments.engine == "ray"}.items():
+        if needed and importlib.util.find_spec(package) is None:
+            raise UsageError(f"{package} is not installed", f"pip install {_INSTALLED_BY[package]}")
     from fusion.prepare.prepare import Options, prepare
 
     storage.set_patience(arguments.store_timeout)
@@ -118,11 +131,21 @@ def _job(argv: Sequence[str] | None) -> ExitCode:
         arguments.max_missing,
         arguments.drop_bad_vectors,
         arguments.shard_rows,
+        arguments.engine,
     )
-    with signals.listening():
+    with signals.listening(), _engine(arguments.engine):
         for line in prepare(options):
             print(line, flush=True)
     return ExitCode.DONE
+
+
+def _engine(name: str) -> AbstractContextManager[None]:
+    """Starts what the engine needs, for as long as the context lasts."""
+    if name != "ray":
+        return nullcontext()
+    from fusion.prepare.on_ray import cluster
+
+    return cluster()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,6 +38,11 @@ class SourceFolder:
     def url(self) -> str:
         return storage.join(self.data, "embeddings", self.split, self.source)
 
+    @property
+    def staging(self) -> str:
+        """Where the workers of a cluster write shards that are not yet checked."""
+        return storage.join(self.url, "_staging")
+
     def current(self, made_from: MadeFrom) -> SourceManifest | None:
         """The manifest in the folder, if its shards are there and were made from this; else None."""
         there = {storage.base(entry.url): entry.size for entry in storage.entries(self.url)}

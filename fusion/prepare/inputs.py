@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -36,6 +36,9 @@ class Input(Protocol):
     def batches(self, kind: Kind) -> Iterator[pl.DataFrame]:
         """The ids (`sample_id`, text) and vectors (`embedding`). DataError if the vectors are not of this kind."""
 
+    def on_worker(self, scratch: Path) -> Input:
+        """The same for a process on another machine, which may use the folder `scratch`."""
+
 
 @dataclass(frozen=True)
 class ParquetFile:
@@ -56,6 +59,9 @@ class ParquetFile:
             with open_part(part, kind, content_of(part)) as (ids, batches):
                 for vectors, positions in batches:
                     yield _frame(ids.take(pa.array(positions)), vectors)
+
+    def on_worker(self, _: Path) -> ParquetFile:
+        return self
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,9 @@ class NumpyPair:
             # The file is mapped again for each batch: otherwise all pages that were read would stay in memory.
             rows = np.array(self._rows()[0][start : start + step], kind.dtype)
             yield _frame(pa.chunked_array([ids[start : start + step]]), rows)
+
+    def on_worker(self, scratch: Path) -> NumpyPair:
+        return replace(self, scratch=scratch)
 
 
 def _frame(ids: pa.ChunkedArray, vectors: NDArray[Any]) -> pl.DataFrame:

@@ -21,7 +21,7 @@ from fusion.prepare.folder import MadeFrom, SourceFolder
 from fusion.prepare.inputs import Input, entries_of, first_kind, inputs_of, stored_dtype
 from fusion.prepare.requests import Request, files
 from fusion.prepare.scratch import scratch_folder
-from fusion.prepare.work import Work, on_this_machine
+from fusion.prepare.work import Staged, Work, on_this_machine
 from fusion.records.schemas import SCHEMA, InputFile, SourceManifest
 from fusion.storage import Entry
 
@@ -40,6 +40,7 @@ class Options:
         max_missing: largest share of the table's rows that a source may lack.
         drop_bad_vectors: whether rows with values that are not finite count as missing, instead of being an error.
         shard_rows: rows of the table per file.
+        engine: "polars", which works on this machine, or "ray", which needs `on_ray.cluster`.
     """
 
     requests: dict[str, list[Request]]
@@ -49,6 +50,7 @@ class Options:
     max_missing: float = 0.05
     drop_bad_vectors: bool = False
     shard_rows: int = SHARD_ROWS
+    engine: str = "polars"
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,29 @@ def _prepared(options: Options, name: str, inputs: Sequence[Input], rows: Rows, 
     found = folder.current(made_from)
     if found and found.vectors >= (1 - options.max_missing) * found.table_rows:
         return f"{_summary(folder, found)}: unchanged"
-    kind = first_kind(name, inputs)
-    staged = on_this_machine(Work(inputs, kind, rows.ids, options.shard_rows), scratch)
-    check(name, staged.findings, len(rows.ids), options.max_missing, options.drop_bad_vectors)
-    if entries_of(inputs_of(options.requests[name], scratch)) != entries_of(inputs):
-        raise UnreachableError(f"files of {name} changed while they were read", "run it again once they are complete")
-    manifest = _manifest(folder, kind, made_from, len(rows.ids), len(staged.findings.missing))
-    return _summary(folder, folder.publish(staged.folder, replace(manifest, files=staged.files)))
+    work = Work(inputs, first_kind(name, inputs), rows.ids, options.shard_rows)
+    with _staged(options, folder, work, scratch) as staged:
+        check(name, staged.findings, len(rows.ids), options.max_missing, options.drop_bad_vectors)
+        if entries_of(inputs_of(options.requests[name], scratch)) != entries_of(inputs):
+            message = f"files of {name} changed while they were read"
+            raise UnreachableError(message, "run it again once they are complete")
+        manifest = _manifest(folder, work.kind, made_from, len(rows.ids), len(staged.findings.missing))
+        return _summary(folder, folder.publish(staged.folder, replace(manifest, files=staged.files)))
+
+
+@contextmanager
+def _staged(options: Options, folder: SourceFolder, work: Work, scratch: Path) -> Iterator[Staged]:
+    """The finished shards, not yet checked."""
+    if options.engine == "polars":
+        yield on_this_machine(work, scratch)
+        return
+    from fusion.prepare.on_ray import on_ray
+
+    storage.remove(folder.staging)  # of a run that was killed
+    try:
+        yield on_ray(work, folder.staging)
+    finally:
+        storage.remove(folder.staging)
 
 
 def _identity(inputs: Sequence[Input]) -> tuple[InputFile, ...]:

@@ -44,7 +44,10 @@ class Findings:
     @classmethod
     def joined(cls, parts: Iterable[Findings]) -> Findings:
         parts = list(parts)
-        return cls(**{one.name: pl.concat([getattr(part, one.name) for part in parts]) for one in fields(cls)})
+        return cls(**{name: pl.concat([getattr(part, name) for part in parts]) for name in FINDINGS})
+
+
+FINDINGS = tuple(one.name for one in fields(Findings))
 
 
 def first_ids(ids: pl.Series, shard_rows: int) -> pl.Series:
@@ -53,14 +56,19 @@ def first_ids(ids: pl.Series, shard_rows: int) -> pl.Series:
     return pl.concat([pl.Series(starts.name, [""]), starts[1:]])
 
 
-def divided(rows: pl.DataFrame, starts: pl.Series) -> dict[int, pl.DataFrame]:
-    """Rows by the number of their shard.
+def shards_of(rows: pl.DataFrame, starts: pl.Series) -> pl.Series:
+    """[n] int64, the number of the shard of each row.
 
     Args:
         starts: as `first_ids` returns them.
     """
-    shard = starts.search_sorted(rows["sample_id"], side="right") - 1
-    parts = rows.with_columns(shard=shard).partition_by("shard", as_dict=True, include_key=False)
+    return starts.search_sorted(rows["sample_id"], side="right").cast(pl.Int64) - 1
+
+
+def divided(rows: pl.DataFrame, starts: pl.Series) -> dict[int, pl.DataFrame]:
+    """Rows by the number of their shard."""
+    numbered = rows.with_columns(shard=shards_of(rows, starts))
+    parts = numbered.partition_by("shard", as_dict=True, include_key=False)
     return {int(key[0]): part for key, part in parts.items()}
 
 

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import errno
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -339,10 +337,10 @@ def test_objects_of_a_bucket(bucket: str, table: Path) -> None:
     assert one.values["role"].equal(other.values["role"]) and one.present["role"].all()
 
 
-def test_without_polars_a_hint_says_how_to_install_it(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['polars'] = None; sys.path.insert(0, '.');"
-    code += "import importlib.util as u; f = u.find_spec;"
-    code += "u.find_spec = lambda name: None if name == 'polars' else f(name);"
-    code += "from fusion.prepare.__main__ import main; sys.exit(main(['--to', 'x', '--source', 'a=x.parquet']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 64 and "hint: pip install polars" in done.stderr
+@pytest.mark.parametrize(("package", "hint"), [("polars", "pip install polars"), ("ray", "pip install 'ray[data]'")])
+def test_without_a_package_a_hint_says_how_to_install_it(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str, hint: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
+    assert run(table, "a=x.parquet", more=("--engine", "ray")) == 64
+    assert capsys.readouterr().err == f"error: {package} is not installed\nhint: {hint}\n"

@@ -146,6 +146,7 @@ def _log_start(fit: Fit) -> None:
     log.info(
         event="start",
         parameters=sum(p.numel() for p in fit.model.parameters()),
+        mflop_per_row=fit.flop_per_row() / 1e6,
         steps_per_epoch=fit.n_batches,
         device=fit.world.device,
         loss=config.loss,

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from fusion.config import RunConfig
 from fusion.distributed.world import World
@@ -40,6 +41,8 @@ AGREE_STEPS = 10
 # whole units, while it changes the weights of networks by hundredths; AdamW moves every parameter by about its learning
 # rate per step.
 SIMILARITY_LR = 20.0
+
+FLOP_ROWS = 8  # rows of the batch on which floating-point operations are counted
 
 Beat = Callable[[], None]  # reports to the watchdog that this rank makes progress
 
@@ -92,6 +95,15 @@ class Fit:
     @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def flop_per_row(self) -> float:
+        """Returns the floating-point operations of the matrix products of a forward pass, per row, for all members."""
+        rows = self.data.train[:FLOP_ROWS]
+        counter = FlopCounterMode(display=False)
+        self.model.eval()
+        with torch.inference_mode(), counter:
+            self.model(self.store.batch(rows, self.world.device))
+        return counter.get_total_flops() / len(rows)
 
     def run_epoch(self, beat: Beat) -> Iterator[None]:
         """Trains on the rest of the current epoch, and calls `beat` after every step.

@@ -37,9 +37,10 @@ from fusion import signals, storage
 from fusion.command import guarded
 from fusion.command.parser import add_store_timeout, command_parser
 from fusion.environment import variable
-from fusion.errors import ExitCode, UsageError, filled
+from fusion.errors import ExitCode, Parser, UsageError, filled
 from fusion.prepare.requests import requests
 
+SHARD_ROWS = 16_384  # two row groups; with 1,024 numbers of float32 per vector, a shard is a file of 64 MiB
 _INSTALLED_BY = {"polars": "polars", "ray": "'ray[data]'"}
 _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -66,6 +67,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     example = "--table products.csv --to data --source clip_image=vectors.npy,ids.npy"
     paths = "URLs are paths or fsspec URLs such as s3://bucket/a. Patterns are * ? [...] within one part of a path."
     parser = command_parser("python -m fusion.prepare", __doc__, example, epilog=paths)
+    _add_files(parser)
+    _add_rules(parser)
+    parser.add_argument(
+        "--engine",
+        choices=("polars", "ray"),
+        default="polars",
+        help="polars: this machine; ray: the cluster of RAY_ADDRESS, or processes on this machine (default: polars)",
+    )
+    add_store_timeout(parser)
+    return parser.parse_args(argv)
+
+
+def _add_files(parser: Parser) -> None:
     parser.add_argument(
         "--source",
         metavar="NAME=URL[,URL]",
@@ -89,6 +103,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--split", type=_split, default="train", help="train, test, or another (default: train)")
     parser.add_argument("--folds", metavar="N", type=_positive, default=0, help="{fold} in --source is 0 to N-1")
+
+
+def _add_rules(parser: Parser) -> None:
     parser.add_argument(
         "--max-missing",
         metavar="SHARE",
@@ -101,24 +118,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--shard-rows",
         metavar="N",
         type=_positive,
-        default=16_384,
-        help="rows of the table per file; the same for all sources of a split (default: 16384)",
+        default=SHARD_ROWS,
+        help=f"rows of the table per file; the same for all sources of a split (default: {SHARD_ROWS})",
     )
-    parser.add_argument(
-        "--engine",
-        choices=("polars", "ray"),
-        default="polars",
-        help="polars: this machine; ray: the cluster of RAY_ADDRESS, or processes on this machine (default: polars)",
-    )
-    add_store_timeout(parser)
-    return parser.parse_args(argv)
 
 
 def _job(argv: Sequence[str] | None) -> ExitCode:
     arguments = _parse(argv)
     found = requests(arguments.source, arguments.folds)
-    for package, needed in {"polars": True, "ray": arguments.engine == "ray"}.items():
-        if needed and importlib.util.find_spec(package) is None:
+    for package in dict.fromkeys(["polars", arguments.engine]):
+        if importlib.util.find_spec(package) is None:
             raise UsageError(f"{package} is not installed", f"pip install {_INSTALLED_BY[package]}")
     from fusion.prepare.prepare import Options, prepare
 

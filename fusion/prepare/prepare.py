@@ -25,7 +25,6 @@ from fusion.prepare.work import Staged, Work, on_this_machine
 from fusion.records.schemas import SCHEMA, InputFile, SourceManifest
 from fusion.storage import Entry
 
-SHARD_ROWS = 16_384  # two row groups; with 1,024 numbers of float32 per vector, a shard is a file of 64 MiB
 _OTHER = {"csv": "parquet", "parquet": "csv"}  # the other ending that a table may have
 
 
@@ -47,10 +46,10 @@ class Options:
     table: str | None
     split: str
     to: str
-    max_missing: float = 0.05
-    drop_bad_vectors: bool = False
-    shard_rows: int = SHARD_ROWS
-    engine: str = "polars"
+    max_missing: float
+    drop_bad_vectors: bool
+    shard_rows: int
+    engine: str
 
 
 @dataclass(frozen=True)

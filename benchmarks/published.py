@@ -1,7 +1,7 @@
 """The code that the published models were trained with, rewritten from its description, to compare speeds with.
 
 `python -m benchmarks.published DATA` trains two epochs on the rows that `benchmarks.larger_than_memory.make` writes to
-the folder DATA, and prints the seconds of the second epoch.
+the folder DATA, and prints the seconds of the second epoch and the MFLOP of a row's forward pass.
 
 One token per source goes through attention between the two image sources, between the two text sources, and between
 images and texts, in both directions; a gate mixes three experts. With a single token to attend to, attention is a
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, random_split
+from torch.utils.flop_counter import FlopCounterMode
 
 from fusion.loss_functions import get_loss_function
 
@@ -108,7 +109,9 @@ def main() -> None:
             for batch in loaders[1]:
                 loss(model(batch), batch["target"])
         seconds = time.monotonic() - began
-    print(seconds)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(batch)
+    print(seconds, counter.get_total_flops() / len(batch["target"]) / 1e6)
 
 
 if __name__ == "__main__":

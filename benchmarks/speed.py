@@ -30,14 +30,8 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.larger_than_memory import DIMS, make
-from benchmarks.published import PublishedNetwork
-from fusion.all_embeddings.config import Config
-from fusion.all_embeddings.model import build_network
-from fusion.nn.batch import Batch
-from fusion.prediction.predict import make_model
+from benchmarks.larger_than_memory import make
 
 PUBLISHED = "published code"
 SETTINGS = {
@@ -80,11 +74,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fusion-speed-", dir=given.folder) as folder:
         make(Path(folder), given.rows)
         rates = {"fp32": rate(torch.float32), "bf16": rate(torch.bfloat16)}
-        seconds: dict[str, list[float]] = {name: [] for name in given.only}
+        epochs: dict[str, list[tuple[float, float]]] = {name: [] for name in given.only}
         for number in range(given.repeats):
             for name in given.only:
-                seconds[name].append(epoch_seconds(Path(folder), name, number, given.rows))
-    timed = {name: described(name, times, given.rows, rates) for name, times in seconds.items()}
+                epochs[name].append(epoch(Path(folder), name, number, given.rows))
+    timed = {name: described(name, times, given.rows, rates) for name, times in epochs.items()}
     show(timed, rates)
     if given.json:
         machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -93,41 +87,26 @@ def main() -> None:
     return None
 
 
-def epoch_seconds(data: Path, name: str, number: int, n_rows: int) -> float:
-    """Trains two epochs in a new process, and returns the seconds of the second."""
+def epoch(data: Path, name: str, number: int, n_rows: int) -> tuple[float, float]:
+    """Trains two epochs in a new process; returns the seconds of the second, and the MFLOP of a row's forward pass."""
     if name == PUBLISHED:
         command = [sys.executable, "-m", "benchmarks.published", str(data)]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds, mflop = done.stdout.split()[-2:]
+        return float(seconds), float(mflop)
     run = ["--output", str(data / "output"), "--run-id", f"r{number}-{list(SETTINGS).index(name)}"]
     flags = ["--data", str(data), *run, "--epochs", "2", "--checkpoint-seconds", "3600", *SETTINGS[name]]
     command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags]
     done = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
-    return n_rows * (1 - VALIDATING) / float(re.findall(r"rows_s=(\S+)", done.stderr)[-1])
+    rate, mflop = (re.findall(rf"{key}=(\S+)", done.stderr)[-1] for key in ("rows_s", "mflop_per_row"))
+    return n_rows * (1 - VALIDATING) / float(rate), float(mflop)
 
 
-def described(name: str, seconds: list[float], n_rows: int, rates: dict[str, float]) -> Timed:
-    per_row = flop_per_row(name)
+def described(name: str, epochs: list[tuple[float, float]], n_rows: int, rates: dict[str, float]) -> Timed:
+    mflop = epochs[0][1]
     # The backward pass takes two products for each of the forward pass; rows that validate have a forward pass only.
-    work = n_rows * per_row * (3 * (1 - VALIDATING) + VALIDATING)
-    return Timed(seconds, per_row / 1e6, work / rates["bf16" if "bf16" in name else "fp32"])
-
-
-def flop_per_row(name: str) -> float:
-    """Floating-point operations of the matrix products of a forward pass, per row."""
-    n_rows = 64
-    inputs = {role: torch.randn(n_rows, dim) for role, dim in DIMS.items()}
-    present = {role: torch.ones(n_rows, dtype=torch.bool) for role in DIMS}
-    counter = FlopCounterMode(display=False)
-    if name == PUBLISHED:
-        network = PublishedNetwork(DIMS).eval()
-        with counter:
-            network(inputs)
-    else:
-        config = Config(recipe="published") if "published" in name else Config(neighbours=0)
-        model = make_model(config, build_network, DIMS).eval()
-        with counter:
-            model.price(Batch(inputs, present))
-    return counter.get_total_flops() / n_rows
+    work = n_rows * mflop * 1e6 * (3 * (1 - VALIDATING) + VALIDATING)
+    return Timed([seconds for seconds, _ in epochs], mflop, work / rates["bf16" if "bf16" in name else "fp32"])
 
 
 def rate(dtype: torch.dtype) -> float:

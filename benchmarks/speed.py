@@ -34,12 +34,15 @@ import torch
 from benchmarks.larger_than_memory import make
 
 PUBLISHED = "published code"
+TWO_RANKS = "default, 2 ranks"
 SETTINGS = {
     "--recipe published": ["--recipe", "published"],
     "--recipe published --precision bf16": ["--recipe", "published", "--precision", "bf16"],
     "default": [],
     "default, --precision bf16": ["--precision", "bf16"],
     "default, --batch-size 1024": ["--batch-size", "1024"],
+    "default, 15 members": ["--folds", "5", "--seeds", "3"],
+    TWO_RANKS: [],
 }
 VALIDATING = 0.2  # the default of --val-fraction
 SIGNIFICANT = 0.01
@@ -96,15 +99,22 @@ def epoch(data: Path, name: str, number: int, n_rows: int) -> tuple[float, float
         return float(seconds), float(mflop)
     run = ["--output", str(data / "output"), "--run-id", f"r{number}-{list(SETTINGS).index(name)}"]
     flags = ["--data", str(data), *run, "--epochs", "2", "--checkpoint-seconds", "3600", *SETTINGS[name]]
-    command = [sys.executable, "-m", "fusion.all_embeddings.train", *flags]
+    launch = ["fusion.launch", "--nproc-per-node", "2"] if name == TWO_RANKS else []
+    command = [sys.executable, "-m", *launch, "fusion.all_embeddings.train", *flags]
     done = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
     rate, mflop = (re.findall(rf"{key}=(\S+)", done.stderr)[-1] for key in ("rows_s", "mflop_per_row"))
-    return n_rows * (1 - VALIDATING) / float(rate), float(mflop)
+    return n_rows * share_that_trains(name) / float(rate), float(mflop)
+
+
+def share_that_trains(name: str) -> float:
+    """The share of the rows that an epoch goes through: with --folds, all of them."""
+    return 1.0 if "members" in name else 1 - VALIDATING
 
 
 def described(name: str, epochs: list[tuple[float, float]], n_rows: int, rates: dict[str, float]) -> Timed:
     mflop = epochs[0][1]
     # The backward pass takes two products for each of the forward pass; rows that validate have a forward pass only.
+    # With members of several folds, every row trains some of them, and validates in those that hold it out.
     work = n_rows * mflop * 1e6 * (3 * (1 - VALIDATING) + VALIDATING)
     return Timed([seconds for seconds, _ in epochs], mflop, work / rates["bf16" if "bf16" in name else "fp32"])
 

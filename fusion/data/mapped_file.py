@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,9 @@ class MappedFile:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, writable: bool = False) -> None:
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
-        self._file = open(path, "r+b" if writable else "rb", buffering=0)  # noqa: SIM115 (open for as long as the map)
-        self._map = mmap.mmap(self._file.fileno(), math.prod(shape) * dtype.itemsize, access=access)
+        self._file = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._map = mmap.mmap(self._file, math.prod(shape) * dtype.itemsize, access=access)
         self.tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
         self._row_bytes = self.tensor[:1].nbytes
 
@@ -37,8 +39,9 @@ class MappedFile:
             self._map.madvise(mmap.MADV_NORMAL)
 
     def expect(self, rows: Tensor) -> None:
-        """Starts to read these rows [n] from disk, without waiting for them."""
+        """Starts to read these rows [n] from disk, without waiting for them; only where the system can."""
+        if not hasattr(os, "posix_fadvise"):
+            return
         # Not `mmap.madvise`, which keeps Python's global lock while the kernel queues the reads.
-        file = self._file.fileno()
         for start in (rows * self._row_bytes).tolist():
-            os.posix_fadvise(file, start, self._row_bytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._file, start, self._row_bytes, os.POSIX_FADV_WILLNEED)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 from uuid import uuid4
 
 import pandas as pd
@@ -261,13 +261,21 @@ def _allocate(folder: Path, sources: Mapping[str, CachedSource], n_rows: int) ->
         for name, (shape, dtype) in _files(source, n_rows).items():
             with open(folder / f"{role}.{name}", "xb") as file:
                 try:
-                    os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)
+                    _reserve(file, math.prod(shape) * dtype.itemsize)
                 except OSError as error:
                     needed = n_rows * sum(one.dim * getattr(torch, one.dtype).itemsize for one in sources.values())
                     raise ConfigError(
                         f"the cache {folder.parent} has no room for {needed / 2**30:.1f} GiB: {error.strerror}",
                         "free some space, or name a folder on a larger disk of this machine: --cache FOLDER",
                     ) from error
+
+
+def _reserve(file: BinaryIO, n_bytes: int) -> None:
+    """Gives a new file this size, with all of its space where the system can reserve it."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
+    else:
+        file.truncate(n_bytes)
 
 
 def _mapped(folder: Path, role: str, source: CachedSource, n_rows: int, *, writable: bool = False) -> SourceArrays:

@@ -21,7 +21,7 @@ from fusion.nn.neighbours import CandidateTable
 
 DIGEST_ROWS = 4096  # rows converted to float32 at a time, so that a digest needs little memory
 Residency = Literal["auto", "device", "host", "mapped"]
-AHEAD = 16  # batches whose rows are being read from disk before they are used
+AHEAD_BYTES = 1 << 26  # of rows that are being read from disk before they are used: a batch takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ class RowStore:
             reader = stack.enter_context(ThreadPoolExecutor(1))
             for file in self.maps.values():
                 stack.enter_context(file.used_at_random())
-            expected = deque[Tensor]()
+            expected, row_bytes = deque[Tensor](), self.n_bytes // len(self)
             for rows in parts:
                 reader.submit(self._expect, rows)
                 expected.append(rows)
-                if len(expected) > AHEAD:
+                if len(expected) * len(rows) * row_bytes > AHEAD_BYTES:
                     yield self.batch(expected.popleft(), device)
             yield from (self.batch(rows, device) for rows in expected)
 

@@ -36,8 +36,8 @@ def cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends reports to its makers
     import ray
 
-    alone = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-    ray.init(logging_level="error", log_to_driver=False, **alone)
+    alone: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, **alone)
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
@@ -67,7 +67,7 @@ def _results(work: Work, staging: str) -> Any:
     inputs, starts, kind, shard_rows = work.inputs, work.starts.to_arrow(), work.kind, work.shard_rows
     ids = ray.put(work.ids.to_arrow())  # workers of a machine share one copy
 
-    def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
+    def read(batch: Any) -> Iterator[Any]:
         yield from _read([inputs[i] for i in batch["id"]], kind, pl.Series(pl.from_arrow(starts)))
 
     def finish(rows: pa.Table) -> pa.Table:

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from fusion import storage
-from fusion.data.inputs import UNFINISHED
+from fusion.data.inputs import UNFINISHED, sources_folder
 from fusion.errors import DataError, UsageError
-from fusion.records.manifests import SOURCE_MANIFEST
+from fusion.records.manifests import SOURCE_MANIFEST, Folder
 from fusion.records.schemas import InputFile, SourceManifest, read_if_whole, seal
 from fusion.storage import Entry
 from fusion.storage.backend import store_of
@@ -26,29 +26,28 @@ class MadeFrom:
     inputs: tuple[InputFile, ...]
 
 
-@dataclass(frozen=True)
-class SourceFolder:
+class SourceFolder(Folder):
     """`<data>/embeddings/<split>/<source>/`."""
 
-    data: str
-    split: str
-    source: str
+    @classmethod
+    def of(cls, data: str, split: str, source: str) -> SourceFolder:
+        return cls(storage.join(sources_folder(data, split), source))
 
     @property
-    def url(self) -> str:
-        return storage.join(self.data, "embeddings", self.split, self.source)
+    def split(self) -> str:
+        return self.url.split("/")[-2]
 
     @property
     def staging(self) -> str:
         """Where the workers of a cluster write shards that are not yet checked."""
-        return storage.join(self.url, "_staging")
+        return self.at("_staging")
 
     def current(self, made_from: MadeFrom) -> SourceManifest | None:
         """The manifest in the folder, if its shards are there and were made from this; else None."""
         there = {storage.base(entry.url): entry.size for entry in storage.entries(self.url)}
         if SOURCE_MANIFEST not in there or UNFINISHED in there:
             return None
-        found = read_if_whole(SourceManifest, storage.join(self.url, SOURCE_MANIFEST), "prepared_manifest_damaged")
+        found = read_if_whole(SourceManifest, self.at(SOURCE_MANIFEST), "prepared_manifest_damaged")
         if found is None or MadeFrom(found.table_sha256, found.shard_rows, found.inputs) != made_from:
             return None
         shards = {name: size for name, size in there.items() if name.endswith(_PARQUET)}
@@ -64,9 +63,8 @@ class SourceFolder:
         for entry in inputs:
             if entry.url.startswith(f"{self.url}/"):
                 raise UsageError(f"{entry.url} is read, and would be replaced", "name another folder with --to")
-        beside = storage.join(self.data, "embeddings", self.split)
-        names = {storage.base(entry.url) for entry in storage.entries(beside)}
-        if f"{self.source}{_PARQUET}" in names:
+        beside = self.url.rpartition("/")[0]
+        if f"{self.url}{_PARQUET}" in {entry.url for entry in storage.entries(beside)}:
             raise self._not_ours(f"{self.url}{_PARQUET}")
         there = {storage.base(entry.url) for entry in storage.entries(self.url)}
         if not there & {SOURCE_MANIFEST, UNFINISHED} and any(name.endswith(_PARQUET) for name in there):
@@ -82,16 +80,16 @@ class SourceFolder:
         Args:
             staged: URL of the folder that has these files.
         """
-        storage.write(storage.join(self.url, UNFINISHED), _NOTE)
+        storage.write(self.at(UNFINISHED), _NOTE)
         storage.remove_temporary(self.url)
         for entry in manifest.files:
-            _copy(storage.join(staged, entry.key), storage.join(self.url, entry.key))
+            _copy(storage.join(staged, entry.key), self.at(entry.key))
         names = {entry.key for entry in manifest.files}
         for found in storage.entries(self.url):
             if found.url.endswith(_PARQUET) and storage.base(found.url) not in names:
                 storage.remove(found.url)
-        storage.write(storage.join(self.url, SOURCE_MANIFEST), seal(asdict(manifest)))
-        storage.remove(storage.join(self.url, UNFINISHED))
+        storage.write(self.at(SOURCE_MANIFEST), seal(asdict(manifest)))
+        storage.remove(self.at(UNFINISHED))
         return manifest
 
 

@@ -112,7 +112,7 @@ def _full_disk_named(scratch: Path) -> Iterator[None]:
 
 def _prepared(options: Options, name: str, inputs: Sequence[Input], rows: Rows, scratch: Path) -> str:
     """Prepares a source, unless it is already prepared, and returns a line about it."""
-    folder = SourceFolder(options.to, options.split, name)
+    folder = SourceFolder.of(options.to, options.split, name)
     folder.check_replaceable(entries_of(inputs))
     made_from = MadeFrom(rows.sha256, options.shard_rows, _identity(inputs))
     found = folder.current(made_from)
@@ -152,7 +152,7 @@ def _manifest(folder: SourceFolder, kind: Kind, made_from: MadeFrom, n_rows: int
     return SourceManifest(
         SCHEMA,
         [],
-        source=folder.source,
+        source=folder.name,
         split=folder.split,
         dim=kind.dim,
         dtype=stored_dtype(kind.dtype),

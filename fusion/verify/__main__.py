@@ -77,7 +77,7 @@ def verify(url: str, data: str | None = None, say: Callable[[Finding], None] = l
     elif not is_document and is_output(OutputFolder(url)):
         check_output(report, OutputFolder(url), data)
     elif not is_document and is_source(url):
-        check_source(report, url)
+        check_source(report, folder)
     elif not is_document and prepared_sources(url):
         check_data(report, url)
     else:

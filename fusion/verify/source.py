@@ -6,7 +6,7 @@ import io
 
 from fusion import storage
 from fusion.data.inputs import UNFINISHED
-from fusion.records.manifests import SOURCE_MANIFEST
+from fusion.records.manifests import SOURCE_MANIFEST, Folder
 from fusion.records.schemas import FileEntry, SourceManifest
 from fusion.verify.findings import Report, check_content, first_line, parsed, read
 
@@ -27,19 +27,19 @@ def check_data(report: Report, data: str) -> None:
     """Checks all prepared sources of a data folder."""
     for folder in prepared_sources(data):
         with report.within("/".join(folder.split("/")[-3:])):
-            check_source(report, folder)
+            check_source(report, Folder(folder))
 
 
-def check_source(report: Report, folder: str) -> None:
+def check_source(report: Report, folder: Folder) -> None:
     """Checks the manifest of a source, and every file, one after the other, as there may be many large ones."""
-    there = {storage.base(url) for url in storage.ls(folder)}
+    there = {storage.base(url) for url in storage.ls(folder.url)}
     if UNFINISHED in there:
         report.note("not complete: `python -m fusion.prepare` was stopped; training refuses it")
         return
-    manifest = parsed(report, SOURCE_MANIFEST, read(storage.join(folder, SOURCE_MANIFEST)), SourceManifest)
+    manifest = parsed(report, SOURCE_MANIFEST, read(folder.at(SOURCE_MANIFEST)), SourceManifest)
     if manifest is None:
         return
-    *_, above, split, source = ["", "", "", *folder.split("/")]
+    *_, above, split, source = ["", "", "", *folder.url.split("/")]
     if above == "embeddings":  # a copy elsewhere may have any name
         report.expect(f"{SOURCE_MANIFEST}: path", f"{split}/{source}", f"{manifest.split}/{manifest.source}")
     n_vectors = sum(_vectors_of(report, folder, entry, manifest) for entry in manifest.files)
@@ -49,12 +49,12 @@ def check_source(report: Report, folder: str) -> None:
             report.bad(name, "only the files of the manifest, as training reads all", "another file")
 
 
-def _vectors_of(report: Report, folder: str, entry: FileEntry, manifest: SourceManifest) -> int:
+def _vectors_of(report: Report, folder: Folder, entry: FileEntry, manifest: SourceManifest) -> int:
     """Checks a file, and returns how many vectors it has; 0 if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    content = read(storage.join(folder, entry.key))
+    content = read(folder.at(entry.key))
     check_content(report, entry.key, entry, content)
     if content is None:
         return 0

@@ -54,6 +54,7 @@ class RowStore:
         origins: [N] int64 hashes of the texts and columns from which these were computed; None without such roles.
         folds, groups: [N] int64, see `Batch`.
         candidates: candidate neighbours of all rows, if they were searched before.
+        is_projected: see `Batch`.
         maps: role to the file that its values are mapped from.
         is_mapped: whether rows are read from these files when they are used, rather than kept in memory.
     """
@@ -65,6 +66,7 @@ class RowStore:
     folds: Tensor | None = None
     groups: Tensor | None = None
     candidates: CandidateTable | None = None
+    is_projected: bool = False
     maps: Mapping[str, MappedFile] = field(default_factory=dict)
     is_mapped: bool = False
 
@@ -88,7 +90,8 @@ class RowStore:
         inputs = {role: values.index_select(0, rows).to(device).float() for role, values in self.values.items()}
         present = {role: values.index_select(0, rows).to(device) for role, values in self.present.items()}
         folds, groups = _gathered(self.folds, rows, device), _gathered(self.groups, rows, device)
-        return Batch(inputs, present, folds, groups, self.candidates.of(rows) if self.candidates else None)
+        candidates = self.candidates.of(rows) if self.candidates else None
+        return Batch(inputs, present, folds, groups, candidates, self.is_projected)
 
     def batches(self, parts: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
         """The batch of each part, which are positions [B]. Mapped rows are read from disk some batches ahead."""
@@ -123,9 +126,12 @@ class RowStore:
         on_gpu = device.type == "cuda"
         if on_gpu and (residency == "device" or (residency == "auto" and self.n_bytes <= _free_on(device) // 2)):
             return replace(self, values=_moved(self.values, device), present=_moved(self.present, device), maps={})
-        if residency == "mapped" or (residency == "auto" and self.maps and self.n_bytes > usable_memory() // 2):
-            return replace(self, is_mapped=True)
-        return self
+        return replace(self, is_mapped=True) if self.exceeds_memory(residency) else self
+
+    def exceeds_memory(self, residency: Residency) -> bool:
+        """Whether rows are to be read from their files rather than kept in this node's memory."""
+        is_large = bool(self.maps) and self.n_bytes > usable_memory() // 2
+        return residency == "mapped" or (residency == "auto" and is_large)
 
     @property
     def n_bytes(self) -> int:

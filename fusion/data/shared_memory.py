@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fusion.data.mapped_file import MappedFile
 from fusion.distributed.world import World
 from fusion.errors import ConfigError
 from fusion.storage.scratch import temporary_folder
+
+_ENLARGE = "enlarge /dev/shm (docker: --shm-size; Kubernetes: sizeLimit of the volume shm)"
 
 
 def node_tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Tensor:
@@ -27,14 +31,32 @@ def node_tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Ten
     if world.local_size == 1:
         return torch.zeros(shape, dtype=dtype)
     size = int(np.prod(shape))
-    file = world.together(lambda: _reserved(size * dtype.itemsize) if world.local_rank == 0 else None)
-    paths = world.exchange(f"/proc/{os.getpid()}/fd/{file.fileno()}" if file else "")
-    path = paths[world.rank - world.local_rank]
-    shared = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
-    world.together(lambda: None)  # waits until all ranks have mapped the file; after that, it can be closed
-    if file:
-        file.close()
-    return shared
+    with _shared_file(size * dtype.itemsize, world, list(_shared_folders()), _ENLARGE) as path:
+        return torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
+
+
+def node_file(shape: tuple[int, ...], dtype: torch.dtype, world: World, folder: str) -> MappedFile:
+    """An array of zeros on disk that all ranks of a node share. It has no name, so that it ends with the job.
+
+    Raises:
+        ConfigError: the folder's disk has too little room for it.
+    """
+    n_bytes = int(np.prod(shape)) * dtype.itemsize
+    with _shared_file(n_bytes, world, [folder], "name a folder on a larger disk: --cache FOLDER") as path:
+        return MappedFile(Path(path), shape, dtype, writable=True)
+
+
+@contextmanager
+def _shared_file(n_bytes: int, world: World, folders: Sequence[str], remedy: str) -> Iterator[str]:
+    """The path of a new file that all ranks of a node map within this context."""
+    file = world.together(lambda: _reserved(n_bytes, folders, remedy) if world.local_rank == 0 else None)
+    try:
+        paths = world.exchange(f"/proc/{os.getpid()}/fd/{file.fileno()}" if file else "")
+        yield paths[world.rank - world.local_rank]
+        world.together(lambda: None)  # waits until all ranks have mapped the file; after that, it can be closed
+    finally:
+        if file:
+            file.close()
 
 
 def _shared_folders() -> Iterator[str]:
@@ -43,16 +65,16 @@ def _shared_folders() -> Iterator[str]:
         yield temporary_folder()
 
 
-def _reserved(n_bytes: int) -> IO[bytes]:
-    """An unnamed file of this size, in /dev/shm if it fits there, else in the temporary folder.
+def _reserved(n_bytes: int, folders: Sequence[str], remedy: str) -> IO[bytes]:
+    """An unnamed file of this size, in the first of these folders that it fits in.
 
     As it has no name, the kernel frees it when the job dies.
 
     Raises:
-        ConfigError: it fits in neither.
+        ConfigError: it fits in none.
     """
     found = []
-    for folder in _shared_folders():
+    for folder in folders:
         try:
             room = os.statvfs(folder)
             if (
@@ -67,5 +89,5 @@ def _reserved(n_bytes: int) -> IO[bytes]:
             found.append(f"{folder} ({error.strerror})")
     raise ConfigError(
         f"the ranks of this node share an array of {n_bytes >> 20} MiB, which does not fit in {' nor in '.join(found)}",
-        "enlarge /dev/shm (docker: --shm-size; Kubernetes: sizeLimit of the volume shm)",
+        remedy,
     )

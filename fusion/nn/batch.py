@@ -19,6 +19,7 @@ class Batch:
         folds: [B] part of the split that each row is in; None for rows outside a split, such as those of test.csv.
         groups: [B] group of near-duplicates of each row; None if they are not known.
         candidates: rows of the memory that may be neighbours of each row; None if they were not searched yet.
+        is_projected: whether the inputs are already what `PriceModel.inputs` makes of them.
     """
 
     inputs: dict[str, Tensor]
@@ -26,3 +27,4 @@ class Batch:
     folds: Tensor | None = None
     groups: Tensor | None = None
     candidates: Candidates | None = None
+    is_projected: bool = False

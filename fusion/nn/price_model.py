@@ -172,7 +172,8 @@ class PriceModel(nn.Module):
 
     def forward(self, batch: Batch) -> Targets:
         """The outputs for the loss. In training mode, with dropout, noise and hidden roles."""
-        inputs, candidates = self.inputs(batch.inputs, batch.present), self._candidates(batch)
+        inputs = self._inputs(batch)
+        candidates = self._candidates(batch, inputs)
         outputs = [
             self._member_output(member, inputs, batch.present, _allowed(candidates, member, batch))
             for member in self._all()
@@ -197,7 +198,8 @@ class PriceModel(nn.Module):
             With neighbours, "comparable_rows" [B, n]: positions in the memory of those with the largest weights, in
             descending order, and "comparable_weights" [B, n]: their weights; 0 for rows without any embedding.
         """
-        inputs, candidates = self.inputs(batch.inputs, batch.present), self._candidates(batch)
+        inputs = self._inputs(batch)
+        candidates = self._candidates(batch, inputs)
         total = Mean(len(next(iter(batch.present.values()))))
         for member in self._all():
             rows = None if batch.folds is None else torch.nonzero(batch.folds == member.held_out).squeeze(1)
@@ -225,11 +227,14 @@ class PriceModel(nn.Module):
     def _all(self) -> Iterator[Member]:
         return cast(Iterator[Member], iter(self.members))
 
-    def _candidates(self, batch: Batch) -> Candidates | None:
+    def _inputs(self, batch: Batch) -> Inputs:
+        return batch.inputs if batch.is_projected else self.inputs(batch.inputs, batch.present)
+
+    def _candidates(self, batch: Batch, inputs: Inputs) -> Candidates | None:
         if not self.options.neighbours or batch.candidates is not None:
             return batch.candidates
         assert self.memory is not None, "a model with neighbours needs a memory"
-        queries = self.keys(self.inputs(batch.inputs, batch.present))
+        queries = self.keys(inputs)
         weights = self.get_buffer("search_weights")
         return self.memory.search(queries, weights, self.options.neighbours, batch.groups)
 

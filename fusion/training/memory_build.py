@@ -181,7 +181,7 @@ def _keys(model: PriceModel, store: RowStore, world: World) -> Tensor:
     cpu = torch.device("cpu")
 
     def fill() -> None:
-        for rows in _own_chunks(len(store), world):
+        for rows in own_chunks(len(store), world):
             stop_if_asked()
             batch = store.batch(rows, cpu)
             keys[rows] = model.keys(model.inputs(batch.inputs, batch.present))
@@ -191,7 +191,7 @@ def _keys(model: PriceModel, store: RowStore, world: World) -> Tensor:
     return keys
 
 
-def _own_chunks(n_rows: int, world: World) -> Iterator[Tensor]:
+def own_chunks(n_rows: int, world: World) -> Iterator[Tensor]:
     """Yields the chunks of rows that this rank computes for its node.
 
     Rows are divided into the same chunks for any number of ranks, so that results do not depend on it.
@@ -246,7 +246,7 @@ def _partition(config: RunConfig, trained: Memory, weights: np.ndarray, world: W
     lists, device = node_tensor((len(trained),), torch.int32, world), world.device
 
     def fill() -> None:
-        for chunk in _own_chunks(len(trained), world):
+        for chunk in own_chunks(len(trained), world):
             stop_if_asked()
             keys = trained.keys[chunk].to(device).float() * root.float().to(device)
             lists[chunk] = approximate.nearest(keys, centroids.to(device)).int().cpu()
@@ -268,7 +268,7 @@ def _candidate_table(config: RunConfig, model: PriceModel, remembered: Memory, w
     local = remembered.to(world.device)
 
     def fill() -> None:
-        for chunk in _own_chunks(n_rows, world):
+        for chunk in own_chunks(n_rows, world):
             stop_if_asked()
             mine = chunk.to(world.device)
             found = local.search(local.keys[mine], weights.to(world.device), k, local.groups[mine])

@@ -68,7 +68,7 @@ def read_catalog(config: RunConfig, sources: Mapping[str, str], *, with_text: bo
         store = load(config.data, "train", sources, table.ids, world, max_missing=config.max_missing)
     groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
     texts = _texts(table, config) if with_text else []
-    key = digest([table.digest(), store.digest(), _sha256(groups), config.folds, config.seed])
+    key = digest([table.digest(), store.digest, _sha256(groups), config.folds, config.seed])
     folds = split_rows(table, groups, config)["fold"].to_numpy(np.int64)
     return Catalog(table.ids, table.prices, groups, folds, _vectors(store), texts, key)
 

@@ -46,7 +46,7 @@ with join_world("cpu") as world:
     fit.model.train()
     for batch in fit._batches() * (int(sys.argv[1]) // 5 + 1):
         start = time.perf_counter()
-        fit._train_batch(batch)
+        fit._train_batch(batch, fit.store.batch(batch, world.device))
         fit.step += 1
         seconds.append(time.perf_counter() - start)
 print(np.median(seconds[1:]))

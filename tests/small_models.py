@@ -66,7 +66,7 @@ def batch_for(model: PriceModel, n: int = 32, missing: float = 0.3, seed: int = 
 
 def some_without_neighbours(model: PriceModel, batch: Batch) -> Batch:
     """The same batch with no usable neighbours for the first four rows."""
-    found = model._candidates(batch)
+    found = model._candidates(batch, model._inputs(batch))
     if found is None:
         return batch
     usable = found.usable.clone()

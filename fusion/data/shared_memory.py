@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -31,7 +31,7 @@ def node_tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Ten
     if world.local_size == 1:
         return torch.zeros(shape, dtype=dtype)
     size = int(np.prod(shape))
-    with _shared_file(size * dtype.itemsize, world, list(_shared_folders()), _ENLARGE) as path:
+    with _shared_file(size * dtype.itemsize, world, _shared_folders(), _ENLARGE) as path:
         return torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
 
 
@@ -47,7 +47,7 @@ def node_file(shape: tuple[int, ...], dtype: torch.dtype, world: World, folder: 
 
 
 @contextmanager
-def _shared_file(n_bytes: int, world: World, folders: Sequence[str], remedy: str) -> Iterator[str]:
+def _shared_file(n_bytes: int, world: World, folders: Iterable[str], remedy: str) -> Iterator[str]:
     """The path of a new file that all ranks of a node map within this context."""
     file = world.together(lambda: _reserved(n_bytes, folders, remedy) if world.local_rank == 0 else None)
     try:
@@ -65,7 +65,7 @@ def _shared_folders() -> Iterator[str]:
         yield temporary_folder()
 
 
-def _reserved(n_bytes: int, folders: Sequence[str], remedy: str) -> IO[bytes]:
+def _reserved(n_bytes: int, folders: Iterable[str], remedy: str) -> IO[bytes]:
     """An unnamed file of this size, in the first of these folders that it fits in.
 
     As it has no name, the kernel frees it when the job dies.

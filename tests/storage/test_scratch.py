@@ -28,7 +28,7 @@ def test_a_missing_temporary_folder_is_a_config_error(nowhere: None) -> None:
 
 
 def test_shared_memory_needs_no_temporary_folder(nowhere: None) -> None:
-    with shared_memory._reserved(1) as file:
+    with shared_memory._reserved(1, shared_memory._shared_folders(), "") as file:
         assert file.fileno() > 0
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fusion import storage
 from fusion.all_embeddings import train
 from fusion.data.tables import Table
+from fusion.nn.batch import Batch
 from fusion.records import checkpoint, manifests
 from fusion.records.run import RunFolder
 from fusion.records.schemas import CheckpointManifest
@@ -35,8 +36,8 @@ def broken(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Simulates failing hardware: from a step on, the loss, a weight or a moment of the optimizer is NaN."""
     original = Fit._train_batch
 
-    def train_batch(self: Fit, batch: Tensor) -> Tensor:
-        loss = original(self, batch)
+    def train_batch(self: Fit, batch: Tensor, inputs: Batch) -> Tensor:
+        loss = original(self, batch, inputs)
         if self.step < BROKEN_FROM:
             return loss
         if what == "loss":

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -40,6 +41,8 @@ SCHEMA = 1
 MANIFEST = "MANIFEST.json"
 Kinds = Mapping[str, tuple[int, torch.dtype]]  # role to the dimension and type of its vectors
 Allocate = Callable[[int, Kinds], dict[str, SourceArrays]]  # from a number of rows
+# A folder that a process has just made is not locked yet, so that younger ones are never taken for abandoned.
+ABANDONED_SECONDS = 60.0
 PARTIAL = "partial-"  # prefix of the name of a folder that is being written
 
 
@@ -156,7 +159,8 @@ def kept_rows(folder: CacheFolder, read: Callable[[Allocate], Loaded], world: Wo
 class CacheWriter:
     """Writes a folder of the cache. The ranks of a node share its files; the first of them creates and commits it.
 
-    It is a context manager, which removes what was not committed.
+    First, rows of other versions of the same input are removed, so that their room can be used. Jobs that have mapped
+    them keep them. It is a context manager, which removes what was not committed.
 
     Raises:
         ConfigError: the cache cannot be written, or has too little room.
@@ -164,7 +168,7 @@ class CacheWriter:
 
     def __init__(self, folder: CacheFolder, world: World) -> None:
         self._folder, self._world = folder, world
-        self._partial = world.together(lambda: _PartialFolder(folder.path.parent) if world.local_rank == 0 else None)
+        self._partial = world.together(lambda: _PartialFolder(folder) if world.local_rank == 0 else None)
         paths = world.exchange(str(self._partial.path) if self._partial else "")
         self._path = Path(paths[world.rank - world.local_rank])
 
@@ -182,7 +186,7 @@ class CacheWriter:
         return {role: _mapped(self._path, role, source, n_rows, writable=True) for role, source in sources.items()}
 
     def commit(self, loaded: Loaded) -> None:
-        """Gives the folder its name, and removes the rows of other versions of the same input."""
+        """Gives the folder its name, unless another job of this machine has put the same rows there meanwhile."""
         if self._partial is None:
             return
         sources = {
@@ -191,8 +195,7 @@ class CacheWriter:
         }
         made = CacheManifest(SCHEMA, self._folder.input, len(loaded.store), sources, loaded.store.digest)
         (self._path / MANIFEST).write_text(json.dumps(asdict(made), indent=1))
-        _remove_others(self._folder)
-        with suppress(OSError):  # another job of this machine has put the same rows there in the meantime
+        with suppress(OSError):
             self._path.rename(self._folder.path)
 
 
@@ -203,11 +206,13 @@ class _PartialFolder:
         ConfigError: the cache cannot be written.
     """
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, folder: CacheFolder) -> None:
+        cache = folder.path.parent
         self.path = cache / f"{PARTIAL}{uuid4().hex}"
         try:
             cache.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(cache)
+            _remove_others(folder)
             self.path.mkdir()
             self._lock = os.open(self.path, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -227,6 +232,8 @@ def _remove_abandoned(cache: Path) -> None:
     """Removes folders that killed processes were writing."""
     for folder in cache.glob(f"{PARTIAL}*"):
         with suppress(OSError):  # another process has removed it, or is writing it
+            if time.time() - folder.stat().st_mtime < ABANDONED_SECONDS:
+                continue
             lock = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -99,10 +99,13 @@ def test_damaged_rows_are_read_again(data: Path, alone: World, damage: str, caps
 
 def test_what_killed_jobs_left_is_removed_but_not_what_others_write(data: Path, alone: World) -> None:
     cache = data / "cache"
-    (cache / "partial-dead").mkdir(parents=True)
-    writing = row_cache._PartialFolder(cache)
+    writing = row_cache._PartialFolder(row_cache.CacheFolder(cache / "other", "other"))
+    for name in ("partial-dead", writing.path.name):
+        (cache / name).mkdir(exist_ok=True)
+        os.utime(cache / name, (0, 0))
+    (cache / "partial-new").mkdir()
     read(data, alone)
-    assert len(folders(data)) == 2 and writing.path.name in folders(data)
+    assert len(folders(data)) == 3 and {writing.path.name, "partial-new"} < set(folders(data))
     writing.remove()
 
 

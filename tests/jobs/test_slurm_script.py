@@ -22,6 +22,7 @@ echo "$*" >> tries
 {launcher}
 """
 SCONTROL = '#!/bin/bash\n{first}\necho "$*" >> requeued\n'
+SQUEUE = "#!/bin/bash\necho {state}\n"
 SLEEP = "#!/bin/bash\n[ -e at_pause ] && . ./at_pause\nexit 0\n"  # ends at once, so that tests are quick
 # Sends a stop signal to the listener, and returns when that has ended.
 SIGNAL_STEPS = """\
@@ -49,12 +50,13 @@ class Script:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listener = "exec /bin/sleep infinity"
-        self.scontrol = ""
+        self.scontrol, self.state = "", "RUNNING"
         self.cluster = Cluster(folder=str(folder), gpus_per_node=0)
 
     def run(self, launcher: str, at_pause: str = "", setup: tuple[str, ...] = (), jobs: int = 1) -> Ended:
         self._write("srun", SRUN.format(listener=self.listener, launcher=launcher))
         self._write("scontrol", SCONTROL.format(first=self.scontrol))
+        self._write("squeue", SQUEUE.format(state=self.state))
         self._write("sleep", SLEEP)
         if at_pause:
             (self.folder / "at_pause").write_text(at_pause)
@@ -180,6 +182,13 @@ def test_a_refused_requeue_is_an_error(script: Script) -> None:
 def test_a_job_that_is_cancelled_between_two_tries_is_not_requeued(script: Script) -> None:
     ended = script.run("exit 69", at_pause=f"kill -TERM $PPID; {SIGNAL_STEPS}")
     assert (ended.code, ended.tries, ended.requeued) == (69, 1, ""), ended.log
+
+
+def test_a_job_that_is_cancelled_is_not_requeued_before_the_shell_hears_of_it(script: Script) -> None:
+    script.state = "COMPLETING"
+    ended = script.run("exit 75")
+    assert (ended.code, ended.tries, ended.requeued) == (75, 1, ""), ended.log
+    assert "error:" not in ended.log
 
 
 def test_failures_are_tried_again_without_a_listener(script: Script) -> None:

@@ -5,7 +5,7 @@ epoch on it with `--residency mapped`, in a control group that allows --memory g
 as take a third of that, in memory and without a limit. Prints for both: rows per second of the epoch, the seconds
 before it, the peak memory of the process, and that of the control group, which includes the page cache.
 
-It must run as root, because it creates a control group (version 1 or 2). Sources and cache take 1.3 times --gb of disk.
+It must run as root, because it creates a control group (version 1 or 2). Sources and cache take 1.6 times --gb of disk.
 """
 
 from __future__ import annotations

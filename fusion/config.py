@@ -49,6 +49,7 @@ def setting(default: Any, help: str, group: str, expected: str = "", **constrain
     return Field(default, description=help, json_schema_extra={"group": group, "expected": expected}, **constraints)
 
 
+Residency = Literal["auto", "device", "host", "mapped"]
 LossName = Literal[
     "weighted_smape",
     "smape",
@@ -92,7 +93,7 @@ class StoreConfig:
         "they may be larger than the memory",
         "machine",
     )
-    residency: Literal["auto", "device", "host", "mapped"] = setting(
+    residency: Residency = setting(
         "auto",
         "where rows are kept while they are used; device: memory of the GPU, host: memory of the machine, mapped: "
         "--cache; auto: the first that is large enough",

@@ -169,8 +169,7 @@ class CacheWriter:
     def __init__(self, folder: CacheFolder, world: World) -> None:
         self._folder, self._world = folder, world
         self._partial = world.together(lambda: _PartialFolder(folder) if world.local_rank == 0 else None)
-        paths = world.exchange(str(self._partial.path) if self._partial else "")
-        self._path = Path(paths[world.rank - world.local_rank])
+        self._path = Path(world.of_node(str(self._partial.path) if self._partial else ""))
 
     def __enter__(self) -> CacheWriter:
         return self

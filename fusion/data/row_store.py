@@ -9,18 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fusion.config import Residency
 from fusion.data.mapped_file import MappedFile
 from fusion.environment import usable_memory
 from fusion.nn.batch import Batch
 from fusion.nn.neighbours import CandidateTable
 
 DIGEST_ROWS = 4096  # rows converted to float32 at a time, so that a digest needs little memory
-Residency = Literal["auto", "device", "host", "mapped"]
 AHEAD_BYTES = 1 << 26  # of rows that are being read from disk before they are used: a batch takes milliseconds
 
 

@@ -51,8 +51,7 @@ def _shared_file(n_bytes: int, world: World, folders: Iterable[str], remedy: str
     """The path of a new file that all ranks of a node map within this context."""
     file = world.together(lambda: _reserved(n_bytes, folders, remedy) if world.local_rank == 0 else None)
     try:
-        paths = world.exchange(f"/proc/{os.getpid()}/fd/{file.fileno()}" if file else "")
-        yield paths[world.rank - world.local_rank]
+        yield world.of_node(f"/proc/{os.getpid()}/fd/{file.fileno()}" if file else "")
         world.together(lambda: None)  # waits until all ranks have mapped the file; after that, it can be closed
     finally:
         if file:

@@ -100,6 +100,10 @@ class World:
         dist.all_gather_object(values, value, group=_control())
         return cast(list[T], values)
 
+    def of_node(self, value: T) -> T:
+        """The value of the first rank of this node, on all of its ranks. Only for small values, see `exchange`."""
+        return self.exchange(value)[self.rank - self.local_rank]
+
     def gather_on_main(self, value: T) -> list[T]:
         """The values of all ranks, in the order of the ranks, on rank 0; an empty list on other ranks.
 

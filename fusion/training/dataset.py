@@ -64,6 +64,7 @@ class TrainingData:
         all_prices: [N] dollars, float64.
         folds: [N] the part of the split that each row is in; -1 if it is in no part.
         groups: [N] the group of near-duplicates that each row belongs to.
+        inputs: the rows as batches have them, if not as in `store`: projected, with their candidate neighbours.
     """
 
     store: RowStore
@@ -77,6 +78,7 @@ class TrainingData:
     all_prices: np.ndarray
     folds: Tensor
     groups: Tensor
+    inputs: RowStore | None = None
 
 
 def read_data(config: RunConfig, world: World) -> TrainingData:

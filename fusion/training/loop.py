@@ -25,7 +25,6 @@ from fusion.records.start import start_run
 from fusion.training.dataset import read_data, statistics
 from fusion.training.memory_build import build_memory
 from fusion.training.pace import Pace, progress_text, seconds_left
-from fusion.training.projection import projected
 from fusion.training.saver import Saver, baseline
 from fusion.training.seeds import set_seed
 from fusion.training.trainer import Fit
@@ -84,8 +83,7 @@ def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease
     model = make_model(config, build_network, data.store.dims)
     model.calibrate({role: statistics(data, role) for role in data.store.dims}, data.targets[data.train])
     data = build_memory(config, model, data, world)
-    model = model.to(world.device)
-    fit = Fit(config, model, data, world, projected(config, model, data.store, world))
+    fit = Fit(config, model.to(world.device), data, world)
     _log_start(fit)
     saver = Saver(config, fit, lease)
     saver.resume()

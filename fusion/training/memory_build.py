@@ -7,7 +7,6 @@ every row, and, for each row of the training, its candidate neighbours. `fusion.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,9 +31,9 @@ from fusion.records.manifests import MEMORY
 from fusion.records.memory import Remembered, log_prices_of
 from fusion.records.run import RunFolder
 from fusion.training.dataset import TrainingData
+from fusion.training.projection import CHUNK, own_chunks, projected
 from fusion.training.seeds import derived_seed
 
-CHUNK = 1024  # rows per search, so that memory stays bounded; also the unit that the ranks of a node divide
 # Principal components are computed from at most this many rows, evenly spaced. More rows take longer; the leading
 # components of a role with about a thousand dimensions hardly change.
 SAMPLE = 20_000
@@ -50,7 +49,7 @@ WEIGHT_LR = 0.1
 
 
 def build_memory(config: RunConfig, model: PriceModel, data: TrainingData, world: World) -> TrainingData:
-    """Returns the data with the candidate neighbours of every row.
+    """Returns the data with the projected inputs and the candidate neighbours of every row.
 
     Also sets the components and search weights of the model, and writes `memory.safetensors` to the folder of a new
     run. A resumed training reads its components, search weights and inverted lists from that file, so that it finds the
@@ -65,12 +64,13 @@ def build_memory(config: RunConfig, model: PriceModel, data: TrainingData, world
     earlier = world.on_main(lambda: _earlier(run))
     components = earlier.components if earlier else world.on_main(lambda: _all_components(model, data))
     model.set_components(components)
+    inputs = projected(config, model, data.store, world)
     if not config.neighbours:
-        return data
+        return replace(data, inputs=inputs)
     is_large = len(data.train) > config.approximate_above
     if is_large and world.device.type == "cpu":
         world.together(lambda: _check_faiss(config, len(data.train)))
-    everything = _memory_of_all_rows(model, data, components, world)
+    everything = _memory_of_all_rows(model, data, inputs, components, world)
     trained = everything.without(config.held_out())
     weights = earlier.weights if earlier else world.on_main(lambda: first_weights(trained, config, world))
     model.set_search_weights(weights)
@@ -84,7 +84,7 @@ def build_memory(config: RunConfig, model: PriceModel, data: TrainingData, world
     table = _candidate_table(config, model, replace(trained, partition=partition), world)
     seconds = time.monotonic() - started
     log.info(event="neighbours", rows=len(table.rows), candidates=table.rows.shape[1], seconds=seconds)
-    return replace(data, store=replace(data.store, candidates=table))
+    return replace(data, inputs=replace(inputs, candidates=table))
 
 
 def _check_faiss(config: RunConfig, n_rows: int) -> None:
@@ -120,12 +120,12 @@ def _earlier(run: RunFolder) -> EarlierMemory | None:
 
 
 def _memory_of_all_rows(
-    model: PriceModel, data: TrainingData, components: dict[str, np.ndarray], world: World
+    model: PriceModel, data: TrainingData, inputs: RowStore, components: dict[str, np.ndarray], world: World
 ) -> Memory:
     """Returns a memory of all rows with their keys, including those that validate."""
     # A row without any embedding gets part -1, so that no search returns it.
     folds = torch.where(data.store.any_present(), data.folds, -1)
-    keys = _keys(model, data.store, world)
+    keys = _keys(model, inputs, world)
     return Memory(keys, log_prices_of(data.all_prices), folds, data.groups, _bands(components))
 
 
@@ -174,29 +174,20 @@ def _largest_directions(covariance: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return variances, directions.masked_fill(is_rounding, 0.0)
 
 
-def _keys(model: PriceModel, store: RowStore, world: World) -> Tensor:
+def _keys(model: PriceModel, inputs: RowStore, world: World) -> Tensor:
     """Returns the keys of all rows, [N, C] float16. The ranks of a node compute them together, in shared memory."""
     n_columns = sum(values.shape[1] for role, values in model.components().items())
-    keys = node_tensor((len(store), n_columns), torch.float16, world)
+    keys = node_tensor((len(inputs), n_columns), torch.float16, world)
     cpu = torch.device("cpu")
 
     def fill() -> None:
-        for rows in own_chunks(len(store), world):
+        for rows in own_chunks(len(inputs), world):
             stop_if_asked()
-            batch = store.batch(rows, cpu)
-            keys[rows] = model.keys(model.inputs(batch.inputs, batch.present))
+            keys[rows] = model.keys(inputs.batch(rows, cpu).inputs)
 
     with torch.inference_mode():
         world.together(fill)
     return keys
-
-
-def own_chunks(n_rows: int, world: World) -> Iterator[Tensor]:
-    """Yields the chunks of rows that this rank computes for its node.
-
-    Rows are divided into the same chunks for any number of ranks, so that results do not depend on it.
-    """
-    yield from torch.split(torch.arange(n_rows), CHUNK)[world.local_rank :: world.local_size]
 
 
 def first_weights(remembered: Memory, config: RunConfig, world: World) -> np.ndarray:

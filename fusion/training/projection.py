@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fusion import log
 from fusion.config import RunConfig
@@ -15,17 +17,16 @@ from fusion.data.row_store import RowStore
 from fusion.data.shared_memory import node_file, node_tensor
 from fusion.distributed.world import World
 from fusion.nn.price_model import PriceModel
-from fusion.training.memory_build import own_chunks
+
+CHUNK = 1024  # rows per pass, so that memory stays bounded; also the unit that the ranks of a node divide
 
 
 def projected(config: RunConfig, model: PriceModel, store: RowStore, world: World) -> RowStore:
-    """Returns the rows as the model's networks get them; unchanged without components.
+    """Returns the rows as the model's networks get them. The model is in CPU memory, and has its components.
 
     The ranks of a node compute them together. Rows that are mapped from files are projected into another file, which is
     removed at the end of the job.
     """
-    if not config.components:
-        return store
     started, values, maps = time.monotonic(), {}, dict[str, MappedFile]()
     for role, components in model.components().items():
         shape = len(store), components.shape[1]
@@ -39,11 +40,19 @@ def projected(config: RunConfig, model: PriceModel, store: RowStore, world: Worl
     def fill() -> None:
         for rows in own_chunks(len(store), world):
             stop_if_asked()
-            batch = raw.batch(rows, world.device)
+            batch = raw.batch(rows, torch.device("cpu"))
             for role, found in model.inputs(batch.inputs, batch.present).items():
-                values[role][rows[0] : rows[-1] + 1] = found.cpu()
+                values[role][rows[0] : rows[-1] + 1] = found
 
     with torch.inference_mode():
         world.together(fill)
     log.info(event="projected", rows=len(store), seconds=time.monotonic() - started)
     return replace(store, values=values, maps=maps, is_projected=True)
+
+
+def own_chunks(n_rows: int, world: World) -> Iterator[Tensor]:
+    """Yields the chunks of rows that this rank computes for its node.
+
+    Rows are divided into the same chunks for any number of ranks, so that results do not depend on it.
+    """
+    yield from torch.split(torch.arange(n_rows), CHUNK)[world.local_rank :: world.local_size]

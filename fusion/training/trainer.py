@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion.config import RunConfig
-from fusion.data.row_store import RowStore
 from fusion.distributed.world import World
 from fusion.errors import DivergedError
 from fusion.loss_functions import get_loss_function
@@ -51,9 +50,6 @@ Beat = Callable[[], None]  # reports to the watchdog that this rank makes progre
 class Fit:
     """Model, optimizer, scheduler, early stopping, history and position of one training, on one rank.
 
-    Args:
-        inputs: the rows that batches are made of, if not those of `data`.
-
     Attributes:
         held_out: [M] for each member of the model, the part of the split that it does not train on.
         epoch: number of epochs that are completed and validated.
@@ -67,16 +63,9 @@ class Fit:
             rank 0 has them; empty on other ranks, and None before the first validation.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: PriceModel,
-        data: TrainingData,
-        world: World,
-        inputs: RowStore | None = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, model: PriceModel, data: TrainingData, world: World) -> None:
         self.config, self.model, self.data, self.world = config, model, data, world
-        self.store = (inputs or data.store).resident_on(world.device, config.residency)
+        self.store = (data.inputs or data.store).resident_on(world.device, config.residency)
         self.targets = data.targets.to(world.device)
         self.held_out = torch.tensor(config.held_out())
         self.replica = DistributedDataParallel(model, gradient_as_bucket_view=True)

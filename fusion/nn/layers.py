@@ -6,67 +6,20 @@ experts. No block mixes rows: there is no batch normalisation, and attention is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusion.nn.draws import kept
+
 Inputs = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class _Draws:
-    """The random numbers of a step. They are drawn for all rows of the global batch; a rank uses those of its rows."""
-
-    generator: torch.Generator
-    rows: slice
-    n_rows: int
-
-
-_draws: ContextVar[_Draws | None] = ContextVar("draws", default=None)
-
-
-@contextmanager
-def random_rows(seed: int, rows: slice, n_rows: int, device: torch.device) -> Iterator[None]:
-    """Inside the block, random numbers of a row depend on `seed` and its position in the global batch alone.
-
-    So they do not depend on the number of ranks.
-
-    Args:
-        rows: this rank's slice of the global batch of `n_rows` rows.
-    """
-    token = _draws.set(_Draws(torch.Generator(device).manual_seed(seed), rows, n_rows))
-    try:
-        yield
-    finally:
-        _draws.reset(token)
-
-
-def uniform(like: Tensor) -> Tensor:
-    """Uniform random numbers in [0, 1), with the shape of `like` [B, …]."""
-    draws = _draws.get()
-    if draws is None:
-        return torch.rand(like.shape, device=like.device)
-    shape = (draws.n_rows, *like.shape[1:])
-    return torch.rand(shape, generator=draws.generator, device=like.device)[draws.rows]
-
-
-def normal(like: Tensor) -> Tensor:
-    """Standard normal random numbers, with the shape of `like` [B, …]."""
-    draws = _draws.get()
-    if draws is None:
-        return torch.randn(like.shape, device=like.device)
-    shape = (draws.n_rows, *like.shape[1:])
-    return torch.randn(shape, generator=draws.generator, device=like.device)[draws.rows]
-
-
 class RowDropout(nn.Module):
-    """Dropout whose mask of a row does not depend on the number of ranks (see `random_rows`)."""
+    """Dropout whose mask of a row does not depend on the number of ranks (see `fusion.nn.draws`)."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -75,7 +28,7 @@ class RowDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        return x * (uniform(x) >= self.p) / (1 - self.p)
+        return x * kept(x, self.p) / (1 - self.p)
 
 
 class Branch(nn.Module):

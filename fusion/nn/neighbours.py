@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion.nn.approximate import Index, Partition
-from fusion.nn.layers import uniform
+from fusion.nn.draws import kept
 
 BAND_EDGES = (
     8,
@@ -320,7 +320,7 @@ class Neighbours(nn.Module):
 
     def forward(self, candidates: Candidates, usable: Tensor, median: Tensor) -> Neighbourhood:
         if self.training and self.dropout:
-            usable = usable & (uniform(usable) >= self.dropout)
+            usable = usable & kept(usable, self.dropout)
         with torch.autocast(usable.device.type, enabled=False):  # bfloat16 is too imprecise for logits this large
             logits = self._logits(candidates.similarities).masked_fill(~usable, -1e9)
             weights = torch.where(usable, logits.softmax(-1), 0.0)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion.nn.batch import Batch
-from fusion.nn.layers import Inputs, normal, uniform
+from fusion.nn.draws import kept, normal
+from fusion.nn.layers import Inputs
 from fusion.nn.neighbours import FIRST_WEIGHT, N_FACTS, Candidates, Memory, Neighbourhood, Neighbours, bands_of
 
 # Predictions are clamped to the range of the training prices, extended by this factor on both sides. A price further
@@ -323,17 +324,19 @@ class PriceModel(nn.Module):
         found = {}
         for role, x in inputs.items():
             noisy = x + noise * normal(x) if noise else x
-            kept = noisy * (uniform(x) >= dropout) / (1 - dropout) if dropout else noisy
-            found[role] = torch.where(present[role].unsqueeze(-1), kept, 0.0)
+            there = present[role].unsqueeze(-1)
+            if dropout:
+                there, noisy = there & kept(x, dropout), noisy / (1 - dropout)
+            found[role] = torch.where(there, noisy, 0.0)
         return found
 
     def _hidden(self, present: Inputs) -> Inputs:
         if not self.training or self.options.modality_dropout == 0:
             return present
         stacked = torch.stack(list(present.values()), dim=1)
-        kept = stacked & (uniform(stacked) >= self.options.modality_dropout)
-        kept = torch.where(kept.any(1, keepdim=True), kept, stacked)  # never hide all roles of a row
-        return dict(zip(present, kept.unbind(1), strict=True))
+        shown = stacked & kept(stacked, self.options.modality_dropout)
+        shown = torch.where(shown.any(1, keepdim=True), shown, stacked)  # never hide all roles of a row
+        return dict(zip(present, shown.unbind(1), strict=True))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from fusion.errors import DivergedError
 from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape
 from fusion.nn.batch import Batch
-from fusion.nn.layers import random_rows
+from fusion.nn.draws import random_rows
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.predict import predict_rows, pricing
 from fusion.prediction.resumable import Arrays, with_beats
@@ -66,10 +66,11 @@ class Fit:
     def __init__(self, config: RunConfig, model: PriceModel, data: TrainingData, world: World) -> None:
         self.config, self.model, self.data, self.world = config, model, data, world
         self.store = (data.inputs or data.store).resident_on(world.device, config.residency)
-        self.targets = data.targets.to(world.device)
-        self.held_out = torch.tensor(config.held_out())
-        self.replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self.loss = get_loss_function(config.loss)
+        self.targets, self.folds = data.targets.to(world.device), data.folds.to(world.device)
+        self.held_out = torch.tensor(config.held_out(), device=world.device)
+        # A single rank exchanges no gradients, so it is spared the copies that DistributedDataParallel makes of them.
+        self.replica = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+        self.loss = get_loss_function(config.loss).to(world.device)
         self.loss.measure_in(float(model.get_buffer("price_unit")))
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -241,41 +242,38 @@ class Fit:
         Returns:
             This rank's part of the loss. The parts of all ranks add up to the mean over the batch.
         """
-        part, own = self._part(batch), self.world.share(len(batch))
-        counts = self.data.folds[batch].unsqueeze(1) != self.held_out  # [B, M]: whether the member trains on the row
-        n_counted = max(1.0, float(counts.sum()))
-        if own.start == own.stop:
-            counts = torch.zeros_like(counts)
-        rows, mine = batch[part], counts[part]
         seed = derived_seed(self.config.seed, "step", self.step)
-        device, bf16 = self.world.device, self.config.precision == "bf16"
-        with random_rows(seed, part, len(batch), device), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with random_rows(seed, self._part(batch), len(batch), self.world.device):
+            loss = self._compute_gradients(batch.to(self.world.device), inputs)
+        self._step()
+        return loss
+
+    def _compute_gradients(self, rows: Tensor, inputs: Batch) -> Tensor:
+        """Computes the gradients of a global batch; nothing in it waits for the GPU. See `_train_batch`.
+
+        Args:
+            rows: [B] positions of the batch, on the device.
+        """
+        part, own = self._part(rows), self.world.share(len(rows))
+        counts = self.folds[rows].unsqueeze(1) != self.held_out  # [B, M]: whether the member trains on the row
+        weights = counts / counts.sum().clamp(min=1)
+        mine = weights[part] if own.start < own.stop else torch.zeros_like(weights[part])
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             outputs = self.replica(inputs)
-        share = float(mine.sum()) / n_counted
-        loss = self._loss(outputs.price, rows, mine) * share
+        loss = self._loss(outputs.price, rows[part], mine)
         # The kernel regression has a loss of its own, so that similarities are learned even where the network corrects.
-        auxiliary = 0.0 if outputs.neighbours is None else self._loss(outputs.neighbours, rows, mine) * share
+        auxiliary = 0.0 if outputs.neighbours is None else self._loss(outputs.neighbours, rows[part], mine)
         # DistributedDataParallel averages gradients over the ranks, but the parts have to be summed: hence the number
         # of ranks. The loss is a mean over members: their number gives each the gradient that it would have alone.
         torch.autograd.backward((loss + auxiliary) * self.world.size * len(self.held_out))
-        self._step()
         return loss.detach()
 
-    def _loss(self, prediction: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
-        """Returns the mean loss of predictions [B, M] over the pairs for which `counts` [B, M] is True.
-
-        Without any such pair it is 0, with a gradient of 0, because every rank has to run the backward pass.
-
-        Args:
-            rows, counts: in CPU memory, so that the step does not wait for the GPU to know which pairs count.
-        """
-        if not bool(counts.any()):
-            return (prediction * 0).sum()
-        device = self.world.device
-        targets = self.targets[rows.to(device)].unsqueeze(1).expand_as(prediction).flatten()
-        pairs = counts.flatten().nonzero().squeeze(1).to(device)
-        loss: Tensor = self.loss(prediction.flatten().index_select(0, pairs), targets.index_select(0, pairs))
-        return loss
+    def _loss(self, prediction: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        """Returns the sum of the losses of predictions [B, M], times their weights [B, M]."""
+        targets = self.targets[rows].unsqueeze(1).expand_as(prediction)
+        terms = self.loss.rows(prediction.flatten(), targets.flatten()).view_as(weights)
+        # A row that does not count may have any prediction, even one that is not finite.
+        return torch.where(weights > 0, terms * weights, 0.0).sum()
 
     def _step(self) -> None:
         """Clips the gradient of each member on its own, sets the learning rate, and updates the weights."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fusion.all_embeddings.config import Config as AllConfig
 from fusion.all_embeddings.model import build_network as build_all
 from fusion.nn.batch import Batch
-from fusion.nn.layers import Attention, Branch, ConcatNetwork, RowDropout, random_rows
+from fusion.nn.draws import random_rows
+from fusion.nn.layers import Attention, Branch, ConcatNetwork, RowDropout
 from fusion.nn.price_model import PriceModel
 from fusion.qwen_clip.config import Config as PairConfig
 from fusion.qwen_clip.model import build_network as build_pair

@@ -1,7 +1,7 @@
 """The code that the published models were trained with, rewritten from its description, to compare speeds with.
 
-`python -m benchmarks.published DATA` trains two epochs on the rows that `benchmarks.larger_than_memory.make` writes to
-the folder DATA, and prints the seconds of the second epoch and the MFLOP of a row's forward pass.
+`python -m benchmarks.published DATA [DEVICE]` trains two epochs on the rows that `benchmarks.larger_than_memory.make`
+writes to the folder DATA, and prints the seconds of the second epoch and the MFLOP of a row's forward pass.
 
 One token per source goes through attention between the two image sources, between the two text sources, and between
 images and texts, in both directions; a gate mixes three experts. With a single token to attend to, attention is a
@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,28 +90,32 @@ def _vectors(file: Path) -> Tensor:
     return torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1))
 
 
+def _moved(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.to(device) for name, values in batch.items()}
+
+
 def main() -> None:
-    rows = Rows(Path(sys.argv[1]))
+    rows, device = Rows(Path(sys.argv[1])), torch.device(*sys.argv[2:] or ["cpu"])
     train, validation = random_split(rows, [0.8, 0.2])
     loaders = DataLoader(train, BATCH, shuffle=True), DataLoader(validation, BATCH)
-    model = PublishedNetwork({name: values.shape[1] for name, values in rows.sources.items()})
+    model = PublishedNetwork({name: values.shape[1] for name, values in rows.sources.items()}).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    loss = get_loss_function("weighted_smape")
+    loss = get_loss_function("weighted_smape").to(device)
     for _ in range(2):
         began = time.monotonic()
         model.train()
-        for batch in loaders[0]:
+        for batch in map(partial(_moved, device), loaders[0]):
             optimizer.zero_grad()
             loss(model(batch), batch["target"]).backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
         model.eval()
         with torch.no_grad():
-            for batch in loaders[1]:
-                loss(model(batch), batch["target"])
+            for batch in map(partial(_moved, device), loaders[1]):
+                loss(model(batch), batch["target"]).item()
         seconds = time.monotonic() - began
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(batch)
+        model(_moved(device, batch))
     print(seconds, counter.get_total_flops() / len(batch["target"]) / 1e6)
 
 

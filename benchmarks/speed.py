@@ -35,9 +35,13 @@ from benchmarks.larger_than_memory import make
 
 PUBLISHED = "published code"
 TWO_RANKS = "default, 2 ranks"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = {
     "--recipe published": ["--recipe", "published"],
     "--recipe published --precision bf16": ["--recipe", "published", "--precision", "bf16"],
+    "--recipe published --precision bf16 --batch-size 1024": [
+        *("--recipe", "published", "--precision", "bf16", "--batch-size", "1024")
+    ],
     "default": [],
     "default, --precision bf16": ["--precision", "bf16"],
     "default, --batch-size 1024": ["--batch-size", "1024"],
@@ -93,7 +97,7 @@ def main() -> None:
 def epoch(data: Path, name: str, number: int, n_rows: int) -> tuple[float, float]:
     """Trains two epochs in a new process; returns the seconds of the second, and the MFLOP of a row's forward pass."""
     if name == PUBLISHED:
-        command = [sys.executable, "-m", "benchmarks.published", str(data)]
+        command = [sys.executable, "-m", "benchmarks.published", str(data), DEVICE.type]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds, mflop = done.stdout.split()[-2:]
         return float(seconds), float(mflop)
@@ -120,18 +124,21 @@ def described(name: str, epochs: list[tuple[float, float]], n_rows: int, rates: 
 
 
 def rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a product of 256 rows with a square matrix; the best of 50."""
-    first, second = torch.randn(256, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+    """Floating-point operations per second of a large matrix product on the device; the best of 50."""
+    n_rows, width = (256, 2048) if DEVICE.type == "cpu" else (8192, 8192)
+    first, second = (torch.randn(n, width, dtype=dtype, device=DEVICE) for n in (n_rows, width))
     best = float("inf")
     for _ in range(50):
         began = time.perf_counter()
         first @ second
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
-    return 2 * 256 * 2048 * 2048 / best
+    return 2 * n_rows * width * width / best
 
 
 def show(timed: dict[str, Timed], rates: dict[str, float]) -> None:
-    found = ", ".join(f"{kind} {value / 1e9:.0f} GFLOP/s" for kind, value in rates.items())
+    found = ", ".join(f"{kind} {value / 1e12:.3g} TFLOP/s" for kind, value in rates.items())
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; large products: {found}\n")
     reference = timed.get(PUBLISHED)
     print(f"{'':<38} s/epoch (lowest-highest)  MFLOP/row  floor, s  x floor  x faster than the published code")
@@ -144,6 +151,8 @@ def show(timed: dict[str, Timed], rates: dict[str, float]) -> None:
 
 
 def processor() -> str:
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
     facts = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", facts.read_text()) if facts.exists() else None
     return found[1] if found else platform.processor()

@@ -155,11 +155,14 @@ class QuantileHuberLoss(RowLoss):
     large one estimates expectiles instead of quantiles.
     """
 
+    levels: Tensor
+
     def __init__(self, quantiles: Sequence[float] = (0.5,), delta: float = 0.01, *, predict_log: bool = True) -> None:
         super().__init__(predict_log=predict_log)
         self.quantiles = tuple(_number("quantile", quantile, low=1e-6, high=1 - 1e-6) for quantile in quantiles)
         self.delta = _number("delta", delta, low=1e-6)
         self.n_outputs = len(self.quantiles)
+        self.register_buffer("levels", torch.tensor(self.quantiles), persistent=False)
         if not self.quantiles:
             raise ValueError("quantiles must name at least one, however: ()")
 
@@ -174,7 +177,7 @@ class QuantileHuberLoss(RowLoss):
 
     def _terms(self, prediction: Tensor, target: Tensor) -> Tensor:
         error = target.unsqueeze(1) - prediction.reshape(len(target), self.n_outputs)
-        quantiles = error.new_tensor(self.quantiles)
+        quantiles = self.levels.to(error.device)
         weight = torch.where(error < 0, 1 - quantiles, quantiles)
         return (weight * _huber(error, self.delta) / self.delta).mean(dim=1)
 

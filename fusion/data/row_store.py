@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from fusion.nn.batch import Batch
 from fusion.nn.neighbours import CandidateTable
 
 DIGEST_ROWS = 4096  # rows converted to float32 at a time, so that a digest needs little memory
+COPIED_AHEAD = 2  # batches on their way to the GPU while it computes another one
 AHEAD_BYTES = 1 << 26  # of rows that are being read from disk before they are used: a batch takes milliseconds
 
 
@@ -86,17 +87,22 @@ class RowStore:
     def batch(self, rows: Tensor, device: torch.device) -> Batch:
         """The rows with these positions [B], on a device."""
         rows = rows.to(next(iter(self.present.values())).device)
-        inputs = {role: values.index_select(0, rows).to(device).float() for role, values in self.values.items()}
-        present = {role: values.index_select(0, rows).to(device) for role, values in self.present.items()}
+        inputs = {role: _selected(values, rows, device).float() for role, values in self.values.items()}
+        present = {role: _selected(values, rows, device) for role, values in self.present.items()}
         folds, groups = _gathered(self.folds, rows, device), _gathered(self.groups, rows, device)
         candidates = self.candidates.of(rows) if self.candidates else None
         return Batch(inputs, present, folds, groups, candidates, self.is_projected)
 
     def batches(self, parts: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
-        """The batch of each part, which are positions [B]. Mapped rows are read from disk some batches ahead."""
-        if not self.is_mapped:
+        """The batch of each part, which are positions [B]. Rows are read and copied to a GPU some batches ahead."""
+        parts = self._read_ahead(parts) if self.is_mapped else parts
+        if device.type == "cpu" or self.is_on_gpu:
             yield from (self.batch(rows, device) for rows in parts)
-            return
+        else:
+            yield from self._copied_ahead(parts, device)
+
+    def _read_ahead(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same parts, whose mapped rows have been asked for from the disk."""
         with ExitStack() as stack:
             reader = stack.enter_context(ThreadPoolExecutor(1))
             for file in self.maps.values():
@@ -106,8 +112,26 @@ class RowStore:
                 reader.submit(self._expect, rows)
                 expected.append(rows)
                 if len(expected) * len(rows) * row_bytes > AHEAD_BYTES:
-                    yield self.batch(expected.popleft(), device)
-            yield from (self.batch(rows, device) for rows in expected)
+                    yield expected.popleft()
+            yield from expected
+
+    def _copied_ahead(self, parts: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
+        """The batch of each part. The next one is copied in a stream of its own while the GPU computes."""
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))  # it made the tables that batches are gathered from
+
+        def copied(rows: Tensor) -> Batch:
+            with torch.cuda.stream(stream):
+                return self.batch(rows, device)
+
+        with ThreadPoolExecutor(1) as copier:
+            ahead = deque[Future[Batch]]()
+            for rows in parts:
+                ahead.append(copier.submit(copied, rows))
+                if len(ahead) > COPIED_AHEAD:
+                    yield _ready(ahead.popleft().result(), stream)
+            while ahead:
+                yield _ready(ahead.popleft().result(), stream)
 
     def _expect(self, rows: Tensor) -> None:
         for file in self.maps.values():
@@ -124,13 +148,19 @@ class RowStore:
         """
         on_gpu = device.type == "cuda"
         if on_gpu and (residency == "device" or (residency == "auto" and self.n_bytes <= _free_on(device) // 2)):
-            return replace(self, values=_moved(self.values, device), present=_moved(self.present, device), maps={})
+            values, present = _moved(self.values, device), _moved(self.present, device)
+            folds, groups = (None if one is None else one.to(device) for one in (self.folds, self.groups))
+            return replace(self, values=values, present=present, folds=folds, groups=groups, maps={})
         return replace(self, is_mapped=True) if self.exceeds_memory(residency) else self
 
     def exceeds_memory(self, residency: Residency) -> bool:
         """Whether rows are to be read from their files rather than kept in this node's memory."""
         is_large = bool(self.maps) and self.n_bytes > usable_memory() // 2
         return residency == "mapped" or (residency == "auto" and is_large)
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return all(values.device.type == "cuda" for values in self.values.values())
 
     @property
     def n_bytes(self) -> int:
@@ -176,6 +206,26 @@ def _gathered(values: Tensor | None, rows: Tensor, device: torch.device) -> Tens
     if values is None:
         return None
     return values[rows.to(values.device)].to(device)
+
+
+def _selected(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """The rows at these positions, on a device. The CPU does not wait for their copy to a GPU."""
+    found = values.index_select(0, rows)
+    if found.device.type == "cpu" and device.type == "cuda":
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)
+
+
+def _ready(batch: Batch, stream: torch.cuda.Stream) -> Batch:
+    """A batch that was copied in another stream, for use in the current one."""
+    current = torch.cuda.current_stream()
+    current.wait_stream(stream)
+    of_rows = [*batch.inputs.values(), *batch.present.values(), batch.folds, batch.groups]
+    of_neighbours = vars(batch.candidates).values() if batch.candidates else []
+    for tensor in (*of_rows, *of_neighbours):
+        if tensor is not None:
+            tensor.record_stream(current)
+    return batch
 
 
 def _free_on(device: torch.device) -> int:

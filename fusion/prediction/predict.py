@@ -27,7 +27,7 @@ from fusion.metrics import bootstrap_interval, row_smape
 from fusion.nn.approximate import HINT, is_installed
 from fusion.nn.neighbours import Memory
 from fusion.nn.price_model import Options, PriceModel, network_dims
-from fusion.prediction.resumable import Arrays, Compute, compute_parts, compute_rows, concatenated, discard
+from fusion.prediction.resumable import CHUNK, Arrays, Compute, compute_parts, compute_rows, concatenated, discard
 from fusion.records import checkpoint, find_run, intervals, manifests, memory
 from fusion.records.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
 from fusion.records.output import OutputFolder
@@ -45,12 +45,15 @@ BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]  # from a config and 
 LEAK_FACTOR = 1.1
 
 
-def predict_rows(compute: Compute, store: RowStore, rows: Tensor, world: World) -> Arrays:
+def predict_rows(compute: Compute, store: RowStore, rows: Tensor, world: World, chunk: int = CHUNK) -> Arrays:
     """Returns the outputs of `compute` for the rows at these positions [n] of the store, as name to [n, …].
 
     The ranks divide the rows. Rank 0 gets all results, in the order of the rows; other ranks get an empty result.
+
+    Args:
+        chunk: rows per forward pass.
     """
-    mine = compute_rows(compute, store, rows[world.share(len(rows))], world.device)
+    mine = compute_rows(compute, store, rows[world.share(len(rows))], world.device, chunk)
     return concatenated([part for part in world.gather_on_main(mine) if part])  # a rank without rows has no arrays
 
 

@@ -8,7 +8,7 @@ generator, and a training can be resumed with any number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -26,11 +26,12 @@ from fusion.nn.batch import Batch
 from fusion.nn.draws import random_rows
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.predict import predict_rows, pricing
-from fusion.prediction.resumable import Arrays, with_beats
+from fusion.prediction.resumable import CHUNK, Arrays, with_beats
 from fusion.records.checkpoint import Snapshot, not_finite
 from fusion.records.validation import validation_frame
 from fusion.training.dataset import TrainingData
 from fusion.training.early_stopping import EarlyStopping
+from fusion.training.graph import StepGraph
 from fusion.training.seeds import derived_seed
 
 # Steps between two synchronisations of the ranks, in which they add up their losses and may save or stop. A stop signal
@@ -41,6 +42,9 @@ AGREE_STEPS = 10
 # whole units, while it changes the weights of networks by hundredths; AdamW moves every parameter by about its learning
 # rate per step.
 SIMILARITY_LR = 20.0
+
+# Validation rows per forward pass. Their neighbours are known, so many more fit in a GPU's memory than in a prediction.
+VALIDATED_ROWS = {"cpu": CHUNK, "cuda": 16 * CHUNK}
 
 FLOP_ROWS = 8  # rows of the batch on which floating-point operations are counted
 
@@ -85,6 +89,8 @@ class Fit:
         self.best = _copy(model.state_dict())
         self.validated: Arrays | None = None
         self._unshared = torch.zeros((), device=world.device)
+        self._own_rates()
+        self._graph = StepGraph(self._whole_step, config.batch_size, world.device) if self._can_be_recorded() else None
 
     @property
     def finished(self) -> bool:
@@ -115,10 +121,9 @@ class Fit:
         self.model.train()
         batches = self._batches()
         left = batches[self.batch :]
-        inputs = self.store.batches((batch[self._part(batch)] for batch in left), self.world.device)
         every = min(AGREE_STEPS, self.config.checkpoint_steps or AGREE_STEPS)
-        for batch, rows in zip(left, inputs, strict=True):
-            self._unshared += self._train_batch(batch, rows) * len(batch)
+        for batch, inputs in zip(left, self._inputs(left), strict=True):
+            self._unshared += self._train_batch(batch, inputs) * len(batch)
             self.step += 1
             self.batch += 1
             beat()
@@ -204,6 +209,7 @@ class Fit:
         """
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._own_rates()  # those of the state are where it was saved
         self.scheduler.load_state_dict(state["scheduler"])
         self.stopping.best, self.stopping.n_worse = state["stopping"]["best"], state["stopping"]["n_worse"]
         for name, value in state["position"].items():
@@ -233,20 +239,42 @@ class Fit:
         part = self.world.share(len(batch))
         return part if part.start < part.stop else slice(0, 1)
 
-    def _train_batch(self, batch: Tensor, inputs: Batch) -> Tensor:
+    def _inputs(self, batches: Sequence[Tensor]) -> Iterator[Batch | None]:
+        """Yields this rank's part of each global batch, or None for those that the recorded step reads itself."""
+        if self._graph:
+            yield from (None for _ in batches)
+        else:
+            yield from self.store.batches((batch[self._part(batch)] for batch in batches), self.world.device)
+
+    def _train_batch(self, batch: Tensor, inputs: Batch | None) -> Tensor:
         """Takes one optimizer step on a global batch of B positions.
 
         Args:
-            inputs: the rows of this rank's part of the batch.
+            inputs: the rows of this rank's part of the batch; None: they are read here.
 
         Returns:
             This rank's part of the loss. The parts of all ranks add up to the mean over the batch.
         """
         seed = derived_seed(self.config.seed, "step", self.step)
+        self._set_rates()
+        if self._graph and len(batch) == self.config.batch_size:
+            return self._graph.run(batch, seed)
+        inputs = inputs or self.store.batch(batch[self._part(batch)], self.world.device)
         with random_rows(seed, self._part(batch), len(batch), self.world.device):
             loss = self._compute_gradients(batch.to(self.world.device), inputs)
         self._step()
         return loss
+
+    def _whole_step(self, rows: Tensor) -> Tensor:
+        """Takes one optimizer step on a global batch of B positions, which are on the device. See `StepGraph`."""
+        loss = self._compute_gradients(rows, self.store.batch(rows, self.world.device))
+        self._step()
+        return loss
+
+    def _can_be_recorded(self) -> bool:
+        """Whether a step reads and writes nothing outside the memory of one GPU."""
+        tables = [*self.store.values.values()] + ([self.store.candidates.rows] if self.store.candidates else [])
+        return self.world.size == 1 and all(table.device.type == "cuda" for table in tables)
 
     def _compute_gradients(self, rows: Tensor, inputs: Batch) -> Tensor:
         """Computes the gradients of a global batch; nothing in it waits for the GPU. See `_train_batch`.
@@ -276,15 +304,27 @@ class Fit:
         return torch.where(weights > 0, terms * weights, 0.0).sum()
 
     def _step(self) -> None:
-        """Clips the gradient of each member on its own, sets the learning rate, and updates the weights."""
+        """Clips the gradient of each member on its own, and updates the weights."""
         for member in self.model.members:
             nn.utils.clip_grad_norm_(member.parameters(), self.config.clip)
-        if self.config.schedule == "cosine":
-            factor = self._cosine((self.step + 1) / (self.config.epochs * self.n_batches))
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["first_lr"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _set_rates(self) -> None:
+        """Sets the learning rates of the next step."""
+        if self.config.schedule != "cosine":
+            return
+        factor = self._cosine((self.step + 1) / (self.config.epochs * self.n_batches))
+        for group in self.optimizer.param_groups:
+            _set_rate(group, group["first_lr"] * factor)
+
+    def _own_rates(self) -> None:
+        """Keeps the learning rates where the step reads them: on a GPU in its memory, so that it can be recorded."""
+        on_gpu = self.world.device.type == "cuda"
+        for group in self.optimizer.param_groups:
+            rate = float(group["lr"])
+            group["lr"] = torch.tensor(rate, device=self.world.device) if on_gpu else rate
+            group["capturable"] = on_gpu
 
     def _cosine(self, done: float) -> float:
         """Returns the factor of the learning rate after a share `done` of all steps.
@@ -299,7 +339,8 @@ class Fit:
     def _validate(self, beat: Beat) -> tuple[float, Arrays]:
         """Returns the SMAPE of the validation rows, on every rank, and the outputs for them, on rank 0."""
         compute = with_beats(pricing(self.model), beat)
-        computed = predict_rows(compute, self.store, self.data.validation, self.world)
+        chunk = VALIDATED_ROWS[self.world.device.type]
+        computed = predict_rows(compute, self.store, self.data.validation, self.world, chunk)
         return self.world.on_main(lambda: compute_smape(self.data.prices, computed["price"])), computed
 
 
@@ -317,6 +358,14 @@ def _parameter_groups(model: PriceModel, config: RunConfig) -> list[dict[str, An
         lr = config.lr * SIMILARITY_LR
         groups.append({"params": bands, "lr": lr, "first_lr": lr, "weight_decay": 0.0})
     return groups
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    """Sets the learning rate of one of the optimizer's groups, which is a number or a tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _copy(value: Any) -> Any:

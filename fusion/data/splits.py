@@ -131,7 +131,8 @@ def _shares(config: RunConfig) -> tuple[np.ndarray, int]:
 def _strata(table: Table, groups: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """[G] stratum of each group: the quantile of its median price, from 0. Few groups get fewer strata."""
     prices = pd.Series(table.prices).groupby(groups).median().to_numpy()
-    ranks = pd.Series(prices).rank(method="first").to_numpy() - 1
+    ranks = np.empty(len(prices), np.int64)
+    ranks[np.argsort(prices, kind="stable")] = np.arange(len(prices))
     n_strata = max(1, min(N_STRATA, int(len(prices) * shares.min())))
     return np.asarray(ranks * n_strata // len(prices), np.int64)
 
@@ -156,9 +157,19 @@ def draw_parts(sizes: np.ndarray, strata: np.ndarray, shares: np.ndarray, seed: 
         parts[group] = _emptiest(room, shares, int(sizes[group]), generator)
         room[parts[group]] -= sizes[group]
     small = np.flatnonzero(~large)
-    order = small[np.lexsort((generator.permutation(len(small)), sizes[small], strata[small]))]
+    order = small[_shuffled_order(strata[small], sizes[small], generator)]
     parts[order] = _in_turn(len(order), np.maximum(room, 0))
     return parts
+
+
+def _shuffled_order(strata: np.ndarray, sizes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """[n] positions in the order of stratum and size, shuffled among equals: a stable sort of shuffled positions."""
+    shuffled = np.empty(len(sizes), np.int64)
+    shuffled[generator.permutation(len(sizes))] = np.arange(len(sizes))
+    keys = strata * (sizes.max(initial=0) + 1) + sizes
+    # NumPy sorts 16-bit integers in linear time. Strata and sizes are small, unless there are large groups.
+    keys = keys.astype(np.uint16) if keys.max(initial=0) < 1 << 16 else keys
+    return shuffled[np.argsort(keys[shuffled], kind="stable")]
 
 
 def _emptiest(room: np.ndarray, shares: np.ndarray, size: int, generator: np.random.Generator) -> int:

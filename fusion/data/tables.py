@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from fusion import log, storage
 from fusion.data.inputs import find_table
 from fusion.data.table_file import Columns, parse_table
+from fusion.data.text_order import text_order
 from fusion.errors import DataError, did_you_mean
 from fusion.storage import Entry
 
@@ -176,7 +177,7 @@ def _sorted(url: str, found: pa.Table, names: tuple[str, ...]) -> Table:
     n_empty = int(pc.sum(pc.is_in(ids, value_set=NO_ID)).as_py() or 0) + ids.null_count
     if n_empty:
         raise DataError(f"{url} has {n_empty} rows without a sample_id", "give every row an id")
-    order = pc.sort_indices(ids)
+    order = pa.array(text_order(ids))
     ids = ids.take(order)
     if pc.any(pc.equal(ids[1:], ids[:-1])).as_py():  # equal ids are neighbours now
         report_duplicates(url, ids)

@@ -40,7 +40,7 @@ CHUNK = 100_000  # rows generated at a time
 # longest.
 MEDIAN_LENGTH, SPREAD, SHORTEST, LONGEST, SHARE_OF_LONGEST = 60, 0.9, 10, 40_000, 1e-4
 SHARE_OF_COPIES = 0.03  # share of texts that equal that of another row
-FLAGS = ["--width", "8", "--hidden", "8", "--device", "cpu", "--epochs", "1", "--run-id", "scale"]
+FLAGS = ["--neighbours", "0", "--width", "8", "--hidden", "8", "--device", "cpu", "--epochs", "1", "--run-id", "scale"]
 FLAGS += ["--batch-size", "4096", "--checkpoint-seconds", "3600"]
 EMBEDDING_BYTES = len(SOURCES) * (4 * DIM + 2)  # per row: float32 values, and two bools (present, zeros) per source
 VALIDATING = 0.2  # share of the rows that an evaluation predicts; the default of --val-fraction

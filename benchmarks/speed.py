@@ -16,8 +16,6 @@ the ratio to it; and how many times faster it is than the published code.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import re
 import statistics
 import subprocess
@@ -27,15 +25,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import scipy.stats
 import torch
 
+from benchmarks import machine
 from benchmarks.larger_than_memory import make
 
 PUBLISHED = "published code"
 TWO_RANKS = "default, 2 ranks"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = {
     "--recipe published": ["--recipe", "published"],
     "--recipe published --precision bf16": ["--recipe", "published", "--precision", "bf16"],
@@ -49,7 +45,6 @@ SETTINGS = {
     TWO_RANKS: [],
 }
 VALIDATING = 0.2  # the default of --val-fraction
-SIGNIFICANT = 0.01
 
 
 @dataclass(frozen=True)
@@ -73,11 +68,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=[PUBLISHED, *SETTINGS], default=[PUBLISHED, *SETTINGS])
     parser.add_argument("--folder", help="where the temporary folder is made")
-    parser.add_argument("--json", help="file to write the seconds to")
-    parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"))
+    machine.add_flags(parser)
     given = parser.parse_args()
     if given.compare:
-        return compare(*(json.loads(Path(file).read_text()) for file in given.compare))
+        return machine.compare(given.compare)
     with tempfile.TemporaryDirectory(prefix="fusion-speed-", dir=given.folder) as folder:
         make(Path(folder), given.rows)
         rates = {"fp32": rate(torch.float32), "bf16": rate(torch.bfloat16)}
@@ -88,16 +82,14 @@ def main() -> None:
     timed = {name: described(name, times, given.rows, rates) for name, times in epochs.items()}
     show(timed, rates)
     if given.json:
-        machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        found = {name: asdict(one) for name, one in timed.items()}
-        Path(given.json).write_text(json.dumps({**machine, "rows": given.rows, "settings": found}, indent=1))
+        machine.write(given.json, {name: asdict(one) for name, one in timed.items()}, rows=given.rows)
     return None
 
 
 def epoch(data: Path, name: str, number: int, n_rows: int) -> tuple[float, float]:
     """Trains two epochs in a new process; returns the seconds of the second, and the MFLOP of a row's forward pass."""
     if name == PUBLISHED:
-        command = [sys.executable, "-m", "benchmarks.published", str(data), DEVICE.type]
+        command = [sys.executable, "-m", "benchmarks.published", str(data), machine.DEVICE.type]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds, mflop = done.stdout.split()[-2:]
         return float(seconds), float(mflop)
@@ -125,13 +117,13 @@ def described(name: str, epochs: list[tuple[float, float]], n_rows: int, rates: 
 
 def rate(dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large matrix product on the device; the best of 50."""
-    n_rows, width = (256, 2048) if DEVICE.type == "cpu" else (8192, 8192)
-    first, second = (torch.randn(n, width, dtype=dtype, device=DEVICE) for n in (n_rows, width))
+    n_rows, width = (256, 2048) if machine.DEVICE.type == "cpu" else (8192, 8192)
+    first, second = (torch.randn(n, width, dtype=dtype, device=machine.DEVICE) for n in (n_rows, width))
     best = float("inf")
     for _ in range(50):
         began = time.perf_counter()
         first @ second
-        if DEVICE.type == "cuda":
+        if machine.DEVICE.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
     return 2 * n_rows * width * width / best
@@ -139,7 +131,7 @@ def rate(dtype: torch.dtype) -> float:
 
 def show(timed: dict[str, Timed], rates: dict[str, float]) -> None:
     found = ", ".join(f"{kind} {value / 1e12:.3g} TFLOP/s" for kind, value in rates.items())
-    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; large products: {found}\n")
+    print(f"{machine.described()}; large products: {found}\n")
     reference = timed.get(PUBLISHED)
     print(f"{'':<38} s/epoch (lowest-highest)  MFLOP/row  floor, s  x floor  x faster than the published code")
     for name, one in timed.items():
@@ -148,23 +140,6 @@ def show(timed: dict[str, Timed], rates: dict[str, float]) -> None:
         spread = f"({min(one.seconds):.2f}-{max(one.seconds):.2f})"
         line = f"{name:<38} {median:7.2f} {spread:<17} {one.mflop:9.1f} {one.floor:9.2f} {median / one.floor:8.2f}"
         print(f"{line} {faster}")
-
-
-def processor() -> str:
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    facts = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", facts.read_text()) if facts.exists() else None
-    return found[1] if found else platform.processor()
-
-
-def compare(before: dict, after: dict) -> None:
-    """Prints the ratio of the seconds of each setting that both files have, and whether it could be chance."""
-    for name in before["settings"].keys() & after["settings"].keys():
-        first, second = (np.log(one["settings"][name]["seconds"]) for one in (before, after))
-        chance = scipy.stats.ttest_ind(first, second, equal_var=False).pvalue if min(len(first), len(second)) > 1 else 1
-        verdict = "changed" if chance < SIGNIFICANT else "no change that could be told from chance"
-        print(f"{name:<38} {np.exp(second.mean() - first.mean()):.3f} times the seconds, p = {chance:.2g}: {verdict}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ class Fold:
     groups: np.ndarray
     tunes: np.ndarray
 
+    def targets_of(self, rows: np.ndarray) -> np.ndarray:
+        """[r] log prices of some of the training rows, which are positions among all rows."""
+        return self.targets[np.searchsorted(self.train, rows)]
+
 
 def open_fold(catalog: Catalog, number: int) -> Fold:
     train, held = np.flatnonzero(catalog.folds != number), np.flatnonzero(catalog.folds == number)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,22 +20,25 @@ Settings = Mapping[str, Any]
 
 def tabm(inputs: Inputs, settings: Settings) -> np.ndarray:
     """TabM with the L1 loss. The number of epochs is the one that is best on the tuning rows."""
+    fold, losses = inputs.fold, list[float]()
+    for predict in tabm_epochs(inputs, settings, fold.train[~fold.tunes]):
+        losses.append(log_smape(predict(fold.train[fold.tunes]), fold.targets[fold.tunes]))
+        if len(losses) - int(np.argmin(losses)) > settings["patience"]:
+            break
+    *_, predict = islice(tabm_epochs(inputs, settings, fold.train), int(np.argmin(losses)) + 1)
+    return predict(fold.held)
+
+
+def tabm_epochs(inputs: Inputs, settings: Settings, rows: np.ndarray) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+    """Trains on these of the training rows; after each epoch, yields the function that predicts with the model."""
     fold, device = inputs.fold, inputs.shared.device
     mean, deviation = fold.targets.mean(), fold.targets.std()
     x = torch.from_numpy(inputs.reduced).to(device)
-    y = torch.from_numpy(((fold.targets - mean) / deviation).astype(np.float32)).to(device)
-    known, wanted = (torch.from_numpy(np.flatnonzero(which)) for which in (~fold.tunes, fold.tunes))
-    rows = torch.from_numpy(fold.train)
-    training = _TabM(x.shape[1], settings, device)
-    losses: list[float] = []
-    while len(losses) < settings["epochs"] and len(losses) - int(np.argmin(losses or [0])) <= settings["patience"]:
-        training.epoch(x, y, rows, known)
-        predicted = training.predict(x[rows[wanted]]) * deviation + mean
-        losses.append(log_smape(predicted, fold.targets[fold.tunes]))
-    final = _TabM(x.shape[1], settings, device)
-    for _ in range(int(np.argmin(losses)) + 1):
-        final.epoch(x, y, rows, torch.arange(len(rows)))
-    return np.asarray(final.predict(x[torch.from_numpy(fold.held)]) * deviation + mean)
+    y = torch.from_numpy(((fold.targets_of(rows) - mean) / deviation).astype(np.float32)).to(device)
+    known, training = torch.from_numpy(rows), _TabM(x.shape[1], settings, device)
+    for _ in range(settings["epochs"]):
+        training.epoch(x, y, known)
+        yield lambda wanted: np.asarray(training.predict(x[torch.from_numpy(wanted)]) * deviation + mean)
 
 
 class _TabM:
@@ -51,10 +55,10 @@ class _TabM:
         )
         self.batch, self.generator = settings["batch"], torch.Generator().manual_seed(0)
 
-    def epoch(self, x: Tensor, y: Tensor, rows: Tensor, known: Tensor) -> None:
-        """One pass over the training rows at the positions `known` of `rows`."""
+    def epoch(self, x: Tensor, y: Tensor, rows: Tensor) -> None:
+        """One pass over the training rows [r], which have the targets y [r]."""
         self.model.train()
-        for batch in known[torch.randperm(len(known), generator=self.generator)].split(self.batch):
+        for batch in torch.randperm(len(rows), generator=self.generator).split(self.batch):
             with torch.autocast(x.device.type, torch.bfloat16):
                 predicted = self.model(x[rows[batch]])[..., 0]
             loss = (predicted.float() - y[batch][:, None]).abs().mean()  # each of the k members has its own loss

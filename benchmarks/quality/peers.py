@@ -7,9 +7,10 @@ defaults, except for those below, which were chosen by first tries on such tunin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.quality.inputs import VARIANTS, Inputs
 
 Settings = Mapping[str, Any]
 Learn = Callable[[Inputs, Settings], np.ndarray]
+Predict = Callable[[np.ndarray], np.ndarray]  # from positions [n] among all rows to their log prices [n]
 
 
 @dataclass(frozen=True)
@@ -89,36 +91,56 @@ def nearest(inputs: Inputs, settings: Settings) -> np.ndarray:
 
 def mlp(inputs: Inputs, settings: Settings) -> np.ndarray:
     """scikit-learn's MLP on principal components. The number of epochs is the one that is best on the tuning rows."""
+    fold = inputs.fold
+    known, wanted = fold.train[~fold.tunes], fold.train[fold.tunes]
+    losses = [log_smape(predict(wanted), fold.targets[fold.tunes]) for predict in mlp_epochs(inputs, settings, known)]
+    return last(mlp_epochs(inputs, settings, fold.train), int(np.argmin(losses)) + 1)(fold.held)
+
+
+def mlp_epochs(inputs: Inputs, settings: Settings, rows: np.ndarray) -> Iterator[Predict]:
+    """Trains on these of the training rows; after each epoch, yields the function that predicts with the model."""
     from sklearn.neural_network import MLPRegressor
 
     fold, x = inputs.fold, inputs.reduced
     given = {name: value for name, value in settings.items() if name != "epochs"}
-    known, wanted = np.flatnonzero(~fold.tunes), np.flatnonzero(fold.tunes)
     mean, deviation = fold.targets.mean(), fold.targets.std()
-    targets = (fold.targets - mean) / deviation
-
-    model, losses = MLPRegressor(random_state=0, **given), []
-    for _ in range(settings["epochs"]):
-        model.partial_fit(x[fold.train[known]], targets[known])
-        predicted = model.predict(x[fold.train[wanted]]) * deviation + mean
-        losses.append(log_smape(predicted, fold.targets[wanted]))
+    targets = (fold.targets_of(rows) - mean) / deviation
     model = MLPRegressor(random_state=0, **given)
-    for _ in range(int(np.argmin(losses)) + 1):
-        model.partial_fit(x[fold.train], targets)
-    return np.asarray(model.predict(x[fold.held]) * deviation + mean)
+    for _ in range(settings["epochs"]):
+        model.partial_fit(x[rows], targets)
+        yield lambda wanted: np.asarray(model.predict(x[wanted]) * deviation + mean)
 
 
 def lightgbm(inputs: Inputs, settings: Settings) -> np.ndarray:
     import lightgbm as lgb
 
     fold, x = inputs.fold, tree_inputs(inputs, settings)
-    given = {**booster_settings(settings), "num_threads": n_threads(), "verbosity": -1, "seed": 0}
+    given = lightgbm_settings(settings)
     tuning = lgb.Dataset(x[fold.train[~fold.tunes]], fold.targets[~fold.tunes], params=given, free_raw_data=False)
     judge = tuning.create_valid(x[fold.train[fold.tunes]], fold.targets[fold.tunes])
     stop = lgb.early_stopping(settings["patience"], verbose=False)
     rounds = lgb.train(given, tuning, settings["rounds"], valid_sets=[judge], callbacks=[stop]).best_iteration
-    model = lgb.train(given, lgb.Dataset(x[fold.train], fold.targets, params=given), rounds)
-    return np.asarray(model.predict(x[fold.held]))
+    return last(lightgbm_rounds(inputs, settings, fold.train), rounds)(fold.held)
+
+
+def lightgbm_settings(settings: Settings) -> dict[str, Any]:
+    return {**booster_settings(settings), "num_threads": n_threads(), "verbosity": -1, "seed": 0}
+
+
+def lightgbm_rounds(inputs: Inputs, settings: Settings, rows: np.ndarray) -> Iterator[Predict]:
+    """Trains on these of the training rows; after each round, yields the function that predicts with all trees."""
+    import lightgbm as lgb
+
+    x, given = tree_inputs(inputs, settings), lightgbm_settings(settings)
+    model = lgb.Booster(given, lgb.Dataset(x[rows], inputs.fold.targets_of(rows), params=given))
+    for _ in range(settings["rounds"]):
+        model.update()
+        yield lambda wanted: np.asarray(model.predict(x[wanted]))
+
+
+def last(steps: Iterator[Predict], number: int) -> Predict:
+    """The function that is yielded after this number of steps."""
+    return next(islice(steps, number - 1, None))
 
 
 def xgboost(inputs: Inputs, settings: Settings) -> np.ndarray:

@@ -1,14 +1,21 @@
-"""Seconds and memory per row as tables grow: `python benchmarks/scale.py [--rows 100000 1000000] [--ranks 1 2]`.
+"""Seconds and memory per row as tables grow: `python -m benchmarks.scale [--rows 100000 1000000] [--ranks 1 2]`.
+
+    [--repeats 1] [--json FILE] [--compare BEFORE AFTER]
 
 Generates tables with texts of 10 to 40,000 characters and four small sources in a temporary folder (below --folder).
 Then runs four stages on them with a tiny model, each in new processes on CPUs: reading and splitting, training of one
-epoch, evaluation, and prediction. Prints a line per stage with:
+epoch, evaluation, and prediction. The model has no neighbours, whose search is not a cost per row: it compares each row
+with all others (`benchmarks/neighbours.py`). Prints a line per stage with:
 
 - seconds, and microseconds per row of wall time and of CPU time (of all ranks together). On a machine that others use,
   only the CPU time shows whether the cost per row is constant.
 - peak memory without that of the libraries: of rank 0 in MiB; the same without the tensors of the embeddings, as a
   multiple of the size of the table's file; and of the largest other rank, without these tensors, in bytes per row.
 
+Then it prints, for each stage, the CPU time per row of each number of rows, its ratio to that of the number before, and
+the time per row of only the rows that were added: without what a process costs that reads no row.
+
+--compare reads two files of --json and says which CPU times changed, by Welch's t-test of the logarithms at p < 0.01.
 10 million rows need 10 GB of disk.
 """
 
@@ -19,6 +26,7 @@ import json
 import os
 import re
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +39,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
+
+from benchmarks import machine
 
 SOURCES = ("clip_image", "siglip_image", "siglip_text", "qwen_text")
 DIM = 8  # of each source; small, because this measures the cost per row, not per number of a vector
@@ -99,34 +109,84 @@ class Measured:
     other: int
     log: str
 
+    def as_dict(self, n_rows: int) -> dict[str, float]:
+        """Seconds, CPU seconds per row, and bytes, by the names that they have in the JSON file."""
+        return {
+            "seconds": self.seconds,
+            "cpu_seconds_per_row": self.cpu / n_rows,
+            "peak_bytes": self.main,
+            "other_peak_bytes": self.other,
+        }
+
+
+# Rows, ranks and stage to its measurements, by name.
+Found = dict[tuple[int, int, str], dict[str, list[float]]]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    stages_help = "evaluate and predict need the model of train, so name it before them"
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help=stages_help)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--folder", help="where the temporary folder is made")
+    machine.add_flags(parser)
     settings = parser.parse_args()
-    print(HEADER, flush=True)
+    if settings.compare:
+        return machine.compare(settings.compare, "cpu_seconds_per_row")
+    found: Found = {}
+    print(f"{machine.described()}\n{HEADER}", flush=True)
     for n_rows in settings.rows:
         with tempfile.TemporaryDirectory(prefix="fusion-scale-", dir=settings.folder) as folder:
             make(Path(folder), n_rows)
-            for n_ranks in settings.ranks:
-                measure(Path(folder), n_rows, n_ranks, settings.stages)
+            for number in range(settings.repeats):
+                for n_ranks in settings.ranks:
+                    output = Path(folder) / f"output-{n_ranks}-{number}"
+                    measure(Path(folder), output, n_rows, n_ranks, settings.stages, found)
+    show_growth(found, settings)
+    if settings.json:
+        named = {f"{rows} rows, {ranks} ranks, {stage}": values for (rows, ranks, stage), values in found.items()}
+        machine.write(settings.json, named)
+    return None
 
 
-def measure(folder: Path, n_rows: int, n_ranks: int, stages: Sequence[str]) -> None:
-    where = ["--data", str(folder), "--output", str(folder / f"output-{n_ranks}")]
+def measure(folder: Path, output: Path, n_rows: int, n_ranks: int, stages: Sequence[str], found: Found) -> None:
+    """Runs the stages, prints their lines, and adds their measurements to `found`."""
+    where = ["--data", str(folder), "--output", str(output)]
     for stage in stages:
         flags = [*where, *(FLAGS if stage in ("read", "train") else ["--device", "cpu", "--run-id", "scale"])]
         # Prices are random, so the model predicts nearly one price for all, which the checks would refuse to publish.
         flags += ["--force"] if stage == "predict" else []
-        found = run(stage, flags, n_ranks)
+        measured = run(stage, flags, n_ranks)
         of = n_rows // TEST_SHARE if stage == "predict" else n_rows
-        for name, seconds in _parts(stage, found, n_rows):
+        for name, seconds in _parts(stage, measured, n_rows):
             line = f"{n_rows:<9} {n_ranks:<6} {name:<10} {seconds:8.2f} {seconds / of * 1e6:7.2f}"
-            whole = _whole(folder, stage, found, of) if name == stage else ""
+            whole = _whole(folder, stage, measured, of) if name == stage else ""
             print(line + whole, flush=True)
+        for name, value in measured.as_dict(of).items():
+            found.setdefault((n_rows, n_ranks, stage), {}).setdefault(name, []).append(value)
+
+
+def show_growth(found: Found, settings: argparse.Namespace) -> None:
+    """Prints for each stage how its CPU time per row grows with the number of rows."""
+    print("\nCPU us/row (ratio to the number of rows before; us of each row that was added)")
+    print(f"{'ranks  stage':<18}" + "".join(f"{rows:<26}" for rows in settings.rows))
+    for ranks in settings.ranks:
+        for stage in settings.stages:
+            costs = [statistics.median(found[rows, ranks, stage]["cpu_seconds_per_row"]) for rows in settings.rows]
+            print(f"{ranks:<6} {stage:<11}" + "".join(f"{cell:<26}" for cell in _growth(settings.rows, costs)))
+
+
+def _growth(sizes: Sequence[int], costs: Sequence[float]) -> Iterator[str]:
+    """A cell for each number of rows, from its CPU seconds per row."""
+    for number, (rows, cost) in enumerate(zip(sizes, costs, strict=True)):
+        if number == 0:
+            yield f"{cost * 1e6:.2f}"
+            continue
+        fewer, before = sizes[number - 1], costs[number - 1]
+        added = (cost * rows - before * fewer) / (rows - fewer) if rows != fewer else cost
+        yield f"{cost * 1e6:.2f} ({cost / before:.2f}; {added * 1e6:.2f})"
 
 
 def _whole(folder: Path, stage: str, found: Measured, n_rows: int) -> str:

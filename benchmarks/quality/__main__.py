@@ -114,7 +114,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, help="bucket or folder with train.csv and embeddings/train")
     parser.add_argument(
-        "--sources", required=True, nargs="+", type=_binding, metavar="ROLE=NAME", help="sources that peers are given"
+        "--sources", required=True, nargs="+", type=binding, metavar="ROLE=NAME", help="sources that peers are given"
     )
     parser.add_argument("--cache", required=True, type=Path, help="folder that predictions and tables are kept in")
     parser.add_argument("--models", nargs="+", choices=list(PEERS), help="peers to measure (default: all installed)")
@@ -138,7 +138,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _binding(text: str) -> tuple[str, str]:
+def binding(text: str) -> tuple[str, str]:
     role, equals, name = text.partition("=")
     if not role or (equals and not name):
         raise argparse.ArgumentTypeError(f"is {text!r}, expected ROLE=NAME such as clip_image=my_images")

@@ -115,8 +115,7 @@ def _prepared(options: Options, name: str, inputs: Sequence[Input], rows: Rows, 
     folder = SourceFolder.of(options.to, options.split, name)
     folder.check_replaceable(entries_of(inputs))
     made_from = MadeFrom(rows.sha256, options.shard_rows, _identity(inputs))
-    found = folder.current(made_from)
-    if found and found.vectors >= (1 - options.max_missing) * found.table_rows:
+    if found := _usable(options, folder, made_from):
         return f"{_summary(folder, found)}: unchanged"
     work = Work(inputs, first_kind(name, inputs), rows.ids, options.shard_rows)
     with _staged(options, folder, work, scratch) as staged:
@@ -124,8 +123,16 @@ def _prepared(options: Options, name: str, inputs: Sequence[Input], rows: Rows, 
         if entries_of(inputs_of(options.requests[name], scratch)) != entries_of(inputs):
             message = f"files of {name} changed while they were read"
             raise UnreachableError(message, "run it again once they are complete")
+        if found := _usable(options, folder, made_from):
+            return f"{_summary(folder, found)}: written by another command"
         manifest = _manifest(folder, work.kind, made_from, len(rows.ids), len(staged.findings.missing))
         return _summary(folder, folder.publish(staged.folder, replace(manifest, files=staged.files)))
+
+
+def _usable(options: Options, folder: SourceFolder, made_from: MadeFrom) -> SourceManifest | None:
+    """The manifest in the folder, if nothing needs to be done."""
+    found = folder.current(made_from)
+    return found if found and found.vectors >= (1 - options.max_missing) * found.table_rows else None
 
 
 @contextmanager
@@ -136,11 +143,13 @@ def _staged(options: Options, folder: SourceFolder, work: Work, scratch: Path) -
         return
     from fusion.prepare.on_ray import on_ray
 
-    storage.remove(folder.staging)  # of a run that was killed
+    staging = folder.new_staging()
     try:
-        yield on_ray(work, folder.staging)
+        staged = on_ray(work, staging)
+        folder.check_staged(staged.folder, staged.files)
+        yield staged
     finally:
-        storage.remove(folder.staging)
+        storage.remove(staging)
 
 
 def _identity(inputs: Sequence[Input]) -> tuple[InputFile, ...]:

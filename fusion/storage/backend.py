@@ -202,7 +202,8 @@ def remove_temporary(folder: str) -> None:
     if is_local(fs):
         for name in os.listdir(path):
             if name.endswith(TEMPORARY):
-                os.unlink(os.path.join(path, name))
+                with suppress(FileNotFoundError):  # another process has removed it
+                    os.unlink(os.path.join(path, name))
 
 
 def _make_folder(path: str) -> None:

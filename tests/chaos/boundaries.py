@@ -74,6 +74,12 @@ PREPARATION = {
     "preparation-ends": "remove */embeddings/*/_UNFINISHED",
     "prepared-table": "write */train.csv",
 }
+# Further kinds of `fusion.prepare --engine ray`.
+STAGING = {
+    "staged-shard": "write */embeddings/*/_staging/*/part-*.parquet",
+    "staging-gone": "remove */embeddings/*/_staging*",
+}
+EVERY_KIND = KINDS | STAGING | PREPARATION
 # Kinds that a run reaches many times, of which `skip` may pass over some.
 REPEATED = ("history-by-line", "history-as-table", "model", "state", "checkpoint-manifest", "epoch-end")
 REPEATED += ("checkpoint-validation", "checkpoint-intervals", "prune-manifest", "prune")
@@ -159,9 +165,9 @@ class KillSwitch:
         return result
 
     def _next(self, action: str) -> Boundary | None:
-        kind = next((kind for kind, pattern in (KINDS | PREPARATION).items() if fnmatchcase(action, pattern)), None)
+        kind = next((kind for kind, pattern in EVERY_KIND.items() if fnmatchcase(action, pattern)), None)
         if kind is None:
-            raise RuntimeError(f"{action!r} matches no kind of boundary: add one to KINDS or PREPARATION")
+            raise RuntimeError(f"{action!r} matches no kind of boundary: add one to KINDS, PREPARATION or STAGING")
         found = next((boundary for boundary in self.boundaries if boundary.kind == kind), None)
         if found and self.skip.get(kind):
             self.skip[kind] -= 1

@@ -17,11 +17,14 @@ Memory does not grow with the number of vectors: the command needs about 0.5 GB,
 the size of the table. Vectors pass through a temporary folder (TMPDIR), which needs room for one source.
 
 With --engine ray (pip install 'ray[data]') the workers of a Ray cluster read the files, shuffle the rows and write the
-shards, for sources that one machine cannot hold. The result has the same bytes. All workers must reach all URLs.
+shards, for sources that one machine cannot hold. The result has the same bytes. All workers must have this package and
+reach all URLs: a bucket, or a folder that all nodes share. They use the credentials and endpoints of this command.
 Vectors pass through Ray's object store; shards are written beside the final ones, and copied when all are checked.
+The cluster is that of --ray-address or RAY_ADDRESS; `ray job submit -- python -m fusion.prepare …` works too.
 
 A source whose files and table have not changed is left as it is. If the command is stopped or killed, run it again:
-the result has the same bytes. This needs polars, and no GPU.
+the result has the same bytes. If two commands write one source at the same time, the one that begins to write later
+completes it, and the other ends with 78. This needs polars, and no GPU.
 """
 
 from __future__ import annotations
@@ -73,7 +76,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--engine",
         choices=("polars", "ray"),
         default="polars",
-        help="polars: this machine; ray: the cluster of RAY_ADDRESS, or processes on this machine (default: polars)",
+        help="polars: this machine; ray: a Ray cluster, or else processes on this machine (default: polars)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        type=filled("--ray-address"),
+        help="of the Ray cluster (default: RAY_ADDRESS, or the cluster that `ray start` has started on this machine)",
     )
     add_store_timeout(parser)
     return parser.parse_args(argv)
@@ -142,19 +151,19 @@ def _job(argv: Sequence[str] | None) -> ExitCode:
         arguments.shard_rows,
         arguments.engine,
     )
-    with signals.listening(), _engine(arguments.engine):
+    with signals.listening(), _engine(arguments):
         for line in prepare(options):
             print(line, flush=True)
     return ExitCode.DONE
 
 
-def _engine(name: str) -> AbstractContextManager[None]:
+def _engine(arguments: argparse.Namespace) -> AbstractContextManager[None]:
     """Starts what the engine needs, for as long as the context lasts."""
-    if name != "ray":
+    if arguments.engine != "ray":
         return nullcontext()
     from fusion.prepare.on_ray import cluster
 
-    return cluster()
+    return cluster(arguments.ray_address)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

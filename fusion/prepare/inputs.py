@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,6 +37,9 @@ class Input(Protocol):
     def batches(self, kind: Kind) -> Iterator[pl.DataFrame]:
         """The ids (`sample_id`, text) and vectors (`embedding`). DataError if the vectors are not of this kind."""
 
+    def absolute(self) -> Input:
+        """The same with absolute paths, for processes that run in other folders."""
+
     def on_worker(self, scratch: Path) -> Input:
         """The same for a process on another machine, which may use the folder `scratch`."""
 
@@ -59,6 +63,9 @@ class ParquetFile:
             with open_part(part, kind, content_of(part)) as (ids, batches):
                 for vectors, positions in batches:
                     yield _frame(ids.take(pa.array(positions)), vectors)
+
+    def absolute(self) -> ParquetFile:
+        return ParquetFile(_absolute(self.file))
 
     def on_worker(self, _: Path) -> ParquetFile:
         return self
@@ -105,8 +112,20 @@ class NumpyPair:
             rows = np.array(self._rows()[0][start : start + step], kind.dtype)
             yield _frame(pa.chunked_array([ids[start : start + step]]), rows)
 
+    def absolute(self) -> NumpyPair:
+        return replace(self, vectors=_absolute(self.vectors), ids=_absolute(self.ids))
+
     def on_worker(self, scratch: Path) -> NumpyPair:
         return replace(self, scratch=scratch)
+
+
+def _absolute(entry: Entry) -> Entry:
+    return replace(entry, url=absolute_url(entry.url))
+
+
+def absolute_url(url: str) -> str:
+    """The URL; of a path, the absolute one."""
+    return url if "://" in url else os.path.abspath(url)
 
 
 def _frame(ids: pa.ChunkedArray, vectors: NDArray[Any]) -> pl.DataFrame:

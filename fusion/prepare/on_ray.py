@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,24 +21,35 @@ import pyarrow as pa
 
 from fusion import storage
 from fusion.data.source_file import Kind
-from fusion.errors import FusionError
-from fusion.prepare.inputs import Input, large_batches
+from fusion.errors import ConfigError, FusionError, UnreachableError
+from fusion.prepare.access import Access
+from fusion.prepare.inputs import Input, absolute_url, large_batches
 from fusion.prepare.shards import FINDINGS, Findings, as_arrow, shards_of
 from fusion.prepare.work import Staged, Work, finish_shard, stop_if_asked
 from fusion.records.schemas import FileEntry
 from fusion.storage.scratch import temporary_folder
 
+CONNECT_TIMEOUT = 10.0  # seconds; Ray itself would try for more than two minutes, and end the process
 Result = tuple[FileEntry, Findings]
+_SUBMIT = "ray job submit --address http://HEAD:8265 -- python -m fusion.prepare"
 
 
 @contextmanager
-def cluster() -> Iterator[None]:
-    """Connects to the cluster of RAY_ADDRESS, or else starts one on this machine."""
+def cluster(address: str | None = None) -> Iterator[None]:
+    """Connects to a Ray cluster, or starts one on this machine if Ray finds none.
+
+    Args:
+        address: as for `ray.init`, such as `auto` or `10.0.0.1:6379`; None: the one of RAY_ADDRESS or of `ray start`.
+
+    Raises:
+        ConfigError: the address is not one of a cluster, or its versions of Ray or Python differ from those here.
+        UnreachableError: the cluster does not answer.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends reports to its makers
     import ray
 
-    alone: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, **alone)
+    with _connection_explained(address or os.environ.get("RAY_ADDRESS", "")):
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
@@ -46,9 +58,30 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def _connection_explained(address: str) -> Iterator[None]:
+    if "://" in address:
+        message = f"{address} is not an address of a Ray cluster that fusion.prepare can join"
+        raise ConfigError(message, f"run it on the cluster with `{_SUBMIT} …`, or give --ray-address HOST:6379")
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdecimal():
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT).close()
+        yield
+    except OSError as error:
+        message = f"no Ray cluster answers at {address or 'the address that Ray found'}: {error}"
+        raise UnreachableError(message, "correct --ray-address or RAY_ADDRESS, or leave it out") from error
+    except (RuntimeError, ValueError) as error:  # other versions of Ray or Python, or an address of another form
+        message = f"cannot join the Ray cluster {address}: {error}"
+        raise ConfigError(
+            message, f"use the Ray and the Python of the cluster, for example with `{_SUBMIT} …`"
+        ) from error
+
+
 def on_ray(work: Work, staging: str) -> Staged:
     """As `on_this_machine`, with shards written to the folder `staging`. Call it inside of `cluster`."""
     found: dict[int, Result] = {}
+    staging = absolute_url(staging)
     with _own_errors_raised():
         for row in _results(work, staging).iter_rows():
             stop_if_asked()
@@ -64,13 +97,16 @@ def _results(work: Work, staging: str) -> Any:
     """A dataset of one row per shard that has rows, see `_row`."""
     import ray
 
-    inputs, starts, kind, shard_rows = work.inputs, work.starts.to_arrow(), work.kind, work.shard_rows
+    inputs, starts = [one.absolute() for one in work.inputs], work.starts.to_arrow()
+    kind, shard_rows, access = work.kind, work.shard_rows, Access.of_this_process()
     ids = ray.put(work.ids.to_arrow())  # workers of a machine share one copy
 
     def read(batch: Any) -> Iterator[Any]:
+        access.use()
         yield from _read([inputs[i] for i in batch["id"]], kind, pl.Series(pl.from_arrow(starts)))
 
     def finish(rows: pa.Table) -> pa.Table:
+        access.use()
         shard = rows["shard"][0].as_py()
         mine = pl.Series(pl.from_arrow(ray.get(ids).slice(shard * shard_rows, shard_rows)))
         return _row(shard, _finish(shard, mine, _as_polars(rows), staging))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,18 +20,21 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from fusion import storage
+from fusion import __version__, storage
 from fusion.data.source_file import Kind
-from fusion.errors import ConfigError, FusionError, UnreachableError
+from fusion.errors import ConfigError, DataError, FusionError, UnreachableError
 from fusion.prepare.access import Access
-from fusion.prepare.inputs import Input, absolute_url, large_batches
+from fusion.prepare.inputs import Input, absolute_url, entries_of, large_batches
 from fusion.prepare.shards import FINDINGS, Findings, as_arrow, shards_of
 from fusion.prepare.work import Staged, Work, finish_shard, stop_if_asked
 from fusion.records.schemas import FileEntry
+from fusion.storage import Entry
 from fusion.storage.scratch import temporary_folder
 
+_OTHER_CODE = re.compile(r"No module named '[\w.]+'|Can't get attribute '\w+' on <module '[\w.]+'")
 CONNECT_TIMEOUT = 10.0  # seconds; Ray itself would try for more than two minutes, and end the process
 Result = tuple[FileEntry, Findings]
+_SAME = "install the same version of fusion[ray] on all nodes, or use one image for all"
 _SUBMIT = "ray job submit --address http://HEAD:8265 -- python -m fusion.prepare"
 
 
@@ -51,8 +55,10 @@ def cluster(address: str | None = None) -> Iterator[None]:
     with _connection_explained(address or os.environ.get("RAY_ADDRESS", "")):
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it would print the traceback of every error of a worker
     try:
+        with _own_errors_raised():
+            _check_nodes()
         yield
     finally:
         ray.shutdown()
@@ -76,6 +82,28 @@ def _connection_explained(address: str) -> Iterator[None]:
         raise ConfigError(
             message, f"use the Ray and the Python of the cluster, for example with `{_SUBMIT} …`"
         ) from error
+
+
+def _check_nodes() -> None:
+    """Raises a ConfigError if a node that runs tasks lacks this package or has another version of it.
+
+    Without this check, Ray would start workers that cannot work again and again.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    task = ray.remote(num_cpus=0, max_retries=0)(_version)
+    on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    found = ray.get([task.options(scheduling_strategy=where).remote() for where in on])
+    for node, version in zip(nodes, found, strict=True):
+        if version != __version__:
+            message = f"{node['NodeManagerAddress']} has fusion {version}, this machine has {__version__}"
+            raise ConfigError(message, _SAME)
+
+
+def _version() -> str:
+    return __version__
 
 
 def on_ray(work: Work, staging: str) -> Staged:
@@ -116,11 +144,19 @@ def _results(work: Work, staging: str) -> Any:
     return rows.groupby("shard", num_partitions=len(starts)).map_groups(finish, batch_format="pyarrow")
 
 
-def _read(inputs: Iterable[Input], kind: Kind, starts: pl.Series) -> Iterator[pa.Table]:
+def _read(inputs: Sequence[Input], kind: Kind, starts: pl.Series) -> Iterator[pa.Table]:
     """Batches of rows, each with the number of its shard."""
+    _check_shared(entries_of(inputs))
     with TemporaryDirectory(prefix="fusion-prepare-", dir=temporary_folder()) as scratch:
         for batch in large_batches([one.on_worker(Path(scratch)) for one in inputs], kind):
             yield as_arrow(batch).append_column("shard", shards_of(batch, starts).to_arrow())
+
+
+def _check_shared(files: Sequence[Entry]) -> None:
+    for file in files:
+        if "://" not in file.url and not os.path.exists(file.url):
+            message = f"{file.url} does not exist on {socket.gethostname()}, a node of the Ray cluster"
+            raise DataError(message, "name a bucket with --source, or a folder that all nodes share")
 
 
 def _as_polars(rows: pa.Table) -> pl.DataFrame:
@@ -156,6 +192,8 @@ def _own_errors_raised() -> Iterator[None]:
 
 def _own(error: BaseException, wrapper: type[BaseException]) -> BaseException:
     """The FusionError that Ray's errors were raised for; the first of these if there is none."""
+    if found := _OTHER_CODE.search(str(error)):
+        return ConfigError(f"a node of the Ray cluster cannot run this version of fusion: {found[0]}", _SAME)
     inner: BaseException | None = error
     while isinstance(inner, wrapper):
         inner = getattr(inner, "cause", None) or inner.__cause__

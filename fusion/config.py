@@ -50,6 +50,7 @@ def setting(default: Any, help: str, group: str, expected: str = "", **constrain
 
 
 Residency = Literal["auto", "device", "host", "mapped"]
+Shuffle = Literal["rows", "blocks"]
 LossName = Literal[
     "weighted_smape",
     "smape",
@@ -202,6 +203,12 @@ class RunConfig(StoreConfig):
     loss: LossName = setting("smape", "loss to minimise, see fusion/loss_functions.py", "training")
     epochs: int = setting(20, "passes over the training rows, at most", "training", ge=1)
     batch_size: int = setting(256, "rows per step, over all ranks together", "training", ge=1)
+    shuffle: Shuffle = setting(
+        "rows",
+        "order of the training rows; rows: any order; blocks: runs of 1,024 rows in any order, mixed with 15 others, "
+        "for --cache on a slow disk",
+        "training",
+    )
     lr: float = setting(2e-3, "learning rate of AdamW", "training", gt=0)
     schedule: Literal["cosine", "plateau"] = setting(
         "cosine", "cosine: the learning rate falls to 0 over --epochs; plateau: when progress stalls", "training"

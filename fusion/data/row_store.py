@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -93,27 +94,26 @@ class RowStore:
         candidates = self.candidates.of(rows) if self.candidates else None
         return Batch(inputs, present, folds, groups, candidates, self.is_projected)
 
-    def batches(self, parts: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
-        """The batch of each part, which are positions [B]. Rows are read and copied to a GPU some batches ahead."""
-        parts = self._read_ahead(parts) if self.is_mapped else parts
+    def batches(self, parts: Iterable[Tensor], device: torch.device, together: int = 1) -> Iterator[Batch]:
+        """The batch of each part, which are positions [B]. Rows are read and copied to a GPU some batches ahead.
+
+        Args:
+            together: number of parts whose mapped rows are read in one pass over the files.
+        """
+        parts = self._read_ahead(parts, together) if self.is_mapped else parts
         if device.type == "cpu" or self.is_on_gpu:
             yield from (self.batch(rows, device) for rows in parts)
         else:
             yield from self._copied_ahead(parts, device)
 
-    def _read_ahead(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _read_ahead(self, parts: Iterable[Tensor], together: int) -> Iterator[Tensor]:
         """The same parts, whose mapped rows have been asked for from the disk."""
         with ExitStack() as stack:
             reader = stack.enter_context(ThreadPoolExecutor(1))
             for file in self.maps.values():
                 stack.enter_context(file.used_at_random())
-            expected, row_bytes = deque[Tensor](), self.n_bytes // len(self)
-            for rows in parts:
-                reader.submit(self._expect, rows)
-                expected.append(rows)
-                if len(expected) * len(rows) * row_bytes > AHEAD_BYTES:
-                    yield expected.popleft()
-            yield from expected
+            for some in self._expected(parts, together, reader):
+                yield from some
 
     def _copied_ahead(self, parts: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
         """The batch of each part. The next one is copied in a stream of its own while the GPU computes."""
@@ -133,9 +133,23 @@ class RowStore:
             while ahead:
                 yield _ready(ahead.popleft().result(), stream)
 
+    def _expected(self, parts: Iterable[Tensor], together: int, reader: Executor) -> Iterator[list[Tensor]]:
+        """Yields the parts in groups of `together`. The group after each is being read by then, and perhaps more."""
+        rest, row_bytes = iter(parts), self.n_bytes // len(self)
+        expected, n_rows = deque[list[Tensor]](), 0
+        while some := list(islice(rest, together)):
+            reader.submit(self._expect, torch.cat(some))
+            expected.append(some)
+            n_rows += sum(map(len, some))
+            if len(expected) > 1 and n_rows * row_bytes > AHEAD_BYTES:
+                n_rows -= sum(map(len, expected[0]))
+                yield expected.popleft()
+        yield from expected
+
     def _expect(self, rows: Tensor) -> None:
+        ascending = rows.sort().values
         for file in self.maps.values():
-            file.expect(rows)
+            file.expect(ascending)
 
     def resident_on(self, device: torch.device, residency: Residency = "auto") -> RowStore:
         """The same rows where batches are gathered from.

@@ -151,6 +151,7 @@ def _log_start(fit: Fit) -> None:
         device=fit.world.device,
         loss=config.loss,
         batch_size=config.batch_size,
+        shuffle=config.shuffle,
         lr=config.lr,
     )
     log.info(event="baseline", **baseline(fit.data))

@@ -32,6 +32,7 @@ from fusion.records.validation import validation_frame
 from fusion.training.dataset import TrainingData
 from fusion.training.early_stopping import EarlyStopping
 from fusion.training.graph import StepGraph
+from fusion.training.order import batches_read_together, epoch_order
 from fusion.training.seeds import derived_seed
 
 # Steps between two synchronisations of the ranks, in which they add up their losses and may save or stop. A stop signal
@@ -226,9 +227,8 @@ class Fit:
 
     def _batches(self) -> tuple[Tensor, ...]:
         """Returns the global batches of the current epoch, each a tensor of positions. All ranks get the same."""
-        order = torch.Generator().manual_seed(derived_seed(self.config.seed, "order", self.epoch + 1))
-        shuffled = self.data.train[torch.randperm(len(self.data.train), generator=order)]
-        return torch.split(shuffled, self.config.batch_size)
+        order = epoch_order(self.data.train, self.config.shuffle, self.config.seed, self.epoch + 1)
+        return torch.split(order, self.config.batch_size)
 
     def _part(self, batch: Tensor) -> slice:
         """Returns this rank's part of a global batch.
@@ -244,7 +244,9 @@ class Fit:
         if self._graph:
             yield from (None for _ in batches)
         else:
-            yield from self.store.batches((batch[self._part(batch)] for batch in batches), self.world.device)
+            parts = (batch[self._part(batch)] for batch in batches)
+            together = batches_read_together(self.config.shuffle, self.config.batch_size)
+            yield from self.store.batches(parts, self.world.device, together)
 
     def _train_batch(self, batch: Tensor, inputs: Batch | None) -> Tensor:
         """Takes one optimizer step on a global batch of B positions.

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fusion.data import embeddings, row_cache
+from fusion.data import embeddings, row_cache, row_store
 from fusion.data.embeddings import load
 from fusion.data.row_store import RowStore
 from fusion.distributed.world import World, join_world
@@ -138,12 +138,16 @@ def test_rows_larger_than_the_memory_need_the_cache(data: Path, alone: World, mo
     read(data, alone)
 
 
-def test_mapped_rows_give_the_same_batches(data: Path, alone: World) -> None:
+@pytest.mark.parametrize(("together", "ahead"), [(1, 1 << 26), (1, 0), (4, 0), (1000, 0)])
+def test_mapped_rows_give_the_same_batches(
+    data: Path, alone: World, together: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_store, "AHEAD_BYTES", ahead)
     store, cpu = read(data, alone), torch.device("cpu")
     mapped = store.resident_on(cpu, "mapped")
     assert mapped.is_mapped and not store.resident_on(cpu).is_mapped
     parts = torch.split(torch.randperm(N).repeat(20), 7)
-    for rows, batch in zip(parts, mapped.batches(parts, cpu), strict=True):
+    for rows, batch in zip(parts, mapped.batches(parts, cpu, together), strict=True):
         assert torch.equal(batch.inputs["a"], store.batch(rows, cpu).inputs["a"])
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from fusion.demo.catalog import generate
 from tests.conftest import DIMS, SMALL
 from tests.forked import run_commands
@@ -15,7 +17,8 @@ def outputs(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for name in patterns for path in output.glob(name)}
 
 
-def test_mapped_rows_give_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+def test_mapped_rows_give_the_same_bytes(shuffle: str, tmp_path: Path) -> None:
     generate(tmp_path / "data", n_products=403, n_test=100, dims=DIMS)
     cached = ["--cache", str(tmp_path / "cache"), "--residency", "mapped"]
     found = {}
@@ -23,7 +26,7 @@ def test_mapped_rows_give_the_same_bytes(tmp_path: Path) -> None:
         where = ["--output", str(tmp_path / name), *flags]
         train = ["--data", str(tmp_path / "data"), *SMALL, "--epochs", "1", "--run-id", "r"]
         lines = [
-            ["fusion.all_embeddings.train", *where, *train],
+            ["tests.small_blocks", *where, *train, "--shuffle", shuffle],
             ["fusion.all_embeddings.evaluate_by_groups", *where],
             ["fusion.all_embeddings.predict_test", *where, "--date", "2026-01-02"],
         ]

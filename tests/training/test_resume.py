@@ -29,6 +29,7 @@ from fusion.verify import __main__ as verify
 from tests.chaos.boundaries import ALL, KINDS, Boundary
 from tests.conftest import SMALL, run_command, upload
 from tests.documents import edit
+from tests.forked import run_commands
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +45,10 @@ def model_bytes(output: Path) -> bytes:
 
 def validation_bytes(output: Path) -> bytes:
     return manifests.read_file(RunFolder(str(output / "runs" / "r")).best(), manifests.VALIDATION)
+
+
+def curve(output: Path) -> pd.DataFrame:
+    return pd.read_csv(output / "runs/r/metrics/epochs.csv")[["loss", "smape"]]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,23 @@ def stopped_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         original(self, **options)
 
     monkeypatch.setattr(fusion.training.saver.Saver, "agree", agree)
+
+
+def test_blocks_of_rows_resume_on_any_number_of_ranks(catalog: Path, tmp_path: Path) -> None:
+    def trained(output: str, ranks: int, stop_at: str = "") -> tuple[int, str]:
+        line = ["tests.small_blocks", *flags(catalog, tmp_path / output, "--shuffle", "blocks")]
+        done = run_commands(ranks, [line], env={"FUSION_TEST_STOP_AT": stop_at} if stop_at else {})
+        return done.returncode, done.stderr
+
+    assert trained("whole", 1)[0] == 0
+    assert trained("resumed", 1, stop_at="9")[0] == 75
+    code, said = trained("resumed", 1)
+    assert code == 0 and " step=9" in said and "shuffle=blocks" in said
+    assert model_bytes(tmp_path / "resumed") == model_bytes(tmp_path / "whole")
+    assert trained("ranks", 2, stop_at="9")[0] == 75
+    assert trained("ranks", 2)[0] == 0
+    whole, ranks = (curve(tmp_path / name) for name in ("whole", "ranks"))
+    pd.testing.assert_frame_equal(whole, ranks, rtol=1e-5)
 
 
 @pytest.mark.parametrize("step", [2, 8, 14])
@@ -97,8 +119,7 @@ def test_another_number_of_ranks_can_resume(
     second = run_command("fusion.all_embeddings.train", *flags(catalog, output), ranks=after)
     assert second.code == 0, second.err
     assert "event=resumed" in second.err and " step=9" in second.err
-    curves = [pd.read_csv(folder / "runs/r/metrics/epochs.csv")[["loss", "smape"]] for folder in (output, undisturbed)]
-    pd.testing.assert_frame_equal(curves[0], curves[1], rtol=1e-5)
+    pd.testing.assert_frame_equal(curve(output), curve(undisturbed), rtol=1e-5)
 
 
 def test_three_stops_without_progress_are_a_bug(

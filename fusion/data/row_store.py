@@ -134,7 +134,7 @@ class RowStore:
                 yield _ready(ahead.popleft().result(), stream)
 
     def _expected(self, parts: Iterable[Tensor], together: int, reader: Executor) -> Iterator[list[Tensor]]:
-        """Yields the parts in groups of `together`. The group after each is being read by then, and perhaps more."""
+        """Yields the parts in groups of `together`, while the next group, and perhaps more, is being read."""
         rest, row_bytes = iter(parts), self.n_bytes // len(self)
         expected, n_rows = deque[list[Tensor]](), 0
         while some := list(islice(rest, together)):

@@ -92,7 +92,8 @@ def _check_nodes() -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    every = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node for node in every if node["Alive"] and node["Resources"].get("CPU")]
     task = ray.remote(num_cpus=0, max_retries=0)(_version)
     on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     found = ray.get([task.options(scheduling_strategy=where).remote() for where in on])

@@ -25,7 +25,7 @@ HOW = {"output", "run_id", "device", "store_timeout", "grace", "stall_timeout", 
 HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep", "promote", "cache", "residency"}
 # (setting, value, other settings that have no effect when the first setting has this value)
 UNUSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
-    ("model", "concat", ("n_heads", "n_experts")),
+    ("model", "concat", ("n_tokens", "n_heads", "n_experts")),
     ("schedule", "cosine", ("lr_patience", "lr_factor", "min_lr")),
     ("schedule", "plateau", ("warmup",)),
     ("neighbours", 0, ("neighbour_dropout", "approximate_above")),
@@ -122,9 +122,11 @@ class RunConfig(StoreConfig):
     """Settings of a training run that all variants share. The defaults are the recipe that scored best.
 
     Attributes:
+        earlier_tokens: tokens per source of models of versions that had no setting for it.
         published: the values that `--recipe published` uses instead of the defaults; each variant adds more.
     """
 
+    earlier_tokens: ClassVar[int] = 1
     published: ClassVar[Mapping[str, Any]] = {
         "model": "fusion",
         "width": 512,
@@ -193,6 +195,7 @@ class RunConfig(StoreConfig):
         "concat", "concat: a plain network; fusion: attention and mixture of experts", "model"
     )
     width: int = setting(192, "features that each source is mapped to", "model", ge=1)
+    n_tokens: int = setting(1, "tokens that attention gets of each source", "model", ge=1)
     n_heads: int = setting(8, "attention heads", "model", ge=1)
     n_experts: int = setting(3, "experts in the mixture", "model", ge=1)
     dropout: float = setting(0.5, "share of features dropped in training", "model", ge=0, lt=1)

@@ -75,6 +75,16 @@ def test_the_config_of_an_earlier_version_has_the_published_recipe() -> None:
     assert (config.input_dropout, config.input_noise, config.neighbour_dropout, config.warmup) == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize(("config_class", "n_tokens"), [(Config, 2), (PairConfig, 4)])
+def test_the_model_of_an_earlier_version_keeps_its_number_of_tokens(
+    config_class: type[Config | PairConfig], n_tokens: int
+) -> None:
+    values = {name: value for name, value in json.loads(EARLIER.read_text()).items() if name != "sources"}
+    for more in ({}, {"recipe": "best"}):
+        assert from_json(config_class, json.dumps(values | more), "config.json").n_tokens == n_tokens
+    assert Config(recipe="published").n_tokens == 1 and PairConfig(recipe="published").n_tokens == 4
+
+
 def test_the_config_of_an_earlier_version_keeps_its_fold() -> None:
     values = json.loads(EARLIER.read_text())
     for fold in (0, 2):

@@ -23,6 +23,7 @@ class Sources:
 class Config(RunConfig):
     variant: ClassVar[str] = "all_embeddings"
 
+    earlier_tokens: ClassVar[int] = 2
     published: ClassVar[Mapping[str, Any]] = {**RunConfig.published, "hidden": (1024, 512, 256)}
     sources: Sources = Sources()
     hidden: tuple[PositiveInt, ...] = setting(

@@ -11,24 +11,29 @@ from fusion.all_embeddings.config import Config
 from fusion.nn.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOfExperts
 
 IMAGES = ("clip_image", "siglip_image")
-N_TOKENS = 2  # per source, with `--model fusion`
 GATE_WIDTH = 128  # hidden features of the gate
 
 
 class FusionNetwork(nn.Module):
     """Self-attention among image tokens and among text tokens, then cross-attention, and a mixture of experts.
 
-    Sources that are computed from a table count as text.
+    If each source has one token, those of a modality are merged by a linear map; several are averaged. Sources that are
+    computed from a table count as text.
     """
 
     def __init__(self, config: Config, dims: Mapping[str, int]) -> None:
         super().__init__()
-        width, dropout = config.width, config.dropout
-        self.branches = nn.ModuleDict({role: Branch(dim, width, N_TOKENS, dropout) for role, dim in dims.items()})
+        width, dropout, self.n_tokens = config.width, config.dropout, config.n_tokens
+        self.branches = nn.ModuleDict(
+            {role: Branch(dim, width, config.n_tokens, dropout) for role, dim in dims.items()}
+        )
         self.among_images = Attention(width, config.n_heads, dropout)
         self.among_texts = Attention(width, config.n_heads, dropout)
         self.image_to_text = Attention(width, config.n_heads, dropout)
         self.text_to_image = Attention(width, config.n_heads, dropout)
+        n_images, n_texts = len(IMAGES), len(dims) - len(IMAGES)
+        if config.n_tokens == 1:
+            self.merge_images, self.merge_texts = (nn.Linear(n * width, width) for n in (n_images, n_texts))
         self.mixture = MixtureOfExperts(2 * width, config.hidden, config.n_experts, GATE_WIDTH, dropout)
 
     def forward(self, inputs: Inputs, present: Inputs) -> Tensor:
@@ -42,8 +47,10 @@ class FusionNetwork(nn.Module):
         images = self._tokens(IMAGES, inputs, present)
         texts = self._tokens([role for role in self.branches if role not in IMAGES], inputs, present)
         images, texts = self.among_images(images, images), self.among_texts(texts, texts)
-        attended = self.image_to_text(images, texts), self.text_to_image(texts, images)
-        return torch.cat([tokens.mean(1) for tokens in attended], dim=1)
+        images, texts = self.image_to_text(images, texts), self.text_to_image(texts, images)
+        if self.n_tokens == 1:
+            return torch.cat([self.merge_images(images.flatten(1)), self.merge_texts(texts.flatten(1))], dim=1)
+        return torch.cat([images.mean(1), texts.mean(1)], dim=1)
 
     def _tokens(self, roles: Iterable[str], inputs: Inputs, present: Inputs) -> Tensor:
         return torch.cat([self.branches[role](inputs[role], present[role]) for role in roles], dim=1)

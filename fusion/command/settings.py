@@ -58,11 +58,17 @@ def from_json(config_class: type[C], text: str | bytes, origin: str) -> C:
             f"{origin} is not a JSON file of settings: {error}", "use another run, or restore the file"
         ) from error
     _check_keys(origin, flat, flags)
-    return _validate(config_class, _of_any_version(values), dict.fromkeys(flags, f"in {origin}"))
+    return _validate(config_class, _of_any_version(config_class, values), dict.fromkeys(flags, f"in {origin}"))
 
 
-def _of_any_version(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Adapts the settings of earlier versions, which only had the published recipe, and wrote fold 0 without folds."""
+def _of_any_version(config_class: type[C], values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Adapts the settings of earlier versions.
+
+    The first ones only had the published recipe, and wrote fold 0 without folds. Later ones had no setting for the
+    number of tokens.
+    """
+    if values.get("model") == "fusion":
+        values = {"n_tokens": getattr(config_class, "earlier_tokens", 1), **values}
     if "recipe" in values:
         return values
     fold = values.get("fold") if values.get("folds") is not None else None

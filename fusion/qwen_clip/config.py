@@ -21,8 +21,11 @@ class Sources:
 class Config(RunConfig):
     variant: ClassVar[str] = "qwen_clip"
 
+    earlier_tokens: ClassVar[int] = 4
     published: ClassVar[Mapping[str, Any]] = {**RunConfig.published, "hidden": (512, 256, 128)}
     sources: Sources = Sources()
     hidden: tuple[PositiveInt, ...] = setting(
         (256,), "features of the hidden layers of each expert", "model", min_length=1
     )
+    # With a single token on each side, attention would have nothing to choose from.
+    n_tokens: int = setting(4, "tokens that attention gets of each source", "model", ge=2)

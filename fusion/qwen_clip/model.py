@@ -11,12 +11,11 @@ from fusion.nn.layers import Attention, Branch, ConcatNetwork, Inputs, MixtureOf
 from fusion.qwen_clip.config import Config
 
 IMAGE = "clip_image"
-N_TOKENS = 4  # per source, with `--model fusion`
 GATE_WIDTH = 512  # hidden features of the gate
 
 
 class FusionNetwork(nn.Module):
-    """Cross-attention between image and text tokens, four per source, and a mixture of experts.
+    """Cross-attention between image and text tokens, several per source, and a mixture of experts.
 
     Sources that are computed from a table count as text.
     """
@@ -24,7 +23,9 @@ class FusionNetwork(nn.Module):
     def __init__(self, config: Config, dims: Mapping[str, int]) -> None:
         super().__init__()
         width, dropout = config.width, config.dropout
-        self.branches = nn.ModuleDict({role: Branch(dim, width, N_TOKENS, dropout) for role, dim in dims.items()})
+        self.branches = nn.ModuleDict(
+            {role: Branch(dim, width, config.n_tokens, dropout) for role, dim in dims.items()}
+        )
         self.image_to_text = Attention(width, config.n_heads, dropout)
         self.text_to_image = Attention(width, config.n_heads, dropout)
         self.mixture = MixtureOfExperts(2 * width, config.hidden, config.n_experts, GATE_WIDTH, dropout)

@@ -3,7 +3,7 @@
 #                digest that its registry reports
 #   TORCH        cpu or cuda: which of requirements/torch-*.txt is installed; `make lock` writes more of these files
 #   TORCH_INDEX  package index for torch; empty: pip's own index, as for all other packages
-#   EXTRAS       gcs to support gs://
+#   EXTRAS       gcs to support gs://; prepare or ray for fusion.prepare with Polars, or with both Polars and Ray
 #   SOURCE       a URL for the label of that name
 #   VERSION, REVISION, CREATED, BASE_DIGEST  for labels and run.json; `make image` takes them from the code, its commit
 #                and the base
@@ -22,7 +22,7 @@ ARG TORCH=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python3 -m pip --python /opt/venv/bin/python install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} \
     --requirement "requirements/torch-${TORCH}.txt"
-COPY requirements/run.txt requirements/gcs.txt requirements/
+COPY requirements/run.txt requirements/gcs.txt requirements/prepare.txt requirements/ray.txt requirements/
 ARG EXTRAS=
 RUN python3 -m pip --python /opt/venv/bin/python install --requirement "requirements/${EXTRAS:-run}.txt" \
  && python3 -m pip --python /opt/venv/bin/python check

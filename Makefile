@@ -71,7 +71,9 @@ LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --no-annotate --no-header
 lock: $(BIN)/python
 	$(BIN)/pip install --quiet uv==0.13.9
 	$(LOCK) --torch-backend cpu --no-emit-package torch pyproject.toml --output-file requirements/run.txt
-	$(LOCK) --torch-backend cpu --no-emit-package torch --extra gcs pyproject.toml --output-file requirements/gcs.txt
+	for extra in gcs prepare ray; do \
+	  $(LOCK) --torch-backend cpu --no-emit-package torch --extra $$extra pyproject.toml \
+	    --output-file requirements/$$extra.txt || exit; done
 	for torch in $(LOCKED); do echo torch | $(LOCK) $$(test $$torch = cuda || echo --torch-backend $$torch) \
 	  $$(sed -n 's/==.*//; s/^[a-z]/--no-emit-package &/p' requirements/run.txt) - \
 	  --output-file requirements/torch-$$torch.txt || exit; done

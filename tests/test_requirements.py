@@ -40,7 +40,7 @@ def test_versions_are_those_of_the_tests(lock: Path) -> None:
     assert not of_cuda or "torch" in found, "torch alone brings libraries of NVIDIA"
 
 
-@pytest.mark.parametrize(("lock", "extra"), [("run", ""), ("gcs", "gcs")])
+@pytest.mark.parametrize(("lock", "extra"), [("run", ""), ("gcs", "gcs"), ("prepare", "prepare"), ("ray", "ray")])
 def test_the_dependencies_of_the_project_are_locked(lock: str, extra: str) -> None:
     found = {**pinned(ROOT / f"requirements/{lock}.txt"), **pinned(ROOT / "requirements/torch-cpu.txt")}
     for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"].get(extra, []):

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from fusion import __version__, storage
 from fusion.data.source_file import Kind
-from fusion.errors import ConfigError, DataError, FusionError, UnreachableError
+from fusion.errors import ConfigError, CredentialsError, DataError, FusionError, UnreachableError
 from fusion.prepare.access import Access
 from fusion.prepare.inputs import Input, absolute_url, entries_of, large_batches
 from fusion.prepare.shards import FINDINGS, Findings, as_arrow, shards_of
@@ -47,7 +47,7 @@ def cluster(address: str | None = None) -> Iterator[None]:
 
     Raises:
         ConfigError: the address is not one of a cluster, or its versions of Ray or Python differ from those here.
-        UnreachableError: the cluster does not answer.
+        UnreachableError, CredentialsError: the cluster does not answer, or asks for a token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends reports to its makers
     import ray
@@ -69,19 +69,30 @@ def _connection_explained(address: str) -> Iterator[None]:
     if "://" in address:
         message = f"{address} is not an address of a Ray cluster that fusion.prepare can join"
         raise ConfigError(message, f"run it on the cluster with `{_SUBMIT} …`, or give --ray-address HOST:6379")
-    host, _, port = address.rpartition(":")
+    _connect(address)
     try:
-        if host and port.isdecimal():
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT).close()
         yield
-    except OSError as error:
-        message = f"no Ray cluster answers at {address or 'the address that Ray found'}: {error}"
-        raise UnreachableError(message, "correct --ray-address or RAY_ADDRESS, or leave it out") from error
+    except ConnectionError as error:
+        message = f"the Ray cluster {address or 'on this machine'} does not accept this process: {error}"
+        raise CredentialsError(
+            message, "set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN, or correct --ray-address"
+        ) from error
     except (RuntimeError, ValueError) as error:  # other versions of Ray or Python, or an address of another form
         message = f"cannot join the Ray cluster {address}: {error}"
         raise ConfigError(
             message, f"use the Ray and the Python of the cluster, for example with `{_SUBMIT} …`"
         ) from error
+
+
+def _connect(address: str) -> None:
+    """Raises an UnreachableError if nothing listens at an address of the form HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdecimal():
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT).close()
+    except OSError as error:
+        message = f"no Ray cluster answers at {address}: {error}"
+        raise UnreachableError(message, "correct --ray-address or RAY_ADDRESS, or leave it out") from error
 
 
 def _check_nodes() -> None:

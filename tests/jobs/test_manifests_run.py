@@ -19,6 +19,8 @@ from fusion.config import EvaluateConfig, PredictConfig, RunConfig
 from fusion.errors import ExitCode
 from fusion.launch.launcher import Options, _parse, _parser
 from fusion.launch.processes import SETTLE
+from fusion.prepare import __main__ as prepare
+from fusion.prepare.requests import requests
 from tests import services
 from tests.cluster import cluster
 from tests.conftest import run_command
@@ -49,6 +51,10 @@ def config_class(module: str) -> type[Any]:
 @each_workload
 def test_the_command_understands_its_flags_and_environment(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     module, *flags = options(work, monkeypatch).command[2:]
+    if module == "fusion.prepare":
+        given = prepare._parse(flags)
+        assert given.to == "s3://my-bucket/data" and requests(given.source, given.folds)
+        return
     config = parse(config_class(module), flags, prog=module, description="")
     assert config.output.startswith("s3://my-bucket/output")
 
@@ -60,7 +66,7 @@ def test_every_command_has_help(
     monkeypatch.setenv("PET_NNODES", "1")
     module, *flags = _parse([*args[3:], "--help"]).command[2:]
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(module).main(flags)
+        (prepare if module == "fusion.prepare" else importlib.import_module(module)).main(flags)
     assert not ended.value.code
     assert f"usage: python -m {module}" in capsys.readouterr().out
 

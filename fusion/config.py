@@ -240,7 +240,9 @@ class RunConfig(StoreConfig):
         False, "serve this run from now on, even if another run was trained on other data", "training"
     )
     fresh: bool = setting(False, "fail if the run exists, instead of resuming it", "stopping")
-    precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the training step", "machine")
+    precision: Literal["fp32", "bf16", "auto"] = setting(
+        "fp32", "arithmetic of the training step; auto: the faster one, measured when the run starts", "machine"
+    )
 
     @model_validator(mode="before")
     @classmethod

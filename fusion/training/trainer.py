@@ -24,7 +24,7 @@ from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape
 from fusion.nn.batch import Batch
 from fusion.nn.draws import random_rows
-from fusion.nn.price_model import PriceModel
+from fusion.nn.price_model import PriceModel, Targets
 from fusion.prediction.predict import predict_rows, pricing
 from fusion.prediction.resumable import CHUNK, Arrays, with_beats
 from fusion.records.checkpoint import Snapshot, not_finite
@@ -33,6 +33,7 @@ from fusion.training.dataset import TrainingData
 from fusion.training.early_stopping import EarlyStopping
 from fusion.training.graph import StepGraph
 from fusion.training.order import batches_read_together, epoch_order
+from fusion.training.precision import Precision, faster_precision
 from fusion.training.seeds import derived_seed
 
 # Steps between two synchronisations of the ranks, in which they add up their losses and may save or stop. A stop signal
@@ -57,6 +58,7 @@ class Fit:
 
     Attributes:
         held_out: [M] for each member of the model, the part of the split that it does not train on.
+        precision: arithmetic of the steps; "auto" until `choose_precision`.
         epoch: number of epochs that are completed and validated.
         batch: number of batches of the current epoch that are done.
         step: number of optimizer steps taken.
@@ -77,6 +79,7 @@ class Fit:
         self.replica = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
         self.loss = get_loss_function(config.loss).to(world.device)
         self.loss.measure_in(float(model.get_buffer("price_unit")))
+        self.precision = config.precision
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
@@ -181,6 +184,7 @@ class Fit:
             raise self._diverged(f"{wrong} is not finite")
         smape = self.smape if math.isfinite(self.smape) else None
         state = {
+            "precision": self.precision,
             "weights": _copy(self.model.state_dict()),
             "optimizer": _copy(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
@@ -217,6 +221,7 @@ class Fit:
             setattr(self, name, value)
         self.smape, self.history, self.best = state["smape"], state["history"], best
         self.validated = state.get("validated")
+        self.precision = state.get("precision", self.precision)  # earlier versions did not write it
 
     def _diverged(self, what: str) -> DivergedError:
         return DivergedError(
@@ -288,15 +293,42 @@ class Fit:
         counts = self.folds[rows].unsqueeze(1) != self.held_out  # [B, M]: whether the member trains on the row
         weights = counts / counts.sum().clamp(min=1)
         mine = weights[part] if own.start < own.stop else torch.zeros_like(weights[part])
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with self._autocast(self.precision):
             outputs = self.replica(inputs)
-        loss = self._loss(outputs.price, rows[part], mine)
-        # The kernel regression has a loss of its own, so that similarities are learned even where the network corrects.
-        auxiliary = 0.0 if outputs.neighbours is None else self._loss(outputs.neighbours, rows[part], mine)
+        loss, auxiliary = self._losses(outputs, rows[part], mine)
         # DistributedDataParallel averages gradients over the ranks, but the parts have to be summed: hence the number
         # of ranks. The loss is a mean over members: their number gives each the gradient that it would have alone.
         torch.autograd.backward((loss + auxiliary) * self.world.size * len(self.held_out))
         return loss.detach()
+
+    def _autocast(self, precision: str) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def choose_precision(self) -> None:
+        """With `--precision auto`, measures which arithmetic is faster, unless the run has already chosen."""
+        if self.precision == "auto":
+            self.precision = self.world.on_main(lambda: faster_precision(self._try_step, self.world.device))
+
+    def _try_step(self, precision: Precision) -> None:
+        """Computes the gradients of a batch, on this rank alone, and discards them."""
+        rows = self.data.train[: self.config.batch_size]
+        weights = torch.ones(len(rows), len(self.held_out), device=self.world.device)
+        device = self.world.device
+        with random_rows(0, slice(0, len(rows)), len(rows), device):
+            with self._autocast(precision):
+                outputs = self.model.train()(self.store.batch(rows, device))
+            loss, auxiliary = self._losses(outputs, rows.to(device), weights)
+            torch.autograd.grad(loss + auxiliary, list(self.model.parameters()))
+
+    def _losses(self, outputs: Targets, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the loss of the predictions, and that of the kernel regression alone.
+
+        The latter has a loss of its own so that similarities are learned even where the network corrects.
+        """
+        loss = self._loss(outputs.price, rows, weights)
+        if outputs.neighbours is None:
+            return loss, torch.zeros_like(loss)
+        return loss, self._loss(outputs.neighbours, rows, weights)
 
     def _loss(self, prediction: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         """Returns the sum of the losses of predictions [B, M], times their weights [B, M]."""

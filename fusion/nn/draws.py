@@ -100,6 +100,25 @@ def words_from(words: Words) -> Iterator[None]:
         _words.reset(token)
 
 
+_member: ContextVar[tuple[Tensor, int] | None] = ContextVar("member", default=None)
+
+
+@contextmanager
+def random_member(number: Tensor, n_members: int) -> Iterator[None]:
+    """Inside the block, random numbers are those of one member of an ensemble.
+
+    They are drawn for all members at once, so that `torch.func.vmap` can compute the members together.
+
+    Args:
+        number: [] of the member, int64.
+    """
+    token = _member.set((number, n_members))
+    try:
+        yield
+    finally:
+        _member.reset(token)
+
+
 def kept(like: Tensor, dropout: float) -> Tensor:
     """A bool mask with the shape of `like` [B, …], false with the probability `dropout`, to the nearest 2^-16."""
     mask: Tensor = _numbers(like) >= round(dropout * LEVELS) - LEVELS // 2
@@ -113,11 +132,14 @@ def normal(like: Tensor) -> Tensor:
 
 def _numbers(like: Tensor) -> Tensor:
     """Uniform int16 random numbers, with the shape of `like` [B, …]."""
-    n = math.prod(like.shape[1:])
-    words = _words.get() or DrawnWords(None, slice(None), len(like), like.device)
-    taken = words.take(-(-n // PER_WORD)).contiguous()
-    numbers: Tensor = taken.view(torch.int16)
-    return numbers[:, :n].reshape(like.shape)
+    member, words = _member.get(), _words.get() or DrawnWords(None, slice(None), len(like), like.device)
+    n_members = 1 if member is None else member[1]
+    n = n_members * math.prod(like.shape[1:])
+    numbers: Tensor = words.take(-(-n // PER_WORD)).contiguous().view(torch.int16)[:, :n]
+    if member is None:
+        return numbers.reshape(like.shape)
+    of_members = numbers.reshape(len(like), n_members, *like.shape[1:])
+    return of_members.movedim(1, 0)[member[0].view(1)].squeeze(0)
 
 
 @cache

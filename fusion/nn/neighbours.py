@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -304,6 +305,25 @@ class Neighbourhood:
     features: Tensor
 
 
+class _WeightedMean(torch.autograd.Function):
+    """The mean [B, S] of similarities [B, K, S] with weights [B, K], without a gradient.
+
+    Its rule for `vmap` reads the similarities, which members of an ensemble share, once; that of `bmm` copies them.
+    """
+
+    @staticmethod
+    def forward(weights: Tensor, similarities: Tensor) -> Tensor:
+        return torch.einsum("bk,bks->bs", weights, similarities)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(_: Any, in_dims: tuple[int, None], weights: Tensor, similarities: Tensor) -> tuple[Tensor, int]:
+        return weights.movedim(in_dims[0], 1) @ similarities, 1
+
+
 class Neighbours(nn.Module):
     """Attention over candidates with learned similarities, whose values are the candidates' log prices.
 
@@ -341,6 +361,7 @@ class Neighbours(nn.Module):
         closeness = logits.detach().logsumexp(-1) / band_weights(self.change.detach()).sum()
         n_effective = 1 / known.square().sum(-1).clamp_min(1e-6)
         facts = [price - median, variance.sqrt(), SIMILARITY_SCALE * closeness.clamp(-1, 1), n_effective.log()]
-        mean = torch.einsum("bk,bks->bs", known.to(candidates.similarities), candidates.similarities)
+        shown = known.to(candidates.similarities)
+        mean: Tensor = _WeightedMean.apply(shown, candidates.similarities)  # type: ignore[no-untyped-call]
         features = torch.cat([torch.stack(facts, dim=1).to(mean), SIMILARITY_SCALE * mean], dim=1)
         return Neighbourhood(log_price, variance.sqrt().float(), weights, features)

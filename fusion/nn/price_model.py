@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fusion.nn.batch import Batch
 from fusion.nn.draws import kept, normal
 from fusion.nn.layers import Inputs
+from fusion.nn.members import Member, Members
 from fusion.nn.neighbours import FIRST_WEIGHT, N_FACTS, Candidates, Memory, Neighbourhood, Neighbours, bands_of
 
 # Predictions are clamped to the range of the training prices, extended by this factor on both sides. A price further
@@ -73,19 +75,7 @@ class Targets:
     """
 
     price: Tensor
-    neighbours: Tensor | None
-
-
-class Member(nn.Module):
-    """A member of the ensemble: a network, and its kernel regression on neighbours, if any.
-
-    Args:
-        held_out: the part of the split that it does not train on, and from which it never takes neighbours.
-    """
-
-    def __init__(self, network: nn.Module, neighbours: Neighbours | None, held_out: int) -> None:
-        super().__init__()
-        self.network, self.neighbours, self.held_out = network, neighbours, held_out
+    neighbours: Tensor | None = None
 
 
 class PriceModel(nn.Module):
@@ -126,10 +116,8 @@ class PriceModel(nn.Module):
         bands = bands_of(projected)
         if options.neighbours:
             self.register_buffer("search_weights", torch.full((int(bands.max()) + 1,), FIRST_WEIGHT))
-        self.members = nn.ModuleList(
-            Member(network, _neighbours(bands, options), held_out)
-            for network, held_out in zip(networks, options.held_out, strict=True)
-        )
+        members = [Member(network, _neighbours(bands, options)) for network in networks]
+        self.members = Members(members, options.held_out)
         self.memory: Memory | None = None
         self.n_comparables = N_COMPARABLES
         self.named_rows = pd.Series(dtype=float)  # the memory's rows, in its order: prices in dollars by sample id
@@ -175,15 +163,15 @@ class PriceModel(nn.Module):
         """The outputs for the loss. In training mode, with dropout, noise and hidden roles."""
         inputs = self._inputs(batch)
         candidates = self._candidates(batch, inputs)
-        outputs = [
-            self._member_output(member, inputs, batch.present, _allowed(candidates, member, batch))
-            for member in self._all()
-        ]
-        price = torch.stack([output.target for output in outputs], dim=1).float()
-        of_neighbours = [
-            self._log1p(output.neighbourhood.log_price) for output in outputs if output.neighbourhood is not None
-        ]
-        return Targets(price, torch.stack(of_neighbours, dim=1).float() if of_neighbours else None)
+
+        def targets(member: Member, held_out: int | Tensor) -> tuple[Tensor, ...]:
+            allowed = _allowed(candidates, held_out, batch)
+            output = self._member_output(member, inputs, batch.present, allowed)
+            if output.neighbourhood is None:
+                return (output.target.float(),)
+            return output.target.float(), self._log1p(output.neighbourhood.log_price).float()
+
+        return Targets(*self.members.each(targets))
 
     def price(self, batch: Batch) -> Tensor:
         """[B] dollars, float64, within a factor of `MARGIN` of the training prices."""
@@ -202,11 +190,11 @@ class PriceModel(nn.Module):
         inputs = self._inputs(batch)
         candidates = self._candidates(batch, inputs)
         total = Mean(len(next(iter(batch.present.values()))))
-        for member in self._all():
-            rows = None if batch.folds is None else torch.nonzero(batch.folds == member.held_out).squeeze(1)
+        for number, held_out in enumerate(self.members.held_out):
+            rows = None if batch.folds is None else torch.nonzero(batch.folds == held_out).squeeze(1)
             if rows is None or len(rows):
-                some = _of_rows(rows, inputs, batch.present, _allowed(candidates, member, batch))
-                total.add(rows, self._explained(member, *some))
+                some = _of_rows(rows, inputs, batch.present, _allowed(candidates, held_out, batch))
+                total.add(rows, self.members.one(number, partial(self._explained, some)))
         found = total.means()
         found["price"] = self._within(torch.exp(found.pop("log_price")))
         if candidates is not None:
@@ -224,9 +212,6 @@ class PriceModel(nn.Module):
             scores: role to [B, P_role] principal components.
         """
         return torch.cat([F.normalize(values, dim=1) for values in scores.values()], dim=1).half()
-
-    def _all(self) -> Iterator[Member]:
-        return cast(Iterator[Member], iter(self.members))
 
     def _inputs(self, batch: Batch) -> Inputs:
         return batch.inputs if batch.is_projected else self.inputs(batch.inputs, batch.present)
@@ -255,9 +240,9 @@ class PriceModel(nn.Module):
         return MemberOutput(self._target(output, present, neighbourhood), neighbourhood, choices)
 
     def _explained(
-        self, member: Member, inputs: Inputs, present: Inputs, candidates: Candidates | None
+        self, arguments: tuple[Inputs, Inputs, Candidates | None], member: Member, _: int | Tensor
     ) -> dict[str, Tensor]:
-        output = self._member_output(member, inputs, present, candidates)
+        output = self._member_output(member, *arguments)
         found = {"log_price": torch.log(self._to_price(output.target)), **output.choices}
         if output.neighbourhood is not None:
             found |= {"spread": output.neighbourhood.deviation, "weights": output.neighbourhood.weights.float()}
@@ -376,11 +361,11 @@ class Mean:
         }
 
 
-def _allowed(candidates: Candidates | None, member: Member, batch: Batch) -> Candidates | None:
+def _allowed(candidates: Candidates | None, held_out: int | Tensor, batch: Batch) -> Candidates | None:
     """The candidates that the member may use: for rows of the split, all but those it holds out; for others, all."""
     if candidates is None or batch.folds is None:
         return candidates
-    return replace(candidates, usable=candidates.usable & (candidates.folds != member.held_out))
+    return replace(candidates, usable=candidates.usable & (candidates.folds != held_out))
 
 
 def _of_rows(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -339,8 +339,7 @@ class Fit:
 
     def _step(self) -> None:
         """Clips the gradient of each member on its own, and updates the weights."""
-        for member in self.model.members:
-            nn.utils.clip_grad_norm_(member.parameters(), self.config.clip)
+        self.model.members.clip_gradients(self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

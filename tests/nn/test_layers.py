@@ -187,7 +187,7 @@ def test_nearly_constant_columns_are_ignored(value: float, noise: float, recipe:
 def test_modality_dropout_never_hides_all_roles_of_a_row(recipe: dict[str, Any]) -> None:
     model = build("all", "concat", modality_dropout=0.4, **{**recipe, "dropout": 0.0})
     seen = []
-    model.members[0].network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    model.members.member.network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
     batch = batch_for(model, 500, missing=0.5)
     model.train()(batch)
     before, after = (torch.stack([present[role] for role in model.dims]) for present in (batch.present, seen[0]))

@@ -27,6 +27,7 @@ from fusion.distributed.world import join_world
 from fusion.data.row_store import RowStore
 from fusion.training.trainer import Fit
 from fusion.training.dataset import TrainingData
+from fusion.training.order import epoch_batches
 from fusion.prediction.predict import make_model
 
 DIMS = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
@@ -44,9 +45,9 @@ with join_world("cpu") as world:
     fit = Fit(config, make_model(config, build_network, DIMS), data, world)
     seconds = []
     fit.model.train()
-    for batch in fit._batches() * (int(sys.argv[1]) // 5 + 1):
+    for batch in epoch_batches(config, data.train, 1, world) * (int(sys.argv[1]) // 5 + 1):
         start = time.perf_counter()
-        fit._train_batch(batch, fit.store.batch(batch, world.device))
+        fit._train_batch(batch, fit.store.batch(batch.rows[batch.part], world.device))
         fit.step += 1
         seconds.append(time.perf_counter() - start)
 print(np.median(seconds[1:]))

@@ -212,6 +212,12 @@ class RunConfig(StoreConfig):
         "for --cache on a slow disk",
         "training",
     )
+    shard_rows: bool = setting(
+        False,
+        "each node reads and keeps only its share of the rows, and each batch has as large a share of every node's "
+        "rows; the result then depends on the number of nodes",
+        "training",
+    )
     lr: float = setting(2e-3, "learning rate of AdamW", "training", gt=0)
     schedule: Literal["cosine", "plateau"] = setting(
         "cosine", "cosine: the learning rate falls to 0 over --epochs; plateau: when progress stalls", "training"
@@ -270,6 +276,8 @@ class RunConfig(StoreConfig):
             raise ValueError(f"the source {bound[0]!r} contains {{fold}}, so --fold must select one of the --folds")
         if self.neighbours and not self.components:
             raise ValueError("--neighbours needs principal components, but --components is 0")
+        if self.shard_rows:
+            self._check_shard_rows()
         if self.width % self.n_heads:
             raise ValueError(f"--width {self.width} is not divisible by --n-heads {self.n_heads}")
 
@@ -289,6 +297,13 @@ class RunConfig(StoreConfig):
         if self.recipe == "published":
             usual.append(self.published.get(name))
         return getattr(self, name) not in usual
+
+    def _check_shard_rows(self) -> None:
+        if self.cache is not None:
+            raise ValueError("--shard-rows keeps rows in memory, so it cannot be combined with --cache")
+        if self.features or self.columns:
+            flag = "features" if self.features else "columns"
+            raise ValueError(f"--shard-rows cannot be combined with --{flag}: these are computed on every node")
 
     def _check_validate_after(self, column: str, day: str) -> None:
         try:

@@ -4,7 +4,8 @@
     python -m tests.forked RANKS '[["fusion.all_embeddings.train", "--data", …], …]'
 
 Every rank calls `FUNCTION(world)` inside `join_world("cpu")`, or runs the commands one after the other. The exit code
-is that of the first rank that fails; the others are killed soon after, as a launcher does.
+is that of the first rank that fails; the others are killed soon after, as a launcher does. With
+FUSION_TEST_RANKS_PER_NODE, the ranks are those of several nodes.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def _commands(text: str) -> list[Callable[[], int]]:
 
 
 def _run(rank: int, n: int, port: int, action: Callable[[], int]) -> None:
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
+    local = int(os.environ.get("FUSION_TEST_RANKS_PER_NODE", n))
+    variables = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": local}
+    variables["MASTER_PORT"] = port
     os.environ.update({name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"})
     code = 1
     try:

@@ -33,7 +33,8 @@ def near_duplicate_groups(table: Table, vectors: Mapping[str, np.ndarray], confi
     Args:
         table: N rows with the columns of `compared_columns(config)`, or their uint64 hashes; columns that the file
             lacks are absent.
-        vectors: role to [N, D_role]; rows of zeros are missing embeddings.
+        vectors: role to [N, D_role]; rows of zeros are missing embeddings. Or role to their `vector_hashes` [N], which
+            are taken for the vectors.
 
     Raises:
         DataError: a column that the settings name does not exist.
@@ -67,7 +68,8 @@ def _shared_values(
     if text is not None:
         yield _shared(_text_labels(text), str(text.name), PLACEHOLDER_ROWS)
     for role, values in vectors.items():
-        yield _shared(vector_labels(values), role, PLACEHOLDER_ROWS)
+        labels = vector_labels(values) if values.ndim > 1 else _labels(values)
+        yield _shared(labels, role, PLACEHOLDER_ROWS)
 
 
 def _texts(table: Table, config: RunConfig) -> pd.Series | None:
@@ -122,7 +124,7 @@ def vector_labels(vectors: np.ndarray) -> np.ndarray:
     """[N] a label for each row of [N, D], equal for rows of equal bytes; -1 for rows of zeros and for unique rows."""
     if not vectors.size:
         return np.full(len(vectors), -1)
-    labels = _labels(_row_hashes(vectors))
+    labels = _labels(vector_hashes(vectors))
     shared = np.flatnonzero(labels >= 0)
     first = np.full(int(labels.max()) + 1, len(labels))
     np.minimum.at(first, labels[shared], shared)
@@ -134,7 +136,7 @@ def vector_labels(vectors: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _row_hashes(vectors: np.ndarray) -> np.ndarray:
+def vector_hashes(vectors: np.ndarray) -> np.ndarray:
     """[N] uint64 hash of the bytes of each row, by multilinear hashing (Carter and Wegman, 1979); 0 for rows of zeros.
 
     Hashes of other rows have their lowest bit set, so that they are not 0.

@@ -20,6 +20,7 @@ import torch
 
 from fusion import log, signals, storage
 from fusion.data.inputs import Sources, find_sources, sources_folder
+from fusion.data.node_rows import NodeRows
 from fusion.data.row_cache import Allocate, CacheFolder, Kinds, Loaded, kept_rows
 from fusion.data.row_store import RowStore, SourceArrays
 from fusion.data.shared_memory import node_tensor
@@ -64,6 +65,7 @@ def load(
     partial: bool = False,
     sources: Sources | None = None,
     cache: str | None = None,
+    nodes: NodeRows | None = None,
 ) -> RowStore:
     """Loads the embeddings of the rows `ids`, in this order. Every rank calls this.
 
@@ -73,6 +75,7 @@ def load(
         partial: whether `ids` are only some of the table's ids; then other ids in a source are not logged.
         sources: role to its files, if they are already known.
         cache: folder on this machine's disk in which the rows are kept, see `row_cache`; None: they are kept in memory.
+        nodes: the rows that each node loads; None: all rows. Cannot be combined with `cache`.
 
     Raises:
         ConfigError: the rows do not fit in memory, or the cache cannot be written.
@@ -84,14 +87,14 @@ def load(
     files = sources or world.on_main(lambda: find_sources(data, split, bindings))
 
     def read(allocate: Allocate) -> Loaded:
-        loaded = _read(data, split, bindings, files, ids, max_missing, allocate, world)
+        loaded = _read(data, split, bindings, files, ids, max_missing, allocate, world, nodes)
         if world.on_main(lambda: find_sources(data, split, bindings)) != files:
             message = f"embeddings of {split} in {data} changed while they were read"
             raise UnreachableError(message, "run it again once they are complete")
         return loaded
 
     if cache is None:
-        loaded = read(_in_memory(world))
+        loaded = read(_in_memory(world, nodes))
     else:
         loaded = kept_rows(CacheFolder.of(cache, [data, split, dict(bindings), partial], files, ids), read, world)
     world.on_main(lambda: _report(bindings, loaded, ids, max_missing, partial))
@@ -107,29 +110,44 @@ def _read(
     max_missing: float,
     allocate: Allocate,
     world: World,
+    nodes: NodeRows | None,
 ) -> Loaded:
     """Reads the sources into new arrays; arguments as for `load`."""
     kept: dict[str, bytes] = {}
     plans = world.on_main(lambda: _plans(files, bindings, sources_folder(data, split), kept))
     arrays = allocate(len(ids), {plan.role: (plan.kind.dim, plan.dtype) for plan in plans})
     rows = Rows(ids)
-    found = _fill(plans, rows, arrays, kept, world)
-    # Every node reads everything, so the ids from one node suffice: those of the first node, where rank == local_rank.
+    found = _fill(plans, rows, arrays, kept, world, nodes)
+    # Every node reads all ids, so those from one node suffice: those of the first node, where rank == local_rank.
     read = world.gather_on_main(found if world.rank == world.local_rank else {})
     n_unknown = world.on_main(lambda: _n_unknown(plans, read, rows, max_missing))
-    return Loaded(RowStore.of(arrays), arrays, n_unknown)
+    if nodes is not None:
+        _share_flags(arrays, world)
+    return Loaded(RowStore.of(arrays, nodes), arrays, n_unknown)
 
 
-def _in_memory(world: World) -> Allocate:
+def _share_flags(arrays: Mapping[str, SourceArrays], world: World) -> None:
+    """Sets the flags of rows that other nodes have read."""
+    for one in arrays.values():
+        for flags in (one.present, one.zeros):
+            united = world.united(flags)
+            if world.local_rank == 0:
+                flags.copy_(united)
+    world.together(lambda: None)  # until here, other ranks of this node might read flags that are not set yet
+
+
+def _in_memory(world: World, nodes: NodeRows | None) -> Allocate:
     """Allocates arrays that the ranks of a node share."""
 
     def allocate(n_rows: int, kinds: Kinds) -> dict[str, SourceArrays]:
-        world.on_main(lambda: _check_memory(n_rows * sum(dim * dtype.itemsize for dim, dtype in kinds.values())))
-        return {role: one(n_rows, *kind) for role, kind in kinds.items()}
+        n_held = n_rows if nodes is None else len(nodes)
+        row_bytes = sum(dim * dtype.itemsize for dim, dtype in kinds.values())
+        world.together(lambda: _check_memory(n_held * row_bytes))
+        return {role: one(n_rows, n_held, *kind) for role, kind in kinds.items()}
 
-    def one(n_rows: int, dim: int, dtype: torch.dtype) -> SourceArrays:
+    def one(n_rows: int, n_held: int, dim: int, dtype: torch.dtype) -> SourceArrays:
         present, zeros, known = (node_tensor((n_rows,), torch.bool, world) for _ in range(3))
-        return SourceArrays(node_tensor((n_rows, dim), dtype, world), present, zeros, known)
+        return SourceArrays(node_tensor((n_held, dim), dtype, world), present, zeros, known)
 
     return allocate
 
@@ -179,7 +197,12 @@ def _first_kind(source: str, n_files: int, parts: Iterable[Part], kept: dict[str
 
 
 def _fill(
-    plans: Sequence[Plan], rows: Rows, arrays: Mapping[str, SourceArrays], kept: dict[str, bytes], world: World
+    plans: Sequence[Plan],
+    rows: Rows,
+    arrays: Mapping[str, SourceArrays],
+    kept: dict[str, bytes],
+    world: World,
+    nodes: NodeRows | None,
 ) -> dict[str, Found]:
     """Reads this rank's share of all parts into the arrays, and returns the ids that it has read, by role."""
     tasks = [(plan, part) for plan in plans for part in plan.parts][world.local_rank :: world.local_size]
@@ -189,7 +212,7 @@ def _fill(
         plan, part = task
         content = kept.pop(part.url, None) or content_of(part)
         mine = arrays[plan.role]
-        return storage.retrying(part.url, lambda: _read_part(part, plan.kind, content, rows, mine, given_up))
+        return storage.retrying(part.url, lambda: _read_part(part, plan.kind, content, rows, mine, given_up, nodes))
 
     def is_reading() -> bool:
         """Waits for some time. Raises the first error of a reader, and whether this rank was asked to stop."""
@@ -212,28 +235,42 @@ def _fill(
 
 
 def _read_part(
-    part: Part, kind: Kind, content: bytes | None, rows: Rows, arrays: SourceArrays, given_up: threading.Event
+    part: Part,
+    kind: Kind,
+    content: bytes | None,
+    rows: Rows,
+    arrays: SourceArrays,
+    given_up: threading.Event,
+    nodes: NodeRows | None,
 ) -> Found:
     if given_up.is_set():  # before the first try or a retry
         return Found.joined([])
     with open_part(part, kind, content) as (ids, batches):
         found = rows.find(ids)
         arrays.known.numpy()[found.known] = True
+        first, end = (0, len(rows)) if nodes is None else (nodes.first, nodes.end)
+        wanted = np.where((found.rows >= first) & (found.rows < end), found.rows, NO_ROW)
+        if nodes is not None and (wanted == NO_ROW).all():
+            return found  # without its vectors
         for vectors, positions in batches:
             if given_up.is_set():
                 break
-            _store(vectors, found.rows[positions], arrays)
+            _store(vectors, wanted[positions], arrays, first)
         return found
 
 
-def _store(vectors: np.ndarray, rows: np.ndarray, arrays: SourceArrays) -> None:
-    """Writes vectors [M, D] into these rows [M]. Vectors that are not finite or all zeros stay missing."""
+def _store(vectors: np.ndarray, rows: np.ndarray, arrays: SourceArrays, first: int) -> None:
+    """Writes vectors [M, D] into these rows [M]. Vectors that are not finite or all zeros stay missing.
+
+    Args:
+        first: the row that the first vector of the arrays belongs to.
+    """
     values = arrays.values.numpy()
     with np.errstate(over="ignore"):  # a float64 too large for float32 becomes inf, and counts as not finite
         vectors = vectors.astype(values.dtype, copy=False)
     known, empty = rows != NO_ROW, ~vectors.any(1)  # many extractors write zeros where there was no image or text
     good = known & ~empty & np.isfinite(vectors).all(1)
-    values[rows[good]] = vectors if good.all() else vectors[good]
+    values[rows[good] - first] = vectors if good.all() else vectors[good]
     arrays.present.numpy()[rows[good]] = True
     arrays.zeros.numpy()[rows[known & empty]] = True
 
@@ -280,8 +317,8 @@ def _warn_of_equal_sources(bindings: Mapping[str, str], store: RowStore) -> None
     for first, second in combinations(store.values, 2):
         if store.dims[first] != store.dims[second]:
             continue
-        both = torch.nonzero(store.present[first] & store.present[second]).squeeze(1)[:N_COMPARED]
-        if len(both) and torch.equal(store.values[first][both].float(), store.values[second][both].float()):
+        both = store.own(torch.nonzero(store.present[first] & store.present[second]).squeeze(1)[:N_COMPARED])
+        if len(both) and torch.equal(store.held(first, both).float(), store.held(second, both).float()):
             log.warning(
                 event="same_vectors",
                 roles=f"{first},{second}",

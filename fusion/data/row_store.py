@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fusion.config import Residency
 from fusion.data.mapped_file import MappedFile
+from fusion.data.node_rows import NodeRows
+from fusion.distributed.world import World
 from fusion.environment import usable_memory
 from fusion.nn.batch import Batch
 from fusion.nn.neighbours import CandidateTable
@@ -58,6 +60,8 @@ class RowStore:
         is_projected: see `Batch`.
         maps: role to the file that its values are mapped from.
         is_mapped: whether rows are read from these files when they are used, rather than kept in memory.
+        nodes: which rows each node holds. Then `values` are only this node's; all else is of all N rows. None: every
+            node holds all rows.
     """
 
     values: dict[str, Tensor]
@@ -70,13 +74,14 @@ class RowStore:
     is_projected: bool = False
     maps: Mapping[str, MappedFile] = field(default_factory=dict)
     is_mapped: bool = False
+    nodes: NodeRows | None = None
 
     @classmethod
-    def of(cls, arrays: Mapping[str, SourceArrays]) -> RowStore:
+    def of(cls, arrays: Mapping[str, SourceArrays], nodes: NodeRows | None = None) -> RowStore:
         """The rows of sources, by role."""
         values = {role: one.values for role, one in arrays.items()}
         present = {role: one.present for role, one in arrays.items()}
-        return cls(values, present, maps={role: one.file for role, one in arrays.items() if one.file})
+        return cls(values, present, maps={role: one.file for role, one in arrays.items() if one.file}, nodes=nodes)
 
     def __len__(self) -> int:
         return len(next(iter(self.present.values())))
@@ -86,9 +91,10 @@ class RowStore:
         return {role: values.shape[1] for role, values in self.values.items()}
 
     def batch(self, rows: Tensor, device: torch.device) -> Batch:
-        """The rows with these positions [B], on a device."""
+        """The rows with these positions [B], which this node must hold, on a device."""
         rows = rows.to(next(iter(self.present.values())).device)
-        inputs = {role: _selected(values, rows, device).float() for role, values in self.values.items()}
+        held = rows if self.nodes is None else rows - self.nodes.first
+        inputs = {role: _selected(values, held, device).float() for role, values in self.values.items()}
         present = {role: _selected(values, rows, device) for role, values in self.present.items()}
         folds, groups = _gathered(self.folds, rows, device), _gathered(self.groups, rows, device)
         candidates = self.candidates.of(rows) if self.candidates else None
@@ -183,7 +189,15 @@ class RowStore:
     def of_roles(self, roles: Iterable[str]) -> RowStore:
         """The same rows with only these roles, and without folds, groups and candidates."""
         values, present = ({role: part[role] for role in roles} for part in (self.values, self.present))
-        return RowStore(values, present)
+        return RowStore(values, present, nodes=self.nodes)
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Those of ascending positions [n] that this node holds."""
+        return rows if self.nodes is None else self.nodes.own(rows)
+
+    def held(self, role: str, rows: Tensor) -> Tensor:
+        """[n, D] the vectors of these rows [n], which this node must hold."""
+        return self.values[role][rows if self.nodes is None else rows - self.nodes.first]
 
     def any_present(self) -> Tensor:
         """[N] bool: the row has at least one embedding."""
@@ -192,12 +206,7 @@ class RowStore:
     @cached_property
     def digest(self) -> str:
         """sha256 of values and presence. It depends on the rows alone, not on how they are spread over files."""
-        total = hashlib.sha256()
-        for role in sorted(self.values):
-            total.update(role.encode())
-            total.update(self.present[role].numpy().tobytes())
-            total.update(self.values[role].numpy().data.cast("B"))
-        return total.hexdigest()
+        return self._digest(self.values, slice(None), lambda role: [self.values[role]])
 
     def digest_of(self, rows: Tensor) -> str:
         """sha256 of the values (as float32) and the presence of these rows, in their order.
@@ -205,14 +214,43 @@ class RowStore:
         For computed roles, it covers what they were computed from instead of their values, which may be rounded
         differently on another machine.
         """
+        roles = set(self.values).difference(self.computed)
+        return self._digest(roles, rows, lambda role: self._float_chunks(role, rows), self.origins)
+
+    def nodes_digest(self, world: World, rows: Tensor | None = None) -> str:
+        """`digest`, or `digest_of` ascending rows, of a store that the nodes hold together; only on rank 0.
+
+        All ranks call this. The vectors of all nodes are sent to rank 0 in turn, so that the digest is that of a store
+        that holds all rows.
+        """
+        assert self.nodes is not None
+        nodes, all_rows = self.nodes, torch.arange(len(self))
+
+        def values(role: str) -> Iterator[Tensor]:
+            for chunk in nodes.on_main(self.values[role], all_rows if rows is None else rows, world):
+                yield chunk if rows is None else chunk.float()
+
+        return self._digest(self.values, slice(None) if rows is None else rows, values)
+
+    def _float_chunks(self, role: str, rows: Tensor) -> Iterator[Tensor]:
+        yield from (self.values[role][chunk].float() for chunk in torch.split(rows, DIGEST_ROWS))
+
+    def _digest(
+        self,
+        roles: Iterable[str],
+        rows: Tensor | slice,
+        values: Callable[[str], Iterable[Tensor]],
+        origins: Tensor | None = None,
+    ) -> str:
+        """sha256 of the presence and of the values of these rows. `values` gives the values of a role in chunks."""
         total = hashlib.sha256()
-        if self.origins is not None:
-            total.update(self.origins[rows].numpy().tobytes())
-        for role in sorted(set(self.values).difference(self.computed)):
+        if origins is not None:
+            total.update(origins[rows].numpy().tobytes())
+        for role in sorted(roles):
             total.update(role.encode())
             total.update(self.present[role][rows].numpy().tobytes())
-            for chunk in torch.split(rows, DIGEST_ROWS):
-                total.update(self.values[role][chunk].float().numpy().data.cast("B"))
+            for chunk in values(role):
+                total.update(chunk.numpy().data.cast("B"))
         return total.hexdigest()
 
 

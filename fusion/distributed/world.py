@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -111,8 +112,28 @@ class World:
         """
         if self.is_main:
             return [value, *(transport.receive(rank, _control()) for rank in range(1, self.size))]
-        transport.send(value, 0, _control())
+        self.send_to_main(value)
         return []
+
+    def send_to_main(self, value: object) -> None:
+        """Sends a value to rank 0, which must call `receive`."""
+        transport.send(value, 0, _control())
+
+    def receive(self, rank: int) -> Any:
+        """The value that another rank sends with `send_to_main`. Only rank 0 calls this."""
+        return transport.receive(rank, _control())
+
+    def broadcast_from(self, rank: int, values: Tensor) -> Tensor:
+        """The tensor of one rank, on every rank. The others pass one of the same shape and type."""
+        sent = values.contiguous().view(torch.uint8).clone()
+        dist.broadcast(sent, src=rank, group=_control())
+        return sent.view(values.dtype)
+
+    def united(self, flags: Tensor) -> Tensor:
+        """[N] bool: the flag is set on any rank."""
+        found = flags.to(torch.uint8, copy=True)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=_control())
+        return found.bool()
 
 
 def held(result: T | None) -> T:

@@ -191,7 +191,7 @@ def is_as_trained(
             event="data_not_compared", reason="an earlier version trained this run, and did not record a digest of them"
         )
         return None
-    found = validation_digest(store, torch.arange(len(store)), table.prices)
+    found = validation_digest(store.digest_of(torch.arange(len(store))), table.prices)
     if found == chosen.manifest.validation_sha256:
         return True
     if other_data:

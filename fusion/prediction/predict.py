@@ -51,15 +51,17 @@ def predict_rows(compute: Compute, store: RowStore, rows: Tensor, world: World, 
     The ranks divide the rows. Rank 0 gets all results, in the order of the rows; other ranks get an empty result.
 
     Args:
+        rows: ascending, if each node holds only some rows.
         chunk: rows per forward pass.
     """
-    mine = compute_rows(compute, store, rows[world.share(len(rows))], world.device, chunk)
+    share = rows[world.share(len(rows))] if store.nodes is None else store.nodes.share(rows, world)
+    mine = compute_rows(compute, store, share, world.device, chunk)
     return concatenated([part for part in world.gather_on_main(mine) if part])  # a rank without rows has no arrays
 
 
-def validation_digest(store: RowStore, rows: Tensor, prices: np.ndarray) -> str:
-    """Returns a sha256 of the validation rows: the embeddings at these positions [n], and their prices [n]."""
-    return digest([store.digest_of(rows), storage.sha256(np.ascontiguousarray(prices, np.float64).tobytes())])
+def validation_digest(embeddings: str, prices: np.ndarray) -> str:
+    """Returns a sha256 of the validation rows: of their embeddings (`RowStore.digest_of`), and of their prices [n]."""
+    return digest([embeddings, storage.sha256(np.ascontiguousarray(prices, np.float64).tobytes())])
 
 
 def pricing(model: PriceModel) -> Compute:

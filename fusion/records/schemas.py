@@ -407,6 +407,8 @@ class RunFacts:
         versions: of Fusion, Python, torch and NumPy.
         started: start of the run in UTC.
         price_quartiles: of the prices in `train.csv`, in dollars; earlier versions did not write them.
+        world_size: number of ranks of the first attempt.
+        n_nodes: number of nodes between which the rows are divided (--shard-rows); None if every node has all rows.
     """
 
     run_id: Name
@@ -418,6 +420,7 @@ class RunFacts:
     dims: dict[str, PositiveInt]
     price_quartiles: tuple[float, float, float] | None = None
     world_size: PositiveInt | None = None
+    n_nodes: PositiveInt | None = None
     revision: str = "unknown"
     versions: dict[str, str] | None = None
     started: str = ""

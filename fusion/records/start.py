@@ -49,7 +49,12 @@ def start_run(config: RunConfig) -> None:
 
 
 def describe_run(
-    config: RunConfig, data_digest: str, dims: Mapping[str, int], quartiles: Sequence[float], world_size: int
+    config: RunConfig,
+    data_digest: str,
+    dims: Mapping[str, int],
+    quartiles: Sequence[float],
+    world_size: int,
+    n_nodes: int | None,
 ) -> None:
     """Writes `run.json`: digests of settings, data and code, dimensions and versions.
 
@@ -60,14 +65,16 @@ def describe_run(
         dims: role to the dimension of its embeddings.
         quartiles: of the prices in `train.csv`, in dollars; nights whose prices are far from them are not published.
         world_size: number of ranks.
+        n_nodes: number of nodes between which rows are divided; None if every node has all rows.
 
     Raises:
+        ConfigError: the rows are divided between another number of nodes than before.
         DataError: the data are not those that the run was started with.
     """
     run = RunFolder.of(config)
     before = run.facts()
     if before is None:
-        facts = _facts(config, data_digest, dims, quartiles, world_size)
+        facts = _facts(config, data_digest, dims, quartiles, world_size, n_nodes)
         storage.write(run.at(FACTS), schemas.seal(schemas.written(facts)))
     elif before.data_sha256 != data_digest:
         raise DataError(
@@ -75,10 +82,20 @@ def describe_run(
             f"was {before.data_sha256[:12]}",
             "train on the new data under another --run-id",
         )
+    elif before.n_nodes != n_nodes:
+        raise ConfigError(
+            f"run {config.name()} divides its rows between {before.n_nodes} nodes, now there are {n_nodes}",
+            f"start it on {before.n_nodes} nodes, or train under another --run-id",
+        )
 
 
 def _facts(
-    config: RunConfig, data_digest: str, dims: Mapping[str, int], quartiles: Sequence[float], world_size: int
+    config: RunConfig,
+    data_digest: str,
+    dims: Mapping[str, int],
+    quartiles: Sequence[float],
+    world_size: int,
+    n_nodes: int | None,
 ) -> RunFacts:
     """The content of `run.json`, from the arguments of `describe_run`."""
     low, median, high = quartiles
@@ -92,6 +109,7 @@ def _facts(
         dims=dict(dims),
         price_quartiles=(low, median, high),
         world_size=world_size,
+        n_nodes=n_nodes,
         revision=revision(),
         versions={
             "fusion": __version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from fusion import log, storage
 from fusion.config import RunConfig, digest
-from fusion.data.duplicates import compared_columns, near_duplicate_groups
+from fusion.data.duplicates import compared_columns, near_duplicate_groups, vector_hashes
 from fusion.data.embeddings import load, stop_if_asked
+from fusion.data.node_rows import NodeRows
 from fusion.data.row_store import RowStore
 from fusion.data.splits import part_of, split_rows
 from fusion.data.tables import Table, read_table, warn_of_poor_prices
@@ -36,6 +38,7 @@ from fusion.records.manifests import SPLIT
 from fusion.records.run import FACTS, RunFolder
 from fusion.records.split import read_split, to_parquet
 from fusion.records.start import describe_run
+from fusion.training.order import check_nodes
 
 # A price is extreme if it is this many times the median price, or the median divided by it. The prices of a real
 # catalog, even one that has both screws and machines, stay within this range; placeholders such as 99999999 and 1e308
@@ -90,10 +93,15 @@ def read_data(config: RunConfig, world: World) -> TrainingData:
     table = world.on_main_alone(lambda: _read_table(config))
     ids, prices = world.on_main(lambda: (held(table).ids, held(table).prices))
     missing, cache = config.max_missing, config.cache
-    store = load(config.data, "train", config.bindings(), ids, world, max_missing=missing, cache=cache)
+    nodes = NodeRows.of(len(ids), world) if config.shard_rows else None
+    if nodes is not None:
+        log.info(event="rows_divided", nodes=nodes.n_nodes, rows=len(ids), held=len(nodes))
+    store = load(config.data, "train", config.bindings(), ids, world, max_missing=missing, cache=cache, nodes=nodes)
     log.info(event="read", rows=len(ids), seconds=time.monotonic() - started)
     columns = world.on_main_alone(lambda: training_columns(config, held(table)))
-    split = world.on_main(lambda: _split(config, held(table), held(columns), store, world))
+    vectors = _vectors_or_hashes(store, world)
+    data_digest = _store_digest(store, world)
+    split = world.on_main(lambda: _split(config, held(table), held(columns), store, vectors, data_digest, world))
     trains, validates, folds, groups = map(torch.tensor, split)
     features = world.on_main(lambda: _features(config)) if has_features(config) else None
     store = with_features(store, features, columns, "train.csv", world)
@@ -101,11 +109,33 @@ def read_data(config: RunConfig, world: World) -> TrainingData:
     train = torch.nonzero(trains & store.any_present()).squeeze(1)
     validation = torch.nonzero(validates).squeeze(1)
     rows = validates.numpy()
+    if nodes is not None:
+        check_nodes(config, train, nodes)
     store = replace(store, folds=folds, groups=groups)
     category = None if table is None else category_of(table, category_column(config), rows)
     return TrainingData(
         store, targets, train, validation, prices[rows], ids[rows], category, ids, prices, folds, groups
     )
+
+
+def _vectors_or_hashes(store: RowStore, world: World) -> dict[str, np.ndarray]:
+    """What near-duplicates are found by, on rank 0: role to vectors [N, D], or to hashes [N] of those of all nodes."""
+    nodes = store.nodes
+    if nodes is None:
+        return {role: values.numpy() for role, values in store.values.items()}
+
+    def hashes(values: np.ndarray) -> Callable[[], Tensor]:
+        return lambda: torch.from_numpy(vector_hashes(values).view(np.int64))
+
+    joined = {role: nodes.joined(hashes(values.numpy()), world) for role, values in store.values.items()}
+    return {role: found.numpy().view(np.uint64) for role, found in joined.items() if found is not None}
+
+
+def _store_digest(store: RowStore, world: World) -> str:
+    """`RowStore.digest` of all rows, on rank 0."""
+    if store.nodes is None:
+        return store.digest if world.is_main else ""
+    return store.nodes_digest(world)
 
 
 def _read_table(config: RunConfig) -> Table:
@@ -140,9 +170,19 @@ def warn_of_extreme_prices(table: Table) -> None:
 
 
 def _split(
-    config: RunConfig, table: Table, columns: Columns, store: RowStore, world: World
+    config: RunConfig,
+    table: Table,
+    columns: Columns,
+    store: RowStore,
+    vectors: Mapping[str, np.ndarray],
+    store_digest: str,
+    world: World,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Writes the split and `run.json` of a new run, or reads the split of an existing one; rank 0 alone calls this.
+
+    Args:
+        vectors: see `near_duplicate_groups`.
+        store_digest: `RowStore.digest` of all rows.
 
     Returns:
         Four arrays [N]: whether the row is trained on; whether it is validated on; the part of the split that it is in;
@@ -151,7 +191,7 @@ def _split(
     Raises:
         DataError: the data have changed since the run began.
     """
-    groups = near_duplicate_groups(table, {role: values.numpy() for role, values in store.values.items()}, config)
+    groups = near_duplicate_groups(table, vectors, config)
     quartiles = np.quantile(table.prices, [0.25, 0.5, 0.75]).tolist()
     rows = [table.digest(), storage.sha256(groups.astype(np.int64).tobytes())]
     rows += [storage.sha256(row_hashes(columns).tobytes())] if columns else []
@@ -159,7 +199,8 @@ def _split(
     url = run.at(SPLIT)
     split = None if storage.exists(url) else split_rows(table, groups, config)
     computed = _computed_dims(config, table, columns, split)
-    describe_run(config, digest([*rows, store.digest]), store.dims | computed, quartiles, world.size)
+    n_nodes = None if store.nodes is None else store.nodes.n_nodes
+    describe_run(config, digest([*rows, store_digest]), store.dims | computed, quartiles, world.size, n_nodes)
     if split is not None:
         storage.write(url, to_parquet(split))
     made = run.checkpoints()
@@ -196,13 +237,23 @@ def _features(config: RunConfig) -> Features:
     return read_features(RunFolder.of(config), made[-1].manifest.features_sha256 if made else "")
 
 
-def statistics(data: TrainingData, role: str) -> tuple[Tensor, Tensor]:
+def statistics(data: TrainingData, role: str, world: World) -> tuple[Tensor, Tensor]:
     """Returns mean and standard deviation, both [D], over the training rows that have the role; 0 if no row has it."""
-    rows = data.train[data.store.present[role][data.train]]
-    total = torch.zeros(2, data.store.dims[role], dtype=torch.float64)
-    pivot = data.store.values[role][rows[:PIVOT_ROWS]].double().mean(0) if len(rows) else total[0]
-    for chunk in torch.split(rows, CHUNK):
-        centred = data.store.values[role][chunk].double() - pivot
-        total += torch.stack([centred.sum(0), centred.square().sum(0)])
-    mean, square = total / max(1, len(rows))
+    rows, store, nodes = data.train[data.store.present[role][data.train]], data.store, data.store.nodes
+    own = store.own(rows)
+
+    def first_mean() -> Tensor:
+        first = own[:PIVOT_ROWS]
+        return store.held(role, first).double().mean(0) if len(first) else torch.zeros(store.dims[role]).double()
+
+    pivot = first_mean() if nodes is None else torch.from_numpy(world.on_main(lambda: first_mean().numpy()))
+
+    def sums() -> Tensor:
+        total = torch.zeros(2, store.dims[role], dtype=torch.float64)
+        for chunk in torch.split(own, CHUNK):
+            centred = store.held(role, chunk).double() - pivot
+            total += torch.stack([centred.sum(0), centred.square().sum(0)])
+        return total
+
+    mean, square = (sums() if nodes is None else nodes.summed(sums, world)) / max(1, len(rows))
     return (pivot + mean).float(), (square - mean.square()).clamp_min(0).sqrt().float()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from fusion.records.manifests import MEMORY
 from fusion.records.memory import Remembered, log_prices_of
 from fusion.records.run import RunFolder
 from fusion.training.dataset import TrainingData
-from fusion.training.projection import CHUNK, own_chunks, projected
+from fusion.training.projection import CHUNK, held_chunks, own_chunks, projected
 from fusion.training.seeds import derived_seed
 
 # Principal components are computed from at most this many rows, evenly spaced. More rows take longer; the leading
@@ -62,7 +63,7 @@ def build_memory(config: RunConfig, model: PriceModel, data: TrainingData, world
         return data
     started, run = time.monotonic(), RunFolder.of(config)
     earlier = world.on_main(lambda: _earlier(run))
-    components = earlier.components if earlier else world.on_main(lambda: _all_components(model, data))
+    components = earlier.components if earlier else _all_components(model, data, world)
     model.set_components(components)
     inputs = projected(config, model, data.store, world)
     if not config.neighbours:
@@ -133,23 +134,39 @@ def _bands(components: dict[str, np.ndarray]) -> Tensor:
     return bands_of({role: values.shape[1] for role, values in components.items()})
 
 
-def _all_components(model: PriceModel, data: TrainingData) -> dict[str, np.ndarray]:
-    return {role: _components(model, data, role) for role in data.store.dims}
+def _all_components(model: PriceModel, data: TrainingData, world: World) -> dict[str, np.ndarray]:
+    """Returns the principal components [D, P] of each role, on every rank."""
+    nodes, roles = data.store.nodes, data.store.dims
+    if nodes is None:
+        return world.on_main(
+            lambda: {role: _components(model, data, role, _products(model, data, role)) for role in roles}
+        )
+    summed = {role: nodes.summed(partial(_products, model, data, role), world) for role in roles}
+    return world.on_main(lambda: {role: _components(model, data, role, summed[role]) for role in roles})
 
 
-def _components(model: PriceModel, data: TrainingData, role: str) -> np.ndarray:
+def _sample(data: TrainingData, role: str) -> Tensor:
+    """Positions of the training rows, at most `SAMPLE`, from which the components of a role are computed."""
+    present = data.train[data.store.present[role][data.train]]
+    return present[:: _stride(len(present), SAMPLE)]
+
+
+def _products(model: PriceModel, data: TrainingData, role: str) -> Tensor:
+    """Returns the sum of the products of each two dimensions, [D, D], over the sampled rows that this node holds."""
+    products = torch.zeros(2 * (data.store.dims[role],), dtype=torch.float64)
+    for chunk in torch.split(data.store.own(_sample(data, role)), CHUNK):
+        values = model.standardised_role(role, data.store.held(role, chunk).float()).double()
+        products += values.T @ values
+    return products
+
+
+def _components(model: PriceModel, data: TrainingData, role: str, products: Tensor) -> np.ndarray:
     """Returns the first P principal components [D, P] of the standardised training rows of a role.
 
     They are scaled such that the projections have a root mean square of 1.
     """
-    present = data.train[data.store.present[role][data.train]]
-    rows = present[:: _stride(len(present), SAMPLE)]
-    n_components = model.get_buffer(f"components_{role}").shape[1]
-    covariance = torch.zeros(2 * (data.store.dims[role],), dtype=torch.float64)
-    for chunk in torch.split(rows, CHUNK):
-        values = model.standardised_role(role, data.store.values[role][chunk].float()).double()
-        covariance += values.T @ values
-    variances, directions = _largest_directions(covariance / max(1, len(rows)), n_components)
+    n_rows, n_components = len(_sample(data, role)), model.get_buffer(f"components_{role}").shape[1]
+    variances, directions = _largest_directions(products / max(1, n_rows), n_components)
     deviation = variances.clamp_min(0).mean().sqrt().clamp_min(1e-6)  # not 0, even if all rows are equal
     scaled: np.ndarray = (directions / deviation).float().numpy()
     return scaled
@@ -175,18 +192,23 @@ def _largest_directions(covariance: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _keys(model: PriceModel, inputs: RowStore, world: World) -> Tensor:
-    """Returns the keys of all rows, [N, C] float16. The ranks of a node compute them together, in shared memory."""
+    """Returns the keys of all rows, [N, C] float16, in memory that the ranks of a node share.
+
+    The ranks of a node compute together the keys of all rows that it holds, and nodes send them to one another.
+    """
     n_columns = sum(values.shape[1] for role, values in model.components().items())
     keys = node_tensor((len(inputs), n_columns), torch.float16, world)
     cpu = torch.device("cpu")
 
     def fill() -> None:
-        for rows in own_chunks(len(inputs), world):
+        for rows in held_chunks(inputs, world):
             stop_if_asked()
             keys[rows] = model.keys(inputs.batch(rows, cpu).inputs)
 
     with torch.inference_mode():
         world.together(fill)
+        if inputs.nodes is not None:
+            inputs.nodes.complete(keys, world)
     return keys
 
 

@@ -29,25 +29,31 @@ def projected(config: RunConfig, model: PriceModel, store: RowStore, world: Worl
     """
     started, values, maps = time.monotonic(), {}, dict[str, MappedFile]()
     for role, components in model.components().items():
-        shape = len(store), components.shape[1]
+        shape = len(store.nodes or store), components.shape[1]
         if config.cache is not None and store.exceeds_memory(config.residency):
             maps[role] = node_file(shape, torch.float32, world, config.cache)
             values[role] = maps[role].tensor
         else:
             values[role] = node_tensor(shape, torch.float32, world)
-    raw = store.of_roles(store.values)
+    raw, first = store.of_roles(store.values), store.nodes.first if store.nodes else 0
 
     def fill() -> None:
-        for rows in own_chunks(len(store), world):
+        for rows in held_chunks(store, world):
             stop_if_asked()
             batch = raw.batch(rows, torch.device("cpu"))
             for role, found in model.inputs(batch.inputs, batch.present).items():
-                values[role][rows[0] : rows[-1] + 1] = found
+                values[role][rows[0] - first : rows[-1] + 1 - first] = found
 
     with torch.inference_mode():
         world.together(fill)
     log.info(event="projected", rows=len(store), seconds=time.monotonic() - started)
     return replace(store, values=values, maps=maps, is_projected=True)
+
+
+def held_chunks(store: RowStore, world: World) -> Iterator[Tensor]:
+    """Yields the chunks of the rows held by this node that this rank computes for it."""
+    first = store.nodes.first if store.nodes else 0
+    yield from (chunk + first for chunk in own_chunks(len(store.nodes or store), world))
 
 
 def own_chunks(n_rows: int, world: World) -> Iterator[Tensor]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from fusion import log, signals, storage
 from fusion.config import RunConfig
+from fusion.distributed.world import held
 from fusion.errors import DataError, StopRequested
 from fusion.features.fitted import has_features
 from fusion.features.rows import compared
@@ -44,8 +46,9 @@ class Saver:
         self.blocked = 0.0  # seconds in which saving has kept the training waiting
         self.warned = False
         self.writer: checkpoint.Writer | None = None
+        prints, validated = _sample_fingerprints(fit), _validation_digest(fit)
         if lease is not None:
-            lineage = _lineage(self.run, fit)
+            lineage = _lineage(self.run, fit, held(prints)) | {"validation_sha256": held(validated)}
             self.writer = checkpoint.Writer(self.run, fit.data.store.dims, lineage, lease.check, config.keep)
 
     def resume(self) -> None:
@@ -160,7 +163,7 @@ class Saver:
         log.info(event="finished", checkpoint=made.url, **_outcome(self.fit), blocked=self.blocked / seconds)
 
 
-def _lineage(run: RunFolder, fit: Fit) -> dict[str, Any]:
+def _lineage(run: RunFolder, fit: Fit, prints: np.ndarray) -> dict[str, Any]:
     """Returns what the manifest of every checkpoint says about its origin: digests of config, data and code."""
     url = run.at(FACTS)
     content = storage.read(url)
@@ -173,22 +176,39 @@ def _lineage(run: RunFolder, fit: Fit) -> dict[str, Any]:
     if fit.config.neighbours:
         lineage["memory_sha256"] = storage.sha256(storage.read(run.at(MEMORY)))
     lineage["code_sha256"] = code_digest("training")
-    lineage["agreement"] = _agreement(fit)
-    lineage["validation_sha256"] = validation_digest(fit.data.store, fit.data.validation, fit.data.prices)
+    lineage["agreement"] = _agreement(fit, prints)
     return lineage
 
 
-def _agreement(fit: Fit) -> dict[str, float]:
+def _agreement(fit: Fit, prints: np.ndarray) -> dict[str, float]:
     """Returns, for each pair of roles, how much their similarities agree on a sample of the training rows.
 
     Predictions compare their rows with these values, to detect embeddings that belong to other rows.
     """
-    train = fit.data.train
+    return agreements(pd.DataFrame(prints, columns=list(compared(fit.data.store).dims)))
+
+
+def _sample_fingerprints(fit: Fit) -> np.ndarray | None:
+    """Returns the fingerprints [n, R] of the sample, on rank 0; None on other ranks. All ranks call this."""
+    train, store = fit.data.train, compared(fit.data.store)
     stride = -(-len(train) // MAX_AGREEMENT_ROWS)  # rounded up
     rows = train[::stride]
-    store = compared(fit.data.store)
-    prints = fingerprints(fit.model, store, rows, fit.world.device)
-    return agreements(pd.DataFrame(prints, columns=list(store.dims)))
+
+    def compute() -> np.ndarray:
+        return fingerprints(fit.model, store, store.own(rows), fit.world.device)
+
+    if store.nodes is None:
+        return fit.world.on_main_alone(compute)
+    found = store.nodes.joined(lambda: torch.from_numpy(compute().view(np.int64)), fit.world)
+    return None if found is None else found.numpy().view(np.uint64)
+
+
+def _validation_digest(fit: Fit) -> str | None:
+    """Returns the sha256 of the validation rows, on rank 0; None on other ranks. All ranks call this."""
+    store, rows = fit.data.store, fit.data.validation
+    if store.nodes is not None:
+        return validation_digest(store.nodes_digest(fit.world, rows), fit.data.prices)
+    return fit.world.on_main_alone(lambda: validation_digest(store.digest_of(rows), fit.data.prices))
 
 
 def baseline(data: TrainingData) -> dict[str, float]:

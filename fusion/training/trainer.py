@@ -32,7 +32,7 @@ from fusion.records.validation import validation_frame
 from fusion.training.dataset import TrainingData
 from fusion.training.early_stopping import EarlyStopping
 from fusion.training.graph import StepGraph
-from fusion.training.order import batches_read_together, epoch_order
+from fusion.training.order import GlobalBatch, batches_read_together, epoch_batches, n_batches
 from fusion.training.precision import Precision, faster_precision
 from fusion.training.seeds import derived_seed
 
@@ -102,7 +102,7 @@ class Fit:
 
     @property
     def n_batches(self) -> int:
-        return math.ceil(len(self.data.train) / self.config.batch_size)
+        return n_batches(self.config, len(self.data.train))
 
     @property
     def lr(self) -> float:
@@ -110,7 +110,7 @@ class Fit:
 
     def flop_per_row(self) -> float:
         """Returns the floating-point operations of the matrix products of a forward pass, per row, for all members."""
-        rows = self.data.train[:FLOP_ROWS]
+        rows = self.store.own(self.data.train)[:FLOP_ROWS]
         counter = FlopCounterMode(display=False)
         self.model.eval()
         with torch.inference_mode(), counter:
@@ -123,11 +123,11 @@ class Fit:
         Yields after each step at which the ranks synchronise. These steps do not depend on the number of ranks.
         """
         self.model.train()
-        batches = self._batches()
+        batches = epoch_batches(self.config, self.data.train, self.epoch + 1, self.world, self.store.nodes)
         left = batches[self.batch :]
         every = min(AGREE_STEPS, self.config.checkpoint_steps or AGREE_STEPS)
         for batch, inputs in zip(left, self._inputs(left), strict=True):
-            self._unshared += self._train_batch(batch, inputs) * len(batch)
+            self._unshared += self._train_batch(batch, inputs) * len(batch.rows)
             self.step += 1
             self.batch += 1
             beat()
@@ -230,31 +230,16 @@ class Fit:
             "if it fails in the same way, lower --lr or use --precision fp32 under another --run-id",
         )
 
-    def _batches(self) -> tuple[Tensor, ...]:
-        """Returns the global batches of the current epoch, each a tensor of positions. All ranks get the same."""
-        order = epoch_order(self.data.train, self.config.shuffle, self.config.seed, self.epoch + 1)
-        return torch.split(order, self.config.batch_size)
-
-    def _part(self, batch: Tensor) -> slice:
-        """Returns this rank's part of a global batch.
-
-        If the batch has fewer rows than there are ranks, a rank without a row still has to take part in the exchange of
-        gradients, so it computes the first row, with a weight of 0.
-        """
-        part = self.world.share(len(batch))
-        return part if part.start < part.stop else slice(0, 1)
-
-    def _inputs(self, batches: Sequence[Tensor]) -> Iterator[Batch | None]:
+    def _inputs(self, batches: Sequence[GlobalBatch]) -> Iterator[Batch | None]:
         """Yields this rank's part of each global batch, or None for those that the recorded step reads itself."""
         if self._graph:
             yield from (None for _ in batches)
         else:
-            parts = (batch[self._part(batch)] for batch in batches)
             together = batches_read_together(self.config.shuffle, self.config.batch_size)
-            yield from self.store.batches(parts, self.world.device, together)
+            yield from self.store.batches((batch.rows[batch.part] for batch in batches), self.world.device, together)
 
-    def _train_batch(self, batch: Tensor, inputs: Batch | None) -> Tensor:
-        """Takes one optimizer step on a global batch of B positions.
+    def _train_batch(self, batch: GlobalBatch, inputs: Batch | None) -> Tensor:
+        """Takes one optimizer step on a global batch of B rows.
 
         Args:
             inputs: the rows of this rank's part of the batch; None: they are read here.
@@ -262,43 +247,40 @@ class Fit:
         Returns:
             This rank's part of the loss. The parts of all ranks add up to the mean over the batch.
         """
-        seed = derived_seed(self.config.seed, "step", self.step)
+        n_rows, seed = len(batch.rows), derived_seed(self.config.seed, "step", self.step)
         self._set_rates()
-        if self._graph and len(batch) == self.config.batch_size:
-            return self._graph.run(batch, seed)
-        inputs = inputs or self.store.batch(batch[self._part(batch)], self.world.device)
-        with random_rows(seed, self._part(batch), len(batch), self.world.device):
-            loss = self._compute_gradients(batch.to(self.world.device), inputs)
-        self._step()
-        return loss
+        if self._graph and n_rows == self.config.batch_size:
+            return self._graph.run(batch.rows, seed)
+        with random_rows(seed, batch.part, n_rows, self.world.device):
+            return self._step_on(batch.to(self.world.device), inputs)
 
     def _whole_step(self, rows: Tensor) -> Tensor:
-        """Takes one optimizer step on a global batch of B positions, which are on the device. See `StepGraph`."""
-        loss = self._compute_gradients(rows, self.store.batch(rows, self.world.device))
-        self._step()
-        return loss
+        """Takes one optimizer step on all rows of a batch of B positions, on the device. See `StepGraph`."""
+        return self._step_on(GlobalBatch.of(rows, slice(0, len(rows))), None)
 
     def _can_be_recorded(self) -> bool:
         """Whether a step reads and writes nothing outside the memory of one GPU."""
         tables = [*self.store.values.values()] + ([self.store.candidates.rows] if self.store.candidates else [])
         return self.world.size == 1 and all(table.device.type == "cuda" for table in tables)
 
-    def _compute_gradients(self, rows: Tensor, inputs: Batch) -> Tensor:
-        """Computes the gradients of a global batch; nothing in it waits for the GPU. See `_train_batch`.
+    def _step_on(self, batch: GlobalBatch, inputs: Batch | None) -> Tensor:
+        """Computes gradients and updates the weights. Nothing in it waits for the GPU. See `_train_batch`.
 
         Args:
-            rows: [B] positions of the batch, on the device.
+            batch: on the device.
         """
-        part, own = self._part(rows), self.world.share(len(rows))
-        counts = self.folds[rows].unsqueeze(1) != self.held_out  # [B, M]: whether the member trains on the row
-        weights = counts / counts.sum().clamp(min=1)
-        mine = weights[part] if own.start < own.stop else torch.zeros_like(weights[part])
+        inputs = inputs or self.store.batch(batch.rows[batch.part], self.world.device)
+        counts = self.folds[batch.rows].unsqueeze(1) != self.held_out  # [B, M]: whether the member trains on the row
+        weights = (counts / counts.sum().clamp(min=1))[batch.part]
+        if batch.is_spare:
+            weights = torch.zeros_like(weights)
         with self._autocast(self.precision):
             outputs = self.replica(inputs)
-        loss, auxiliary = self._losses(outputs, rows[part], mine)
+        loss, auxiliary = self._losses(outputs, batch.rows[batch.part], weights)
         # DistributedDataParallel averages gradients over the ranks, but the parts have to be summed: hence the number
         # of ranks. The loss is a mean over members: their number gives each the gradient that it would have alone.
         torch.autograd.backward((loss + auxiliary) * self.world.size * len(self.held_out))
+        self._step()
         return loss.detach()
 
     def _autocast(self, precision: str) -> torch.autocast:

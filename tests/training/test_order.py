@@ -8,9 +8,12 @@ from typing import get_args
 import pytest
 import torch
 
-from fusion.config import Shuffle
+from fusion.config import RunConfig, Shuffle
+from fusion.data.node_rows import NodeRows
+from fusion.distributed.world import World
+from fusion.errors import ConfigError
 from fusion.training import order
-from fusion.training.order import batches_read_together, epoch_order
+from fusion.training.order import batches_read_together, check_nodes, epoch_batches, epoch_order
 from fusion.training.seeds import derived_seed
 
 TRAIN = torch.arange(0, 3000, 3)[:997]  # awkward for the blocks of 32 rows in these tests
@@ -52,3 +55,47 @@ def test_fewer_rows_than_a_block() -> None:
 def test_a_window_is_read_together() -> None:
     assert batches_read_together("rows", 64) == 1
     assert [batches_read_together("blocks", size) for size in (1, 32, 100, 500)] == [128, 4, 2, 1]
+
+
+# Three nodes of 2, 1 and 2 ranks.
+STARTS, RANKS = (0, 1200, 1800, 3000), (0, 2, 3, 5)
+WORLDS = [
+    World(rank, 5, *local, torch.device("cpu")) for rank, local in enumerate([(0, 2), (1, 2), (0, 1), (0, 2), (1, 2)])
+]
+NODES = [NodeRows(STARTS, RANKS, node) for node in (0, 0, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("size", [9, 64, 250])
+def test_each_rank_draws_the_rows_of_its_node(size: int) -> None:
+    config = RunConfig(batch_size=size, shuffle="blocks")
+    of_ranks = [epoch_batches(config, TRAIN, 1, *place) for place in zip(WORLDS, NODES, strict=True)]
+    drawn = []
+    for batches in zip(*of_ranks, strict=True):
+        assert len(batches[0].rows) <= size + 2, "the shares of the nodes are rounded"
+        assert all(torch.equal(batch.rows, batches[0].rows) for batch in batches)
+        for batch, nodes in zip(batches, NODES, strict=True):
+            rows = batch.rows[batch.part]
+            assert len(rows) and ((rows >= nodes.first) & (rows < nodes.end)).all()
+        parts = [batch.rows[batch.part] for batch in batches if not batch.is_spare]
+        assert torch.equal(torch.cat(parts), batches[0].rows)
+        drawn.append(batches[0].rows)
+    assert torch.equal(torch.cat(drawn).sort().values, TRAIN)
+    shares = torch.tensor([len(NODES[2].own(rows.sort().values)) / len(rows) for rows in drawn])
+    assert (shares - len(NODES[2].own(TRAIN)) / len(TRAIN)).abs().max() < 1.5 / min(map(len, drawn))
+
+
+def test_the_batches_of_nodes_depend_on_seed_and_epoch_and_not_on_the_ranks() -> None:
+    def rows(seed: int, epoch: int, place: int) -> list[int]:
+        batches = epoch_batches(RunConfig(seed=seed), TRAIN, epoch, WORLDS[place], NODES[place])
+        return torch.cat([batch.rows for batch in batches]).tolist()
+
+    assert rows(1, 1, 0) == rows(1, 1, 4)
+    assert rows(1, 1, 0) != rows(1, 2, 0) and rows(1, 1, 0) != rows(2, 1, 0)
+
+
+def test_a_node_with_too_few_training_rows_is_refused() -> None:
+    check_nodes(RunConfig(batch_size=9), TRAIN, NODES[0])
+    with pytest.raises(
+        ConfigError, match="node 1 of 3 holds 5 training rows, expected at least one for each of the 45"
+    ):
+        check_nodes(RunConfig(batch_size=9), torch.cat([TRAIN[:300], TRAIN[500:505], TRAIN[700:800]]), NODES[0])

@@ -95,7 +95,8 @@ def compute_parts(compute: Compute, store: RowStore, world: World, folder: str) 
             world.together(partial(read_or_compute, first + world.rank))
             show(min(first + world.size, len(parts)))
     everything = {number: part for of_rank in world.gather_on_main(mine) for number, part in of_rank.items()}
-    return concatenated([everything[number] for number in sorted(everything)])
+    computed = concatenated([everything[number] for number in sorted(everything)])
+    return dict(sorted(computed.items()))  # saved parts have their names in this order, computed ones in another
 
 
 def concatenated(parts: Sequence[Arrays]) -> Arrays:

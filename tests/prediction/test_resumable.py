@@ -33,10 +33,12 @@ def in_parts(command: str, ranks: int, strike: str, *flags: str) -> Done:
     return run_command(*launcher, *flags, "--device", "cpu", env=env)
 
 
-def submission(output: str) -> bytes:
+def submission(output: str) -> tuple[bytes, ...]:
+    """The content of all files of a submission but its manifest, which has the time."""
     current = pointers.read(SubmissionPointer, output, "submissions", "test", "current")
     assert current is not None
-    return storage.read(f"{output}/submissions/{current.submission}/submission.csv")
+    names = ("submission.csv", "predictions.parquet", "fingerprints.parquet")
+    return tuple(storage.read(f"{output}/submissions/{current.submission}/{name}") for name in names)
 
 
 def parts_left(output: Path) -> list[Path]:
@@ -44,7 +46,7 @@ def parts_left(output: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def expected(run: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def expected(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, ...]:
     """The submission of one rank that was not interrupted: 100 rows, in 7 parts."""
     output = tmp_path_factory.mktemp("undisturbed")
     done = predict(str(run), str(output))
@@ -54,14 +56,18 @@ def expected(run: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_gives_the_same_bytes(ranks: int, run: Path, tmp_path: Path, expected: bytes) -> None:
+def test_any_number_of_ranks_gives_the_same_bytes(
+    ranks: int, run: Path, tmp_path: Path, expected: tuple[bytes, ...]
+) -> None:
     done = predict(str(run), str(tmp_path), ranks)
     assert done.code == 0, done.err
     assert submission(str(tmp_path)) == expected
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 1), (1, 2)])
-def test_a_stopped_prediction_resumes(first: int, second: int, run: Path, tmp_path: Path, expected: bytes) -> None:
+def test_a_stopped_prediction_resumes(
+    first: int, second: int, run: Path, tmp_path: Path, expected: tuple[bytes, ...]
+) -> None:
     stopped = predict(str(run), str(tmp_path), first, "SIGTERM")
     assert stopped.code == 75, stopped.err
     assert f"stopped on request, {2 * first} of 7 parts are done and kept" in stopped.err
@@ -73,7 +79,7 @@ def test_a_stopped_prediction_resumes(first: int, second: int, run: Path, tmp_pa
     assert submission(str(tmp_path)) == expected
 
 
-def test_a_prediction_resumes_after_a_killed_rank(run: Path, tmp_path: Path, expected: bytes) -> None:
+def test_a_prediction_resumes_after_a_killed_rank(run: Path, tmp_path: Path, expected: tuple[bytes, ...]) -> None:
     killed = predict(str(run), str(tmp_path), 2, "SIGKILL")
     assert killed.code not in (0, 75), killed.err
     again = predict(str(run), str(tmp_path), 2)
@@ -81,7 +87,7 @@ def test_a_prediction_resumes_after_a_killed_rank(run: Path, tmp_path: Path, exp
     assert submission(str(tmp_path)) == expected
 
 
-def test_a_damaged_part_is_computed_again(run: Path, tmp_path: Path, expected: bytes) -> None:
+def test_a_damaged_part_is_computed_again(run: Path, tmp_path: Path, expected: tuple[bytes, ...]) -> None:
     assert predict(str(run), str(tmp_path), strike="SIGUSR2").code == 75
     for path, damage in zip(parts_left(tmp_path), (lambda b: b[:-1] + b"?", lambda b: b[:50]), strict=True):
         path.write_bytes(damage(path.read_bytes()))

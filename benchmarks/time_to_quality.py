@@ -8,7 +8,8 @@ Trains each system in new processes on the rows of `train --folds 5 --fold 0`: t
 and peers of `benchmarks.quality`, with their settings. After each epoch, or each 25 rounds of boosting, its SMAPE is
 measured on the fold's validation rows, which it does not train on. Prints wall and CPU seconds until each threshold is
 first reached: from the start, with its libraries loaded, reading of the files and preparation of inputs included. The
-time of these measurements does not count. A system that ends above a threshold never reaches it.
+time of these measurements does not count. A system that ends above a threshold never reaches it; a peer ends at
+--limit CPU seconds, and may then not have reached it yet.
 
 --compare reads two files of --json and says which seconds changed, by Welch's t-test of the logarithms at p < 0.01.
 """
@@ -88,20 +89,20 @@ def main() -> None:
     curves: dict[str, list[list[tuple[float, float, float]]]] = {name: [] for name in given.only}
     for _ in range(given.repeats):
         for name in given.only:
-            curves[name].append(curve(name, given.data, dict(given.sources)))
-    show(curves, given.thresholds)
+            curves[name].append(curve(name, given.data, dict(given.sources), given.limit))
+    show(curves, given.thresholds, given.limit)
     if given.json:
         machine.write(given.json, settings(curves, given.thresholds), folds=FOLDS, fold=FOLD, curves=curves)
 
 
-def curve(name: str, data: str, sources: Sources) -> list[tuple[float, float, float]]:
+def curve(name: str, data: str, sources: Sources, limit: float) -> list[tuple[float, float, float]]:
     """Wall seconds, CPU seconds and SMAPE in the course of one training, in a new process."""
-    run = partial(of_fusion, data, sources) if name == FUSION else partial(of_peer, name, data, sources)
+    run = partial(of_fusion, data, sources) if name == FUSION else partial(of_peer, name, data, sources, limit)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(run).result()
 
 
-def of_peer(name: str, data: str, sources: Sources) -> list[tuple[float, float, float]]:
+def of_peer(name: str, data: str, sources: Sources, limit: float) -> list[tuple[float, float, float]]:
     steps, every, module = PEERS[name]
     importlib.import_module(module)
     clock = Clock()
@@ -113,6 +114,8 @@ def of_peer(name: str, data: str, sources: Sources) -> list[tuple[float, float, 
         if number % every == 0:
             with clock.measuring() as found:
                 found(log_smape(predict(held), catalog.logs[held]))
+            if clock.curve[-1][1] > limit:
+                break
     return clock.curve
 
 
@@ -163,23 +166,23 @@ def settings(curves: Mapping[str, list[Any]], thresholds: list[float]) -> dict[s
     return found
 
 
-def show(curves: Mapping[str, list[Any]], thresholds: list[float]) -> None:
+def show(curves: Mapping[str, list[Any]], thresholds: list[float], limit: float) -> None:
     """Prints the medians over the repetitions."""
     print(f"{machine.described()}. Seconds to a SMAPE, wall / CPU:\n")
     found = settings(curves, thresholds)
     head = "".join(f"{threshold:>15g}" for threshold in thresholds)
-    print(f"{'':<10}{head}{'lowest SMAPE':>15}{'last SMAPE':>13}{'whole training':>17}")
+    print(f"{'':<10}{head}{'lowest SMAPE':>15}{'last SMAPE':>13}{'last, wall / CPU':>18}")
     for name, of_system in curves.items():
-        cells = "".join(f"{_cell(found.get(f'{name} to {threshold:g}')):>15}" for threshold in thresholds)
+        unreached = "not yet" if any(curve[-1][1] > limit for curve in of_system) else "never"
+        times = (found.get(f"{name} to {threshold:g}") for threshold in thresholds)
+        cells = "".join(f"{_cell(one) if one else unreached:>15}" for one in times)
         lowest = np.median([min(smape for _, _, smape in curve) for curve in of_system])
         wall, cpu, last = np.median([curve[-1] for curve in of_system], axis=0)
         whole = _cell({"seconds": [wall], "cpu_seconds": [cpu]})
-        print(f"{name:<10}{cells}{lowest:>15.2f}{last:>13.2f}{whole:>17}")
+        print(f"{name:<10}{cells}{lowest:>15.2f}{last:>13.2f}{whole:>18}")
 
 
-def _cell(times: Mapping[str, list[float]] | None) -> str:
-    if times is None:
-        return "never"
+def _cell(times: Mapping[str, list[float]]) -> str:
     return " / ".join(f"{statistics.median(times[measure]):.1f}" for measure in ("seconds", "cpu_seconds"))
 
 
@@ -190,6 +193,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=[FUSION, *PEERS], default=[FUSION, *PEERS])
     parser.add_argument("--thresholds", nargs="+", type=float, default=list(THRESHOLDS), metavar="SMAPE")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=600.0, help="CPU seconds after which a peer is stopped")
     machine.add_flags(parser)
     given = parser.parse_args()
     if not given.compare and not (given.data and given.sources):

@@ -23,8 +23,10 @@ def test_the_first_measurement_below_a_threshold_counts() -> None:
 def test_a_threshold_that_one_repetition_misses_is_never_reached(capsys: pytest.CaptureFixture[str]) -> None:
     curves = {"mlp": [CURVE, [(2.0, 6.0, 39.0)]]}
     assert settings(curves, [40.0, 38.0]) == {"mlp to 40": {"seconds": [2.0, 2.0], "cpu_seconds": [3.0, 6.0]}}
-    show(curves, [40.0, 38.0])
+    show(curves, [40.0, 38.0], 600.0)
     assert capsys.readouterr().out.splitlines()[-1].split()[:5] == ["mlp", "2.0", "/", "4.5", "never"]
+    show(curves, [38.0], 5.5)
+    assert "not yet" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_clock_stands_still_while_it_is_measured() -> None:
@@ -41,7 +43,7 @@ def test_the_clock_stands_still_while_it_is_measured() -> None:
 def test_fusion_and_a_peer_are_measured_on_the_same_rows(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_to_quality, "VARIANT_FLAGS", ["--epochs", "2", "--width", "8", "--hidden", "8"])
     sources = {"clip_image": "images", "siglip_image": "images", "qwen_text": "texts", "siglip_text": "texts"}
-    ours, theirs = of_fusion(str(data), sources), of_peer("mlp", str(data), SOURCES)
+    ours, theirs = of_fusion(str(data), sources), of_peer("mlp", str(data), SOURCES, 600.0)
     assert len(ours) == 2
     assert len(theirs) == 40
     for curve in (ours, theirs):

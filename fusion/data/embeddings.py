@@ -25,7 +25,7 @@ from fusion.data.row_cache import Allocate, CacheFolder, Kinds, Loaded, kept_row
 from fusion.data.row_store import RowStore, SourceArrays
 from fusion.data.shared_memory import node_tensor
 from fusion.data.source_file import Kind, Part, content_of, kind_of, open_part, parts_of
-from fusion.data.source_rows import NO_ROW, Found, Rows, check_ids
+from fusion.data.source_rows import NO_ROW, Found, Rows, Window, check_ids
 from fusion.distributed.world import World
 from fusion.environment import usable_memory
 from fusion.errors import ConfigError, DataError, StopRequested, UnreachableError
@@ -88,17 +88,27 @@ def load(
 
     def read(allocate: Allocate) -> Loaded:
         loaded = _read(data, split, bindings, files, ids, max_missing, allocate, world, nodes)
-        if world.on_main(lambda: find_sources(data, split, bindings)) != files:
-            message = f"embeddings of {split} in {data} changed while they were read"
-            raise UnreachableError(message, "run it again once they are complete")
+        check_unchanged(data, split, bindings, files, world)
         return loaded
 
     if cache is None:
         loaded = read(_in_memory(world, nodes))
     else:
         loaded = kept_rows(CacheFolder.of(cache, [data, split, dict(bindings), partial], files, ids), read, world)
-    world.on_main(lambda: _report(bindings, loaded, ids, max_missing, partial))
+
+    def tell() -> None:
+        report(bindings, loaded.arrays, {} if partial else loaded.n_unknown, ids, max_missing)
+        warn_of_equal_sources(bindings, loaded.store)
+
+    world.on_main(tell)
     return loaded.store
+
+
+def check_unchanged(data: str, split: str, bindings: Mapping[str, str], files: Sources, world: World) -> None:
+    """Raises UnreachableError if a source was written since its files were listed."""
+    if world.on_main(lambda: find_sources(data, split, bindings)) != files:
+        message = f"embeddings of {split} in {data} changed while they were read"
+        raise UnreachableError(message, "run it again once they are complete")
 
 
 def _read(
@@ -114,10 +124,10 @@ def _read(
 ) -> Loaded:
     """Reads the sources into new arrays; arguments as for `load`."""
     kept: dict[str, bytes] = {}
-    plans = world.on_main(lambda: _plans(files, bindings, sources_folder(data, split), kept))
+    plans = world.on_main(lambda: plans_of(data, split, bindings, files, kept))
     arrays = allocate(len(ids), {plan.role: (plan.kind.dim, plan.dtype) for plan in plans})
     rows = Rows(ids)
-    found = _fill(plans, rows, arrays, kept, world, nodes)
+    found = fill(plans, rows, arrays, kept, world, nodes)
     # Every node reads all ids, so those from one node suffice: those of the first node, where rank == local_rank.
     read = world.gather_on_main(found if world.rank == world.local_rank else {})
     n_unknown = world.on_main(lambda: _n_unknown(plans, read, rows, max_missing))
@@ -168,7 +178,16 @@ def stop_if_asked() -> None:
         raise StopRequested(message, "run the same command again")
 
 
-def _plans(files: Sources, bindings: Mapping[str, str], where: str, kept: dict[str, bytes]) -> list[Plan]:
+def plans_of(
+    data: str, split: str, bindings: Mapping[str, str], files: Sources, kept: dict[str, bytes] | None = None
+) -> list[Plan]:
+    """Reads what must be known of each source before its vectors are read.
+
+    Args:
+        kept: takes the content of small files that were fetched for this, by URL.
+    """
+    kept = {} if kept is None else kept
+    where = sources_folder(data, split)
     return [_plan(role, f"source {name!r} in {where}", files[role], kept) for role, name in bindings.items()]
 
 
@@ -196,13 +215,13 @@ def _first_kind(source: str, n_files: int, parts: Iterable[Part], kept: dict[str
     raise DataError(f"{source} has no vectors in its {n_files} files", "write the embeddings again")
 
 
-def _fill(
+def fill(
     plans: Sequence[Plan],
-    rows: Rows,
+    rows: Rows | Window,
     arrays: Mapping[str, SourceArrays],
     kept: dict[str, bytes],
     world: World,
-    nodes: NodeRows | None,
+    nodes: NodeRows | None = None,
 ) -> dict[str, Found]:
     """Reads this rank's share of all parts into the arrays, and returns the ids that it has read, by role."""
     tasks = [(plan, part) for plan in plans for part in plan.parts][world.local_rank :: world.local_size]
@@ -238,7 +257,7 @@ def _read_part(
     part: Part,
     kind: Kind,
     content: bytes | None,
-    rows: Rows,
+    rows: Rows | Window,
     arrays: SourceArrays,
     given_up: threading.Event,
     nodes: NodeRows | None,
@@ -285,16 +304,29 @@ def _n_unknown(
     return {role: len(found.unknown) for role, found in everything.items()}
 
 
-def _report(bindings: Mapping[str, str], loaded: Loaded, ids: pd.Index, max_missing: float, partial: bool) -> None:
-    store = loaded.store
+def report(
+    bindings: Mapping[str, str],
+    arrays: Mapping[str, SourceArrays],
+    n_unknown: Mapping[str, int],
+    ids: pd.Index,
+    max_missing: float,
+) -> None:
+    """Logs how many of the rows `ids` each source has, and what is wrong with others.
+
+    Args:
+        n_unknown: role to the number of its ids that the table does not have; without it, they are not logged.
+
+    Raises:
+        DataError: a source lacks too many rows.
+    """
     for role, name in bindings.items():
-        arrays, n_unknown = loaded.arrays[role], loaded.n_unknown[role]
-        present, empty, has_id = arrays.present.numpy(), arrays.zeros.numpy(), arrays.known.numpy()
+        mine = arrays[role]
+        present, empty, has_id = mine.present.numpy(), mine.zeros.numpy(), mine.known.numpy()
         broken, missing = ids[has_id & ~present & ~empty], ids[~has_id]
-        n_present, dim = int(present.sum()), store.dims[role]
+        n_present, dim = int(present.sum()), mine.values.shape[1]
         log.info(event="loaded", role=role, source=name, rows=n_present, missing=len(missing), dim=dim)
-        if n_unknown and not partial:
-            log.info(event="ids_not_in_table", role=role, rows=n_unknown)
+        if n_unknown.get(role):
+            log.info(event="ids_not_in_table", role=role, rows=n_unknown[role])
         if empty.any():
             first = ",".join(ids[empty][:5])
             log.warning(event="vectors_of_zeros", role=role, rows=int(empty.sum()), first=first, counted="as missing")
@@ -306,13 +338,12 @@ def _report(bindings: Mapping[str, str], loaded: Loaded, ids: pd.Index, max_miss
                 f"{', '.join(ids[~present][:5])}",
                 f"complete the source, or accept more than {max_missing:.0%} missing rows with --max-missing",
             )
-    _warn_of_equal_sources(bindings, store)
-    n_empty = int((~store.any_present()).sum())
+    n_empty = int((~torch.stack([arrays[role].present for role in bindings]).any(0)).sum())
     if n_empty:
         log.warning(event="rows_without_any_embedding", rows=n_empty, predicted="the training median")
 
 
-def _warn_of_equal_sources(bindings: Mapping[str, str], store: RowStore) -> None:
+def warn_of_equal_sources(bindings: Mapping[str, str], store: RowStore) -> None:
     """Warns if two roles have the same vectors: one source bound to both, or two files with the same content."""
     for first, second in combinations(store.values, 2):
         if store.dims[first] != store.dims[second]:

@@ -87,6 +87,27 @@ class Rows:
         return rows
 
 
+class Window:
+    """The rows [first, last) of a table, for reading only these. Positions are relative to the first of them.
+
+    Attributes:
+        ids: [n] large_string.
+    """
+
+    def __init__(self, rows: Rows, first: int, last: int) -> None:
+        self._rows, self.first = rows, first
+        self.ids = rows.ids.slice(first, last - first)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def find(self, ids: pa.ChunkedArray) -> Found:
+        """As `Rows.find`; ids of other rows of the table have no row, but are not unknown."""
+        found = self._rows.find(ids)
+        is_inside = (found.rows >= self.first) & (found.rows < self.first + len(self))
+        return Found(np.where(is_inside, found.rows - self.first, NO_ROW).astype(np.int32), found.unknown)
+
+
 def _sorted_hashes(ids: pa.Array) -> tuple[str, np.ndarray, np.ndarray]:
     """A key for which the hashes of all ids differ; these hashes [N] uint64, ascending; the row [N] of each."""
     for key in itertools.count():
@@ -105,7 +126,7 @@ def _hashes(ids: pa.Array | pa.ChunkedArray, key: str) -> np.ndarray:
     return np.concatenate([np.empty(0, np.uint64), *found])
 
 
-def check_ids(role: str, source: str, found: Found, rows: Rows, max_missing: float) -> None:
+def check_ids(role: str, source: str, found: Found, rows: Rows | Window, max_missing: float) -> None:
     """Checks all ids of a source.
 
     Args:
@@ -150,7 +171,7 @@ def too_few(source: str, n_found: int, missing: pa.Array, unknown: pa.Array, max
     )
 
 
-def _check_duplicates(source: str, found: Found, rows: Rows) -> None:
+def _check_duplicates(source: str, found: Found, rows: Rows | Window) -> None:
     is_repeated = np.bincount(found.known, minlength=len(rows)) > 1
     repeated = rows.ids.take(pa.array(found.known[is_repeated[found.known]]))
     report_duplicates(source, pa.chunked_array([repeated, found.unknown]))

@@ -6,7 +6,8 @@ Evaluation, ensembles and ablation use the same functions to open a run, load it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,19 +16,30 @@ from torch import Tensor, nn
 
 from fusion import log, storage
 from fusion.config import PredictConfig, ReadRunConfig, RunConfig, digest
+from fusion.data.blocks import Blocks, open_blocks
+from fusion.data.embeddings import check_unchanged as check_sources
 from fusion.data.embeddings import load
 from fusion.data.inputs import Inputs, find_inputs, find_table
 from fusion.data.row_store import RowStore
 from fusion.data.tables import Table, read_table
 from fusion.distributed.world import World, held, join_world
 from fusion.errors import DataError, DivergedError, UnreachableError
-from fusion.features.fitted import Features, columns_of, has_features, read_features
+from fusion.features.fitted import Columns, Features, columns_of, has_features, read_features
 from fusion.features.rows import compared, with_features
 from fusion.metrics import bootstrap_interval, row_smape
 from fusion.nn.approximate import HINT, is_installed
 from fusion.nn.neighbours import Memory
 from fusion.nn.price_model import Options, PriceModel, network_dims
-from fusion.prediction.resumable import CHUNK, Arrays, Compute, compute_parts, compute_rows, concatenated, discard
+from fusion.prediction.resumable import (
+    CHUNK,
+    PART_ROWS,
+    Arrays,
+    Compute,
+    compute_parts,
+    compute_rows,
+    concatenated,
+    discard,
+)
 from fusion.records import checkpoint, find_run, intervals, manifests, memory
 from fusion.records.manifests import FINGERPRINTS, PREDICTIONS, SUBMISSION
 from fusion.records.output import OutputFolder
@@ -35,7 +47,7 @@ from fusion.records.run import RunFolder
 from fusion.records.schemas import Intervals
 from fusion.records.validation import computed_frame
 from fusion.submissions import guards, predictions, submission
-from fusion.submissions.fingerprints import EmbeddingStatistics, statistics_of, to_parquet
+from fusion.submissions.fingerprints import EmbeddingStatistics, Sums, joined, statistics_of, sums_of, to_parquet
 from fusion.submissions.unchanged import republish
 
 C = TypeVar("C", bound=RunConfig)
@@ -43,6 +55,9 @@ BuildNetwork = Callable[[C, Mapping[str, int]], nn.Module]  # from a config and 
 # `warn_of_leak` warns if the SMAPE of test rows is above that of validation rows by more than this factor, even at the
 # low end of its 95% interval. Smaller differences also arise between samples of the same data.
 LEAK_FACTOR = 1.1
+# Parts that a prediction reads at a time if it does not read all rows at once. Two parts have the rows of one file of
+# `fusion.prepare`, so the number is even; 65,536 rows of the published dimensions take 1 GB.
+BLOCK_PARTS = 8
 
 
 def predict_rows(compute: Compute, store: RowStore, rows: Tensor, world: World, chunk: int = CHUNK) -> Arrays:
@@ -227,24 +242,92 @@ def _predict(
     table = world.on_main_alone(lambda: read_table(data, "test", priced=False, columns=names))
     columns = world.on_main_alone(lambda: columns_of(features, held(table)))
     ids = world.on_main(lambda: held(table).ids)
-    bindings, sources, cache = config.bindings(), inputs.sources, settings.cache
     max_missing = config.max_missing if settings.max_missing is None else settings.max_missing
-    store = load(data, "test", bindings, ids, world, max_missing=max_missing, sources=sources, cache=cache)
-    store = with_features(store, features, columns, "test.csv", world)
-    check_dims(store.dims, model.dims, f"{data}/embeddings/test")
-    check_unchanged(inputs, data, world)
-    store = store.resident_on(world.device, settings.residency)
-    last = world.on_main_alone(lambda: submission.last_submission(settings))
-    seen = statistics_of(model, compared(store), ids, world)
-    about = guards.about_embeddings(seen, chosen.manifest.agreement, last, origin)
-    world.on_main(lambda: guards.conclude(settings, about))  # refuses bad embeddings before prices are computed
-    parts = parts_folder(all_parts(settings), origin, world)
-    computed = named(compute_parts(pricing(model), store, world, parts), model.named_rows)
+    last = cache(lambda: submission.last_submission(settings))  # called on rank 0 only
+    rows = Predicted(settings, config, model, features, inputs, origin, ids, max_missing)
+    blocks = None
+    if settings.cache is None:  # rows in a cache are not in memory
+        blocks = open_blocks(data, "test", config.bindings(), inputs.sources, ids, block_rows(world), world)
+
+    def check(seen: EmbeddingStatistics) -> None:
+        guards.conclude(settings, guards.about_embeddings(seen, chosen.manifest.agreement, last(), origin))
+
+    if blocks is None:
+        seen, computed = _at_once(rows, columns, lambda seen: world.on_main(lambda: check(seen)), world)
+    else:
+        seen, computed = _in_blocks(rows, columns, blocks, world)
 
     def publish() -> None:
-        publish_prices(settings, origin, chosen.smape, held(table), computed, limits, seen, last)
+        if blocks is not None:
+            blocks.report(max_missing)
+            check(seen)
+        publish_prices(settings, origin, chosen.smape, held(table), computed, limits, seen, last())
 
     publish_and_discard(settings, publish, world)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the rows of a table are predicted with.
+
+    Attributes:
+        features: what the model computes from the table; None if it computes nothing.
+        ids: [N] sample ids of the table.
+        max_missing: largest share of the rows that a source may lack.
+    """
+
+    settings: PredictConfig
+    config: RunConfig
+    model: PriceModel
+    features: Features | None
+    inputs: Inputs
+    origin: submission.Origin
+    ids: pd.Index
+    max_missing: float
+
+    def prepared(self, store: RowStore, columns: Columns | None, world: World) -> RowStore:
+        """The store with computed sources, where the model reads it. Raises DataError if a dimension is wrong."""
+        store = with_features(store, self.features, columns, "test.csv", world)
+        check_dims(store.dims, self.model.dims, f"{self.origin.data}/embeddings/test")
+        return store.resident_on(world.device, self.settings.residency)
+
+    def parts(self, world: World) -> str:
+        return parts_folder(all_parts(self.settings), self.origin, world)
+
+
+def block_rows(world: World) -> int:
+    """Rows that a prediction of a large table reads at a time: a part for each rank, and at least `BLOCK_PARTS`."""
+    return PART_ROWS * max(BLOCK_PARTS, world.size + world.size % 2)
+
+
+def _at_once(
+    rows: Predicted, columns: Columns | None, check: Callable[[EmbeddingStatistics], None], world: World
+) -> tuple[EmbeddingStatistics, Arrays]:
+    """Reads all rows; computes their prices only if `check` does not raise an error about their embeddings."""
+    data, bindings, sources = rows.origin.data, rows.config.bindings(), rows.inputs.sources
+    missing, kept = rows.max_missing, rows.settings.cache
+    store = load(data, "test", bindings, rows.ids, world, max_missing=missing, sources=sources, cache=kept)
+    store = rows.prepared(store, columns, world)
+    check_unchanged(rows.inputs, data, world)
+    seen = statistics_of(rows.model, compared(store), rows.ids, world)
+    check(seen)
+    return seen, named(compute_parts(pricing(rows.model), store, world, rows.parts(world)), rows.model.named_rows)
+
+
+def _in_blocks(
+    rows: Predicted, columns: Columns | None, blocks: Blocks, world: World
+) -> tuple[EmbeddingStatistics, Arrays]:
+    """Reads one block of rows after the other, and computes its prices. The rows are checked as a whole afterwards."""
+    sums, computed, compute, folder = list[Sums](), list[Arrays](), pricing(rows.model), rows.parts(world)
+    n_rows = len(rows.ids)
+    for first, block in blocks.read():
+        cut = None if columns is None else {name: one.slice(first, len(block)) for name, one in columns.items()}
+        store = rows.prepared(block, cut, world)
+        sums.append(sums_of(rows.model, compared(store), rows.ids[first : first + len(block)], world))
+        computed.append(compute_parts(compute, store, world, folder, first_row=first, n_rows=n_rows))
+    check_sources(rows.origin.data, "test", rows.config.bindings(), rows.inputs.sources, world)
+    check_unchanged(rows.inputs, rows.origin.data, world)
+    return joined(sums), named(concatenated(computed), rows.model.named_rows)
 
 
 def check_unchanged(inputs: Inputs, data: str, world: World) -> None:

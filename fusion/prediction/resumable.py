@@ -56,28 +56,33 @@ def with_beats(compute: Compute, beat: Callable[[], None]) -> Compute:
     return compute_and_beat
 
 
-def compute_parts(compute: Compute, store: RowStore, world: World, folder: str) -> Arrays:
-    """Returns the outputs of `compute` for all N rows of the store, as name to [N, …]; empty on all ranks but 0.
+def compute_parts(
+    compute: Compute, store: RowStore, world: World, folder: str, *, first_row: int = 0, n_rows: int | None = None
+) -> Arrays:
+    """Returns the outputs of `compute` for all rows of the store, as name to [len(store), …]; empty on ranks but 0.
 
     The rows are divided into the same parts for any number of ranks. A part that is saved in `folder` is read from
     there; any other part is computed and saved.
 
     Args:
         folder: URL. It must be different for other inputs, models or devices (see `predict.parts_folder`).
+        first_row, n_rows: if the store has only some of the rows, the position of its first row, a multiple of
+            `PART_ROWS`, and the number of all rows.
 
     Raises:
         StopRequested: one of the ranks got a signal; all ranks raise it.
     """
-    parts = torch.split(torch.arange(len(store)), PART_ROWS)
+    parts, before = torch.split(torch.arange(len(store)), PART_ROWS), first_row // PART_ROWS
+    n_parts = -(-(n_rows or len(store)) // PART_ROWS)
     saved = set(world.on_main(lambda: storage.ls(folder)))
-    if saved:
-        log.info(event="resumed", parts=f"{len(saved)}/{len(parts)}", folder=folder)
+    if saved and not before:
+        log.info(event="resumed", parts=f"{len(saved)}/{n_parts}", folder=folder)
     mine: dict[int, Arrays] = {}
 
     def read_or_compute(number: int) -> None:
         if number >= len(parts):  # in the last round, there may be fewer parts than ranks
             return
-        url = storage.join(folder, f"{number:05d}")
+        url = storage.join(folder, f"{before + number:05d}")
         found = _read(url) if url in saved else None
         if found is None:
             found = compute_rows(compute, store, parts[number], world.device)
@@ -85,15 +90,15 @@ def compute_parts(compute: Compute, store: RowStore, world: World, folder: str) 
         mine[number] = found
 
     with (
-        watched(STALL_TIMEOUT, lambda: f"rank {world.rank} at part {len(mine)}") as watchdog,
-        log.progress("parts", len(parts)) as show,
+        watched(STALL_TIMEOUT, lambda: f"rank {world.rank} at part {before + len(mine)}") as watchdog,
+        log.progress("parts", n_parts, done=before) as show,
     ):
         compute = with_beats(compute, watchdog.beat)
         for first in range(0, len(parts), world.size):
-            _stop_if_asked(world, first, len(parts))
+            _stop_if_asked(world, before + first, n_parts)
             watchdog.beat()
             world.together(partial(read_or_compute, first + world.rank))
-            show(min(first + world.size, len(parts)))
+            show(before + min(first + world.size, len(parts)))
     everything = {number: part for of_rank in world.gather_on_main(mine) for number, part in of_rank.items()}
     computed = concatenated([everything[number] for number in sorted(everything)])
     return dict(sorted(computed.items()))  # saved parts have their names in this order, computed ones in another

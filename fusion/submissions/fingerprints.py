@@ -12,7 +12,7 @@ one of the two is stored under wrong ids, which shows on the very first night.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -74,19 +74,43 @@ class Comparison:
     new: int
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What statistics are computed from, of some rows of a table.
+
+    Attributes:
+        prints: as in `EmbeddingStatistics`.
+        totals: on every rank, the sums of `_of_rows` over these rows.
+    """
+
+    prints: pd.DataFrame
+    totals: dict[str, np.ndarray]
+
+
 def statistics_of(model: PriceModel, store: RowStore, ids: pd.Index, world: World) -> EmbeddingStatistics:
     """Computes fingerprints and moments of all rows of the store; each rank handles a share of the rows.
 
     All ranks get the moments; only rank 0 gets the fingerprints.
     """
+    return joined([sums_of(model, store, ids, world)])
+
+
+def sums_of(model: PriceModel, store: RowStore, ids: pd.Index, world: World) -> Sums:
+    """Computes what `joined` needs of the rows of the store; each rank handles a share of the rows."""
     mine = torch.arange(len(store))[world.share(len(store))]
     prints, sums = _of_rows(model, store, mine, world.device)
     totals = np.split(np.array(world.sum(np.concatenate(list(sums.values())).tolist())), _bounds(sums))
-    moments = dict(zip(sums, totals, strict=True))
     found = world.gather_on_main(prints)
     table = pd.DataFrame(np.concatenate(found), index=ids) if found else pd.DataFrame(prints[:0])
+    return Sums(table.set_axis(list(store.dims), axis=1), dict(zip(sums, totals, strict=True)))
+
+
+def joined(parts: Sequence[Sums]) -> EmbeddingStatistics:
+    """The statistics of a table whose rows are those of the parts, in their order; there is at least one part."""
+    prints = parts[0].prints if len(parts) == 1 else pd.concat([part.prints for part in parts])
+    moments = {role: np.sum([part.totals[role] for part in parts], axis=0) for role in parts[0].totals}
     return EmbeddingStatistics(
-        table.set_axis(list(store.dims), axis=1),
+        prints,
         {role: _shift(total) for role, total in moments.items()},
         {role: _spread(total) for role, total in moments.items()},
     )

@@ -308,7 +308,7 @@ def test_a_later_date_stays_current_with_a_warning(
 def test_input_that_changes_while_it_is_read_is_refused(
     what: str, workspace: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill = embeddings._fill
+    fill = embeddings.fill
 
     def filled(*arguments: object) -> object:
         path = workspace / "data" / what
@@ -316,7 +316,7 @@ def test_input_that_changes_while_it_is_read_is_refused(
         return fill(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(embeddings, "_fill", filled)
+        patch.setattr(embeddings, "fill", filled)
         assert night("2026-03-01") == 69
     assert "while" in capsys.readouterr().err
     assert publications(workspace) == []

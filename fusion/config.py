@@ -215,7 +215,7 @@ class RunConfig(StoreConfig):
     shard_rows: bool = setting(
         False,
         "each node reads and keeps only its share of the rows, and each batch has as large a share of every node's "
-        "rows; the result then depends on the number of nodes",
+        "rows; the result then depends on the number of nodes, and only as many can resume it",
         "training",
     )
     lr: float = setting(2e-3, "learning rate of AdamW", "training", gt=0)

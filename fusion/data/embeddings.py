@@ -152,7 +152,7 @@ def _in_memory(world: World, nodes: NodeRows | None) -> Allocate:
     def allocate(n_rows: int, kinds: Kinds) -> dict[str, SourceArrays]:
         n_held = n_rows if nodes is None else len(nodes)
         row_bytes = sum(dim * dtype.itemsize for dim, dtype in kinds.values())
-        world.together(lambda: _check_memory(n_held * row_bytes))
+        world.together(lambda: _check_memory(n_held * row_bytes, divided=nodes is not None))
         return {role: one(n_rows, n_held, *kind) for role, kind in kinds.items()}
 
     def one(n_rows: int, n_held: int, dim: int, dtype: torch.dtype) -> SourceArrays:
@@ -162,12 +162,13 @@ def _in_memory(world: World, nodes: NodeRows | None) -> Allocate:
     return allocate
 
 
-def _check_memory(n_bytes: int) -> None:
+def _check_memory(n_bytes: int, *, divided: bool) -> None:
+    """Args: divided: whether the bytes are only this node's share of the rows."""
     usable = usable_memory()
     if n_bytes > usable:
         raise ConfigError(
             f"the embeddings take {n_bytes / 2**30:.1f} GiB of memory, and this job may use {usable / 2**30:.1f} GiB",
-            "read them from a disk of this machine while training: --cache FOLDER",
+            "start more nodes" if divided else "read them from a disk of this machine while training: --cache FOLDER",
         )
 
 

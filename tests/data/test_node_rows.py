@@ -85,6 +85,19 @@ def test_a_node_reads_no_vectors_of_parts_without_its_rows(data: Path, monkeypat
     assert sum(n_read) == 21, "three groups of seven rows have the rows from 1 to 19"
 
 
+def test_only_the_share_of_a_node_has_to_fit_in_its_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = NodeRows((0, 20, N), (0, 1, 2), 0)
+    with join_world("cpu") as world:
+        monkeypatch.setattr(embeddings, "usable_memory", lambda: 20 * 5 * 4)
+        read(world, nodes)
+        with pytest.raises(ConfigError, match=r"take 0\.0 GiB of memory"):
+            read(world)
+        monkeypatch.setattr(embeddings, "usable_memory", lambda: 20 * 5 * 4 - 1)
+        with pytest.raises(ConfigError, match=r"take 0\.0 GiB of memory") as raised:
+            read(world, nodes)
+    assert raised.value.remedy == "start more nodes"
+
+
 def test_fewer_rows_than_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(World, "exchange", lambda *_: [0, 1, 2])
     with pytest.raises(ConfigError, match="2 rows cannot be divided between 3 nodes"):

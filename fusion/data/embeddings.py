@@ -288,11 +288,23 @@ def _store(vectors: np.ndarray, rows: np.ndarray, arrays: SourceArrays, first: i
     values = arrays.values.numpy()
     with np.errstate(over="ignore"):  # a float64 too large for float32 becomes inf, and counts as not finite
         vectors = vectors.astype(values.dtype, copy=False)
-    known, empty = rows != NO_ROW, ~vectors.any(1)  # many extractors write zeros where there was no image or text
-    good = known & ~empty & np.isfinite(vectors).all(1)
+    largest = _largest_bits(vectors)
+    known, empty = rows != NO_ROW, largest == 0  # many extractors write zeros where there was no image or text
+    good = known & ~empty & (largest < np.array(np.inf, values.dtype).view(largest.dtype))
     values[rows[good] - first] = vectors if good.all() else vectors[good]
     arrays.present.numpy()[rows[good]] = True
     arrays.zeros.numpy()[rows[known & empty]] = True
+
+
+def _largest_bits(vectors: np.ndarray) -> np.ndarray:
+    """[M] for each vector, the bits of its largest absolute value, as unsigned integers.
+
+    They are ordered as the values are, with infinity and then NaN above all numbers. So one pass shows whether a vector
+    is zero and whether it is finite, five times as fast for float16 as `np.isfinite`.
+    """
+    bits = vectors.view(f"u{vectors.itemsize}")
+    largest: np.ndarray = (bits & (np.iinfo(bits.dtype).max >> 1)).max(1)
+    return largest
 
 
 def _n_unknown(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -28,11 +29,21 @@ def node_tensor(shape: tuple[int, ...], dtype: torch.dtype, world: World) -> Ten
     Raises:
         ConfigError: the node has too little memory and disk for it.
     """
-    if world.local_size == 1:
-        return torch.zeros(shape, dtype=dtype)
     size = int(np.prod(shape))
+    if world.local_size == 1:
+        return _private_tensor(size, dtype).view(shape)
     with _shared_file(size * dtype.itemsize, world, _shared_folders(), _ENLARGE) as path:
         return torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
+
+
+def _private_tensor(size: int, dtype: torch.dtype) -> Tensor:
+    """Zeros [size], which the kernel provides page by page when they are first used.
+
+    So the threads that read vectors take the page faults, in parallel. `torch.zeros` writes all zeros at once. Huge
+    pages would save most faults, but a virtual machine may have given them back to its host, and wait for them.
+    """
+    memory = mmap.mmap(-1, max(1, size * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype, count=size) if size else torch.zeros(0, dtype=dtype)
 
 
 def node_file(shape: tuple[int, ...], dtype: torch.dtype, world: World, folder: str) -> MappedFile:

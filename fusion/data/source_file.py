@@ -5,8 +5,8 @@ A part is a small file, or a row group of a larger one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fusion import storage
+from fusion.data.plain_pages import NotPlain, plain_chunk, plain_vectors
 from fusion.data.table_file import id_texts
 from fusion.errors import DataError
 from fusion.storage import Entry
@@ -26,6 +27,7 @@ NUMPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"  # the first bytes of .npy 
 # Bytes per request. A file or row group of up to this size (4 MiB) is fetched in one request; a larger row group in
 # several, so that memory stays bounded even if a file has a single huge row group.
 STREAM_BYTES = 1 << 22
+LOCAL_BYTES = 1 << 16  # bytes per read of a file of this machine, if they do not go straight to their destination
 COLUMNS = ("sample_id", "embedding")
 
 
@@ -120,16 +122,36 @@ def open_part(part: Part, kind: Kind, content: bytes | None) -> Iterator[tuple[p
     Raises:
         DataError: the file is damaged, lacks ids, or has vectors of another kind.
     """
-    with _opened(part, content) as file:
+    with _raw(part, content) as raw, _opened_from(raw, part) as file:
         groups = list(range(file.num_row_groups)) if part.footer is None else [part.row_group]
         ids = id_texts(part.url, file.read_row_groups(groups, columns=["sample_id"]).column(0))
         if ids.null_count:
             message = f"{part.url} has {ids.null_count} rows without a sample_id among {len(ids)}"
             raise DataError(message, "give every row an id")
-        yield ids, _batches(part.url, file, groups, kind)
+        yield ids, _batches(part, raw, file, groups, kind)
 
 
-def _batches(url: str, file: pq.ParquetFile, groups: list[int], kind: Kind) -> Vectors:
+def _batches(
+    part: Part, raw: BinaryIO | pa.BufferReader, file: pq.ParquetFile, groups: list[int], kind: Kind
+) -> Vectors:
+    """The vectors of plain pages; if pages turn out not to be plain, all vectors again, as pyarrow decodes them."""
+    chunk = None if part.footer is None else plain_chunk(part.footer, part.row_group, kind.dim, kind.dtype)
+    if chunk is not None:
+        buffer = STREAM_BYTES if hasattr(raw, "cache") else LOCAL_BYTES
+        with suppress(NotPlain):
+            yield from _numbered(plain_vectors(raw, chunk, kind.dim, buffer))
+            return
+    yield from _decoded(part.url, file, groups, kind)
+
+
+def _numbered(batches: Iterable[np.ndarray]) -> Vectors:
+    start = 0
+    for vectors in batches:
+        yield vectors, np.arange(start, start + len(vectors))
+        start += len(vectors)
+
+
+def _decoded(url: str, file: pq.ParquetFile, groups: list[int], kind: Kind) -> Vectors:
     start = 0
     for batch in file.iter_batches(STREAM_ROWS, groups, columns=["embedding"], use_threads=False):
         vectors, positions = _vectors(url, batch.column(0), kind)
@@ -139,7 +161,13 @@ def _batches(url: str, file: pq.ParquetFile, groups: list[int], kind: Kind) -> V
 
 @contextmanager
 def _opened(part: Part, content: bytes | None = None) -> Iterator[pq.ParquetFile]:
-    with _raw(part, content) as raw, _damage_named(part.url, raw), _parquet(raw, part.footer) as file:
+    with _raw(part, content) as raw, _opened_from(raw, part) as file:
+        yield file
+
+
+@contextmanager
+def _opened_from(raw: BinaryIO | pa.BufferReader, part: Part) -> Iterator[pq.ParquetFile]:
+    with _damage_named(part.url, raw), _parquet(raw, part.footer) as file:
         if part.footer is None:  # for a part with a footer, this was checked when the footer was read
             _check_columns(part.url, file.schema_arrow)
         yield file

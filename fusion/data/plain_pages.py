@@ -85,7 +85,7 @@ def plain_vectors(file: BinaryIO, chunk: Chunk, dim: int, buffer_size: int) -> I
         if n_bytes > LARGEST_PAGE or n_bytes != n_values * np.dtype(chunk.dtype).itemsize:
             raise NotPlain
         values = scratch[:n_bytes]
-        if stream.readinto(memoryview(values)) < n_bytes:
+        if stream.readinto(values.data) < n_bytes:
             raise NotPlain
         n_read += n_values
         yield values.view(chunk.dtype).reshape(-1, dim)

@@ -74,7 +74,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         query, key, value = self._heads(x, context)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        # With so few tokens bfloat16 is not faster here, and on a GPU vmap cannot differentiate the softmax of it.
+        with torch.autocast(x.device.type, enabled=False):
+            mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+        mixed = mixed.transpose(1, 2).flatten(2)
         seen: Tensor = self.dropout(self.out(mixed))
         return x + seen
 

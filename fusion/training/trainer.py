@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -31,7 +32,7 @@ from fusion.records.checkpoint import Snapshot, not_finite
 from fusion.records.validation import validation_frame
 from fusion.training.dataset import TrainingData
 from fusion.training.early_stopping import EarlyStopping
-from fusion.training.graph import StepGraph
+from fusion.training.graph import WARM_UP, StepGraph
 from fusion.training.order import GlobalBatch, batches_read_together, epoch_batches, n_batches
 from fusion.training.precision import Precision, faster_precision
 from fusion.training.seeds import derived_seed
@@ -289,18 +290,31 @@ class Fit:
     def choose_precision(self) -> None:
         """With `--precision auto`, measures which arithmetic is faster, unless the run has already chosen."""
         if self.precision == "auto":
-            self.precision = self.world.on_main(lambda: faster_precision(self._try_step, self.world.device))
+            warm_up = WARM_UP + 1 if self._graph else 1
+            choose = partial(faster_precision, self._trial, warm_up, self.world.device)
+            self.precision = self.world.on_main(choose)
 
-    def _try_step(self, precision: Precision) -> None:
-        """Computes the gradients of a batch, on this rank alone, and discards them."""
-        rows = self.data.train[: self.config.batch_size]
-        weights = torch.ones(len(rows), len(self.held_out), device=self.world.device)
-        device = self.world.device
-        with random_rows(0, slice(0, len(rows)), len(rows), device):
+    def _trial(self, precision: Precision) -> Callable[[], object]:
+        """Returns a function that computes the gradients of a batch, on this rank alone, and discards them."""
+        rows, device = self.data.train[: self.config.batch_size], self.world.device
+        weights = torch.ones(len(rows), len(self.held_out), device=device)
+        self.model.train()
+
+        def gradients(rows: Tensor) -> Tensor:
             with self._autocast(precision):
-                outputs = self.model.train()(self.store.batch(rows, device))
-            loss, auxiliary = self._losses(outputs, rows.to(device), weights)
+                outputs = self.model(self.store.batch(rows, device))
+            loss, auxiliary = self._losses(outputs, rows, weights)
             torch.autograd.grad(loss + auxiliary, list(self.model.parameters()))
+            return loss.detach()
+
+        if self._graph:
+            return partial(StepGraph(gradients, len(rows), device).run, rows, seed=0)
+
+        def compute() -> None:
+            with random_rows(0, slice(0, len(rows)), len(rows), device):
+                gradients(rows.to(device))
+
+        return compute
 
     def _losses(self, outputs: Targets, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the loss of the predictions, and that of the kernel regression alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,18 @@ def test_bf16_is_chosen_if_it_is_clearly_faster(
 ) -> None:
     now = [0.0]
 
-    def compute(precision: Precision) -> None:
-        now[0] += bf16 if precision == "bf16" else fp32
+    def trial(precision: Precision) -> Callable[[], None]:
+        calls = []
+
+        def compute() -> None:
+            calls.append(precision)
+            warming_up = 9.0 if len(calls) <= 2 and precision == "bf16" else 0.0
+            now[0] += (bf16 if precision == "bf16" else fp32) + warming_up
+
+        return compute
 
     monkeypatch.setattr("fusion.training.precision.time.perf_counter", lambda: now[0])
-    assert faster_precision(compute, torch.device("cpu")) == chosen
+    assert faster_precision(trial, 2, torch.device("cpu")) == chosen
 
 
 def test_a_run_states_its_choice_and_keeps_it(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +40,28 @@ def for_libraries() -> dict[str, str]:
 def prepare_libraries() -> None:
     """Sets the variables of `for_libraries` in this process. Call it before torch is imported."""
     os.environ.update(for_libraries())
+
+
+def prepare_threads() -> None:
+    """Sets OMP_NUM_THREADS, unless it is set, to this rank's share of the usable cores, before torch is imported.
+
+    By default OpenMP starts a thread per core of the machine. In a container whose quota is fewer cores, these threads
+    use up the quota at once, and then all of them are stopped until the next period of the quota begins.
+    """
+    if not variable("OMP_NUM_THREADS"):
+        os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(_local_size()))
+
+
+def threads_per_rank(n_ranks: int) -> int:
+    """The threads of each of the ranks of a node."""
+    return max(1, usable_cores() // n_ranks)
+
+
+def _local_size() -> int:
+    try:
+        return rank_variables().local_size
+    except ConfigError:  # it is raised again where the ranks join
+        return 1
 
 
 @dataclass(frozen=True)
@@ -124,8 +149,7 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     Args:
         root: another root of the file system, for tests.
     """
-    found = [line.split(":", 2) for line in _text(root / "proc/self/cgroup").splitlines()]
-    groups = {kind: group.lstrip("/") for _, kind, group in found}  # the kind is empty for version 2
+    groups = _cgroups(root)
     second = _limits(root / "sys/fs/cgroup", groups.get("", ""), "memory.max")
     first = _limits(root / "sys/fs/cgroup/memory", groups.get("memory", ""), "memory.limit_in_bytes")
     return min([*second, *first], default=None)
@@ -134,8 +158,50 @@ def memory_limit(root: Path = Path("/")) -> int | None:
 def _limits(mount: Path, group: str, name: str) -> list[int]:
     """The limits of a cgroup and of those above it."""
     # Without a limit, version 2 says "max", and version 1 a number near 2**63.
-    texts = [_text(mount / folder / name).strip() for folder in (Path(group), *Path(group).parents)]
+    texts = [_text(folder / name).strip() for folder in _folders(mount, group)]
     return [int(text) for text in texts if text.isdecimal() and int(text) < 2**60]
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use: its CPU affinity, or fewer if its cgroups have a quota, which is rounded up.
+
+    Args:
+        root: as for `memory_limit`.
+    """
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(n_cores, math.ceil(cpu_quota(root) or n_cores)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """The smallest quota, in cores, of the cgroups that this process is in (version 2 or 1); None: no quota.
+
+    Args:
+        root: as for `memory_limit`.
+    """
+    groups = _cgroups(root)
+    second = [_text(folder / "cpu.max") for folder in _folders(root / "sys/fs/cgroup", groups.get("", ""))]
+    folders = _folders(root / "sys/fs/cgroup/cpu", groups.get("cpu", ""))
+    first = [f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}" for folder in folders]
+    return min((quota for text in [*second, *first] for quota in _quota(text)), default=None)
+
+
+def _quota(text: str) -> Iterator[float]:
+    """The quota, in cores, of a text with the quota and its period; nothing if it is "max" or -1, for no limit."""
+    with suppress(ValueError, ZeroDivisionError):
+        quota, period = map(int, text.split())
+        if quota > 0:
+            yield quota / period
+
+
+def _cgroups(root: Path) -> dict[str, str]:
+    """The cgroup of this process for each controller of version 1, and for "" that of version 2."""
+    found = [line.split(":", 2) for line in _text(root / "proc/self/cgroup").splitlines()]
+    return {kind: group.lstrip("/") for _, kinds, group in found for kind in kinds.split(",")}
+
+
+def _folders(mount: Path, group: str) -> list[Path]:
+    """The folders of a cgroup and of those above it."""
+    return [mount / folder for folder in (Path(group), *Path(group).parents)]
 
 
 def _text(path: Path) -> str:

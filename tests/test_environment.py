@@ -13,10 +13,13 @@ from fusion.environment import (
     RENDEZVOUS,
     WAITING,
     RankVariables,
+    cpu_quota,
     for_libraries,
     memory_limit,
+    prepare_threads,
     rank,
     rank_variables,
+    usable_cores,
     variable,
 )
 from fusion.errors import ConfigError, ExitCode
@@ -142,3 +145,41 @@ def test_memory_limits_of_both_versions_of_cgroups(tmp_path: Path) -> None:
     limit(first, "proc/self/cgroup", "4:memory:/jobs/1\n2:cpu:/\n")
     limit(first, "sys/fs/cgroup/memory/jobs/1/memory.limit_in_bytes", str(2**31))
     assert memory_limit(first) == 2**31
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("50000 100000", 1), ("100000 100000", 1), ("9900000 100000", 99)])
+def test_threads_are_no_more_than_the_quota_of_the_container(quota: str, cores: int, tmp_path: Path) -> None:
+    machine = len(os.sched_getaffinity(0))
+    assert usable_cores(tmp_path) == machine
+    limit(tmp_path, "sys/fs/cgroup/cpu.max", f"{quota}\n")
+    assert usable_cores(tmp_path) == min(cores, machine)
+    limit(tmp_path, "sys/fs/cgroup/cpu.max", "max 100000\n")
+    assert usable_cores(tmp_path) == machine
+
+
+def test_cpu_quotas_of_both_versions_of_cgroups(tmp_path: Path) -> None:
+    second = limit(tmp_path / "2", "proc/self/cgroup", "0::/kubepods/pod1\n")
+    limit(second, "sys/fs/cgroup/kubepods/pod1/cpu.max", "max 100000\n")
+    assert cpu_quota(second) is None
+    limit(second, "sys/fs/cgroup/kubepods/cpu.max", "250000 100000\n")
+    assert cpu_quota(second) == 2.5
+    first = limit(tmp_path / "1", "proc/self/cgroup", "4:memory:/\n2:cpu,cpuacct:/jobs/1\n0::/\n")
+    limit(first, "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
+    limit(first, "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    assert cpu_quota(first) is None
+    limit(first, "sys/fs/cgroup/cpu/jobs/1/cpu.cfs_quota_us", "150000\n")
+    limit(first, "sys/fs/cgroup/cpu/jobs/1/cpu.cfs_period_us", "50000\n")
+    assert cpu_quota(first) == 3
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4", **MASTER}], indirect=True
+)
+def test_ranks_divide_the_cores_unless_the_threads_are_set(given: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusion.environment.usable_cores", lambda: 9)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    prepare_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    prepare_threads()
+    assert os.environ["OMP_NUM_THREADS"] == ("2" if "RANK" in os.environ else "9")

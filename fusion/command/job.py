@@ -12,7 +12,7 @@ from fusion import signals, storage
 from fusion.command.exit import report
 from fusion.command.settings import parse
 from fusion.config import StoreConfig
-from fusion.environment import prepare_libraries
+from fusion.environment import prepare_libraries, prepare_threads
 from fusion.errors import ExitCode, FusionError
 from fusion.streams import unfailing
 
@@ -36,6 +36,7 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
         return ExitCode.DONE
 
     prepare_libraries()
+    prepare_threads()
     with unfailing():
         try:
             return guarded(parsed_job)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import os
 import re
 import sys
@@ -24,13 +23,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion.environment import for_libraries, prepare_libraries, variable
+from fusion.environment import for_libraries, prepare_libraries, threads_per_rank, usable_cores, variable
 from fusion.errors import ConfigError, ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.launch.processes import Ending, Group, Rank, Stop
 from fusion.launch.rendezvous import MultiNodeRendezvous, Rendezvous
 from fusion.streams import unfailing
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # the CPU limit of this container, in cgroup v2
 # Exit codes after which a restart would not help.
 FINAL = (ExitCode.DONE, ExitCode.USAGE, ExitCode.DATA, ExitCode.STOPPED, ExitCode.CREDENTIALS, ExitCode.CONFIG)
 
@@ -97,10 +95,9 @@ def _temporary_folder() -> str:
 
 
 def _environment(options: Options, restart: int) -> dict[str, str]:
-    n_threads = max(1, _n_cores() // options.nproc_per_node)
     return {
         **os.environ,
-        "OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or str(n_threads),
+        "OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or str(threads_per_rank(options.nproc_per_node)),
         **for_libraries(),
         "PYTHONUNBUFFERED": "1",
         "WORLD_SIZE": str(options.nnodes * options.nproc_per_node),
@@ -108,15 +105,6 @@ def _environment(options: Options, restart: int) -> dict[str, str]:
         "GROUP_RANK": str(options.node_rank),
         "TORCHELASTIC_RESTART_COUNT": str(restart),
     }
-
-
-def _n_cores() -> int:
-    """The number of cores that this process may use: its CPU affinity, limited by the CPU quota of its container."""
-    n_cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):
-        quota, period = CPU_QUOTA.read_text().split()  # a quota of "max", which is no int, means no limit
-        return max(1, min(n_cores, math.ceil(int(quota) / int(period))))
-    return n_cores
 
 
 def _say(report: str) -> None:
@@ -148,7 +136,7 @@ def _parser() -> Parser:
 
 def _n_ranks(text: str) -> int:
     if text == "cpu":
-        return _n_cores()
+        return usable_cores()
     if text not in ("auto", "gpu"):
         return _number(1)(text)
     import torch  # takes seconds to load, and is not needed for a number or for --help

@@ -10,6 +10,8 @@ import shlex
 import time
 from contextlib import nullcontext
 
+import torch
+
 from fusion import log
 from fusion.command.exit import recorded_by
 from fusion.config import RunConfig
@@ -150,6 +152,7 @@ def _log_start(fit: Fit) -> None:
         mflop_per_row=fit.flop_per_row() / 1e6,
         steps_per_epoch=fit.n_batches,
         device=fit.world.device,
+        threads=torch.get_num_threads(),
         loss=config.loss,
         batch_size=config.batch_size,
         shuffle=config.shuffle,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import ConfigError, UsageError
-from fusion.launch.launcher import _n_cores, _parse
+from fusion.launch.launcher import _parse
 
 LIMIT = 120.0  # seconds for anything to happen on a busy machine: torch alone loads in 4
 AT_ONCE = 30.0  # far below --grace and what the workers sleep
@@ -306,19 +306,6 @@ def test_nodes_from_kubernetes_and_slurm(environment: dict[str, str], monkeypatc
     options = _parse(["fusion.launch"])
     assert (options.nnodes, options.node_rank, options.nproc_per_node) == (4, 2, 8)
     assert (options.master_addr, options.master_port) == ("gpu1", 29500)
-
-
-@pytest.mark.parametrize(("quota", "cores"), [("50000 100000", 1), ("100000 100000", 1), ("9900000 100000", 99)])
-def test_threads_are_no_more_than_the_quota_of_the_container(
-    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine = len(os.sched_getaffinity(0))
-    monkeypatch.setattr("fusion.launch.launcher.CPU_QUOTA", tmp_path / "cpu.max")
-    assert _n_cores() == machine
-    (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    assert _n_cores() == min(cores, machine)
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert _n_cores() == machine
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -97,6 +97,43 @@ def test_damaged_rows_are_read_again(data: Path, alone: World, damage: str, caps
     assert "cache_damaged" not in capsys.readouterr().err
 
 
+def test_every_file_is_compared_with_its_blocks(
+    data: Path, alone: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(row_cache, "BLOCK_BYTES", 16)
+    plain = read(data, alone, cache=None)
+    read(data, alone)
+    (folder,) = (data / "cache").iterdir()
+    for name in ("present", "zeros", "known", "values"):
+        file = folder / f"a.{name}"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        capsys.readouterr()
+        assert same(read(data, alone), plain)
+        assert "cache_damaged" in capsys.readouterr().err, name
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_manifest_of_an_earlier_version_has_no_blocks(
+    data: Path, alone: World, damaged: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = read(data, alone)
+    (folder,) = (data / "cache").iterdir()
+    made = json.loads((folder / "MANIFEST.json").read_text())
+    del made["blocks"]
+    (folder / "MANIFEST.json").write_text(json.dumps(made | ({"sha256": "0" * 64} if damaged else {})))
+    capsys.readouterr()
+    again = read(data, alone)
+    assert same(again, plain) and again.digest == plain.digest
+    assert ("cache_damaged" in capsys.readouterr().err) == damaged
+
+
+def test_the_digest_of_cached_rows_is_that_of_their_content(data: Path, alone: World) -> None:
+    read(data, alone)
+    cached = read(data, alone)
+    assert cached.digest == RowStore(cached.values, cached.present).digest
+
+
 def test_what_killed_jobs_left_is_removed_but_not_what_others_write(data: Path, alone: World) -> None:
     cache = data / "cache"
     writing = row_cache._PartialFolder(row_cache.CacheFolder(cache / "other", "other"))

@@ -29,7 +29,8 @@ class Members(nn.Module):
     """M members of the same structure. Each parameter of M > 1 members is one tensor [M, …].
 
     So the members are computed with batched matrix products, and the optimizer has as many tensors as for one member.
-    The state dict is that of a list of the members: its names start with the number of a member.
+    The state dict is that of a list of the members: its names start with the number of a member. Networks have to be
+    made of operations that `torch.func.vmap` can batch: they must not branch on values of tensors, or call `item`.
 
     Args:
         held_out: for each member, the part of the split that it does not train on, and from which it never takes

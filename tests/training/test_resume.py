@@ -89,6 +89,20 @@ def test_blocks_of_rows_resume_on_any_number_of_ranks(catalog: Path, tmp_path: P
     pd.testing.assert_frame_equal(whole, ranks, rtol=1e-5)
 
 
+def test_members_resume_on_any_number_of_ranks(catalog: Path, tmp_path: Path) -> None:
+    def trained(output: str, ranks: int, stop_at: str = "") -> int:
+        more = ["--folds", "2", "--seeds", "2", "--epochs", "2"]
+        line = ["tests.small_blocks", *flags(catalog, tmp_path / output, *more)]
+        return run_commands(ranks, [line], env={"FUSION_TEST_STOP_AT": stop_at} if stop_at else {}).returncode
+
+    assert trained("whole", 1) == 0
+    assert trained("resumed", 1, stop_at="9") == 75 and trained("resumed", 1) == 0
+    assert model_bytes(tmp_path / "resumed") == model_bytes(tmp_path / "whole")
+    assert trained("ranks", 2, stop_at="9") == 75 and trained("ranks", 2) == 0
+    whole, ranks = (curve(tmp_path / name) for name in ("whole", "ranks"))
+    pd.testing.assert_frame_equal(whole, ranks, rtol=1e-5)
+
+
 @pytest.mark.parametrize("step", [2, 8, 14])
 def test_a_stopped_and_resumed_training_gives_the_same_bytes(
     step: int, catalog: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch

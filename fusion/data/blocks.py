@@ -25,6 +25,7 @@ from fusion.data.shared_memory import node_tensor
 from fusion.data.source_file import Part
 from fusion.data.source_rows import Found, Rows, Window, check_ids
 from fusion.distributed.world import World
+from fusion.errors import StopRequested
 
 # Blocks are only read if at most so many times the bytes of the sources are fetched. Sorted row groups of any size are
 # below it, unless one has the rows of many blocks; groups in any other order are in every block.
@@ -76,7 +77,11 @@ class Blocks:
             StopRequested: one of the ranks was asked to stop.
         """
         for number, first in enumerate(range(0, len(self._rows), self._block_rows)):
-            store = self._read_block(number, Window(self._rows, first, first + self._block_rows))
+            try:
+                store = self._read_block(number, Window(self._rows, first, first + self._block_rows))
+            except StopRequested as error:
+                message = "stopped on request while embeddings were read; what was computed of earlier rows is kept"
+                raise StopRequested(message, "run the same command again to resume") from error
             if number == 0:
                 self._world.on_main_alone(partial(warn_of_equal_sources, self._bindings, store))
             yield first, store

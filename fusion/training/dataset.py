@@ -250,9 +250,11 @@ def statistics(data: TrainingData, role: str, world: World) -> tuple[Tensor, Ten
 
     def sums() -> Tensor:
         total = torch.zeros(2, store.dims[role], dtype=torch.float64)
+        room = torch.empty(CHUNK, store.dims[role], dtype=torch.float64)  # new memory for each chunk would take longer
         for chunk in torch.split(own, CHUNK):
-            centred = store.held(role, chunk).double() - pivot
-            total += torch.stack([centred.sum(0), centred.square().sum(0)])
+            centred = room[: len(chunk)].copy_(store.held(role, chunk)).sub_(pivot)
+            total[0] += centred.sum(0)
+            total[1] += centred.square_().sum(0)
         return total
 
     mean, square = (sums() if nodes is None else nodes.summed(sums, world)) / max(1, len(rows))

@@ -79,6 +79,7 @@ def main() -> None:
         for number in range(given.repeats):
             for name in given.only:
                 epochs[name].append(epoch(Path(folder), name, number, given.rows))
+                print(f"{name}: {epochs[name][-1][0]:.3f} s", file=sys.stderr)
     timed = {name: described(name, times, given.rows, rates) for name, times in epochs.items()}
     show(timed, rates)
     if given.json:

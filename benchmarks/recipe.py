@@ -27,8 +27,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fusion.compare.out_of_fold import find_run, scored, shared
 from fusion.compare.standard_errors import Estimate, clustered_mean
 from fusion.metrics import row_smape
+from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.resumable import Arrays
+from fusion.training.order import GlobalBatch
 from fusion.training.trainer import Beat, Fit
 
 DEFAULT = "the default"
@@ -68,9 +70,10 @@ class _Averaged(Fit):
         super().__init__(*arguments)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # type: ignore[no-untyped-call]
 
-    def _step(self) -> None:
-        super()._step()
+    def _train_batch(self, batch: GlobalBatch, inputs: Batch | None) -> Tensor:
+        loss = super()._train_batch(batch, inputs)
         self.average.update_parameters(self.model)
+        return loss
 
     def _validate(self, beat: Beat) -> tuple[float, Arrays]:
         steps = copy.deepcopy(self.model.state_dict())

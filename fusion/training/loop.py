@@ -89,7 +89,7 @@ def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease
     _log_start(fit)
     saver = Saver(config, fit, lease)
     saver.resume()
-    fit.choose_precision()
+    fit.steps.choose_precision()
     # The watchdog starts here, because reads from the store, above, have their own time limits.
     with watched(config.stall_timeout, lambda: f"rank {world.rank} at step {fit.step}") as watchdog:
         _run_epochs(fit, saver, watchdog)

@@ -8,43 +8,33 @@ generator, and a training can be resumed with any number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion.config import RunConfig
 from fusion.distributed.world import World
 from fusion.errors import DivergedError
-from fusion.loss_functions import get_loss_function
 from fusion.metrics import compute_smape
 from fusion.nn.batch import Batch
-from fusion.nn.draws import random_rows
-from fusion.nn.price_model import PriceModel, Targets
+from fusion.nn.price_model import PriceModel
 from fusion.prediction.predict import predict_rows, pricing
 from fusion.prediction.resumable import CHUNK, Arrays, with_beats
 from fusion.records.checkpoint import Snapshot, not_finite
 from fusion.records.validation import validation_frame
 from fusion.training.dataset import TrainingData
 from fusion.training.early_stopping import EarlyStopping
-from fusion.training.graph import WARM_UP, StepGraph
-from fusion.training.order import GlobalBatch, batches_read_together, epoch_batches, n_batches
-from fusion.training.precision import Precision, faster_precision
+from fusion.training.order import GlobalBatch, epoch_batches, n_batches
 from fusion.training.seeds import derived_seed
+from fusion.training.steps import Steps
 
 # Steps between two synchronisations of the ranks, in which they add up their losses and may save or stop. A stop signal
 # waits for at most so many steps; synchronising at every step would slow training down.
 AGREE_STEPS = 10
-
-# The weights of similarities learn at this multiple of --lr. There is one per band, and training has to change each by
-# whole units, while it changes the weights of networks by hundredths; AdamW moves every parameter by about its learning
-# rate per step.
-SIMILARITY_LR = 20.0
 
 # Validation rows per forward pass. Their neighbours are known, so many more fit in a GPU's memory than in a prediction.
 VALIDATED_ROWS = {"cpu": CHUNK, "cuda": 16 * CHUNK}
@@ -58,8 +48,6 @@ class Fit:
     """Model, optimizer, scheduler, early stopping, history and position of one training, on one rank.
 
     Attributes:
-        held_out: [M] for each member of the model, the part of the split that it does not train on.
-        precision: arithmetic of the steps; "auto" until `choose_precision`.
         epoch: number of epochs that are completed and validated.
         batch: number of batches of the current epoch that are done.
         step: number of optimizer steps taken.
@@ -74,16 +62,8 @@ class Fit:
     def __init__(self, config: RunConfig, model: PriceModel, data: TrainingData, world: World) -> None:
         self.config, self.model, self.data, self.world = config, model, data, world
         self.store = (data.inputs or data.store).resident_on(world.device, config.residency)
-        self.targets, self.folds = data.targets.to(world.device), data.folds.to(world.device)
-        self.held_out = torch.tensor(config.held_out(), device=world.device)
-        # A single rank exchanges no gradients, so it is spared the copies that DistributedDataParallel makes of them.
-        self.replica = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
-        self.loss = get_loss_function(config.loss).to(world.device)
-        self.loss.measure_in(float(model.get_buffer("price_unit")))
-        self.precision = config.precision
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
+        self.steps = Steps(config, model, data, self.store, world)
+        self.optimizer = self.steps.optimizer
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.min_lr
         )
@@ -94,8 +74,6 @@ class Fit:
         self.best = _copy(model.state_dict())
         self.validated: Arrays | None = None
         self._unshared = torch.zeros((), device=world.device)
-        self._own_rates()
-        self._graph = StepGraph(self._whole_step, config.batch_size, world.device) if self._can_be_recorded() else None
 
     @property
     def finished(self) -> bool:
@@ -127,7 +105,7 @@ class Fit:
         batches = epoch_batches(self.config, self.data.train, self.epoch + 1, self.world, self.store.nodes)
         left = batches[self.batch :]
         every = min(AGREE_STEPS, self.config.checkpoint_steps or AGREE_STEPS)
-        for batch, inputs in zip(left, self._inputs(left), strict=True):
+        for batch, inputs in zip(left, self.steps.inputs(left), strict=True):
             self._unshared += self._train_batch(batch, inputs) * len(batch.rows)
             self.step += 1
             self.batch += 1
@@ -185,7 +163,7 @@ class Fit:
             raise self._diverged(f"{wrong} is not finite")
         smape = self.smape if math.isfinite(self.smape) else None
         state = {
-            "precision": self.precision,
+            "precision": self.steps.precision,
             "weights": _copy(self.model.state_dict()),
             "optimizer": _copy(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
@@ -215,14 +193,14 @@ class Fit:
         """
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._own_rates()  # those of the state are where it was saved
+        self.steps.place_rates()  # those of the state are where it was saved
         self.scheduler.load_state_dict(state["scheduler"])
         self.stopping.best, self.stopping.n_worse = state["stopping"]["best"], state["stopping"]["n_worse"]
         for name, value in state["position"].items():
             setattr(self, name, value)
         self.smape, self.history, self.best = state["smape"], state["history"], best
         self.validated = state.get("validated")
-        self.precision = state.get("precision", self.precision)  # earlier versions did not write it
+        self.steps.precision = state.get("precision", self.steps.precision)  # earlier versions did not write it
 
     def _diverged(self, what: str) -> DivergedError:
         return DivergedError(
@@ -231,129 +209,11 @@ class Fit:
             "if it fails in the same way, lower --lr or use --precision fp32 under another --run-id",
         )
 
-    def _inputs(self, batches: Sequence[GlobalBatch]) -> Iterator[Batch | None]:
-        """Yields this rank's part of each global batch, or None for those that the recorded step reads itself."""
-        if self._graph:
-            yield from (None for _ in batches)
-        else:
-            together = batches_read_together(self.config.shuffle, self.config.batch_size)
-            yield from self.store.batches((batch.rows[batch.part] for batch in batches), self.world.device, together)
-
     def _train_batch(self, batch: GlobalBatch, inputs: Batch | None) -> Tensor:
-        """Takes one optimizer step on a global batch of B rows.
-
-        Args:
-            inputs: the rows of this rank's part of the batch; None: they are read here.
-
-        Returns:
-            This rank's part of the loss. The parts of all ranks add up to the mean over the batch.
-        """
-        n_rows, seed = len(batch.rows), derived_seed(self.config.seed, "step", self.step)
-        self._set_rates()
-        if self._graph and n_rows == self.config.batch_size:
-            return self._graph.run(batch.rows, seed)
-        with random_rows(seed, batch.part, n_rows, self.world.device):
-            return self._step_on(batch.to(self.world.device), inputs)
-
-    def _whole_step(self, rows: Tensor) -> Tensor:
-        """Takes one optimizer step on all rows of a batch of B positions, on the device. See `StepGraph`."""
-        return self._step_on(GlobalBatch.of(rows, slice(0, len(rows))), None)
-
-    def _can_be_recorded(self) -> bool:
-        """Whether a step reads and writes nothing outside the memory of one GPU."""
-        tables = [*self.store.values.values()] + ([self.store.candidates.rows] if self.store.candidates else [])
-        return self.world.size == 1 and all(table.device.type == "cuda" for table in tables)
-
-    def _step_on(self, batch: GlobalBatch, inputs: Batch | None) -> Tensor:
-        """Computes gradients and updates the weights. Nothing in it waits for the GPU. See `_train_batch`.
-
-        Args:
-            batch: on the device.
-        """
-        inputs = inputs or self.store.batch(batch.rows[batch.part], self.world.device)
-        counts = self.folds[batch.rows].unsqueeze(1) != self.held_out  # [B, M]: whether the member trains on the row
-        weights = (counts / counts.sum().clamp(min=1))[batch.part]
-        if batch.is_spare:
-            weights = torch.zeros_like(weights)
-        with self._autocast(self.precision):
-            outputs = self.replica(inputs)
-        loss, auxiliary = self._losses(outputs, batch.rows[batch.part], weights)
-        # DistributedDataParallel averages gradients over the ranks, but the parts have to be summed: hence the number
-        # of ranks. The loss is a mean over members: their number gives each the gradient that it would have alone.
-        torch.autograd.backward((loss + auxiliary) * self.world.size * len(self.held_out))
-        self._step()
-        return loss.detach()
-
-    def _autocast(self, precision: str) -> torch.autocast:
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=precision == "bf16")
-
-    def choose_precision(self) -> None:
-        """With `--precision auto`, measures which arithmetic is faster, unless the run has already chosen."""
-        if self.precision == "auto":
-            warm_up = WARM_UP + 1 if self._graph else 1
-            choose = partial(faster_precision, self._trial, warm_up, self.world.device)
-            self.precision = self.world.on_main(choose)
-
-    def _trial(self, precision: Precision) -> Callable[[], object]:
-        """Returns a function that computes the gradients of a batch, on this rank alone, and discards them."""
-        rows, device = self.data.train[: self.config.batch_size], self.world.device
-        weights = torch.ones(len(rows), len(self.held_out), device=device)
-        self.model.train()
-
-        def gradients(rows: Tensor) -> Tensor:
-            with self._autocast(precision):
-                outputs = self.model(self.store.batch(rows, device))
-            loss, auxiliary = self._losses(outputs, rows, weights)
-            torch.autograd.grad(loss + auxiliary, list(self.model.parameters()))
-            return loss.detach()
-
-        if self._graph:
-            return partial(StepGraph(gradients, len(rows), device).run, rows, seed=0)
-
-        def compute() -> None:
-            with random_rows(0, slice(0, len(rows)), len(rows), device):
-                gradients(rows.to(device))
-
-        return compute
-
-    def _losses(self, outputs: Targets, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the loss of the predictions, and that of the kernel regression alone.
-
-        The latter has a loss of its own so that similarities are learned even where the network corrects.
-        """
-        loss = self._loss(outputs.price, rows, weights)
-        if outputs.neighbours is None:
-            return loss, torch.zeros_like(loss)
-        return loss, self._loss(outputs.neighbours, rows, weights)
-
-    def _loss(self, prediction: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-        """Returns the sum of the losses of predictions [B, M], times their weights [B, M]."""
-        targets = self.targets[rows].unsqueeze(1).expand_as(prediction)
-        terms = self.loss.rows(prediction.flatten(), targets.flatten()).view_as(weights)
-        # A row that does not count may have any prediction, even one that is not finite.
-        return torch.where(weights > 0, terms * weights, 0.0).sum()
-
-    def _step(self) -> None:
-        """Clips the gradient of each member on its own, and updates the weights."""
-        self.model.members.clip_gradients(self.config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _set_rates(self) -> None:
-        """Sets the learning rates of the next step."""
-        if self.config.schedule != "cosine":
-            return
-        factor = self._cosine((self.step + 1) / (self.config.epochs * self.n_batches))
-        for group in self.optimizer.param_groups:
-            _set_rate(group, group["first_lr"] * factor)
-
-    def _own_rates(self) -> None:
-        """Keeps the learning rates where the step reads them: on a GPU in its memory, so that it can be recorded."""
-        on_gpu = self.world.device.type == "cuda"
-        for group in self.optimizer.param_groups:
-            rate = float(group["lr"])
-            group["lr"] = torch.tensor(rate, device=self.world.device) if on_gpu else rate
-            group["capturable"] = on_gpu
+        """Takes one optimizer step, and returns this rank's part of the loss. See `Steps.take`."""
+        if self.config.schedule == "cosine":
+            self.steps.set_rates(self._cosine((self.step + 1) / (self.config.epochs * self.n_batches)))
+        return self.steps.take(batch, inputs, derived_seed(self.config.seed, "step", self.step))
 
     def _cosine(self, done: float) -> float:
         """Returns the factor of the learning rate after a share `done` of all steps.
@@ -371,30 +231,6 @@ class Fit:
         chunk = VALIDATED_ROWS[self.world.device.type]
         computed = predict_rows(compute, self.store, self.data.validation, self.world, chunk)
         return self.world.on_main(lambda: compute_smape(self.data.prices, computed["price"])), computed
-
-
-def _parameter_groups(model: PriceModel, config: RunConfig) -> list[dict[str, Any]]:
-    """Returns the optimizer's groups: the networks, and the weights of the similarity bands.
-
-    The latter learn faster (see `SIMILARITY_LR`) and do not decay, because 0 is their initial value rather than a
-    simpler model.
-    """
-    bands = [weight for name, weight in model.named_parameters() if name.endswith(".neighbours.change")]
-    of_bands = {id(weight) for weight in bands}
-    others = [weight for weight in model.parameters() if id(weight) not in of_bands]
-    groups: list[dict[str, Any]] = [{"params": others, "lr": config.lr, "first_lr": config.lr}]
-    if bands:
-        lr = config.lr * SIMILARITY_LR
-        groups.append({"params": bands, "lr": lr, "first_lr": lr, "weight_decay": 0.0})
-    return groups
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    """Sets the learning rate of one of the optimizer's groups, which is a number or a tensor."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
 
 
 def _copy(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fusion.all_embeddings import train
 from fusion.nn.draws import CountedWords, words_from
 from fusion.training.graph import Step
-from fusion.training.trainer import Fit
+from fusion.training.steps import Steps
 from tests.conftest import SMALL
 
 
@@ -40,8 +40,8 @@ def test_the_recorded_step_computes_the_same(
         return model.read_bytes()
 
     plain = trained("plain")
-    monkeypatch.setattr("fusion.training.trainer.StepGraph", StepOnCPU)
-    monkeypatch.setattr(Fit, "_can_be_recorded", lambda _: True)
+    monkeypatch.setattr("fusion.training.steps.StepGraph", StepOnCPU)
+    monkeypatch.setattr(Steps, "_can_be_recorded", lambda _: True)
     monkeypatch.setattr(StepOnCPU, "n_steps", 0)
     assert trained("recorded") == plain
     assert StepOnCPU.n_steps > 0
@@ -52,18 +52,18 @@ def test_rates_stay_where_the_recorded_step_reads_them(
 ) -> None:
     """On a GPU the learning rate is a tensor that is filled before each step; a checkpoint of either kind resumes."""
     where = ["--data", str(catalog), "--output", str(tmp_path), "--run-id", "r", *SMALL, "--epochs", "2"]
-    rates, kinds, step = [], set(), Fit._step
+    rates, kinds, update = [], set(), Steps._update
 
-    def recorded(fit: Fit) -> None:
-        step(fit)
-        rates.append(float(fit.optimizer.param_groups[0]["lr"]))
-        kinds.add(fit.optimizer.param_groups[0]["lr"].data_ptr())
+    def recorded(steps: Steps) -> None:
+        update(steps)
+        rates.append(float(steps.optimizer.param_groups[0]["lr"]))
+        kinds.add(steps.optimizer.param_groups[0]["lr"].data_ptr())
 
-    def in_tensors(fit: Fit) -> None:
-        for group in fit.optimizer.param_groups:
+    def in_tensors(steps: Steps) -> None:
+        for group in steps.optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]))
 
-    monkeypatch.setattr(Fit, "_own_rates", in_tensors)
-    monkeypatch.setattr(Fit, "_step", recorded)
+    monkeypatch.setattr(Steps, "place_rates", in_tensors)
+    monkeypatch.setattr(Steps, "_update", recorded)
     assert train.main(where) == 0
     assert len(kinds) == 1 and len(set(rates)) == len(rates) and rates[-1] == 0

@@ -14,7 +14,8 @@ from fusion.demo.catalog import generate
 from fusion.records.run import RunFolder
 from fusion.records.validation import validation_of
 from fusion.submissions.predictions import from_parquet
-from fusion.training.trainer import SIMILARITY_LR, Fit
+from fusion.training.steps import Steps
+from fusion.training.trainer import SIMILARITY_LR
 from tests.conftest import DIMS, SMALL
 
 RECIPES = {
@@ -109,13 +110,13 @@ def test_neighbours_may_be_more_than_rows(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_rises_and_falls_to_0(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates, step = [], Fit._step
+    rates, update = [], Steps._update
 
-    def recorded(fit: Fit) -> None:
-        step(fit)
-        rates.append([group["lr"] for group in fit.optimizer.param_groups])
+    def recorded(steps: Steps) -> None:
+        update(steps)
+        rates.append([group["lr"] for group in steps.optimizer.param_groups])
 
-    monkeypatch.setattr(Fit, "_step", recorded)
+    monkeypatch.setattr(Steps, "_update", recorded)
     where = ["--data", str(catalog), "--output", str(tmp_path), "--run-id", "r"]
     assert train.main([*where, *SMALL, "--lr", "0.01", "--epochs", "4", "--warmup", "0.25"]) == 0
     of_networks, of_similarities = np.array(rates).T

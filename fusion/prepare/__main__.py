@@ -134,6 +134,8 @@ def _add_rules(parser: Parser) -> None:
 
 def _job(argv: Sequence[str] | None) -> ExitCode:
     arguments = _parse(argv)
+    if arguments.ray_address and arguments.engine != "ray":
+        raise UsageError("--ray-address has no effect without Ray", "add --engine ray, or leave it out")
     found = requests(arguments.source, arguments.folds)
     for package in dict.fromkeys(["polars", arguments.engine]):
         if importlib.util.find_spec(package) is None:

@@ -248,6 +248,7 @@ def test_files_of_several_kinds_are_refused(
         ["--source", "a=x.parquet", "--shard-rows", "0"],
         ["--source", "a=x.parquet", "--max-missing", "2"],
         ["--source", "a=x.parquet", "--split", "a/b"],
+        ["--source", "a=x.parquet", "--ray-address", "10.0.0.1:6379"],
         [],
     ],
 )

@@ -57,7 +57,7 @@ ASSUMED: dict[str, tuple[float, str, str]] = {
     "disk_reads": (4e6, "random reads/s per node", GUESSED),  # 8 NVMe disks with 500,000 each
     "gpu_hour": (3.0, "$", GUESSED),
     "thousand_requests": (0.0004, "$", GUESSED),  # list price of S3
-    "epoch_rows_per_gpu": (200_000, "rows/s", "not measured: a H100's rate goes here"),
+    "epoch_rows_per_gpu": (196_600, "rows/s", "48 steps/s of an H100 with rows in host memory, of 4,096 rows each"),
 }
 
 

@@ -28,7 +28,8 @@ class RowDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        return x * kept(x, self.p) / (1 - self.p)
+        # A scaled mask takes one pass over x, and another one over its gradient.
+        return x * (kept(x, self.p).to(x.dtype) / (1 - self.p))
 
 
 class Branch(nn.Module):

@@ -1,4 +1,7 @@
-"""TabM (Gorishniy et al., 2024, arXiv 2410.24210) and RealMLP (Holzmüller et al., 2024, arXiv 2407.04491)."""
+"""TabM (Gorishniy et al., 2024, arXiv 2410.24210), TabR (Gorishniy et al., 2023, arXiv 2307.14338), and RealMLP.
+
+RealMLP: Holzmüller et al., 2024, arXiv 2407.04491.
+"""
 
 from __future__ import annotations
 
@@ -78,10 +81,22 @@ def realmlp(inputs: Inputs, settings: Settings) -> np.ndarray:
     """RealMLP with its tuned defaults, which predicts the median. The best epoch is chosen on the tuning rows."""
     from pytabkit import RealMLP_TD_Regressor
 
+    return _fitted(RealMLP_TD_Regressor, inputs, settings)
+
+
+def tabr(inputs: Inputs, settings: Settings) -> np.ndarray:
+    """TabR-S, which attends to labelled training rows. The best epoch is chosen on the tuning rows."""
+    from pytabkit import TabR_S_D_Regressor
+
+    return _fitted(TabR_S_D_Regressor, inputs, settings)
+
+
+def _fitted(regressor: Callable[..., Any], inputs: Inputs, settings: Settings) -> np.ndarray:
+    """The predictions of one of pytabkit's models, trained again on all rows for as many epochs as were best."""
     fold, x = inputs.fold, inputs.reduced
     given = {"device": inputs.shared.device.type, "n_threads": n_threads(), "random_state": 0}
     given |= {"n_cv": 1, "n_refit": 1, "val_metric_name": "mae"}
-    model = RealMLP_TD_Regressor(**given, **settings)
+    model = regressor(**given, **settings)
     with contextlib.redirect_stdout(sys.stderr):  # it prints its progress
         model.fit(x[fold.train], fold.targets, val_idxs=np.flatnonzero(fold.tunes))
     return np.asarray(model.predict(x[fold.held]), np.float64).reshape(len(fold.held), -1)[:, 0]

@@ -31,7 +31,6 @@ from fusion.nn.approximate import HINT, is_installed
 from fusion.nn.neighbours import Memory
 from fusion.nn.price_model import Options, PriceModel, network_dims
 from fusion.prediction.resumable import (
-    CHUNK,
     PART_ROWS,
     Arrays,
     Compute,
@@ -60,14 +59,14 @@ LEAK_FACTOR = 1.1
 BLOCK_PARTS = 8
 
 
-def predict_rows(compute: Compute, store: RowStore, rows: Tensor, world: World, chunk: int = CHUNK) -> Arrays:
+def predict_rows(compute: Compute, store: RowStore, rows: Tensor, world: World, chunk: int | None = None) -> Arrays:
     """Returns the outputs of `compute` for the rows at these positions [n] of the store, as name to [n, …].
 
     The ranks divide the rows. Rank 0 gets all results, in the order of the rows; other ranks get an empty result.
 
     Args:
         rows: ascending, if each node holds only some rows.
-        chunk: rows per forward pass.
+        chunk: rows per forward pass; by default `resumable.CHUNK`.
     """
     share = rows[world.share(len(rows))] if store.nodes is None else store.nodes.share(rows, world)
     mine = compute_rows(compute, store, share, world.device, chunk)

@@ -30,16 +30,18 @@ PART_ROWS = 8 * CHUNK
 _SHA256_LENGTH = 64  # hexadecimal digits, at the start of a saved part
 
 
-def compute_rows(compute: Compute, store: RowStore, rows: Tensor, device: torch.device, chunk: int = CHUNK) -> Arrays:
+def compute_rows(
+    compute: Compute, store: RowStore, rows: Tensor, device: torch.device, chunk: int | None = None
+) -> Arrays:
     """Returns the outputs of `compute` for the rows at these positions [n] of the store, as name to [n, …].
 
     The result is empty if there are no rows.
 
     Args:
-        chunk: rows per forward pass.
+        chunk: rows per forward pass; by default `CHUNK`.
     """
     with torch.inference_mode():
-        parts = [part for part in torch.split(rows, chunk) if len(part)]
+        parts = [part for part in torch.split(rows, chunk or CHUNK) if len(part)]
         chunks = [compute(batch) for batch in store.batches(parts, device)]
         if not chunks:
             return {}

@@ -37,7 +37,7 @@ from fusion.training.steps import Steps
 AGREE_STEPS = 10
 
 # Validation rows per forward pass. Their neighbours are known, so many more fit in a GPU's memory than in a prediction.
-VALIDATED_ROWS = {"cpu": CHUNK, "cuda": 16 * CHUNK}
+VALIDATED_ROWS = {"cuda": 16 * CHUNK}
 
 FLOP_ROWS = 8  # rows of the batch on which floating-point operations are counted
 
@@ -228,7 +228,7 @@ class Fit:
     def _validate(self, beat: Beat) -> tuple[float, Arrays]:
         """Returns the SMAPE of the validation rows, on every rank, and the outputs for them, on rank 0."""
         compute = with_beats(pricing(self.model), beat)
-        chunk = VALIDATED_ROWS[self.world.device.type]
+        chunk = VALIDATED_ROWS.get(self.world.device.type)
         computed = predict_rows(compute, self.store, self.data.validation, self.world, chunk)
         return self.world.on_main(lambda: compute_smape(self.data.prices, computed["price"])), computed
 

@@ -242,17 +242,20 @@ def test_verify_finds_every_change(copied: Path) -> None:
 
 
 def test_a_missing_or_changed_member_is_refused(copied: Path, capsys: Capture) -> None:
-    moved = copied / "elsewhere"
-    shutil.move(copied / "runs/q0", moved)
-    assert any("member runs/q0: model_sha256" in line and "cannot predict without it" in line for line in wrong(copied))
+    heaviest = max(record(copied)["members"], key=lambda member: member["weight"])  # one of weight 0 is not needed
+    run = storage.base(heaviest["run"])
+    other = f"{run[0]}{1 - int(run[1])}"
+    shutil.move(copied / "runs" / run, copied / "elsewhere")
+    named = f"member runs/{run}: model_sha256"
+    assert any(named in line and "cannot predict without it" in line for line in wrong(copied))
     where = ["--output", str(copied), "--date", "2026-01-02"]
     assert predict_test.main(where) == 65
     said = capsys.readouterr().err
-    assert "error: the ensemble mix needs step-" in said and "of runs/q0, which does not exist" in said
+    assert "error: the ensemble mix needs step-" in said and f"of runs/{run}, which does not exist" in said
     assert "hint: restore that run, or make an ensemble of the runs that are left with python -m fusion.ens" in said
-    shutil.copytree(copied / "runs/q1", copied / "runs/q0")
+    shutil.copytree(copied / "runs" / other, copied / "runs" / run)
     assert predict_test.main(where) == 65
-    assert "of runs/q0, which now has another model" in capsys.readouterr().err
+    assert f"of runs/{run}, which now has another model" in capsys.readouterr().err
 
 
 def weighted_mean(output: Path, where: list[str]) -> Any:

@@ -267,7 +267,7 @@ def test_a_variant_without_runs_names_those_with_runs(tmp_path: Path) -> None:
 
 
 def test_a_file_name_that_is_too_long_is_an_error(tmp_path: Path) -> None:
-    run = make_run(str(tmp_path), "a")
+    run = make_run(str(tmp_path), "a", split=storage.sha256(b"rows"))
     entry = {"key": "x" * 300, "bytes": 1, "sha256": storage.sha256(b"1")}
     write(f"{run}/metrics/MANIFEST.json", {"schema": 1, "files": [entry]})
     done = pull("run", "a", "--output", str(tmp_path), "--to", str(tmp_path / "pulled"))

@@ -31,10 +31,15 @@ def after(path: Path, old: str, new: str, root: str = "prediction") -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", ["nn/layers.py", "prediction/predict.py", "data/embeddings.py", "data/tables.py", "qwen_clip/model.py"]
+    "name", ["nn/neighbours.py", "prediction/predict.py", "data/embeddings.py", "data/tables.py", "qwen_clip/model.py"]
 )
 def test_code_that_decides_a_price_counts(package: Path, name: str) -> None:
     assert after(package / name, "\n\n\ndef ", "\n\n\nADDED = 1\n\n\ndef ")
+
+
+@pytest.mark.parametrize("name", ["nn/layers.py", "nn/members.py", "nn/price_model.py"])
+def test_classes_that_decide_a_price_count(package: Path, name: str) -> None:
+    assert after(package / name, "\n\n\nclass ", "\n\n\nADDED = 1\n\n\nclass ")
 
 
 @pytest.mark.parametrize(
@@ -57,5 +62,5 @@ def test_the_code_of_a_training_counts_for_a_training(package: Path) -> None:
 
 
 def test_comments_and_docstrings_do_not_count(package: Path) -> None:
-    assert not after(package / "nn/layers.py", "\n\n\ndef ", "\n\n\n# Said.\n\n\ndef ")
+    assert not after(package / "nn/layers.py", "\n\n\nclass ", "\n\n\n# Said.\n\n\nclass ")
     assert not after(package / "nn/layers.py", '"""The building', '"""Some building')

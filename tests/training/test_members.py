@@ -14,8 +14,7 @@ from fusion.demo.catalog import generate
 from fusion.records.run import RunFolder
 from fusion.records.validation import validation_of
 from fusion.submissions.predictions import from_parquet
-from fusion.training.steps import Steps
-from fusion.training.trainer import SIMILARITY_LR
+from fusion.training.steps import SIMILARITY_LR, Steps
 from tests.conftest import DIMS, SMALL
 
 RECIPES = {

@@ -250,6 +250,6 @@ PEERS: dict[str, Peer] = {
         epochs=60,
         patience=10,
     ),
-    "tabr": peer(neural.tabr, "pytabkit", n_epochs=60, patience=10, batch_size=256),
+    "tabr": peer(neural.tabr, "skorch", n_epochs=60, patience=10, batch_size=256),
     "realmlp": peer(neural.realmlp, "pytabkit", n_epochs=256, train_metric_name="multi_pinball(0.5)"),
 }

@@ -85,17 +85,24 @@ def realmlp(inputs: Inputs, settings: Settings) -> np.ndarray:
 
 
 def tabr(inputs: Inputs, settings: Settings) -> np.ndarray:
-    """TabR-S, which attends to labelled training rows. The best epoch is chosen on the tuning rows."""
+    """TabR-S, which attends to labelled training rows. The best epoch is chosen on the tuning rows.
+
+    pytabkit cannot train it again on all rows, so it never learns from the tuning rows.
+    """
     from pytabkit import TabR_S_D_Regressor
 
-    return _fitted(TabR_S_D_Regressor, inputs, settings)
+    return _fitted(TabR_S_D_Regressor, inputs, settings, n_refit=0)
 
 
-def _fitted(regressor: Callable[..., Any], inputs: Inputs, settings: Settings) -> np.ndarray:
-    """The predictions of one of pytabkit's models, trained again on all rows for as many epochs as were best."""
+def _fitted(regressor: Callable[..., Any], inputs: Inputs, settings: Settings, n_refit: int = 1) -> np.ndarray:
+    """The predictions of one of pytabkit's models.
+
+    Args:
+        n_refit: 1: it is trained again on all rows, for as many epochs as were best.
+    """
     fold, x = inputs.fold, inputs.reduced
     given = {"device": inputs.shared.device.type, "n_threads": n_threads(), "random_state": 0}
-    given |= {"n_cv": 1, "n_refit": 1, "val_metric_name": "mae"}
+    given |= {"n_cv": 1, "n_refit": n_refit, "val_metric_name": "mae"}
     model = regressor(**given, **settings)
     with contextlib.redirect_stdout(sys.stderr):  # it prints its progress
         model.fit(x[fold.train], fold.targets, val_idxs=np.flatnonzero(fold.tunes))

@@ -9,6 +9,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,8 @@ def _fitted(regressor: Callable[..., Any], inputs: Inputs, settings: Settings, n
     fold, x = inputs.fold, inputs.reduced
     given = {"device": inputs.shared.device.type, "n_threads": n_threads(), "random_state": 0}
     given |= {"n_cv": 1, "n_refit": n_refit, "val_metric_name": "mae"}
-    model = regressor(**given, **settings)
-    with contextlib.redirect_stdout(sys.stderr):  # it prints its progress
+    # It prints its progress, and writes checkpoints, by default into the working folder.
+    with contextlib.redirect_stdout(sys.stderr), TemporaryDirectory(prefix="fusion-peer-") as folder:
+        model = regressor(**given, **settings, tmp_folder=folder)
         model.fit(x[fold.train], fold.targets, val_idxs=np.flatnonzero(fold.tunes))
-    return np.asarray(model.predict(x[fold.held]), np.float64).reshape(len(fold.held), -1)[:, 0]
+        return np.asarray(model.predict(x[fold.held]), np.float64).reshape(len(fold.held), -1)[:, 0]

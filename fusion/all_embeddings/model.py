@@ -31,9 +31,9 @@ class FusionNetwork(nn.Module):
         self.among_texts = Attention(width, config.n_heads, dropout)
         self.image_to_text = Attention(width, config.n_heads, dropout)
         self.text_to_image = Attention(width, config.n_heads, dropout)
-        n_images, n_texts = len(IMAGES), len(dims) - len(IMAGES)
         if config.n_tokens == 1:
-            self.merge_images, self.merge_texts = (nn.Linear(n * width, width) for n in (n_images, n_texts))
+            self.merge_images = nn.Linear(len(IMAGES) * width, width)
+            self.merge_texts = nn.Linear((len(dims) - len(IMAGES)) * width, width)
         self.mixture = MixtureOfExperts(2 * width, config.hidden, config.n_experts, GATE_WIDTH, dropout)
 
     def forward(self, inputs: Inputs, present: Inputs) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,15 +84,13 @@ class NodeRows:
 
     def summed(self, compute: Callable[[], Tensor], world: World) -> Tensor:
         """Sum of the tensors that the first rank of each node computes, in the order of the nodes, on every rank."""
-        own = world.together(lambda: compute().numpy() if world.local_rank == 0 else None)
-        parts = world.gather_on_main(own)
-        return torch.from_numpy(world.on_main(lambda: sum(part for part in parts if part is not None)))
+        parts = _of_nodes(compute, world)
+        return torch.from_numpy(world.on_main(lambda: sum(parts)))
 
     def joined(self, compute: Callable[[], Tensor], world: World) -> Tensor | None:
         """On rank 0, the concatenation of what the first rank of each node computes; None on other ranks."""
-        own = world.together(lambda: compute().numpy() if world.local_rank == 0 else None)
-        parts = world.gather_on_main(own)
-        return torch.cat([torch.from_numpy(part) for part in parts if part is not None]) if parts else None
+        parts = _of_nodes(compute, world)
+        return torch.from_numpy(np.concatenate(parts)) if parts else None
 
     def on_main(self, values: Tensor, rows: Tensor, world: World) -> Iterator[Tensor]:
         """Yields the values of ascending rows [n] on rank 0, in chunks. Other ranks yield nothing, and send theirs.
@@ -121,6 +120,12 @@ class NodeRows:
                 if node != self.node and world.local_rank == 0:
                     values[rows] = sent
         world.together(lambda: None)  # until here, other ranks of this node might read rows that are not filled in
+
+
+def _of_nodes(compute: Callable[[], Tensor], world: World) -> list[np.ndarray]:
+    """On rank 0, what the first rank of each node computes, in the order of the nodes; empty on other ranks."""
+    own = world.together(lambda: compute().numpy() if world.local_rank == 0 else None)
+    return [part for part in world.gather_on_main(own) if part is not None]
 
 
 def part_of_node(n: int, world: World) -> slice:

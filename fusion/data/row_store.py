@@ -93,8 +93,8 @@ class RowStore:
     def batch(self, rows: Tensor, device: torch.device) -> Batch:
         """The rows with these positions [B], which this node must hold, on a device."""
         rows = rows.to(next(iter(self.present.values())).device)
-        held = rows if self.nodes is None else rows - self.nodes.first
-        inputs = {role: _selected(values, held, device).float() for role, values in self.values.items()}
+        places = self._places(rows)
+        inputs = {role: _selected(values, places, device).float() for role, values in self.values.items()}
         present = {role: _selected(values, rows, device) for role, values in self.present.items()}
         folds, groups = _gathered(self.folds, rows, device), _gathered(self.groups, rows, device)
         candidates = self.candidates.of(rows) if self.candidates else None
@@ -179,6 +179,16 @@ class RowStore:
         return residency == "mapped" or (residency == "auto" and is_large)
 
     @property
+    def first_held(self) -> int:
+        """The first row whose vectors this node holds."""
+        return 0 if self.nodes is None else self.nodes.first
+
+    @property
+    def n_held(self) -> int:
+        """Number of rows whose vectors this node holds."""
+        return len(self) if self.nodes is None else len(self.nodes)
+
+    @property
     def is_on_gpu(self) -> bool:
         return all(values.device.type == "cuda" for values in self.values.values())
 
@@ -197,7 +207,11 @@ class RowStore:
 
     def held(self, role: str, rows: Tensor) -> Tensor:
         """[n, D] the vectors of these rows [n], which this node must hold."""
-        return self.values[role][rows if self.nodes is None else rows - self.nodes.first]
+        return self.values[role][self._places(rows)]
+
+    def _places(self, rows: Tensor) -> Tensor:
+        """Where in `values` the vectors of these rows [n] are."""
+        return rows - self.first_held if self.first_held else rows
 
     def any_present(self) -> Tensor:
         """[N] bool: the row has at least one embedding."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 
 from fusion import __version__, storage
@@ -48,24 +48,29 @@ def start_run(config: RunConfig) -> None:
         storage.write(url, to_json(config).encode())
 
 
-def describe_run(
-    config: RunConfig,
-    data_digest: str,
-    dims: Mapping[str, int],
-    quartiles: Sequence[float],
-    world_size: int,
-    n_nodes: int | None,
-) -> None:
-    """Writes `run.json`: digests of settings, data and code, dimensions and versions.
+@dataclass(frozen=True)
+class Read:
+    """What an attempt has read, and on how many ranks.
 
-    If `run.json` exists, only checks that the data have not changed.
-
-    Args:
-        data_digest: of the rows of `train.csv` and of their embeddings.
+    Attributes:
+        digest: of the rows of `train.csv` and of their embeddings.
         dims: role to the dimension of its embeddings.
         quartiles: of the prices in `train.csv`, in dollars; nights whose prices are far from them are not published.
         world_size: number of ranks.
         n_nodes: number of nodes between which rows are divided; None if every node has all rows.
+    """
+
+    digest: str
+    dims: Mapping[str, int]
+    quartiles: Sequence[float]
+    world_size: int
+    n_nodes: int | None
+
+
+def describe_run(config: RunConfig, read: Read) -> None:
+    """Writes `run.json`: digests of settings, data and code, dimensions and versions.
+
+    If `run.json` exists, only checks that the data have not changed.
 
     Raises:
         ConfigError: the rows are divided between another number of nodes than before.
@@ -74,42 +79,35 @@ def describe_run(
     run = RunFolder.of(config)
     before = run.facts()
     if before is None:
-        facts = _facts(config, data_digest, dims, quartiles, world_size, n_nodes)
+        facts = _facts(config, read)
         storage.write(run.at(FACTS), schemas.seal(schemas.written(facts)))
-    elif before.data_sha256 != data_digest:
+    elif before.data_sha256 != read.digest:
         raise DataError(
-            f"the data have changed since run {config.name()} began: sha256 {data_digest[:12]}, "
+            f"the data have changed since run {config.name()} began: sha256 {read.digest[:12]}, "
             f"was {before.data_sha256[:12]}",
             "train on the new data under another --run-id",
         )
-    elif before.n_nodes != n_nodes:
+    elif before.n_nodes != read.n_nodes:
         raise ConfigError(
-            f"run {config.name()} divides its rows between {before.n_nodes} nodes, now there are {n_nodes}",
+            f"run {config.name()} divides its rows between {before.n_nodes} nodes, now there are {read.n_nodes}",
             f"start it on {before.n_nodes} nodes, or train under another --run-id",
         )
 
 
-def _facts(
-    config: RunConfig,
-    data_digest: str,
-    dims: Mapping[str, int],
-    quartiles: Sequence[float],
-    world_size: int,
-    n_nodes: int | None,
-) -> RunFacts:
-    """The content of `run.json`, from the arguments of `describe_run`."""
-    low, median, high = quartiles
+def _facts(config: RunConfig, read: Read) -> RunFacts:
+    """The content of `run.json`."""
+    low, median, high = read.quartiles
     return RunFacts(
         run_id=config.name(),
         variant=config.variant,
         config_sha256=config_digest(asdict(config)),
         config_json_sha256=storage.sha256(storage.read(RunFolder.of(config).at(CONFIG))),
         code_sha256=code_digest("training"),
-        data_sha256=data_digest,
-        dims=dict(dims),
+        data_sha256=read.digest,
+        dims=dict(read.dims),
         price_quartiles=(low, median, high),
-        world_size=world_size,
-        n_nodes=n_nodes,
+        world_size=read.world_size,
+        n_nodes=read.n_nodes,
         revision=revision(),
         versions={
             "fusion": __version__,

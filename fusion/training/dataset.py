@@ -37,7 +37,7 @@ from fusion.records.intervals import category_column, category_of
 from fusion.records.manifests import SPLIT
 from fusion.records.run import FACTS, RunFolder
 from fusion.records.split import read_split, to_parquet
-from fusion.records.start import describe_run
+from fusion.records.start import Read, describe_run
 from fusion.training.order import check_nodes
 
 # A price is extreme if it is this many times the median price, or the median divided by it. The prices of a real
@@ -200,7 +200,8 @@ def _split(
     split = None if storage.exists(url) else split_rows(table, groups, config)
     computed = _computed_dims(config, table, columns, split)
     n_nodes = None if store.nodes is None else store.nodes.n_nodes
-    describe_run(config, digest([*rows, store_digest]), store.dims | computed, quartiles, world.size, n_nodes)
+    read = Read(digest([*rows, store_digest]), store.dims | computed, quartiles, world.size, n_nodes)
+    describe_run(config, read)
     if split is not None:
         storage.write(url, to_parquet(split))
     made = run.checkpoints()

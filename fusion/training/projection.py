@@ -29,13 +29,13 @@ def projected(config: RunConfig, model: PriceModel, store: RowStore, world: Worl
     """
     started, values, maps = time.monotonic(), {}, dict[str, MappedFile]()
     for role, components in model.components().items():
-        shape = len(store.nodes or store), components.shape[1]
+        shape = store.n_held, components.shape[1]
         if config.cache is not None and store.exceeds_memory(config.residency):
             maps[role] = node_file(shape, torch.float32, world, config.cache)
             values[role] = maps[role].tensor
         else:
             values[role] = node_tensor(shape, torch.float32, world)
-    raw, first = store.of_roles(store.values), store.nodes.first if store.nodes else 0
+    raw, first = store.of_roles(store.values), store.first_held
 
     def fill() -> None:
         for rows in held_chunks(store, world):
@@ -52,8 +52,7 @@ def projected(config: RunConfig, model: PriceModel, store: RowStore, world: Worl
 
 def held_chunks(store: RowStore, world: World) -> Iterator[Tensor]:
     """Yields the chunks of the rows held by this node that this rank computes for it."""
-    first = store.nodes.first if store.nodes else 0
-    yield from (chunk + first for chunk in own_chunks(len(store.nodes or store), world))
+    yield from (chunk + store.first_held for chunk in own_chunks(store.n_held, world))
 
 
 def own_chunks(n_rows: int, world: World) -> Iterator[Tensor]:

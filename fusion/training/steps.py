@@ -84,8 +84,8 @@ class Steps:
 
     def _can_be_recorded(self) -> bool:
         """Whether a step reads and writes nothing outside the memory of one GPU."""
-        tables = [*self.store.values.values()] + ([self.store.candidates.rows] if self.store.candidates else [])
-        return self.world.size == 1 and all(table.device.type == "cuda" for table in tables)
+        candidates = self.store.candidates
+        return self.world.size == 1 and self.store.is_on_gpu and (candidates is None or candidates.rows.is_cuda)
 
     def _take(self, batch: GlobalBatch, inputs: Batch | None) -> Tensor:
         """Computes gradients and updates the weights. Nothing in it waits for the GPU. See `take`.

@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_only_on_as_many_nodes(
     assert code == 75 and "step 11" not in said.splitlines()[0], said
     for n_nodes in (1, 3):
         code, said = trained(catalog, tmp_path, recipe, n_nodes)
-        assert code == 78 and f"divides its rows between 2 nodes, now there are {n_nodes}" in said
+        assert code == 78 and f"divides its rows between 2 nodes, now there are {n_nodes}" in said, said
         assert "hint: start it on 2 nodes, or train under another --run-id" in said
     code, said = trained(catalog, tmp_path, recipe, 2)
     assert code == 0 and "event=resumed" in said

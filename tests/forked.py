@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -97,10 +98,20 @@ def _wait(ranks: list[int]) -> int:
         code, n_left = os.waitstatus_to_exitcode(status), n_left - 1
     if code < 0:  # A rank was killed. The exit code is that of another rank that notices, if one does.
         code = next((other for other in (os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(n_left)) if other), 0)
+    _end(ranks)
+    return code
+
+
+def _end(ranks: list[int]) -> None:
+    """Gives the other ranks two seconds to end by themselves, as a launcher does: rank 0 may not have printed yet."""
+    until = time.monotonic() + 2
+    with suppress(ChildProcessError):  # all have ended
+        while time.monotonic() < until:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(0.02)
     for pid in ranks:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return code
 
 
 def main(n: int, *arguments: str) -> int:

@@ -137,7 +137,7 @@ def _batches(
     """The vectors of plain pages; if pages turn out not to be plain, all vectors again, as pyarrow decodes them."""
     chunk = None if part.footer is None else plain_chunk(part.footer, part.row_group, kind.dim, kind.dtype)
     if chunk is not None:
-        buffer = STREAM_BYTES if hasattr(raw, "cache") else LOCAL_BYTES
+        buffer = LOCAL_BYTES if storage.is_local(part.url) else STREAM_BYTES
         with suppress(NotPlain):
             yield from _numbered(plain_vectors(raw, chunk, kind.dim, buffer))
             return

@@ -12,10 +12,11 @@ import uuid
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar, cast
 
-from fusion.storage import backend, conditional, retry
+from fusion.storage import backend, conditional, ranges, retry
 from fusion.storage.backend import Entry as Entry
 from fusion.storage.backend import sha256 as sha256
 from fusion.storage.errors import explained
+from fusion.storage.ranges import Fetch
 
 T = TypeVar("T")
 
@@ -183,6 +184,11 @@ def find(url: str) -> dict[str, Entry]:
     return retrying(url, lambda: backend.find(url))
 
 
+def is_local(url: str) -> bool:
+    """Whether the URL is a path of this machine."""
+    return backend.is_local(backend.locate(url)[0])
+
+
 def open_read(url: str, size: int | None = None, span: tuple[int, int] | None = None) -> BinaryIO:
     """Opens a seekable file for reading parts of an object, without read-ahead.
 
@@ -191,19 +197,18 @@ def open_read(url: str, size: int | None = None, span: tuple[int, int] | None = 
         span: start and end (exclusive) of a range of bytes that is fetched in one request when any of it is first read.
     """
     fs, path = backend.locate(url)
-    is_known = size is not None and backend.is_s3(fs)
-    known = {"size": size} if is_known else {}
-    file = retrying(url, lambda: fs.open(path, "rb", cache_type="none", **known))
-    if is_known:
-        file.details = {"name": path, "type": "file", **known}  # otherwise s3fs requests them before the first read
+    fetch = ranges.fetch_of(fs, path, backend.S3_SETTINGS) if size is not None and backend.is_s3(fs) else None
+    if size is not None and fetch is not None:
+        return cast(BinaryIO, ranges.RangeFile(size, _at_once(span, _retried(url, fetch))))
+    file = retrying(url, lambda: fs.open(path, "rb", cache_type="none"))
     cache = getattr(file, "cache", None)
     if cache is not None:  # a remote file: wrap its requests, so that a failed one is retried by itself
-        fetch = cache.fetcher
-        cache.fetcher = _at_once(span, lambda start, end: retrying(url, lambda: fetch(start, end)))
+        cache.fetcher = _at_once(span, _retried(url, cache.fetcher))
     return cast(BinaryIO, file)
 
 
-Fetch = Callable[[int, int], bytes]
+def _retried(url: str, fetch: Fetch) -> Fetch:
+    return lambda start, end: retrying(url, lambda: fetch(start, end))
 
 
 def _at_once(span: tuple[int, int] | None, fetch: Fetch) -> Fetch:

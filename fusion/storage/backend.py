@@ -29,7 +29,7 @@ from fusion.storage.errors import is_absence, is_no_bucket
 TEMPORARY = ".tmp"  # suffix of files that are being written
 # Seconds until a request fails are few, because it is then retried. One try per request: only `storage.retrying`
 # retries, so that a command waits for as long as `--store-timeout` says.
-_S3 = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}}
+S3_SETTINGS = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}}
 _S3_SCHEMES = ("s3://", "s3a://")
 # Matches misspelt URLs such as `s3:/bucket`, `s3:bucket` and `s3//bucket`, which would be taken as local paths.
 _MISSPELT = re.compile(r"(s3a?|gs|gcs|az|abfss?|adl)(?::/?|//+)(?!/)(.*)", re.IGNORECASE)
@@ -63,7 +63,7 @@ def locate(url: str) -> tuple[Any, str]:
         ConfigError: the URL is empty or misspelt, or the package for its protocol is not installed.
     """
     check(url)
-    settings = _S3 | fsspec.config.conf.get("s3", {}) if url.startswith(_S3_SCHEMES) else {}
+    settings = S3_SETTINGS | fsspec.config.conf.get("s3", {}) if url.startswith(_S3_SCHEMES) else {}
     try:
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **settings)
     except (ImportError, ValueError) as error:  # fsspec names the missing package, or the unknown protocol

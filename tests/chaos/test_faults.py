@@ -276,7 +276,7 @@ def _flip(url: str) -> None:
 
 
 def test_a_stalled_answer_times_out(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backend._S3["config_kwargs"], "read_timeout", 1)
+    monkeypatch.setitem(backend.S3_SETTINGS["config_kwargs"], "read_timeout", 1)
     monkeypatch.setattr(storage, "_patience", 0.5)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     store.proxy.plan = always(Fault.STALL)

@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fusion import storage
 from fusion.errors import ConfigError, CredentialsError, DataError, FusionError, UnreachableError
 from fusion.storage import backend
+from fusion.storage.ranges import RangeFile
 from tests.conftest import BUCKET, start_s3
 from tests.s3_server import READER_KEY, READER_SECRET, WRITER_KEY, WRITER_SECRET
 from tests.services import require
@@ -316,3 +317,20 @@ def test_a_store_whose_package_is_missing() -> None:
         storage.read("gs://bucket/x")
     with pytest.raises(ConfigError, match="nosuch://x cannot be opened: Protocol not known"):
         storage.read("nosuch://x")
+
+
+def test_options_that_only_s3fs_knows_are_used(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `FSSPEC_S3` options, which botocore would not get, ranges are read by s3fs."""
+    storage.write(f"{bucket}/x", b"0123456789")
+    with storage.open_read(f"{bucket}/x", 10, (2, 8)) as file:
+        assert isinstance(file, RangeFile)
+        file.seek(3)
+        assert (file.read(2), file.read(100), file.read()) == (b"34", b"56789", b"")
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"default_block_size": 1 << 20})
+    with storage.open_read(f"{bucket}/x", 10, (2, 8)) as file:
+        assert not isinstance(file, RangeFile) and file.read() == b"0123456789"
+
+
+def test_a_range_of_an_object_that_does_not_exist_is_an_error_with_its_name(bucket: str) -> None:
+    with storage.open_read(f"{bucket}/absent", 10) as file, pytest.raises(DataError, match=f"{bucket}/absent"):
+        file.read(3)

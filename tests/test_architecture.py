@@ -27,7 +27,7 @@ def drawing() -> str:
 
 def imports_between_rooms() -> dict[str, set[str]]:
     """Room to the rooms that its modules import."""
-    graph = grimp.build_graph("fusion", "jobs", cache_dir=None)
+    graph = grimp.build_graph("fusion", cache_dir=None)
     rooms = {name: room_of(name) for name in graph.modules}
     found: dict[str, set[str]] = {}
     for name, room in rooms.items():
@@ -38,10 +38,8 @@ def imports_between_rooms() -> dict[str, set[str]]:
 
 
 def room_of(module: str) -> str:
-    """`fusion.data.tables` is in data, `jobs.results.bucket` in jobs; modules directly in fusion/ are in none."""
+    """`fusion.data.tables` is in data; modules directly in fusion/ are in none."""
     parts = module.split(".")
-    if parts[0] == "jobs":
-        return "jobs"
     return parts[1] if len(parts) > 1 and (ROOT / "fusion" / parts[1]).is_dir() else ""
 
 

@@ -12,11 +12,11 @@ from fusion.all_embeddings.config import Config
 from fusion.command.settings import _element, _flag, _flags, as_flags, from_json, parse, to_json
 from fusion.config import EvaluateConfig, LossName, PredictConfig
 from fusion.errors import ConfigError, DataError, UsageError
+from fusion.jobs import doctor, pull
 from fusion.loss_functions import LOSSES
 from fusion.qwen_clip.config import Config as PairConfig
 from fusion.records import provenance
 from fusion.verify import __main__ as verify
-from jobs import doctor, pull
 
 EARLIER = Path(__file__).with_name("earlier_config.json")
 

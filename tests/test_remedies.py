@@ -18,10 +18,10 @@ from fusion.config import AblateConfig, EvaluateConfig, PredictConfig
 from fusion.convert import __main__ as convert
 from fusion.ensemble import __main__ as ensemble
 from fusion.errors import ExitCode, Parser, UsageError
+from fusion.jobs import submit
 from fusion.launch import launcher
 from fusion.prepare import __main__ as prepare
 from fusion.verify import __main__ as verify
-from jobs import submit
 
 ROOT = Path(__file__).parents[1]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
@@ -36,11 +36,11 @@ PARSERS = {
     "convert": "fusion/convert/__main__.py",
     "demo": "fusion/demo/__main__.py",
     "prepare": "fusion/prepare/__main__.py",
-    "doctor": "jobs/doctor.py",
-    "pull": "jobs/pull.py",
-    "submit": "jobs/submit.py",
-    "manifests": "jobs/manifests.py",
-    "control": "jobs/control.py",
+    "doctor": "fusion/jobs/doctor.py",
+    "pull": "fusion/jobs/pull.py",
+    "submit": "fusion/jobs/submit.py",
+    "manifests": "fusion/jobs/manifests.py",
+    "control": "fusion/jobs/control.py",
 }
 # Functions of fusion/command/parser.py, and the flag that each adds.
 SHARED = {"add_output": "--output", "add_store_timeout": "--store-timeout"}
@@ -118,31 +118,31 @@ PRINTED_BY = {
     "fusion/verify/submission.py": ("verify",),
     "fusion/distributed/watchdog.py": ("train",),
     "fusion/training/memory_build.py": ("train",),
-    "jobs/checks/store.py": ("doctor",),
-    "jobs/schedulers/description.py": ("submit",),
-    "jobs/schedulers/kubectl.py": ("submit", "control"),
-    "jobs/schedulers/local.py": ("submit",),
-    "jobs/schedulers/kubernetes_sent.py": ("control",),
-    "jobs/schedulers/sent.py": ("control",),
-    "jobs/schedulers/settings_file.py": ("submit", "manifests", "control"),
-    "jobs/schedulers/slurm_wait.py": ("submit",),
-    "jobs/control.py": ("control",),
-    "jobs/doctor.py": ("doctor",),
-    "jobs/manifests.py": ("manifests",),
-    "jobs/pull.py": ("pull",),
-    "jobs/results/choice.py": ("pull",),
-    "jobs/results/compare.py": ("pull",),
-    "jobs/results/transfer.py": ("pull",),
-    "jobs/submit.py": ("submit",),
+    "fusion/jobs/checks/store.py": ("doctor",),
+    "fusion/jobs/schedulers/description.py": ("submit",),
+    "fusion/jobs/schedulers/kubectl.py": ("submit", "control"),
+    "fusion/jobs/schedulers/local.py": ("submit",),
+    "fusion/jobs/schedulers/kubernetes_sent.py": ("control",),
+    "fusion/jobs/schedulers/sent.py": ("control",),
+    "fusion/jobs/schedulers/settings_file.py": ("submit", "manifests", "control"),
+    "fusion/jobs/schedulers/slurm_wait.py": ("submit",),
+    "fusion/jobs/control.py": ("control",),
+    "fusion/jobs/doctor.py": ("doctor",),
+    "fusion/jobs/manifests.py": ("manifests",),
+    "fusion/jobs/pull.py": ("pull",),
+    "fusion/jobs/results/choice.py": ("pull",),
+    "fusion/jobs/results/compare.py": ("pull",),
+    "fusion/jobs/results/transfer.py": ("pull",),
+    "fusion/jobs/submit.py": ("submit",),
 }
 # Of git, docker and kubectl; and of the training whose flags follow the `--` of a submission.
 FOREIGN = {"fusion/records/provenance.py": {"--error-unmatch"}, "fusion/data/shared_memory.py": {"--shm-size"}}
-FOREIGN |= {"jobs/schedulers/kubectl.py": {"--output"}}
+FOREIGN |= {"fusion/jobs/schedulers/kubectl.py": {"--output"}}
 KUBECTL = ("--api-group", "--cascade", "--container", "--field-selector", "--output", "--selector", "--since-time")
-FOREIGN |= {"jobs/schedulers/kubernetes_sent.py": {*KUBECTL, "--tail", "--timestamps", "--wait"}}
-FOREIGN |= {"jobs/schedulers/slurm_sent.py": {"--jobs", "--starttime"}}
-FOREIGN |= {"jobs/schedulers/description.py": {"--folds", "--fold", "--name", "--run-id"}}
-MODULES = sorted(path for part in ("fusion", "jobs") for path in (ROOT / part).glob("**/*.py"))
+FOREIGN |= {"fusion/jobs/schedulers/kubernetes_sent.py": {*KUBECTL, "--tail", "--timestamps", "--wait"}}
+FOREIGN |= {"fusion/jobs/schedulers/slurm_sent.py": {"--jobs", "--starttime"}}
+FOREIGN |= {"fusion/jobs/schedulers/description.py": {"--folds", "--fold", "--name", "--run-id"}}
+MODULES = sorted((ROOT / "fusion").glob("**/*.py"))
 
 
 def flags_of(command: str) -> set[str]:

@@ -36,13 +36,14 @@ def checkout(namespace: Namespace, tmp_path: Path) -> Checkout:
 
 
 class Checkout:
-    """A copy of k8s/ and jobs/, and a kubeconfig whose context has the test's namespace."""
+    """A copy of the code and of k8s/, and a kubeconfig whose context has the test's namespace."""
 
     def __init__(self, namespace: Namespace, folder: Path) -> None:
         self.namespace, self.folder = namespace, folder
         self.kubeconfig = Path(shutil.copy(namespace.cluster.kubeconfig, folder / "kubeconfig"))
         self.kubectl("config", "set-context", "--current", f"--namespace={namespace.name}")
-        shutil.copytree(ROOT / "jobs", folder / "jobs")
+        for name in ("fusion", "jobs"):
+            shutil.copytree(ROOT / name, folder / name)
         shutil.copytree(K8S, folder / "k8s")
         for path in (folder / "k8s").glob("*.yaml"):
             path.write_text(yaml.safe_dump_all([_smaller(one) for one in yaml.safe_load_all(path.read_text())]))

@@ -195,7 +195,7 @@ def test_124_a_rank_that_makes_no_progress(catalog: Path, tmp_path: Path) -> Non
     end = json.loads((folder / "exit.json").read_text())
     assert end["code"] == 124 and end["error"].endswith((stalled, silent)) and end["step"] > 0
     assert "event=stalled" in (folder / "log.txt").read_text()
-    listed = run_command("jobs.pull", "runs", "--output", str(tmp_path)).out
+    listed = run_command("fusion.jobs.pull", "runs", "--output", str(tmp_path)).out
     assert "failed (124)" in listed and any(message in listed for message in (stalled, silent))
 
 

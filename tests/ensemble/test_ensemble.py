@@ -18,6 +18,7 @@ from fusion.all_embeddings import train as train_all
 from fusion.compare.standard_errors import Estimate
 from fusion.ensemble import __main__ as ensemble
 from fusion.ensemble import predict_test
+from fusion.jobs import submit
 from fusion.metrics import compute_smape
 from fusion.qwen_clip import predict_test as predict_two
 from fusion.qwen_clip import train as train_two
@@ -25,7 +26,6 @@ from fusion.records import pointers
 from fusion.records.intervals import misplaced
 from fusion.records.schemas import RunPointer, SubmissionPointer
 from fusion.verify.__main__ import verify
-from jobs import submit
 from tests.conftest import SMALL, run_command, upload
 from tests.verify.test_verify_everything import is_found, mutations
 

@@ -173,7 +173,7 @@ def test_a_run_with_computed_sources(catalog: Path, tmp_path: Path, capsys: pyte
         or "qwen_text text_chars" in checkpoint.manifest.agreement
     )
     assert run_command("fusion.verify", str(tmp_path)).code == 0
-    pull = ["jobs.pull", "run", run.name, "--output", str(tmp_path), "--to", str(tmp_path / "pulled")]
+    pull = ["fusion.jobs.pull", "run", run.name, "--output", str(tmp_path), "--to", str(tmp_path / "pulled")]
     assert run_command(*pull).code == 0
     pulled = tmp_path / "pulled/runs" / run.name / "features.safetensors"
     assert pulled.read_bytes() == (run / "features.safetensors").read_bytes()

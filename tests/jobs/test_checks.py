@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.checks import machine
-from jobs.checks.check import Check, CheckResult, PlannedJob
-from jobs.doctor import main
+from fusion.jobs.checks import machine
+from fusion.jobs.checks.check import Check, CheckResult, PlannedJob
+from fusion.jobs.doctor import main
 from tests.conftest import Done
 from tests.services import require
 
@@ -128,7 +128,7 @@ def test_ctrl_c_prints_an_error_without_a_traceback(monkeypatch: pytest.MonkeyPa
     def interrupted(_: PlannedJob) -> CheckResult:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jobs.doctor.CHECKS", (Check("store", "", interrupted),))
+    monkeypatch.setattr("fusion.jobs.doctor.CHECKS", (Check("store", "", interrupted),))
     found = doctor("--only", "store")
     assert (found.code, found.err) == (130, "error: interrupted\nhint: run the same command again\n")
 

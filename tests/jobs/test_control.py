@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import control
-from jobs.schedulers import kubernetes_sent, sent
-from jobs.schedulers.sent import read_lines
+from fusion.jobs import control
+from fusion.jobs.schedulers import kubernetes_sent, sent
+from fusion.jobs.schedulers.sent import read_lines
 from tests.jobs.test_slurm_wait import program
 from tests.manifests import Object
 

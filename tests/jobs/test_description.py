@@ -13,8 +13,8 @@ from setuptools import find_packages
 import fusion
 from fusion.config import PredictConfig
 from fusion.errors import UsageError
+from fusion.jobs.schedulers.description import Job, config_class
 from fusion.variants import variants
-from jobs.schedulers.description import Job, config_class
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -67,5 +67,5 @@ def test_an_ensemble_only_predicts() -> None:
 def test_every_package_is_installed() -> None:
     found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     shipped = find_packages(str(ROOT), include=found["include"])
-    folders = {path.parent for name in ("fusion", "jobs") for path in (ROOT / name).rglob("__init__.py")}
+    folders = {path.parent for path in (ROOT / "fusion").rglob("__init__.py")}
     assert set(shipped) == {str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders}

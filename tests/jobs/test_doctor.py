@@ -25,11 +25,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from fusion import storage
 from fusion.errors import ExitCode
+from fusion.jobs.checks import machine
+from fusion.jobs.checks.check import Check, PlannedJob, fail, ok
+from fusion.jobs.doctor import CHECKS, run_check, worst
+from fusion.jobs.doctor import main as doctor_main
 from fusion.launch import launcher
-from jobs.checks import machine
-from jobs.checks.check import Check, PlannedJob, fail, ok
-from jobs.doctor import CHECKS, run_check, worst
-from jobs.doctor import main as doctor_main
 from tests.conftest import BUCKET, upload
 from tests.fault_proxy import Fault, FaultProxy, _Exchange
 from tests.s3_server import READER_KEY, READER_SECRET, S3Server

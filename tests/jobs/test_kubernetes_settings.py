@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from fusion.errors import ConfigError, UsageError
-from jobs import manifests
-from jobs.schedulers import kubernetes_settings, slurm_settings
-from jobs.schedulers.description import Job
-from jobs.schedulers.kubectl import Kubectl
-from jobs.schedulers.kubernetes import objects
+from fusion.jobs import manifests
+from fusion.jobs.schedulers import kubernetes_settings, slurm_settings
+from fusion.jobs.schedulers.description import Job
+from fusion.jobs.schedulers.kubectl import Kubectl
+from fusion.jobs.schedulers.kubernetes import objects
 from tests.jobs.test_submit import here
 from tests.manifests import K8S, KUBECTL, Object, sources
 

@@ -20,9 +20,9 @@ import pytest
 
 from fusion import storage
 from fusion.errors import DataError
-from jobs.pull import main
-from jobs.results import shown
-from jobs.results.bucket import list_runs
+from fusion.jobs.pull import main
+from fusion.jobs.results import shown
+from fusion.jobs.results.bucket import list_runs
 from tests.conftest import Done
 from tests.fault_proxy import FaultProxy
 from tests.made_runs import make_run, serve, write

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import pytest
 
 from fusion.errors import ExitCode
-from jobs.schedulers import local
-from jobs.schedulers.description import Job
+from fusion.jobs.schedulers import local
+from fusion.jobs.schedulers.description import Job
 
 TWO = [Job("all_embeddings", "train"), Job("qwen_clip", "train")]
 

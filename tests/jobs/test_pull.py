@@ -24,9 +24,9 @@ import pytest
 
 from fusion import storage
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
+from fusion.jobs.pull import main as pull_main
 from fusion.records.schemas import seal
 from fusion.verify.__main__ import verify
-from jobs.pull import main as pull_main
 from tests.conftest import BUCKET, SMALL, Done
 from tests.fault_proxy import RESETS, Fault, FaultProxy, Request, at_random
 from tests.s3_server import S3Server
@@ -531,7 +531,7 @@ def test_a_full_disk_is_one_error_for_all_files(what: str, output: str, tmp_path
 
 
 def test_jobs_do_not_load_torch() -> None:
-    files = [path.relative_to(ROOT) for path in (ROOT / "jobs").rglob("*.py") if path.stem != "__init__"]
+    files = [path.relative_to(ROOT) for path in (ROOT / "fusion" / "jobs").rglob("*.py") if path.stem != "__init__"]
     modules = [".".join(path.with_suffix("").parts) for path in files]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

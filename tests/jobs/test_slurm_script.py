@@ -10,9 +10,9 @@ from subprocess import PIPE, STDOUT
 
 import pytest
 
-from jobs.schedulers import slurm
-from jobs.schedulers.description import Job
-from jobs.schedulers.slurm_settings import Cluster
+from fusion.jobs.schedulers import slurm
+from fusion.jobs.schedulers.description import Job
+from fusion.jobs.schedulers.slurm_settings import Cluster
 
 # A fake srun. As with Slurm's, a signal to the steps of a job ends the listener's `sleep`, and srun with 128 + signal.
 SRUN = """\

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import ConfigError, ExitCode, FusionError, UnreachableError
-from jobs.schedulers import slurm_wait
-from jobs.schedulers.slurm import _submission_error
-from jobs.schedulers.slurm_settings import Cluster
+from fusion.jobs.schedulers import slurm_wait
+from fusion.jobs.schedulers.slurm import _submission_error
+from fusion.jobs.schedulers.slurm_settings import Cluster
 
 ROW = 'case "$*" in *DerivedExitCode*) echo "{state}|0:0|0:0" ;; *) echo "7|{state}" ;; esac'
 

@@ -23,10 +23,10 @@ import pytest
 import yaml
 
 from fusion.errors import ConfigError, UsageError
-from jobs.schedulers import slurm_settings
-from jobs.schedulers.description import Job, frozen
-from jobs.schedulers.slurm_settings import Cluster
-from jobs.submit import main
+from fusion.jobs.schedulers import slurm_settings
+from fusion.jobs.schedulers.description import Job, frozen
+from fusion.jobs.schedulers.slurm_settings import Cluster
+from fusion.jobs.submit import main
 from tests.conftest import SMALL, Done
 from tests.s3_server import S3Server
 

@@ -7,9 +7,9 @@ import json
 import pytest
 import yaml
 
-from jobs.schedulers import kubernetes
-from jobs.schedulers.description import Job
-from jobs.schedulers.kubernetes import objects
+from fusion.jobs.schedulers import kubernetes
+from fusion.jobs.schedulers.description import Job
+from fusion.jobs.schedulers.kubernetes import objects
 from tests.jobs.test_submit import here
 from tests.manifests import K8S, Object
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import ConfigError, CredentialsError, FusionError, UnreachableError
-from jobs.schedulers import kubernetes, kubernetes_wait
-from jobs.schedulers.description import Job
-from jobs.schedulers.kubectl import Kubectl, error_from
+from fusion.jobs.schedulers import kubernetes, kubernetes_wait
+from fusion.jobs.schedulers.description import Job
+from fusion.jobs.schedulers.kubectl import Kubectl, error_from
 from tests.manifests import Object
 
 NAME = "fusion-train-qwen-clip"

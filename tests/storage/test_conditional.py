@@ -13,10 +13,10 @@ import pytest
 
 from fusion import storage
 from fusion.errors import ConfigError
+from fusion.jobs import doctor
 from fusion.records.attempts import take_lease
 from fusion.records.run import RunFolder
 from fusion.storage import backend
-from jobs import doctor
 from tests.plain_s3 import BUCKET, PlainS3
 
 PLACE = f"s3://{BUCKET}/out"

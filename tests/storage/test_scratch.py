@@ -10,9 +10,9 @@ import pytest
 
 from fusion.data import shared_memory
 from fusion.errors import ConfigError
+from fusion.jobs import doctor
 from fusion.launch import launcher
 from fusion.storage import scratch
-from jobs import doctor
 
 
 @pytest.fixture
@@ -44,6 +44,6 @@ def test_doctor_reports_it(nowhere: None, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_importing_looks_for_no_temporary_folder() -> None:
-    code = "import tempfile, fusion.data.shared_memory, fusion.launch, jobs.doctor; print(tempfile.tempdir)"
+    code = "import tempfile, fusion.data.shared_memory, fusion.launch, fusion.jobs.doctor; print(tempfile.tempdir)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"

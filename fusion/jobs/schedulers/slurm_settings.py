@@ -12,8 +12,8 @@ from pydantic.dataclasses import dataclass
 
 from fusion.config import STRICT
 from fusion.errors import ConfigError
-from jobs.schedulers.description import MODULES, PER_GPU, Job
-from jobs.schedulers.settings_file import read_settings, refuse_secrets
+from fusion.jobs.schedulers.description import MODULES, PER_GPU, Job
+from fusion.jobs.schedulers.settings_file import read_settings, refuse_secrets
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

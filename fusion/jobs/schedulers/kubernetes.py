@@ -18,12 +18,12 @@ from typing import Any, cast
 import yaml
 
 from fusion.errors import ConfigError
-from jobs.schedulers.description import Job
-from jobs.schedulers.kubectl import BusyError, Kubectl, Object
-from jobs.schedulers.kubernetes_wait import QUEUE, describe_unfinished, final_condition, log_command
-from jobs.schedulers.patience import retry
+from fusion.jobs.schedulers.description import Job
+from fusion.jobs.schedulers.kubectl import BusyError, Kubectl, Object
+from fusion.jobs.schedulers.kubernetes_wait import QUEUE, describe_unfinished, final_condition, log_command
+from fusion.jobs.schedulers.patience import retry
 
-K8S = Path(__file__).parents[2] / "k8s"
+K8S = Path(__file__).parents[3] / "k8s"
 TEMPLATES = {
     "train": "train-all-embeddings",
     "evaluate": "evaluate-all-embeddings",

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from fusion.errors import ConfigError, DataError, UnreachableError
-from jobs.schedulers import slurm_settings, slurm_wait
-from jobs.schedulers.sent import (
+from fusion.jobs.schedulers import slurm_settings, slurm_wait
+from fusion.jobs.schedulers.sent import (
     CANCELLED,
     FAILED,
     FINISHED,
@@ -24,7 +24,7 @@ from jobs.schedulers.sent import (
     last_line,
     read_lines,
 )
-from jobs.schedulers.slurm import log_in
+from fusion.jobs.schedulers.slurm import log_in
 
 STATES = {
     "PENDING": WAITING, "REQUEUED": WAITING, "CONFIGURING": WAITING, "SUSPENDED": WAITING, "PREEMPTED": WAITING,

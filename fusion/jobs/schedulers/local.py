@@ -11,7 +11,7 @@ from types import FrameType
 
 from fusion import signals
 from fusion.errors import ExitCode, UsageError
-from jobs.schedulers.description import Job
+from fusion.jobs.schedulers.description import Job
 
 
 def render(jobs: Sequence[Job]) -> str:

@@ -16,8 +16,8 @@ from submitit import SlurmExecutor, SlurmJob
 from submitit.core.utils import FailedJobError
 
 from fusion.errors import ConfigError, UnreachableError
-from jobs.schedulers.description import Job
-from jobs.schedulers.slurm_settings import Cluster
+from fusion.jobs.schedulers.description import Job
+from fusion.jobs.schedulers.slurm_settings import Cluster
 
 # Exit codes after which the command is not tried again. 0: done. 1: Python cannot import Fusion. 2: there is no such
 # Python. 13: it may not be executed. 64, 65, 77, 78: the user must correct something. 70: a bug, which would occur

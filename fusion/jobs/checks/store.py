@@ -18,8 +18,8 @@ import fsspec
 from fusion import storage
 from fusion.data.inputs import find_sources, find_table, source_names
 from fusion.errors import DataError, ExitCode
+from fusion.jobs.checks.check import CheckResult, PlannedJob, fail, ok, warn
 from fusion.storage import backend
-from jobs.checks.check import CheckResult, PlannedJob, fail, ok, warn
 
 MAX_SKEW = timedelta(minutes=15)  # S3 refuses requests that were signed by a clock that is off by more than this
 NOTABLE_SKEW = timedelta(seconds=30)  # a clock that is set by NTP is off by less than a second: this one is not

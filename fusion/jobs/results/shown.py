@@ -8,8 +8,8 @@ from typing import Any
 
 from fusion.command import terminal
 from fusion.errors import ExitCode, visible
-from jobs.results.bucket import Run, Submission
-from jobs.results.compare import Comparison
+from fusion.jobs.results.bucket import Run, Submission
+from fusion.jobs.results.compare import Comparison
 
 MINUTE = len("2026-01-02T03:04")  # times are shown to the minute
 NUMBERS = ("SMAPE", "rows", "tries")  # columns that are aligned on the right

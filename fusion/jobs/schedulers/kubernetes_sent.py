@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 from typing import cast
 
 from fusion.errors import DataError, FusionError, UnreachableError, UsageError
-from jobs.schedulers import kubernetes_wait
-from jobs.schedulers.errors import last_error
-from jobs.schedulers.kubectl import Kubectl, Object
-from jobs.schedulers.kubernetes_wait import (
+from fusion.jobs.schedulers import kubernetes_wait
+from fusion.jobs.schedulers.errors import last_error
+from fusion.jobs.schedulers.kubectl import Kubectl, Object
+from fusion.jobs.schedulers.kubernetes_wait import (
     PODS,
     QUEUE,
     exit_code,
@@ -22,7 +22,7 @@ from jobs.schedulers.kubernetes_wait import (
     log_command,
     split_id,
 )
-from jobs.schedulers.sent import CANCELLED, FAILED, FINISHED, POLL_STATE, RUNNING, WAITING, SentJob
+from fusion.jobs.schedulers.sent import CANCELLED, FAILED, FINISHED, POLL_STATE, RUNNING, WAITING, SentJob
 
 SELECTOR = "--selector=app.kubernetes.io/part-of=fusion"
 JOB_UID = "kueue.x-k8s.io/job-uid"  # label of Kueue's Workloads: the uid of the Job that one belongs to

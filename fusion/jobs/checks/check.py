@@ -11,7 +11,7 @@ from typing import Literal
 from fusion.command.settings import parse
 from fusion.config import RunConfig
 from fusion.errors import ExitCode
-from jobs.schedulers.description import config_class
+from fusion.jobs.schedulers.description import config_class
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion.errors import ConfigError, FusionError, UnreachableError
-from jobs.schedulers.errors import last_error
-from jobs.schedulers.patience import retry
-from jobs.schedulers.slurm import log_in
-from jobs.schedulers.slurm_settings import Cluster
+from fusion.jobs.schedulers.errors import last_error
+from fusion.jobs.schedulers.patience import retry
+from fusion.jobs.schedulers.slurm import log_in
+from fusion.jobs.schedulers.slurm_settings import Cluster
 
 # Exit codes for jobs that Slurm ended: 128 + SIGTERM, and 128 + SIGKILL for out of memory.
 ENDED_BY_SLURM = {"CANCELLED": 143, "TIMEOUT": 143, "DEADLINE": 143, "PREEMPTED": 143, "OUT_OF_MEMORY": 137}

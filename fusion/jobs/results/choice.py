@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 
 from fusion import storage
 from fusion.errors import DataError, UsageError, did_you_mean
+from fusion.jobs.results.bucket import Listing, best_checkpoint, current_of
+from fusion.jobs.results.transfer import Item, Plan
 from fusion.records.find_run import no_run
 from fusion.records.manifests import ENSEMBLE, FEATURES, MANIFEST, MEMORY, PULLED, SPLIT, STATE, Checkpoint, Folder
 from fusion.records.output import OutputFolder, key_of
@@ -22,8 +24,6 @@ from fusion.records.schemas import (
     parse,
     seal,
 )
-from jobs.results.bucket import Listing, best_checkpoint, current_of
-from jobs.results.transfer import Item, Plan
 
 POINTERS = ("latest", "best")
 # Files of a run that no manifest names and that are pulled nevertheless: those at the top, in attempts/ and metrics/.

@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from fusion.errors import DataError, UsageError
-from jobs.schedulers.description import MODULES
-from jobs.schedulers.sent import PREFIX, RUNNING, SentJob, format_time, last_line, read_lines
+from fusion.jobs.schedulers.description import MODULES
+from fusion.jobs.schedulers.sent import PREFIX, RUNNING, SentJob, format_time, last_line, read_lines
 
 PROC = Path("/proc")
 KIND = "here"  # ids are here/PID

@@ -23,8 +23,8 @@ from packaging.specifiers import SpecifierSet
 import fusion
 from fusion.environment import memory_limit, variable
 from fusion.errors import ExitCode
+from fusion.jobs.checks.check import CheckResult, PlannedJob, fail, ok, size, warn
 from fusion.storage.scratch import temporary_folder
-from jobs.checks.check import CheckResult, PlannedJob, fail, ok, size, warn
 
 SHM = Path("/dev/shm")
 # 1 GiB, for /dev/shm and for temporary folders: NCCL takes tens of MiB in /dev/shm per GPU of a node, and caches of

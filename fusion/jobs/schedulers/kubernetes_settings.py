@@ -9,8 +9,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fusion.config import STRICT
-from jobs.schedulers.description import PER_GPU, Job
-from jobs.schedulers.settings_file import read_settings, refuse_secrets
+from fusion.jobs.schedulers.description import PER_GPU, Job
+from fusion.jobs.schedulers.settings_file import read_settings, refuse_secrets
 
 # The name of an image: host, port, path, and a tag or a digest. Spaces and line breaks are excluded, because the name
 # is inserted into YAML files.

@@ -36,7 +36,8 @@ def _refuse_wrong_python() -> None:
     Without this check, the user would see a traceback. While Python looks for the module to run, it imports this
     package and sets `sys.argv[0]` to "-m", which tells this case from an ordinary import.
     """
-    is_ours = sys.argv[:1] == ["-m"] and any(word.startswith("fusion.") for word in getattr(sys, "orig_argv", ()))
+    words = getattr(sys, "orig_argv", ())
+    is_ours = sys.argv[:1] == ["-m"] and any(word.split(".")[0] == "fusion" for word in words)
     # Two direct dependencies that every command imports first; if they are missing, so are the others.
     missing = [name for name in ("fsspec", "pydantic") if is_ours and find_spec(name) is None]
     if missing:

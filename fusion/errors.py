@@ -12,7 +12,9 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from enum import IntEnum
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from fusion.spelling import as_typed
 
 # Matches the messages that torch raises in a rank that communicates with a rank whose process has died.
 LOST_PEER = re.compile("connection (closed|reset)|broken pipe|remote process|ncclRemoteError", re.IGNORECASE)
@@ -59,7 +61,8 @@ class FusionError(Exception):
         return self.message
 
     def report(self) -> str:
-        return f"error: {self.message}\nhint: {self.remedy}"
+        """Both lines, with commands as the user types them."""
+        return as_typed(f"error: {self.message}\nhint: {self.remedy}")
 
 
 class UsageError(FusionError):
@@ -102,6 +105,11 @@ class Parser(argparse.ArgumentParser):
     """
 
     example = ""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        texts = ("usage", "description", "epilog")
+        shown = {name: as_typed(options[name]) for name in texts if options.get(name)}
+        super().__init__(as_typed(prog), **{**options, **shown})
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import IO, Protocol, cast
 
+from fusion.spelling import as_typed
 from fusion.streams import Unfailing
 
 # Escape sequences of ECMA-48, which all colour terminals support: yellow, red, and reset.
@@ -134,6 +135,6 @@ def _pairs(fields: dict[str, object]) -> list[str]:
 def _format(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    shown = str(value)
+    shown = as_typed(str(value))
     is_plain = shown.isprintable() and not set(' "=') & set(shown)
     return shown if is_plain else json.dumps(shown, ensure_ascii=not shown.isprintable())

@@ -71,6 +71,8 @@ PRINTED_BY = {
     "fusion/data/embeddings.py": ("train", "predict"),
     "fusion/data/node_rows.py": ("train",),
     "fusion/data/row_cache.py": (*RUNS, "ablate"),
+    "fusion/cli/main.py": (*RUNS, *PARSERS),
+    "fusion/cli/variant.py": ("evaluate", "predict"),
     "fusion/ensemble/__main__.py:_other_rows": ("train",),
     "fusion/ensemble/__main__.py:_warn_of_several_data": ("predict",),
     "fusion/ensemble/__main__.py": ("ensemble",),

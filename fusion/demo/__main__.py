@@ -17,6 +17,7 @@ import pandas as pd
 
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
 from fusion.command import guarded
+from fusion.command.parser import command_parser
 from fusion.demo.catalog import Truth, generate
 from fusion.metrics import compute_smape
 from fusion.records.best_run import pointed_to
@@ -24,12 +25,11 @@ from fusion.records.output import OutputFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fusion.demo", description=__doc__, allow_abbrev=False)
+    parser = command_parser("python -m fusion.demo", __doc__, "")
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to write (default: demo)")
     parser.add_argument("--products", type=int, default=6000, help="products to generate (default: 6000)")
     parser.add_argument("--epochs", type=int, default=30, help="passes over the training rows (default: 30)")
-    options = parser.parse_args(argv)
-    return guarded(lambda: _demonstrate(options))
+    return guarded(lambda: _demonstrate(parser.parse_args(argv)))
 
 
 def _demonstrate(options: argparse.Namespace) -> int:

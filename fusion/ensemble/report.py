@@ -11,6 +11,7 @@ from fusion.compare.report import interval
 from fusion.compare.standard_errors import Estimate
 from fusion.ensemble.weights import Blend
 from fusion.records.schemas import EnsembleRecord
+from fusion.spelling import as_typed
 
 
 def show(output: str, record: EnsembleRecord, found: Sequence[Scored], blend: Blend) -> None:
@@ -27,7 +28,7 @@ def show(output: str, record: EnsembleRecord, found: Sequence[Scored], blend: Bl
     terminal.add(table, record.run_id, "ensemble", "", *figures, style="bold")
     console.print(table)
     for line in _sentences(output, record, blend):
-        console.print(terminal.text(line), soft_wrap=True)
+        console.print(terminal.text(as_typed(line)), soft_wrap=True)
 
 
 def _sentences(output: str, record: EnsembleRecord, blend: Blend) -> list[str]:

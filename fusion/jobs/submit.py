@@ -190,7 +190,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _parser() -> Parser:
     parser = Parser("python jobs/submit.py", description=__doc__, allow_abbrev=False)
     parser.example = "--cluster local -- --data s3://my-bucket/data --output s3://my-bucket/output"
-    parser.usage = "python jobs/submit.py --cluster slurm|k8s|local [flags] [-- flags of the command]"
+    parser.usage = f"{parser.prog} --cluster slurm|k8s|local [flags] [-- flags of the command]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     job, how = parser.add_argument_group("what"), parser.add_argument_group("how")
     job.add_argument("--task", default="train", metavar="|".join(MODULES), help="what to run (default: train)")

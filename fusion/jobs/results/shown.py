@@ -10,6 +10,7 @@ from fusion.command import terminal
 from fusion.errors import ExitCode, visible
 from fusion.jobs.results.bucket import Run, Submission
 from fusion.jobs.results.compare import Comparison
+from fusion.spelling import as_typed
 
 MINUTE = len("2026-01-02T03:04")  # times are shown to the minute
 NUMBERS = ("SMAPE", "rows", "tries")  # columns that are aligned on the right
@@ -107,7 +108,7 @@ def comparison(found: Comparison, output: str) -> None:
     for run in found.not_evaluated:
         variant = found.variants[found.runs.index(run)] or "VARIANT"
         command = f"python -m fusion.{variant}.evaluate_by_groups --output {output} --run-id {run}"
-        print(visible(f"note: {run} has no metrics by group; `{command}` makes them"))
+        print(visible(as_typed(f"note: {run} has no metrics by group; `{command}` makes them")))
     if not found.same_rows:
         print("note: these runs did not validate on the same rows, so that their figures cannot be compared directly")
 

@@ -28,10 +28,11 @@ INTERVALS: Final = "intervals.json"  # prediction intervals, see `fusion.records
 SUBMISSION: Final = "submission.csv"
 PREDICTIONS: Final = "predictions.parquet"  # of a submission: price, bounds and comparable products of each row
 FINGERPRINTS: Final = "fingerprints.parquet"  # of a submission's embeddings; the next night is compared with them
-# These three lie in the folder of the run, which has no manifest. Every checkpoint's manifest has their sha256.
+# These four lie in the folder of the run, which has no manifest. Every checkpoint's manifest has their sha256.
 SPLIT: Final = "split.parquet"  # which rows train and which validate
 MEMORY: Final = "memory.safetensors"  # the labelled rows that neighbours are looked up in
 FEATURES: Final = "features.safetensors"  # what sources are computed from the tables with
+BASELINES: Final = "baselines.json"  # what the run has to beat
 # In metrics/. The manifest of the newest checkpoint has the sha256 of both.
 LINES: Final = "train.jsonl"  # history of the training, one line per epoch
 EPOCHS: Final = "epochs.csv"  # the same history as a table

@@ -8,6 +8,7 @@
         split.parquet             which rows trained and which validate
         memory.safetensors        the labelled rows that the model looks up neighbours in
         features.safetensors      how sources are computed from the tables
+        baselines.json            the scores of simpler methods on the same validation rows
         checkpoints/step-<n>/     weights, training state, validation predictions; committed by MANIFEST.json
         metrics/                  the history of the training, an evaluation by groups, an ablation
         parts/                    chunks of an evaluation or an ablation that has not finished
@@ -27,8 +28,16 @@ from fusion import log, storage
 from fusion.config import HOW, RunConfig, digest
 from fusion.errors import DataError
 from fusion.records import schemas
-from fusion.records.manifests import ENSEMBLE, MANIFEST, SPLIT, Checkpoint, Folder, best_of
-from fusion.records.schemas import AttemptEnd, AttemptStart, CheckpointManifest, EnsembleRecord, Manifest, RunFacts
+from fusion.records.manifests import BASELINES, ENSEMBLE, MANIFEST, SPLIT, Checkpoint, Folder, best_of
+from fusion.records.schemas import (
+    AttemptEnd,
+    AttemptStart,
+    Baselines,
+    CheckpointManifest,
+    EnsembleRecord,
+    Manifest,
+    RunFacts,
+)
 
 CONFIG: Final = "config.json"
 FACTS: Final = "run.json"
@@ -100,6 +109,10 @@ class RunFolder(Folder):
     def facts_if_whole(self) -> RunFacts | None:
         """As `facts`, but a damaged document gives None too, with a warning in the log."""
         return schemas.read_if_whole(RunFacts, self.at(FACTS), "run_damaged")
+
+    def baselines(self) -> Baselines | None:
+        """What the run has to beat; None for runs of earlier versions, and for those that could not compute it."""
+        return schemas.read(Baselines, self.at(BASELINES))
 
     def settings(self) -> dict[str, Any]:
         """The settings in `config.json`, with sections as dotted keys such as `sources.clip_image`.

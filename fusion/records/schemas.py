@@ -83,6 +83,7 @@ class CheckpointManifest(Manifest):
     memory_sha256: str = ""  # of `memory.safetensors`; empty: the model uses no neighbours
     features_sha256: str = ""  # of `features.safetensors`; empty: no source is computed from the tables
     code_sha256: str = ""
+    baselines_sha256: str = ""  # of `baselines.json`; empty: the run has none
     validation_sha256: str = ""  # of the prices and vectors of the validation rows, independent of the files' layout
     # "role role" to the agreement of both on the training rows, see `fingerprints.agreements`.
     agreement: dict[str, float] = field(default_factory=dict)
@@ -424,6 +425,42 @@ class RunFacts:
     revision: str = "unknown"
     versions: dict[str, str] | None = None
     started: str = ""
+
+
+BaselineName = Literal["median price", "ridge regression"]
+
+
+@dataclass(frozen=True)
+class BaselineScore:
+    """How well a simple method predicts the validation rows of a run.
+
+    Attributes:
+        smape: in %.
+        low, high: 95% interval of `smape`, by groups of near-duplicates; None if there is only one group.
+        training_rows: number of rows that it was fitted to.
+        alphas: the factor of the sum of squared weights in a ridge regression, one per fold that validates.
+    """
+
+    name: BaselineName
+    smape: Smape
+    low: Smape | None
+    high: Smape | None
+    training_rows: PositiveInt
+    alphas: tuple[PositiveFloat, ...] = ()
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """`baselines.json`: what a run has to beat on its own split, see `fusion.training.baselines`.
+
+    Attributes:
+        rows: number of validation rows.
+        scores: one per method. Ridge regression is left out if its sources have too many dimensions.
+    """
+
+    schema: Literal[2]
+    rows: PositiveInt
+    scores: tuple[BaselineScore, ...]
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from fusion.records.best_run import point_to_run
 from fusion.records.manifests import MODEL
 from fusion.records.run import RunFolder
 from fusion.records.start import start_run
+from fusion.training.baselines import baselines
 from fusion.training.dataset import read_data, statistics
 from fusion.training.memory_build import build_memory
 from fusion.training.pace import Pace, progress_text, seconds_left
-from fusion.training.saver import Saver, baseline
+from fusion.training.saver import Saver
 from fusion.training.seeds import set_seed
 from fusion.training.trainer import Fit
 
@@ -87,7 +88,8 @@ def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease
     data = build_memory(config, model, data, world)
     fit = Fit(config, model.to(world.device), data, world)
     _log_start(fit)
-    saver = Saver(config, fit, lease)
+    known = baselines(fit)
+    saver = Saver(config, fit, lease, known)
     saver.resume()
     fit.steps.choose_precision()
     # The watchdog starts here, because reads from the store, above, have their own time limits.
@@ -158,4 +160,3 @@ def _log_start(fit: Fit) -> None:
         shuffle=config.shuffle,
         lr=config.lr,
     )
-    log.info(event="baseline", **baseline(fit.data))

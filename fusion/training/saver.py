@@ -16,17 +16,16 @@ from fusion.distributed.world import held
 from fusion.errors import DataError, StopRequested
 from fusion.features.fitted import has_features
 from fusion.features.rows import compared
-from fusion.metrics import compute_smape
 from fusion.prediction.predict import validation_digest
 from fusion.records import checkpoint, manifests, schemas
 from fusion.records.attempts import Lease
 from fusion.records.best_run import point_to_run
-from fusion.records.manifests import FEATURES, MEMORY, SPLIT
+from fusion.records.manifests import BASELINES, FEATURES, MEMORY, SPLIT
 from fusion.records.provenance import code_digest
 from fusion.records.run import FACTS, RunFolder
-from fusion.records.schemas import RunFacts
+from fusion.records.schemas import Baselines, RunFacts
 from fusion.submissions.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
-from fusion.training.dataset import TrainingData
+from fusion.training.baselines import scores_of
 from fusion.training.trainer import Fit
 
 
@@ -37,14 +36,15 @@ class Saver:
 
     Args:
         lease: this attempt's right to write to the run's folder; None on all ranks but 0, which do not write.
+        baselines: what the run has to beat; None if that is not known, and on all ranks but 0.
     """
 
-    def __init__(self, config: RunConfig, fit: Fit, lease: Lease | None) -> None:
+    def __init__(self, config: RunConfig, fit: Fit, lease: Lease | None, baselines: Baselines | None = None) -> None:
         self.config, self.fit, self.world = config, fit, fit.world
         self.run, self.started = RunFolder.of(config), time.monotonic()
         self.saved_at, self.saved_step = self.started, 0
         self.blocked = 0.0  # seconds in which saving has kept the training waiting
-        self.warned = False
+        self.warned, self.baselines = False, baselines
         self.writer: checkpoint.Writer | None = None
         prints, validated = _sample_fingerprints(fit), _validation_digest(fit)
         if lease is not None:
@@ -160,7 +160,9 @@ class Saver:
         made = self._save(wait=True) or self.run.checkpoints()[-1]
         point_to_run(self.config, made)
         seconds = time.monotonic() - self.started
-        log.info(event="finished", checkpoint=made.url, **_outcome(self.fit), blocked=self.blocked / seconds)
+        log.info(
+            event="finished", checkpoint=made.url, **_outcome(self.fit, self.baselines), blocked=self.blocked / seconds
+        )
 
 
 def _lineage(run: RunFolder, fit: Fit, prints: np.ndarray) -> dict[str, Any]:
@@ -172,6 +174,8 @@ def _lineage(run: RunFolder, fit: Fit, prints: np.ndarray) -> dict[str, Any]:
     lineage["run_sha256"] = storage.sha256(content)
     lineage["split_sha256"] = storage.sha256(storage.read(run.at(SPLIT)))
     computed = storage.read_if_exists(run.at(FEATURES)) if has_features(fit.config) else None
+    known = storage.read_if_exists(run.at(BASELINES))
+    lineage["baselines_sha256"] = "" if known is None else storage.sha256(known)
     lineage["features_sha256"] = "" if computed is None else storage.sha256(computed)
     if fit.config.neighbours:
         lineage["memory_sha256"] = storage.sha256(storage.read(run.at(MEMORY)))
@@ -211,17 +215,10 @@ def _validation_digest(fit: Fit) -> str | None:
     return fit.world.on_main_alone(lambda: validation_digest(store.digest_of(rows), fit.data.prices))
 
 
-def baseline(data: TrainingData) -> dict[str, float]:
-    """Returns the median of the training prices, and the SMAPE of predicting it for every validation row."""
-    median = float(np.expm1(data.targets[data.train].median().item()))
-    return {"median_price": median, "smape": compute_smape(data.prices, np.full_like(data.prices, median))}
-
-
-def _outcome(fit: Fit) -> dict[str, object]:
-    """Returns the SMAPE of the kept weights, that of the median price, and the epoch that the weights are from.
+def _outcome(fit: Fit, baselines: Baselines | None) -> dict[str, object]:
+    """Returns the SMAPE of the kept weights and of the baselines, and the epoch that the weights are from.
 
     If this epoch is the last one, more epochs may give a better model.
     """
     best = [entry for entry in fit.history if entry["smape"] == fit.smape][-1]
-    median_smape = baseline(fit.data)["smape"]
-    return {"smape": fit.smape, "median_price_smape": median_smape, "best_epoch": f"{best['epoch']}/{fit.epoch}"}
+    return {"smape": fit.smape, **scores_of(baselines), "best_epoch": f"{best['epoch']}/{fit.epoch}"}

@@ -4,8 +4,8 @@ A run that is killed at any moment, or is still training during the check, must 
 missing follows from the order in which a run writes its files:
 
 1. config.json, lease.json and attempts/<n>/start.json,
-2. features.safetensors (if sources are computed), run.json, split.parquet and memory.safetensors (if the model uses
-   neighbours),
+2. features.safetensors (if sources are computed), run.json, split.parquet, memory.safetensors (if the model uses
+   neighbours) and baselines.json (unless it could not be computed),
 3. for each checkpoint, the history in metrics/, the files of the checkpoint, and its manifest,
 4. at the end, the pointers, log.txt and exit.json.
 """
@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 from fusion import storage
 from fusion.errors import DataError, ExitCode
-from fusion.records.manifests import FEATURES, LINES, MANIFEST, MEMORY, PULLED, SPLIT, Folder
+from fusion.records.manifests import BASELINES, FEATURES, LINES, MANIFEST, MEMORY, PULLED, SPLIT, Folder
 from fusion.records.run import CONFIG, EXIT, FACTS, LEASE, START, RunFolder, config_digest
 from fusion.records.schemas import (
     AttemptEnd,
     AttemptStart,
+    Baselines,
     CheckpointManifest,
     DataOfRun,
     LeaseRecord,
@@ -42,8 +43,9 @@ class CheckedRun:
 
     Attributes:
         facts: `run.json`; None if it is missing or damaged.
-        run_sha256, split_sha256, features_sha256, memory_sha256: of the bytes of `run.json`, `split.parquet`,
-            `features.safetensors` and `memory.safetensors`; empty if the file does not exist.
+        run_sha256, split_sha256, features_sha256, memory_sha256, baselines_sha256: of the bytes of `run.json`,
+            `split.parquet`, `features.safetensors`, `memory.safetensors` and `baselines.json`; empty if the file does
+            not exist.
         validating: ids of the validation rows; None if the split is missing or damaged.
         left_out: paths below the folder that `jobs/pull.py` did not copy; None if the folder is not such a copy.
         committed: names of the checkpoints that have a manifest, oldest first.
@@ -57,6 +59,7 @@ class CheckedRun:
     split_sha256: str
     features_sha256: str
     memory_sha256: str
+    baselines_sha256: str
     validating: set[str] | None
     left_out: tuple[str, ...] | None
     committed: list[str]
@@ -85,7 +88,8 @@ def check_run(report: Report, run: RunFolder) -> CheckedRun:
     split_sha256 = "" if content is None else storage.sha256(content)
     features_sha256 = _check_features(report, run, facts)
     memory_sha256 = _check_memory(report, run, whole_split, facts)
-    digests = (run_sha256, split_sha256, features_sha256, memory_sha256)
+    baselines_sha256 = _check_baselines(report, run, validating)
+    digests = (run_sha256, split_sha256, features_sha256, memory_sha256, baselines_sha256)
     checked = CheckedRun(run, facts, *digests, validating, pulled, [], {}, {})
     # Attempts are read before checkpoints: the checkpoint that an `exit.json` names is then committed already.
     checked.ends.update(_check_attempts(report, checked))
@@ -194,6 +198,17 @@ def _check_memory(report: Report, run: RunFolder, split: bytes | None, facts: Ru
     return storage.sha256(content)
 
 
+def _check_baselines(report: Report, run: RunFolder, validating: set[str] | None) -> str:
+    """Checks `baselines.json`; returns its sha256, or empty text if it does not exist, as in earlier versions."""
+    content = read(run.at(BASELINES))
+    if content is None:
+        return ""
+    found = parsed(report, BASELINES, content, Baselines)
+    if found is not None and validating is not None:
+        report.expect(f"{BASELINES}: rows that validate", len(validating), found.rows)
+    return storage.sha256(content)
+
+
 def _check_attempts(report: Report, run: CheckedRun) -> dict[int, AttemptEnd]:
     """Checks all attempts; returns the ends by number. An attempt that was killed or still runs has no end."""
     numbers = sorted(int(attempt.name) for attempt in run.folder.ls("attempts") if attempt.name.isdigit())
@@ -293,11 +308,12 @@ def _check_checkpoint_of_run(report: Report, folder: Folder, run: CheckedRun) ->
 def _check_lineage(report: Report, name: str, manifest: CheckpointManifest, run: CheckedRun) -> None:
     """Compares the digests in a checkpoint's manifest with the files of its run."""
     files = {"split_sha256": SPLIT, "run_sha256": FACTS, "features_sha256": FEATURES, "memory_sha256": MEMORY}
+    files |= {"baselines_sha256": BASELINES}
     for key, file in files.items():
         stated, found = getattr(manifest, key), getattr(run, key)
         if stated and found:
             report.expect(f"{name}: {key} of {file}", found, stated)
-        elif stated and file in (FEATURES, MEMORY):
+        elif stated and file in (FEATURES, MEMORY, BASELINES):
             report.bad(f"{name}: {key} of {file}", stated, "no such file")
     for key in ("config_sha256", "data_sha256"):
         if run.facts is not None:

@@ -33,6 +33,7 @@ KINDS = {
     "run": "write */runs/r/run.json",
     "split": "write */runs/r/split.parquet",
     "memory": "write */runs/r/memory.safetensors",
+    "baselines": "write */runs/r/baselines.json",
     "history-by-line": "write */runs/r/metrics/train.jsonl",
     "history-as-table": "write */runs/r/metrics/epochs.csv",
     "model": "write */runs/r/checkpoints/*/model.safetensors",

@@ -448,7 +448,8 @@ def test_finds_a_history_that_differs_from_the_newest_checkpoint(name: str, outp
 def test_accepts_documents_of_an_earlier_version(output: Path, capsys: Capture) -> None:
     """Without seals, and without what only seals cover: it is read, and verify says so."""
     new = {"pointer", "config_json_sha256", "run_sha256", "history", "earlier", "log", "name", "previous"}
-    new |= {"model_sha256", "data_sha256"}
+    new |= {"model_sha256", "data_sha256", "baselines_sha256"}
+    (output / "runs/r/baselines.json").unlink()
     for path in output.rglob("*.json"):
         if path.name in ("config.json", "summary.json", "intervals.json"):
             continue
@@ -468,6 +469,22 @@ def test_accepts_documents_of_an_earlier_version(output: Path, capsys: Capture) 
     assert evaluate_by_groups.main(where) == 0
     assert predict_test.main([*where, "--date", "2026-01-04"]) == 0
     assert wrong_lines(capsys, output, code=0) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda path: path.unlink(), "baselines_sha256 of baselines.json: expected"),
+        (lambda path: edit(path, rows=7), "baselines.json: rows that validate"),
+        (lambda path: edit(path, scores=[]), "baselines_sha256 of baselines.json: expected"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"ridge", b"bridge")), "baselines.json: expected"),
+    ],
+)
+def test_finds_changed_baselines(
+    output: Path, capsys: Capture, change: Callable[[Path], object], expected: str
+) -> None:
+    change(output / "runs/r/baselines.json")
+    assert any(expected in line for line in wrong_lines(capsys, output))
 
 
 @pytest.mark.parametrize("flags", [[], ["x", "--stor", "1"], ["x", "--store-timeout", "nan"], ["no-such://x"]])

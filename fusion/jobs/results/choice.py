@@ -10,7 +10,18 @@ from fusion.errors import DataError, UsageError, did_you_mean
 from fusion.jobs.results.bucket import Listing, best_checkpoint, current_of
 from fusion.jobs.results.transfer import Item, Plan
 from fusion.records.find_run import no_run
-from fusion.records.manifests import ENSEMBLE, FEATURES, MANIFEST, MEMORY, PULLED, SPLIT, STATE, Checkpoint, Folder
+from fusion.records.manifests import (
+    BASELINES,
+    ENSEMBLE,
+    FEATURES,
+    MANIFEST,
+    MEMORY,
+    PULLED,
+    SPLIT,
+    STATE,
+    Checkpoint,
+    Folder,
+)
 from fusion.records.output import OutputFolder, key_of
 from fusion.records.run import LEASE, RunFolder
 from fusion.records.schemas import (
@@ -30,6 +41,9 @@ POINTERS = ("latest", "best")
 # Other files, such as the resumable chunks of an evaluation under way, stay in the bucket. The pattern also excludes
 # `..` and absolute paths, so that no object can be written outside the folder.
 UNLISTED = re.compile(r"(attempts/\d+/|metrics/)?[A-Za-z0-9][A-Za-z0-9._-]*")
+
+# Files at the top of a run whose sha256 is in the manifest of its checkpoints.
+DIGESTED = (SPLIT, FEATURES, MEMORY, BASELINES)
 
 
 @dataclass(frozen=True)
@@ -170,7 +184,7 @@ def _committed(output: OutputFolder, path: str, kind: type[Manifest], *, require
 def _unlisted(path: str, listing: Listing, metrics: Plan, best: Checkpoint | None) -> Plan:
     """The files of a run that are in none of its manifests' lists of files.
 
-    Of these, split, features and memory are verified nevertheless: the manifest of a checkpoint has their digests.
+    Those in `DIGESTED` are verified nevertheless: the manifest of a checkpoint has their digests.
 
     Args:
         path: the run's folder below the output.
@@ -180,9 +194,9 @@ def _unlisted(path: str, listing: Listing, metrics: Plan, best: Checkpoint | Non
     named = {item.path for item in metrics.items} | set(metrics.last)
     below = sorted(name for name in listing if UNLISTED.fullmatch(name) and f"{path}/{name}" not in named)
     digests = _unlisted_digests(best) if best else {}
-    left_out = {LEASE, PULLED, SPLIT, FEATURES, MEMORY, f"metrics/{MANIFEST}"}
+    left_out = {LEASE, PULLED, *DIGESTED, f"metrics/{MANIFEST}"}
     items = [Item(listing[name].url, f"{path}/{name}") for name in below if name not in left_out]
-    for name in (SPLIT, FEATURES, MEMORY):
+    for name in DIGESTED:
         if name in listing:
             found, digest = listing[name], digests.get(name)  # empty for runs of earlier versions
             entry = FileEntry(name, found.size, digest) if digest else None
@@ -192,7 +206,8 @@ def _unlisted(path: str, listing: Listing, metrics: Plan, best: Checkpoint | Non
 
 def _unlisted_digests(best: Checkpoint) -> dict[str, str]:
     made = best.manifest
-    return {SPLIT: made.split_sha256, FEATURES: made.features_sha256, MEMORY: made.memory_sha256}
+    digests = {SPLIT: made.split_sha256, FEATURES: made.features_sha256, MEMORY: made.memory_sha256}
+    return digests | {BASELINES: made.baselines_sha256}
 
 
 def _merged(first: Plan, second: Plan) -> Plan:

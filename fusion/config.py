@@ -362,6 +362,7 @@ class ReadRunConfig(StoreConfig):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluateConfig(ReadRunConfig):
     by: tuple[str, ...] = setting((), "columns of train.csv to group by, besides prices and presence", "evaluation")
+    all: bool = setting(False, "print all tables, and every metric of each group", "evaluation")
     other_data: bool = setting(
         False, "evaluate even if prices or embeddings differ from those of the training; the log says so", "evaluation"
     )

@@ -77,10 +77,13 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
             rows, coverage = _with_bounds(rows, limits, run, chosen, held(table), computed, as_trained)
             by = held(table).frame[list(settings.by)]
             rows = rows.assign(**{name: list(computed[name]) for name in COMPARABLES if name in computed})
+            known = None if as_trained is False else run.baselines()  # other prices have other baselines
             evaluation = evaluate(rows, by, computed.get("gate"), as_trained=as_trained, coverage=coverage)
+            evaluation = replace(evaluation, baselines=known)
             _write(run, chosen, evaluation, rows)
             shown = _columns_of_report(settings.by, held(table).columns)
-            _show(evaluation, held(table).frame.filter(items=list(dict.fromkeys(shown))))
+            columns = held(table).frame.filter(items=list(dict.fromkeys(shown)))
+            _show(evaluation, columns, run.metrics.url, settings.all)
 
         world.on_main(finish)
         world.on_main(lambda: discard(run.parts))  # including those of earlier evaluations that were never finished
@@ -296,12 +299,18 @@ def _replace(folder: manifests.Folder, files: Mapping[str, bytes], manifest: byt
             return
 
 
-def _show(evaluation: Evaluation, columns: pd.DataFrame) -> None:
-    """Prints the evaluation. Extreme rows get the user's columns, unless a computed column has the same name."""
+def _show(evaluation: Evaluation, columns: pd.DataFrame, written: str = "", everything: bool = True) -> None:
+    """Prints the evaluation. Extreme rows get the user's columns, unless a computed column has the same name.
+
+    Args:
+        written: the folder with the metrics.
+        everything: whether to print all tables.
+    """
+    shown = ["sample_id", *COMPUTED]
     others = columns.drop(columns=[name for name in columns if name in evaluation.worst])
-    worst, best = (rows.join(others, on="sample_id") for rows in (evaluation.worst, evaluation.best))
+    worst, best = (rows[shown].join(others, on="sample_id") for rows in (evaluation.worst, evaluation.best))
     note = ", with other prices or embeddings than in training" if evaluation.as_trained is False else ""
-    report.show(evaluation.groups, worst, best, evaluation.gates, evaluation.distributions, note, evaluation.coverage)
+    report.show(replace(evaluation, worst=worst, best=best), note, written, everything)
 
 
 def _parquet(frame: pd.DataFrame) -> bytes:
@@ -320,6 +329,7 @@ def _summary(run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluatio
         "rows": "validation",
         "as_trained": evaluation.as_trained,
         **json.loads(pd.Series(overall).to_json()),
+        "baselines": [] if evaluation.baselines is None else [asdict(one) for one in evaluation.baselines.scores],
         "worst": _records(evaluation.worst[columns]),
         "best": _records(evaluation.best[columns]),
         "gates": _records(evaluation.gates.rename_axis("price_bin").reset_index()),

@@ -13,6 +13,7 @@ import pandas as pd
 from fusion import log
 from fusion.metrics import bootstrap_interval, group_metrics, row_smape
 from fusion.records.intervals import LEVELS, is_within
+from fusion.records.schemas import Baselines
 
 # Edges in dollars of the column `price_bin`. Bins are narrower at low prices, where a shop has most of its products.
 BINS = (0, 5, 10, 15, 20, 30, 50, 100, 200, 500, np.inf)
@@ -40,6 +41,7 @@ class Evaluation:
         as_trained: whether prices and embeddings are those of the training; None if that is not known.
         coverage: how often intervals contain the price, as of `fusion.records.intervals.coverage`; empty if there are
             no intervals.
+        baselines: what the run has to beat on the same rows; None if that is not known.
     """
 
     groups: pd.DataFrame
@@ -49,6 +51,7 @@ class Evaluation:
     distributions: pd.DataFrame
     as_trained: bool | None = None
     coverage: pd.DataFrame = field(default_factory=pd.DataFrame)
+    baselines: Baselines | None = None
 
 
 def evaluate(

@@ -7,14 +7,18 @@ are escaped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import pandas as pd
+from rich.console import Console
 
 from fusion.command import terminal
 from fusion.errors import visible
+from fusion.evaluation.groups import Evaluation
 from fusion.metrics import readable
+from fusion.records.baselines import in_words
+from fusion.records.schemas import Baselines, BaselineScore
 
 # Widths are in characters.
 TEXT_WIDTH = 40  # of a text such as a title, which is cut off there
@@ -23,6 +27,10 @@ LEAST_TEXT = 8  # if a text would get less than this, it would be unreadable, an
 BETWEEN = 2  # gap between two columns of a table; there is one more character left of the first
 WHOLE = ("sample_id", "bin")  # texts that name a row, and so are never cut off
 PLAIN_WIDTH = 150  # if standard output is not a terminal: all columns fit
+SHORT_WIDTH = 100  # the same for the short report
+SHORT = ("count", "share", "smape", "interval", "mae", "median_error")  # its metrics: all fit into 80 columns
+N_SHORT_GROUPS = 10  # groups of a column in the short report, the largest first: it should fit on a screen
+N_SHORT_WORST = 3
 
 # Metric to its heading. A narrow terminal shows only the first ones; groups.csv contains all.
 HEADINGS = {
@@ -41,49 +49,97 @@ HEADINGS = {
 }
 
 
-def show(
-    groups: pd.DataFrame,
-    worst: pd.DataFrame,
-    best: pd.DataFrame,
-    gates: pd.DataFrame,
-    distributions: pd.DataFrame,
-    note: str = "",
-    coverage: pd.DataFrame | None = None,
-) -> None:
-    """Prints metrics by group, coverage, extreme rows, distributions and gate weights on standard output.
+def show(evaluation: Evaluation, note: str = "", written: str = "", everything: bool = True) -> None:
+    """Prints an evaluation on standard output: tables, and at the end the headline again.
 
     Args:
-        groups, gates, distributions: as in `Evaluation`.
-        worst, best: as in `Evaluation`, with columns of the user to show.
+        evaluation: its `worst` and `best` may have further columns, which are shown.
         note: a remark about the rows, for the title.
-        coverage: as of `fusion.records.intervals.coverage`; None or empty if there are no intervals.
+        written: the folder with the metrics, which is named at the end; empty: none is.
+        everything: whether to print all tables and all metrics. Otherwise only those that a person asks for first.
     """
-    console = terminal.console(PLAIN_WIDTH)
-    console.print(_groups(groups, console.width, note))
-    if coverage is not None and not coverage.empty:
-        console.print(_coverage(coverage))
-    for title, rows in (("Worst rows, by SMAPE", worst), ("Best rows, by SMAPE", best)):
-        numbers = ["sample_id", "price", "predicted", "smape"]
-        texts = [column for column in rows.columns if column not in (*numbers, "present")][:N_TEXTS]
-        console.print(_plain(title, rows[numbers + texts], console.width))
+    console = terminal.console(PLAIN_WIDTH if everything else SHORT_WIDTH)
+    if everything:
+        _show_all(console, evaluation, note)
+    else:
+        console.print(_groups(_first_groups(evaluation.groups), console.width, note, SHORT, evaluation.baselines))
+        console.print(_rows("Worst rows, by SMAPE", evaluation.worst.head(N_SHORT_WORST), console.width))
+    for line in headline(evaluation):
+        console.print(terminal.text(line, "bold"))
+    if written:
+        more = "" if everything else "; --all prints all tables and metrics"
+        console.print(terminal.text(f"written: {written}{more}"), soft_wrap=True)
+
+
+def _show_all(console: Console, evaluation: Evaluation, note: str) -> None:
+    shown = list(HEADINGS)[: _n_metrics(console.width)]
+    console.print(_groups(evaluation.groups, console.width, note, shown, evaluation.baselines))
+    if not evaluation.coverage.empty:
+        console.print(_coverage(evaluation.coverage))
+    console.print(_rows("Worst rows, by SMAPE", evaluation.worst, console.width))
+    console.print(_rows("Best rows, by SMAPE", evaluation.best, console.width))
     title = "Quantiles of price, prediction and error in $, and of a row's SMAPE in %"
-    console.print(_plain(title, distributions, console.width))
-    if not gates.empty:
+    console.print(_plain(title, evaluation.distributions, console.width))
+    if not evaluation.gates.empty:
         title = "Share of the gate by expert and price bin"
-        console.print(_plain(title, gates.rename_axis("bin").reset_index(), console.width))
+        console.print(_plain(title, evaluation.gates.rename_axis("bin").reset_index(), console.width))
 
 
-def _groups(groups: pd.DataFrame, width: int, note: str) -> terminal.Table:
-    """Returns the table of metrics, with a section per column that rows are grouped by."""
-    shown = list(HEADINGS)[: _n_metrics(width)]
+def headline(evaluation: Evaluation) -> list[str]:
+    """The result in sentences: the score beside what it has to beat, the usual error, and how often intervals hold."""
+    overall = evaluation.groups.iloc[0]
+    interval = f"95% interval {_number(overall['smape_low'])} - {_number(overall['smape_high'])}"
+    lines = [f"SMAPE {_number(overall['smape'])}% on {overall['count']:,} validation rows ({interval})"]
+    if evaluation.baselines is not None:
+        lines += in_words(float(overall["smape"]), evaluation.baselines)
+    errors = f"Half of the predicted prices are within ${_number(overall['median_error'])} of the true price"
+    if "covered_90" in overall and not math.isnan(overall["covered_90"]):
+        errors += f"; 90% intervals contain {overall['covered_90']:.1%} of the true prices"
+    return [*lines, errors]
+
+
+def _first_groups(groups: pd.DataFrame) -> pd.DataFrame:
+    """The groups of the short report: overall, price ranges, presence if it differs, and the largest of columns."""
+    parts = []
+    for by, part in groups.groupby("by", sort=False):
+        is_of_no_use = by == "price_bin" or (by == "present" and len(part) == 1)
+        if not is_of_no_use:
+            parts.append(part.head(N_SHORT_GROUPS))
+    return pd.concat(parts)
+
+
+def _rows(title: str, rows: pd.DataFrame, width: int) -> terminal.Table:
+    numbers = ["sample_id", "price", "predicted", "smape"]
+    texts = [column for column in rows.columns if column not in (*numbers, "present")][:N_TEXTS]
+    return _plain(title, rows[numbers + texts], width)
+
+
+def _groups(
+    groups: pd.DataFrame, width: int, note: str, shown: Sequence[str] = (), baselines: Baselines | None = None
+) -> terminal.Table:
+    """Returns the table of metrics, with a section per column that rows are grouped by.
+
+    Args:
+        shown: the metrics to show; by default as many as fit.
+        baselines: what the run has to beat, for the rows above all others.
+    """
+    shown = shown or list(HEADINGS)[: _n_metrics(width)]
 
     def cells(row: dict[Hashable, Any]) -> list[str]:
         row["interval"] = f"{_number(row['smape_low'])} - {_number(row['smape_high'])}"
         row["share"] = f"{row['share']:.1%}"
         return [_number(row[name]) for name in shown]
 
-    title = f"Validation rows{note}. SMAPE and MAPE in %, R2 a number, the rest in $"
-    return _by_group(title, groups, [HEADINGS[name] for name in shown], cells)
+    further = " and MAPE in %, R2 a number" if "r2" in shown else " in %"
+    title = f"Validation rows{note}. SMAPE{further}, the rest in $"
+    first = [_baseline_cells(score, baselines.rows, shown) for score in baselines.scores] if baselines else []
+    return _by_group(title, groups, [HEADINGS[name] for name in shown], cells, first)
+
+
+def _baseline_cells(score: BaselineScore, n_rows: int, shown: Sequence[str]) -> list[str]:
+    interval = "-" if score.low is None or score.high is None else f"{_number(score.low)} - {_number(score.high)}"
+    known = {"count": str(n_rows), "share": f"{1:.1%}", "smape": _number(score.smape), "interval": interval}
+    return [score.name, *(known.get(name, "") for name in shown)]
 
 
 def _n_metrics(width: int) -> int:
@@ -107,10 +163,21 @@ def _coverage(coverage: pd.DataFrame) -> terminal.Table:
 
 
 def _by_group(
-    title: str, frame: pd.DataFrame, headings: list[str], cells: Callable[[dict[Hashable, Any]], list[str]]
+    title: str,
+    frame: pd.DataFrame,
+    headings: list[str],
+    cells: Callable[[dict[Hashable, Any]], list[str]],
+    first: Sequence[list[str]] = (),
 ) -> terminal.Table:
-    """Returns a table of the groups, with a section per column that rows are grouped by; `cells` formats a row."""
+    """Returns a table of the groups, with a section per column that rows are grouped by.
+
+    Args:
+        cells: formats a row.
+        first: rows above the groups.
+    """
     table = terminal.table(title, "group", *headings, numbers=headings, max_width={"group": TEXT_WIDTH})
+    for row in first:
+        terminal.add(table, *row)
     for by, part in frame.groupby("by", sort=False):
         if by != "overall":
             table.add_section()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from fusion.records import pointers
 from fusion.records.attempts import take_lease
 from fusion.records.manifests import Checkpoint, Folder
 from fusion.records.run import RunFolder
-from fusion.records.schemas import RunPointer
+from fusion.records.schemas import Baselines, BaselineScore, RunPointer
 
 
 def rows(prices: list[float] | np.ndarray, **columns: object) -> pd.DataFrame:
@@ -36,7 +37,7 @@ NO_COLUMNS = pd.DataFrame()  # to group by
 
 
 def show(evaluation: Evaluation) -> None:
-    report.show(evaluation.groups, evaluation.worst, evaluation.best, evaluation.gates, evaluation.distributions)
+    report.show(evaluation)
 
 
 def test_every_group_has_the_metrics_of_its_rows() -> None:
@@ -208,3 +209,31 @@ def test_intervals_of_many_rows_are_not_resampled() -> None:
     started = time.process_time()
     low, high = bootstrap_interval(np.random.default_rng(0).exponential(10, 2_000_000))
     assert 9.9 < low < high < 10.1 and time.process_time() - started < 2, "resampling would take 27 s"
+
+
+MEDIAN = BaselineScore("median price", 59.5, 57.0, 62.0, 240)
+KNOWN = Baselines(2, 60, (MEDIAN, BaselineScore("ridge regression", 45.9, None, None, 240, (30.0,))))
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_report_begins_with_the_baselines_and_ends_with_the_headline(
+    everything: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = rows(np.full(60, 9.0))
+    evaluation = evaluate(table, pd.DataFrame({"brand": [str(i) for i in range(60)]}))
+    evaluation = replace(evaluation, baselines=KNOWN)
+    report.show(evaluation, "", "out/runs/r/metrics", everything)
+    said = capsys.readouterr().out
+    lines = [line.strip() for line in said.splitlines()]
+    assert [line.split("  ")[0] for line in lines[4:7]] == ["median price", "ridge regression", "all rows"]
+    assert lines[-4].startswith("SMAPE ")
+    assert lines[-3] == "For comparison: median price 59.50%, ridge regression 45.90%"
+    assert lines[-1].startswith("written: out/runs/r/metrics")
+    assert ("--all" in lines[-1]) != everything
+    assert ("by price_bin" in said and "R2" in said and "Quantiles" in said) == everything
+    assert len(lines) < 40 or everything, "the short report fits on a screen"
+
+
+def test_the_report_says_that_a_model_is_not_better_than_a_baseline() -> None:
+    poor = replace(evaluate(rows(np.full(60, 9.0)).assign(predicted=1.0), NO_COLUMNS), baselines=KNOWN)
+    assert any("not better than: median price, ridge regression." in line for line in report.headline(poor))

@@ -1,6 +1,7 @@
 # make demo   installs, then trains, evaluates and predicts on a generated catalog
 # make test   installs what tests need, then lint, types, import contract and all tests; as root on Debian it installs
 #             Slurm, and adds two names to /etc/hosts while it runs
+# make docs   builds the pages of the documentation in site/, and fails at a broken link
 # make image  builds the container image with docker, podman or buildah; IMAGE_FLAGS="…" is passed to the build
 # make lock   updates the lists of the image's packages, with versions and hashes, in requirements/; LOCKED="cpu cu126"
 #             selects builds of torch, by uv's names (cuda: the build on PyPI)
@@ -27,13 +28,16 @@ export GOMP_SPINCOUNT ?= 1000
 export KMP_BLOCKTIME ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-image test-cluster lint lint-code lint-manifests image lock clean
+.PHONY: help demo docs test test-image test-cluster lint lint-code lint-manifests image lock clean
 
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
 
 demo: $(VENV)/.run
 	$(BIN)/python -m fusion.demo
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 test: lint
 	$(BIN)/coverage erase
@@ -97,7 +101,7 @@ lint-manifests: $(VENV)/.test $(VENV)/checkov/.done
 	$(VENV)/checkov/bin/checkov --config-file .checkov.yaml --directory $(VENV)/manifests
 
 clean:
-	rm -rf $(VENV) demo .coverage* .*_cache
+	rm -rf $(VENV) demo site .coverage* .*_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

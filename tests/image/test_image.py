@@ -197,11 +197,11 @@ def test_the_smoke_job_generates_data_and_trains_on_two_ranks(
     assert storage.exists(f"{bucket}/output/smoke/pointers/runs/all_embeddings/best.json")
 
 
-def test_the_command_of_the_readme_trains_and_stops_with_ctrl_c(
+def test_the_command_of_the_page_trains_and_stops_with_ctrl_c(
     image: str, s3: S3Server, bucket: str, catalog: Path
 ) -> None:
     upload(catalog, f"{bucket}/data")
-    shown = re.search(r"^docker (run .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    shown = re.search(r"^docker (run .*?)^```", (ROOT / "docs/howto/image.md").read_text(), re.MULTILINE | re.DOTALL)
     assert shown
     names = {"s3://my-bucket": bucket, f"fusion:{fusion.__version__}": image, "\\\n": ""}
     command = re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], shown[1]).split()

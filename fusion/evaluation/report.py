@@ -176,8 +176,8 @@ def _by_group(
         first: rows above the groups.
     """
     table = terminal.table(title, "group", *headings, numbers=headings, max_width={"group": TEXT_WIDTH})
-    for row in first:
-        terminal.add(table, *row)
+    for above in first:
+        terminal.add(table, *above)
     for by, part in frame.groupby("by", sort=False):
         if by != "overall":
             table.add_section()

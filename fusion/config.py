@@ -37,16 +37,20 @@ RUN_ID = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # also a valid Kubernetes name
 A_RUN_ID = "at most 63 small letters, digits and hyphens, such as my-run-1"
 
 
-def setting(default: Any, help: str, group: str, expected: str = "", **constraints: Any) -> Any:
+def setting(
+    default: Any, help: str, group: str, expected: str = "", *, common: bool = False, **constraints: Any
+) -> Any:
     """A field of a config.
 
     Args:
         help: what `--help` says about it, with the unit.
         group: the heading of `--help` under which it is listed.
+        common: whether `--help` lists it; `--help-all` lists all. Sources are always listed.
         expected: what its `pattern` allows, in words, for error messages.
         constraints: the allowed range, as keyword arguments of pydantic's `Field`.
     """
-    return Field(default, description=help, json_schema_extra={"group": group, "expected": expected}, **constraints)
+    extra: dict[str, Any] = {"group": group, "expected": expected, "common": common or group == "sources"}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
 Residency = Literal["auto", "device", "host", "mapped"]
@@ -76,16 +80,22 @@ class StoreConfig:
 
     variant: ClassVar[str] = ""
 
-    output: str = setting("output", "bucket or folder that runs and submissions are written to", "where")
+    output: str = setting("output", "bucket or folder of results", "where", common=True)
     run_id: str | None = setting(
         None,
-        "name of the run; by default made from the variant and its settings",
+        "name of the run; by default from its settings",
         "where",
         A_RUN_ID,
+        common=True,
         pattern=RUN_ID,
     )
     device: str = setting(
-        "auto", "auto, cpu, cuda or cuda:N", "machine", "auto, cpu, cuda or cuda:0", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
+        "auto",
+        "auto, cpu, cuda or cuda:N",
+        "machine",
+        "auto, cpu, cuda or cuda:0",
+        common=True,
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
     store_timeout: float = setting(60.0, "seconds to retry a store that does not answer", "machine", ge=0)
     cache: str | None = setting(
@@ -144,7 +154,7 @@ class RunConfig(StoreConfig):
         "patience": 15,
     }
 
-    data: str = setting("data", "bucket or folder with train.csv, test.csv and embeddings/", "where")
+    data: str = setting("data", "bucket or folder with train.csv, test.csv and embeddings/", "where", common=True)
 
     text_column: str | None = setting(
         None, "column whose equal texts are near-duplicates; by default catalog_content, if there is one", "data"
@@ -168,7 +178,11 @@ class RunConfig(StoreConfig):
     drop_bad_prices: bool = setting(False, "drop rows whose price is missing, NaN, zero or negative", "data")
     val_fraction: float = setting(0.2, "share of the rows that validate", "data", gt=0, lt=1)
     folds: int | None = setting(
-        None, "number of folds, each of which some members hold out; replaces --val-fraction", "data", ge=2
+        None,
+        "folds that members hold out in turn",
+        "data",
+        common=True,
+        ge=2,
     )
     fold: int | None = setting(None, "the only one of the --folds to hold out, from 0; by default all", "data", ge=0)
 
@@ -204,8 +218,8 @@ class RunConfig(StoreConfig):
     modality_dropout: float = setting(0.05, "share of sources hidden from a row in training", "model", ge=0, lt=1)
 
     loss: LossName = setting("smape", "loss to minimise, see fusion/loss_functions.py", "training")
-    epochs: int = setting(20, "passes over the training rows, at most", "training", ge=1)
-    batch_size: int = setting(256, "rows per step, over all ranks together", "training", ge=1)
+    epochs: int = setting(20, "passes over the rows, at most", "training", common=True, ge=1)
+    batch_size: int = setting(256, "rows per step, of all ranks together", "training", common=True, ge=1)
     shuffle: Shuffle = setting(
         "rows",
         "order of the training rows; rows: any order; blocks: runs of 1,024 rows in any order, mixed with 15 others, "
@@ -218,7 +232,7 @@ class RunConfig(StoreConfig):
         "rows; the result then depends on the number of nodes, and only as many can resume it",
         "training",
     )
-    lr: float = setting(2e-3, "learning rate of AdamW", "training", gt=0)
+    lr: float = setting(2e-3, "learning rate of AdamW", "training", common=True, gt=0)
     schedule: Literal["cosine", "plateau"] = setting(
         "cosine", "cosine: the learning rate falls to 0 over --epochs; plateau: when progress stalls", "training"
     )
@@ -347,10 +361,15 @@ class ReadRunConfig(StoreConfig):
     """Settings of a command that uses a finished run. All other settings are those that the run was trained with."""
 
     run_id: str | None = setting(
-        None, "name of the run to use; by default the variant's best in --output", "where", A_RUN_ID, pattern=RUN_ID
+        None,
+        "name of the run to use; by default the variant's best in --output",
+        "where",
+        A_RUN_ID,
+        common=True,
+        pattern=RUN_ID,
     )
     run_dir: str | None = setting(None, "folder of the run to use, in place of --run-id", "where")
-    data: str | None = setting(None, "bucket or folder of the input; by default the run's", "where")
+    data: str | None = setting(None, "bucket or folder of the input; by default the run's", "where", common=True)
 
     def without_effect(self) -> str:
         name = (self.run_dir or "").rstrip("/").rpartition("/")[2]
@@ -361,8 +380,10 @@ class ReadRunConfig(StoreConfig):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluateConfig(ReadRunConfig):
-    by: tuple[str, ...] = setting((), "columns of train.csv to group by, besides prices and presence", "evaluation")
-    all: bool = setting(False, "print all tables, and every metric of each group", "evaluation")
+    by: tuple[str, ...] = setting(
+        (), "columns of train.csv to group by, besides prices and presence", "evaluation", common=True
+    )
+    all: bool = setting(False, "print all tables, and every metric of each group", "evaluation", common=True)
     other_data: bool = setting(
         False, "evaluate even if prices or embeddings differ from those of the training; the log says so", "evaluation"
     )
@@ -370,7 +391,7 @@ class EvaluateConfig(ReadRunConfig):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AblateConfig(ReadRunConfig):
-    run_id: str | None = setting(None, "name of the run to use", "where", A_RUN_ID, pattern=RUN_ID)
+    run_id: str | None = setting(None, "name of the run to use", "where", A_RUN_ID, common=True, pattern=RUN_ID)
     other_data: bool = setting(
         False, "ablate even if prices or embeddings differ from those of the training; the log says so", "evaluation"
     )
@@ -384,9 +405,10 @@ class AblateConfig(ReadRunConfig):
 class PredictConfig(ReadRunConfig):
     name: str = setting(
         "test",
-        "name under which the submission is published",
+        "what the submission is published as",
         "submission",
         "at most 100 letters, digits, dots, hyphens and underscores, such as my-prices",
+        common=True,
         pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$",
         max_length=100,  # it becomes the name of a folder; file systems allow 255 bytes
     )
@@ -398,9 +420,9 @@ class PredictConfig(ReadRunConfig):
         le=1,
     )
     date: str | None = setting(
-        None, "date of the submission, YYYY-MM-DD; by default today in --time-zone", "submission"
+        None, "date of the submission; by default today in --time-zone", "submission", common=True
     )
-    time_zone: str = setting("UTC", "time zone that decides which day is today, such as Europe/Berlin", "submission")
+    time_zone: str = setting("UTC", "decides which day is today, such as Europe/Berlin", "submission", common=True)
     min_rows: float = setting(
         0.8, "smallest number of rows, as a share of the last submission's", "submission", ge=0, le=1
     )
@@ -417,7 +439,7 @@ class PredictConfig(ReadRunConfig):
     max_training_drift: float = setting(
         3.0, "largest factor between a quartile of these prices and of the training prices", "submission", ge=1
     )
-    force: bool = setting(False, "publish even if the checks above fail", "submission")
+    force: bool = setting(False, "publish even if a check fails", "submission", common=True)
 
     def __post_init__(self) -> None:
         try:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from enum import IntEnum
 from typing import Any, NoReturn
 
+from fusion.help_screen import HelpFormatter, Rare, first_screen
 from fusion.spelling import as_typed
 
 # Matches the messages that torch raises in a rank that communicates with a rank whose process has died.
@@ -109,7 +110,18 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, **options: Any) -> None:
         texts = ("usage", "description", "epilog")
         shown = {name: as_typed(options[name]) for name in texts if options.get(name)}
-        super().__init__(as_typed(prog), **{**options, **shown})
+        usual = {"formatter_class": HelpFormatter, "allow_abbrev": False, "add_help": False}
+        super().__init__(as_typed(prog), **{**usual, **options, **shown})
+        self._shows_all = False
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+        self.add_argument("--help-all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def format_help(self) -> str:
+        """What `--help` prints; after `show_all`, what `--help-all` prints."""
+        return super().format_help() if self._shows_all else first_screen(self, super().format_help)
+
+    def show_all(self) -> None:
+        self._shows_all = True
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
@@ -123,7 +135,18 @@ class Parser(argparse.ArgumentParser):
             remedy = did_you_mean(wrong, known)
         if self.example and "required" in message:
             remedy = f"for example `{self.prog} {self.example}`; "
-        raise UsageError(message, f"{remedy}`{self.prog} --help` lists all flags")
+        flag = "--help-all" if any(isinstance(action.help, Rare) for action in self._actions) else "--help"
+        raise UsageError(message, f"{remedy}`{self.prog} {flag}` lists all flags")
+
+
+class _HelpAll(argparse.Action):
+    """`--help-all`: prints the help with all flags, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        assert isinstance(parser, Parser)
+        parser.show_all()
+        parser.print_help()
+        parser.exit()
 
 
 def filled(flag: str) -> Callable[[str], str]:

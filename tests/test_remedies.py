@@ -43,6 +43,7 @@ PARSERS = {
     "control": "fusion/jobs/control.py",
 }
 # Functions of fusion/command/parser.py, and the flag that each adds.
+HELP = {"--help", "--help-all"}
 SHARED = {"add_output": "--output", "add_store_timeout": "--store-timeout"}
 RUNS = ("train", "evaluate", "predict")
 
@@ -152,13 +153,13 @@ def flags_of(command: str) -> set[str]:
     if command in SETTINGS:
         keys = set(_flags(SETTINGS[command]))
         roles = {"--sources"} if any(key.startswith("sources.") for key in keys) else set()
-        return {_flag(key) for key in keys} | roles | {"--config", "--help"}
+        return {_flag(key) for key in keys} | roles | {"--config", *HELP}
     tree = ast.parse((ROOT / PARSERS[command]).read_text())
     added = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and _name(call.func).startswith("add")]
     words = {word.value for call in added for word in call.args if isinstance(word, ast.Constant)}
     words |= {SHARED[_name(call.func)] for call in added if _name(call.func) in SHARED}
     roles = {"--sources"} if command == "doctor" else set()
-    return {word for word in words if isinstance(word, str)} | roles | {"--help"}
+    return {word for word in words if isinstance(word, str)} | roles | HELP
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
@@ -242,7 +243,8 @@ def test_the_example_of_a_parser_can_be_parsed(parser: Parser) -> None:
     with pytest.raises(UsageError) as caught:
         parser.parse_args([])
     assert (
-        caught.value.remedy == f"for example `{parser.prog} {parser.example}`; `{parser.prog} --help` lists all flags"
+        caught.value.remedy
+        == f"for example `{parser.prog} {parser.example}`; `{parser.prog} --help-all` lists all flags"
     )
     parser.parse_args(parser.example.partition(" -- ")[0].split())
 

@@ -13,10 +13,10 @@ from fusion.config import STRICT, RunConfig, setting
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Sources:
-    clip_image: str = setting("clip_image", "source of the first image embeddings", "sources")
-    siglip_image: str = setting("siglip_image", "source of the second image embeddings", "sources")
-    siglip_text: str = setting("siglip_text", "source of the first text embeddings", "sources")
-    qwen_text: str = setting("qwen_text", "source of the second text embeddings", "sources")
+    clip_image: str = setting("clip_image", "first image embeddings", "sources")
+    siglip_image: str = setting("siglip_image", "second image embeddings", "sources")
+    siglip_text: str = setting("siglip_text", "first text embeddings", "sources")
+    qwen_text: str = setting("qwen_text", "second text embeddings", "sources")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,6 +1,13 @@
-"""Train all_embeddings: `python -m fusion.all_embeddings.train --data s3://bucket/data --output s3://bucket/output`.
+"""Train all_embeddings on the products of train.csv.
 
-The same under `torchrun --nproc-per-node=4 -m fusion.all_embeddings.train …`; on a CPU: `--device cpu --epochs 5`.
+    python -m fusion.all_embeddings.train --data s3://bucket/data --output s3://bucket/output
+    python -m fusion.all_embeddings.train --data data --sources.clip-image photos --sources.qwen-text titles
+
+Writes runs/<run id>/ in --output: the model, its metrics and the log. The same command again continues a run that was
+stopped.
+
+On several GPUs: `python -m fusion.launch fusion.all_embeddings.train ...`, or torchrun in place of fusion.launch.
+On a CPU: --device cpu.
 """
 
 import sys

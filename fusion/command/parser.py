@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from fusion.environment import variable
 from fusion.errors import Parser, filled, seconds
+from fusion.help_screen import Rare
 
 
 def command_parser(prog: str, doc: str | None, example: str, **options: Any) -> Parser:
-    """A parser that shows `doc` as it is written, and `example` when a required argument is missing.
+    """A parser that shows `doc` in its help, and `example` when a required argument is missing.
 
     Args:
         options: further arguments of `argparse.ArgumentParser`.
     """
-    show_as_written = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=prog, description=doc, formatter_class=show_as_written, allow_abbrev=False, **options)
+    parser = Parser(prog=prog, description=doc, **options)
     parser.example = example
     return parser
 
@@ -38,5 +37,5 @@ def add_store_timeout(parser: Parser) -> None:
         metavar="S",
         type=seconds,
         default=variable("FUSION_STORE_TIMEOUT") or "60",
-        help="seconds to retry a store that does not answer (default: 60)",
+        help=Rare("seconds to retry a store that does not answer (default: 60)"),
     )

@@ -23,6 +23,7 @@ from fusion import log, storage
 from fusion.config import EvaluateConfig, PredictConfig, RunConfig, StoreConfig
 from fusion.environment import rank, variable
 from fusion.errors import ConfigError, DataError, Parser, did_you_mean
+from fusion.help_screen import Rare
 
 # The headings of --help, in the order in which they are shown.
 GROUPS = ("where", "sources", "data", "model", "training", "evaluation", "submission", "stopping", "machine")
@@ -169,10 +170,8 @@ def _parser(flags: Mapping[str, Any], prog: str, description: str) -> Parser:
         prog=prog,
         usage=f"{prog} [flags]",
         description=description,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every flag can also be set in the environment (--lr: FUSION_LR) or in the --config file.",
+        epilog="Every flag can also be set as a variable (FUSION_RUN_ID) or in --config.",
     )
     found = {field.json_schema_extra["group"] for field in flags.values()}
     groups = {name: parser.add_argument_group(name) for name in GROUPS if name in found}
@@ -183,6 +182,12 @@ def _parser(flags: Mapping[str, Any], prog: str, description: str) -> Parser:
 
 
 def _argument(key: str, field: Any) -> dict[str, Any]:
+    options = _options(key, field)
+    is_shown = field.json_schema_extra["common"]
+    return options if is_shown else options | {"help": Rare(options["help"])}
+
+
+def _options(key: str, field: Any) -> dict[str, Any]:
     text, kind = field.description.replace("%", "%%"), field.annotation
     names = get_args(kind) if get_origin(kind) is Literal else ()
     if len(names) > MOST_IN_METAVAR:

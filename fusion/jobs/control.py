@@ -1,10 +1,10 @@
 """Lists jobs on Slurm, on Kubernetes and on this machine; shows, follows, awaits or cancels them.
 
-    python jobs/control.py list                     # jobs of the last week, on all clusters that this machine reaches
-    python jobs/control.py status 1234              # Slurm; also a task of an array, such as 1234_0
-    python jobs/control.py logs --follow job/fusion-train-qwen-clip      # Kubernetes; also jobset/NAME
-    python jobs/control.py cancel here/4711         # this machine; the number is the process id of the launcher
-    python jobs/control.py wait 1234                # ends with the job's exit code
+    python jobs/control.py list                    # of the last week, on all clusters
+    python jobs/control.py status 1234             # Slurm; or 1234_0 of an array
+    python jobs/control.py logs --follow job/NAME  # Kubernetes; or jobset/NAME
+    python jobs/control.py cancel here/4711        # here; the launcher's process id
+    python jobs/control.py wait 1234               # ends with the job's exit code
 
 All information comes from the clusters. There is no local record of jobs, so that the command works on every machine
 that reaches the cluster.
@@ -166,12 +166,11 @@ def _print_json(found: Iterable[SentJob]) -> None:
 
 
 def _parser() -> Parser:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python jobs/control.py", description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = Parser("python jobs/control.py", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
 
     def command(name: str, job: Callable[[argparse.Namespace], int], text: str) -> Parser:
-        made: Parser = commands.add_parser(name, help=text, description=f"{text}.", allow_abbrev=False)
+        made: Parser = commands.add_parser(name, help=text, description=f"{text}.")
         made.set_defaults(job=job, parser=made)
         made.add_argument("--settings", type=Path, metavar="FILE",
             help="settings of the cluster (default: slurm/cluster.toml, k8s/cluster.toml)")  # fmt: skip

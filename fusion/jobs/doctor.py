@@ -21,6 +21,7 @@ try:
     from fusion.command import guarded
     from fusion.environment import variable
     from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds, visible
+    from fusion.help_screen import Rare
     from fusion.jobs.arguments import refuse_empty
     from fusion.jobs.checks import machine, store
     from fusion.jobs.checks.check import Check, CheckResult, PlannedJob, fail, read_settings, warn
@@ -111,10 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {check.name:<{width}}  {check.about}" for check in CHECKS)
     parser = Parser(
         "python jobs/doctor.py",
-        description=__doc__,
-        epilog=f"checks:\n{listed}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=f"{__doc__}\nThe checks:\n{listed}",
     )
     add = parser.add_argument
     add("--data", metavar="URL", help="bucket or folder of the input (default: FUSION_DATA, else data)")
@@ -123,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add(f"{SOURCES}ROLE", metavar="NAME", action="append",
         help="source for a role of the --variant, as in training: --sources.clip-image cnn")  # fmt: skip
     add("--store-timeout", metavar="S", type=seconds, default=variable("FUSION_STORE_TIMEOUT") or "5",
-        help="seconds for which to retry a store that does not answer (default: 5)")  # fmt: skip
+        help=Rare("seconds for which to retry a store that does not answer (default: 5)"))  # fmt: skip
     add(
         "--only",
         metavar="CHECK",

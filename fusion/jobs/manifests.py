@@ -8,7 +8,6 @@ The command changes only these lines; all else in the files, comments included, 
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -108,8 +107,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _parser() -> Parser:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python jobs/manifests.py", description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = Parser("python jobs/manifests.py", description=__doc__)
     parser.add_argument("--settings", type=Path, default=K8S / "cluster.toml", metavar="FILE",
         help="settings of the cluster (default: k8s/cluster.toml)")  # fmt: skip
     parser.add_argument("--folder", type=Path, default=K8S, metavar="FOLDER", help="folder with base/ and overlays/ "

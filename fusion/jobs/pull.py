@@ -31,6 +31,7 @@ try:
     from fusion.command import guarded
     from fusion.environment import variable
     from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds, visible
+    from fusion.help_screen import Rare
     from fusion.jobs.arguments import refuse_empty
     from fusion.jobs.results import shown
     from fusion.jobs.results.bucket import list_runs, list_submissions
@@ -181,20 +182,17 @@ def _say(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python jobs/pull.py", description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = Parser("python jobs/pull.py", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
 
     def command(name: str, job: Callable[[argparse.Namespace], None], text: str, more: str = "") -> Parser:
-        made: Parser = commands.add_parser(
-            name, help=text, description=f"{text}.\n\n{more}".strip(), formatter_class=form, allow_abbrev=False
-        )
+        made: Parser = commands.add_parser(name, help=text, description=f"{text}.\n\n{more}".strip())
         made.set_defaults(job=job, parser=made)
         made.add_argument("--output", metavar="URL", default=variable("FUSION_OUTPUT") or "output",
             help="bucket or folder with runs/ and submissions/ (default: FUSION_OUTPUT, else output)")  # fmt: skip
         patience = variable("FUSION_STORE_TIMEOUT") or "60"
         made.add_argument("--store-timeout", metavar="S", type=seconds, default=patience,
-            help="seconds for which to retry a store that does not answer (default: 60)")  # fmt: skip
+            help=Rare("seconds for which to retry a store that does not answer (default: 60)"))  # fmt: skip
         return made
 
     _add_lists(command)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from fusion.environment import for_libraries, prepare_libraries, threads_per_rank, usable_cores, variable
 from fusion.errors import ConfigError, ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
+from fusion.help_screen import Rare
 from fusion.launch.processes import Ending, Group, Rank, Stop
 from fusion.launch.rendezvous import MultiNodeRendezvous, Rendezvous
 from fusion.streams import unfailing
@@ -113,23 +114,24 @@ def _say(report: str) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser("python -m fusion.launch", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m fusion.launch", description=__doc__)
     parser.example = "fusion.all_embeddings.train --data s3://my-bucket/data --output s3://my-bucket/output"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--nproc-per-node", type=_n_ranks, help="ranks of this node: a number, gpu (one per GPU), cpu "
+    add("--nproc-per-node", metavar="N", type=_n_ranks, help="ranks of this node: a number, gpu (one per GPU), cpu "
         "(one per core), or auto: one per GPU, or a single one without")  # fmt: skip
-    add("--nnodes", type=_number(1), help="number of nodes; each runs one launcher")
-    add("--node-rank", type=_number(0), help="number of this node, from 0")
+    add("--nnodes", metavar="N", type=_number(1), help="number of nodes; each runs one launcher")
+    add("--node-rank", metavar="N", type=_number(0), help="number of this node, from 0")
     address = variable("MASTER_ADDR", "PET_MASTER_ADDR") or _first_host(variable("SLURM_STEP_NODELIST") or "")
-    add("--master-addr", default=address, help="name or address of node 0")
-    add("--master-port", type=_number(1), help="free port of node 0; with a single node, one is found automatically")
-    add("--rdzv-endpoint", metavar="ADDR:PORT", default="", help="--master-addr and --master-port in one flag")
-    add("--max-restarts", type=_number(0), default=0, help="how often all ranks are started again after one has "
-        "failed; never after exit codes that a retry cannot change (64, 65, 75, 77, 78)")  # fmt: skip
-    add("--grace", type=seconds, default=60.0, help="seconds that the ranks get to end after a stop signal (SIGTERM, "
-        "SIGINT, SIGHUP, SIGUSR1, SIGUSR2), which reaches them as one SIGTERM")  # fmt: skip
-    add("module", help="module to run, such as fusion.all_embeddings.train")
+    add("--master-addr", metavar="HOST", default=address, help="name or address of node 0")
+    add("--master-port", metavar="PORT", type=_number(1), help="free port of node 0; with a single node, one is found "
+        "automatically")  # fmt: skip
+    add("--rdzv-endpoint", metavar="ADDR:PORT", default="",
+        help=Rare("--master-addr and --master-port in one flag"))  # fmt: skip
+    add("--max-restarts", metavar="N", type=_number(0), default=0, help=Rare("how often all ranks are started again "
+        "after one has failed; never after exit codes that a retry cannot change (64, 65, 75, 77, 78)"))  # fmt: skip
+    add("--grace", metavar="S", type=seconds, default=60.0, help=Rare("seconds that the ranks get to end after a stop "
+        "signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2), which reaches them as one SIGTERM"))  # fmt: skip
+    add("module", metavar="MODULE", help="module to run, such as fusion.all_embeddings.train")
     add("arguments", nargs=argparse.REMAINDER, help="its arguments")
     return parser
 

@@ -41,6 +41,7 @@ from fusion.command import guarded
 from fusion.command.parser import add_store_timeout, command_parser
 from fusion.environment import variable
 from fusion.errors import ExitCode, Parser, UsageError, filled
+from fusion.help_screen import Rare
 from fusion.prepare.requests import requests
 
 SHARD_ROWS = 16_384  # two row groups; with 1,024 numbers of float32 per vector, a shard is a file of 64 MiB
@@ -82,7 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ray-address",
         metavar="HOST:PORT",
         type=filled("--ray-address"),
-        help="of the Ray cluster (default: RAY_ADDRESS, or the cluster that `ray start` has started on this machine)",
+        help=Rare("of the cluster (default: RAY_ADDRESS, or the cluster that `ray start` has started on this machine)"),
     )
     add_store_timeout(parser)
     return parser.parse_args(argv)
@@ -111,7 +112,7 @@ def _add_files(parser: Parser) -> None:
         help="CSV or Parquet with the column sample_id, copied to --to (default: the one that is there)",
     )
     parser.add_argument("--split", type=_split, default="train", help="train, test, or another (default: train)")
-    parser.add_argument("--folds", metavar="N", type=_positive, default=0, help="{fold} in --source is 0 to N-1")
+    parser.add_argument("--folds", metavar="N", type=_positive, default=0, help=Rare("{fold} in --source is 0 to N-1"))
 
 
 def _add_rules(parser: Parser) -> None:
@@ -122,13 +123,15 @@ def _add_rules(parser: Parser) -> None:
         default=0.05,
         help="largest share of the table's rows that a source may lack (default: 0.05)",
     )
-    parser.add_argument("--drop-bad-vectors", action="store_true", help="leave out vectors with NaN or infinite values")
+    parser.add_argument(
+        "--drop-bad-vectors", action="store_true", help=Rare("leave out vectors with NaN or infinite values")
+    )
     parser.add_argument(
         "--shard-rows",
         metavar="N",
         type=_positive,
         default=SHARD_ROWS,
-        help=f"rows of the table per file; the same for all sources of a split (default: {SHARD_ROWS})",
+        help=Rare(f"rows of the table per file; the same for all sources of a split (default: {SHARD_ROWS})"),
     )
 
 

@@ -13,8 +13,8 @@ from fusion.config import STRICT, RunConfig, setting
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Sources:
-    clip_image: str = setting("clip_image", "source of the image embeddings", "sources")
-    qwen_text: str = setting("qwen_text", "source of the text embeddings", "sources")
+    clip_image: str = setting("clip_image", "image embeddings", "sources")
+    qwen_text: str = setting("qwen_text", "text embeddings", "sources")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

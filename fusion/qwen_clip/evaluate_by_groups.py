@@ -1,6 +1,10 @@
-"""Evaluate a run of qwen_clip on its own validation rows, by price, by missing sources and by any column.
+"""Evaluate a run of qwen_clip on its own validation rows: by price, by missing sources and by any column.
 
-`python -m fusion.qwen_clip.evaluate_by_groups --output s3://bucket/output --by category`.
+    python -m fusion.qwen_clip.evaluate_by_groups --output s3://bucket/output --by category
+    python -m fusion.qwen_clip.evaluate_by_groups --output output --run-id my-run-1 --device cpu
+
+Writes metrics/ in the run's folder: summary.json, and groups.csv and groups.parquet with one row per group. Sources
+have the names that the run was trained with.
 """
 
 import sys

@@ -1,4 +1,12 @@
-"""Predict test.csv with a run of qwen_clip: `python -m fusion.qwen_clip.predict_test --output s3://bucket/output`."""
+"""Predict the prices of test.csv with a run of qwen_clip, check them, and publish them.
+
+    python -m fusion.qwen_clip.predict_test --output s3://bucket/output --name my-prices
+    python -m fusion.qwen_clip.predict_test --output output --data new_data --device cpu
+
+Writes submissions/<name>/<date>/<digest>/submission.csv in --output, and makes it the current one of this name. The
+night's embeddings and prices are compared with those of the training and of the last submission; exit code 65 means
+that they differ too much to be published.
+"""
 
 import sys
 from collections.abc import Sequence

@@ -1,6 +1,13 @@
-"""Train qwen_clip: `python -m fusion.qwen_clip.train --data s3://bucket/data --output s3://bucket/output`.
+"""Train qwen_clip on the products of train.csv.
 
-The same under `torchrun --nproc-per-node=4 -m fusion.qwen_clip.train …`; on a CPU: `--device cpu --epochs 5`.
+    python -m fusion.qwen_clip.train --data s3://bucket/data --output s3://bucket/output
+    python -m fusion.qwen_clip.train --data data --sources.clip-image photos --sources.qwen-text titles
+
+Writes runs/<run id>/ in --output: the model, its metrics and the log. The same command again continues a run that was
+stopped.
+
+On several GPUs: `python -m fusion.launch fusion.qwen_clip.train ...`, or torchrun in place of fusion.launch.
+On a CPU: --device cpu.
 """
 
 import sys

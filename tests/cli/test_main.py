@@ -56,7 +56,7 @@ def test_every_command_has_a_module_with_main() -> None:
         ("train", 64, "for example `fusion train all_embeddings --data "),
         ("train qwen-clip", 64, "did you mean qwen_clip? the variants are all_embeddings, qwen_clip"),
         ("evaluate ensemble", 64, "there is no variant 'ensemble'"),
-        ("train qwen_clip --epoch 3", 64, "did you mean --epochs? `fusion train qwen_clip --help` lists"),
+        ("train qwen_clip --epoch 3", 64, "did you mean --epochs? `fusion train qwen_clip --help-all` lists"),
         ("train qwen_clip --epochs 0", 78, "--epochs is '0'"),
         ("predict ensemble --output nowhere", 65, "`fusion ensemble RUN RUN --output nowhere` makes one"),
         ("compare", 64, "for example `fusion compare my-run-1 my-run-2"),
@@ -64,7 +64,7 @@ def test_every_command_has_a_module_with_main() -> None:
         ("pull run x --output nowhere", 65, "`fusion pull runs --output nowhere` lists what is there"),
         ("jobs", 64, "for example `fusion jobs list`"),
         ("submit", 64, "for example `fusion submit --cluster local -- "),
-        ("launch", 64, "`fusion launch --help` lists all flags"),
+        ("launch", 64, "`fusion launch --help-all` lists all flags"),
     ],
 )
 def test_errors_name_what_can_be_typed(

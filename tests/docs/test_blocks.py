@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.tools import commands
 from fusion.cli.commands import COMMANDS
 from fusion.demo.catalog import generate
 from tests.conftest import DIMS, run_command
@@ -17,6 +18,8 @@ from tests.docs.blocks import LANGUAGES, NOT_RUN, PAGES, ROOT, Block, blocks_of,
 from tests.docs.command_lines import wrong_commands
 
 README_LINES = 150
+# What the script `fusion` of an installed package does.
+AS_INSTALLED = 'import sys; from fusion.__main__ import main; sys.argv[0] = "fusion"; sys.exit(main())'
 WORDS = NOT_RUN | {"file", "fails", "output"}
 RUN = [page for page in PAGES if any(block.runs for block in blocks_of(page))]
 SHELL = [block for page in PAGES for block in blocks_of(page) if block.language == "sh" and not block.runs]
@@ -26,7 +29,7 @@ SHELL = [block for page in PAGES for block in blocks_of(page) if block.language 
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables for the pages: the commands, a CPU, and a small catalog with a trained run."""
     folder = tmp_path_factory.mktemp("pages")
-    for name, arguments in {"fusion": "-m fusion", "python": ""}.items():
+    for name, arguments in {"fusion": f"-c '{AS_INSTALLED}'", "python": ""}.items():
         (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
         (folder / name).chmod(0o755)
     small = folder / "small"
@@ -62,6 +65,10 @@ def test_every_block_says_what_it_is(page: Path) -> None:
 def test_commands_within_sentences_exist(page: Path) -> None:
     named = set(re.findall(r"`fusion ([a-z]+)", page.read_text()))
     assert named - set(COMMANDS) == set()
+
+
+def test_the_page_of_all_commands_is_up_to_date() -> None:
+    assert commands.PAGE.read_text() == commands.page(), "write it again with `python -m docs.tools.commands`"
 
 
 def test_the_readme_is_short() -> None:

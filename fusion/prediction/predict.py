@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from fusion.metrics import bootstrap_interval, row_smape
 from fusion.nn.approximate import HINT, is_installed
 from fusion.nn.neighbours import Memory
 from fusion.nn.price_model import Options, PriceModel, network_dims
+from fusion.prediction import summary
 from fusion.prediction.resumable import (
     PART_ROWS,
     Arrays,
@@ -383,22 +384,36 @@ def publish_prices(
         FINGERPRINTS: to_parquet(seen.prints.iloc[table.file_order]),
     }
     history = guards.remembered(priced, last, settings.day(), origin.model_sha256)
-    submission.publish(settings, origin, submission.SubmissionContent(files, len(table), smape, history))
+    facts = RunFolder(origin.run).facts_if_whole()
+    trained = facts.price_quartiles if facts else None
+    summary.log_quartiles(prices, trained)
+    url = submission.publish(settings, origin, submission.SubmissionContent(files, len(table), smape, history))
+    if summary.is_shown():
+        summary.show(_first_rows(table, computed, limits), prices, trained, url)
+
+
+def _first_rows(table: Table, computed: Arrays, limits: Intervals | None) -> pd.DataFrame:
+    category = None if limits is None else intervals.category_of(table, limits.by)
+    rows = _rows(table, computed, limits, category, slice(0, summary.N_EXAMPLES))
+    return pd.DataFrame({name: list(values) for name, values in rows.items()})
 
 
 def _predictions(table: Table, computed: Arrays, limits: Intervals | None) -> bytes:
     """Returns the content of `predictions.parquet`: each row's price, interval bounds and other outputs."""
     category = None if limits is None else intervals.category_of(table, limits.by)
     _warn_of_intervals(table, limits, category)
+    return predictions.to_parquet(len(table), partial(_rows, table, computed, limits, category))
 
-    def rows_of(part: slice) -> dict[str, Any]:
-        rows = table.file_order[part]
-        here = {name: values[rows] for name, values in computed.items()}
-        known = computed_frame(here, None if category is None else category.iloc[rows])
-        bounds = {} if limits is None else intervals.bounds(limits, known)
-        return {"sample_id": table.ids[rows], "price": here["price"], **bounds, **here}
 
-    return predictions.to_parquet(len(table), rows_of)
+def _rows(
+    table: Table, computed: Arrays, limits: Intervals | None, category: pd.Series | None, part: slice
+) -> dict[str, Any]:
+    """The columns of some rows of `predictions.parquet`, in the order of the table's file."""
+    rows = table.file_order[part]
+    here = {name: values[rows] for name, values in computed.items()}
+    known = computed_frame(here, None if category is None else category.iloc[rows])
+    bounds = {} if limits is None else intervals.bounds(limits, known)
+    return {"sample_id": table.ids[rows], "price": here["price"], **bounds, **here}
 
 
 def _warn_of_intervals(table: Table, limits: Intervals | None, category: pd.Series | None) -> None:

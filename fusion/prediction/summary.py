@@ -1,0 +1,62 @@
+"""Says what the prices of a prediction are like: their quartiles beside those of the training, and a few rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from fusion import log
+from fusion.command import terminal
+from fusion.metrics import readable
+from fusion.records.manifests import PREDICTIONS
+
+QUARTILES = (0.25, 0.5, 0.75)
+N_EXAMPLES = 5
+LEVEL = 90  # percentage of true prices within the interval that is shown
+
+
+def log_quartiles(prices: np.ndarray, trained: Sequence[float] | None) -> None:
+    """Logs the quartiles of predicted prices [n] and, if known, of the training prices; a terminal gets a table."""
+    found = dict(zip(("low_quartile", "median", "high_quartile"), np.quantile(prices, QUARTILES).tolist(), strict=True))
+    known = dict(zip(("training_low", "training_median", "training_high"), trained or (), strict=False))
+    tell = log.store if is_shown() else log.info
+    tell(event="prices", **found, **known)
+
+
+def show(rows: pd.DataFrame, prices: np.ndarray, trained: Sequence[float] | None, url: str) -> None:
+    """Prints on a terminal what the prices are like, and where they are.
+
+    Args:
+        rows: the first rows of the table: sample_id, price, and perhaps low_90 and high_90.
+        prices: [n] predicted prices of all rows.
+        trained: quartiles of the training prices; None if they are not known.
+        url: of `submission.csv`.
+    """
+    console = terminal.console()
+    headings = ("25%", "median", "75%")
+    quartiles = terminal.table("Prices in $", "", *headings, numbers=headings)
+    terminal.add(quartiles, "predicted", *map(readable, np.quantile(prices, QUARTILES).tolist()))
+    if trained is not None:
+        terminal.add(quartiles, "training", *map(readable, trained))
+    console.print(quartiles)
+    console.print(_examples(rows))
+    console.print(terminal.text(f"{len(prices):,} rows are in {url}"), soft_wrap=True)
+    console.print(terminal.text(f"{PREDICTIONS} beside it has their intervals and comparable products"))
+
+
+def _examples(rows: pd.DataFrame) -> terminal.Table:
+    has_bounds = f"low_{LEVEL}" in rows
+    headings = ["price", *([f"{LEVEL}% interval"] if has_bounds else [])]
+    made = terminal.table(f"The first {len(rows)} rows", "sample_id", *headings, numbers=headings)
+    for row in rows.to_dict("records"):
+        bounds = [f"{readable(row[f'low_{LEVEL}'])} - {readable(row[f'high_{LEVEL}'])}"] if has_bounds else []
+        terminal.add(made, str(row["sample_id"]), readable(row["price"]), *bounds)
+    return made
+
+
+def is_shown() -> bool:
+    """Whether there is a terminal to show prices on."""
+    return sys.stdout.isatty() and sys.stderr.isatty()

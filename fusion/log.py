@@ -23,6 +23,7 @@ from fusion.streams import Unfailing
 # Escape sequences of ECMA-48, which all colour terminals support: yellow, red, and reset.
 COLOURS = {"warning": "\x1b[33m", "error": "\x1b[31m"}
 NO_COLOUR = "\x1b[0m"
+FOLDED = " " * 9  # before the further lines of an event, which are below its level
 
 
 @dataclass
@@ -44,6 +45,11 @@ def configure(run: str, rank: int, world_size: int) -> None:
 def info(**fields: object) -> None:
     if _context.rank == 0:
         _emit("info", fields)
+
+
+def store(**fields: object) -> None:
+    """Adds a line to the log that a run stores, without showing it."""
+    _context.lines.append(_full_line(datetime.now(UTC), "info", fields))
 
 
 def warning(**fields: object) -> None:
@@ -117,7 +123,28 @@ def _short_line(now: datetime, level: str, fields: dict[str, object]) -> str:
     event = [_format(facts.pop("event"))] if "event" in facts else []
     if _context.world_size > 1:
         facts = {"rank": f"{_context.rank}/{_context.world_size}"} | facts
-    return " ".join([now.astimezone().strftime("%H:%M:%S"), _coloured(level), *event, *_pairs(facts)])
+    begin = f"{now.astimezone():%H:%M:%S} {level}"
+    shown = _folded([begin, *event, *_pairs(facts)], _width())
+    return shown.replace(level, _coloured(level), 1)
+
+
+def _width() -> int:
+    """Columns of the terminal that is standard error; 0 if it does not say, as a pseudo-terminal without a size."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 0
+
+
+def _folded(words: list[str], width: int) -> str:
+    """The words in lines of at most `width` columns, so that no word is cut by the terminal; 0: in one line."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if width and len(lines[-1]) + 1 + len(word) > width:
+            lines.append(FOLDED + word)
+        else:
+            lines[-1] += f" {word}"
+    return "\n".join(lines)
 
 
 def _coloured(level: str) -> str:

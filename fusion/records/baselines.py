@@ -1,4 +1,4 @@
-"""Puts a score beside those of the baselines, in sentences."""
+"""Puts a score beside those of the baselines, in words."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def in_words(smape: float, known: Baselines) -> list[str]:
     if beaten_by:
         lines.append(f"This model is not better than: {', '.join(beaten_by)}. More epochs or other sources may help.")
     return lines
+
+
+def scores_of(known: Baselines | None) -> dict[str, float]:
+    """The SMAPE of each baseline, as fields of a line in the log."""
+    return {f"{score.name.replace(' ', '_')}_smape": score.smape for score in (known.scores if known else ())}

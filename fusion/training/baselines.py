@@ -20,6 +20,7 @@ from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.resumable import compute_rows, concatenated
 from fusion.records import schemas
+from fusion.records.baselines import scores_of
 from fusion.records.manifests import BASELINES
 from fusion.records.run import RunFolder
 from fusion.records.schemas import SCHEMA, BaselineName, Baselines, BaselineScore
@@ -61,11 +62,6 @@ def baselines(fit: Fit) -> Baselines | None:
     seconds = time.monotonic() - started
     log.info(event="baselines", median_price=median_price(fit), **scores_of(found), seconds=seconds)
     return found if world.is_main else None
-
-
-def scores_of(found: Baselines | None) -> dict[str, float]:
-    """The SMAPE of each baseline, as fields of a line in the log."""
-    return {f"{score.name.replace(' ', '_')}_smape": score.smape for score in (found.scores if found else ())}
 
 
 def _scores(fit: Fit) -> list[BaselineScore]:

@@ -6,7 +6,6 @@ already finished, the command changes nothing and says so.
 
 from __future__ import annotations
 
-import shlex
 import time
 from contextlib import nullcontext
 
@@ -21,9 +20,11 @@ from fusion.prediction.predict import BuildNetwork, C, make_model
 from fusion.records import manifests
 from fusion.records.attempts import Lease, attempt, end_of, record_end
 from fusion.records.best_run import point_to_run
-from fusion.records.manifests import MODEL
+from fusion.records.manifests import MODEL, Checkpoint
 from fusion.records.run import RunFolder
+from fusion.records.schemas import Baselines
 from fusion.records.start import start_run
+from fusion.training import outcome
 from fusion.training.baselines import baselines
 from fusion.training.dataset import read_data, statistics
 from fusion.training.memory_build import build_memory
@@ -47,9 +48,7 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
     """
     with join_world(config.device, config.stall_timeout) as world:
         log.configure(config.name(), world.rank, world.size)
-        smape = world.on_main(lambda: _smape_if_finished(config))
-        if smape is not None:
-            log.info(event="finished_before", folder=RunFolder.of(config), smape=smape, hint=_next_commands(config))
+        if world.on_main(lambda: _was_finished(config)):
             return
         with attempt(RunFolder.of(config)) if world.is_main else nullcontext() as lease:
             record = None if lease is None else lambda error: record_end(lease, end_of(error))
@@ -57,8 +56,8 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
                 _train(config, build_network, world, lease)
 
 
-def _smape_if_finished(config: RunConfig) -> float | None:
-    """Starts or checks the run's folder; returns the SMAPE of its last checkpoint if the training is finished.
+def _was_finished(config: RunConfig) -> bool:
+    """Starts or checks the run's folder; whether the training is finished, which is then shown.
 
     A finished checkpoint with a damaged model does not count, so that the training makes it again.
     """
@@ -66,21 +65,15 @@ def _smape_if_finished(config: RunConfig) -> float | None:
     for made in reversed(RunFolder.of(config).checkpoints()):
         if made.manifest.finished and manifests.is_whole(made, MODEL):
             point_to_run(config, made)  # an attempt may have been killed after this checkpoint, before the pointers
-            return made.smape
-    return None
-
-
-def _next_commands(config: RunConfig) -> str:
-    """Returns the commands that use the finished run, ready to paste into a shell."""
-    where = shlex.join(["--output", config.output, "--run-id", config.name()])
-    commands = (
-        f"`python -m fusion.{config.variant}.{name} {where}`" for name in ("evaluate_by_groups", "predict_test")
-    )
-    return " or ".join(commands)
+            hint = " or ".join(f"`{command}`" for command in outcome.next_commands(config))
+            outcome.show(outcome.read_outcome(made), config, "finished_before", folder=RunFolder.of(config), hint=hint)
+            return True
+    return False
 
 
 def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease | None) -> None:
     """Reads the data, makes the model and its memory, resumes if there is a checkpoint, and trains to the end."""
+    begun = time.monotonic()
     data = read_data(config, world)
     set_seed(config.seed)
     model = make_model(config, build_network, data.store.dims)
@@ -89,7 +82,7 @@ def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease
     fit = Fit(config, model.to(world.device), data, world)
     _log_start(fit)
     known = baselines(fit)
-    saver = Saver(config, fit, lease, known)
+    saver = Saver(config, fit, lease)
     saver.resume()
     fit.steps.choose_precision()
     # The watchdog starts here, because reads from the store, above, have their own time limits.
@@ -97,7 +90,28 @@ def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease
         _run_epochs(fit, saver, watchdog)
         if fit.stopping.stopped:
             log.info(event="early_stop", epoch=fit.epoch, smape=fit.smape)
-        saver.finish()
+        made = saver.finish()
+        if made is not None:
+            _conclude(fit, saver, made, known, time.monotonic() - begun)
+
+
+def _conclude(fit: Fit, saver: Saver, made: Checkpoint, known: Baselines | None, seconds: float) -> None:
+    """Shows how the training ended; rank 0 calls this.
+
+    Args:
+        seconds: that this attempt has taken.
+    """
+    found = outcome.Outcome(
+        saver.run,
+        fit.smape,
+        outcome.interval_of_fit(fit),
+        len(fit.data.validation),
+        tuple(entry["smape"] for entry in fit.history),
+        outcome.minutes_of(saver.run, seconds),
+        known,
+    )
+    blocked = saver.blocked / (time.monotonic() - saver.started)
+    outcome.show(found, fit.config, "finished", checkpoint=made.url, blocked=blocked)
 
 
 def _run_epochs(fit: Fit, saver: Saver, watchdog: Watchdog) -> None:

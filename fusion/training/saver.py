@@ -23,9 +23,8 @@ from fusion.records.best_run import point_to_run
 from fusion.records.manifests import BASELINES, FEATURES, MEMORY, SPLIT
 from fusion.records.provenance import code_digest
 from fusion.records.run import FACTS, RunFolder
-from fusion.records.schemas import Baselines, RunFacts
+from fusion.records.schemas import RunFacts
 from fusion.submissions.fingerprints import MAX_AGREEMENT_ROWS, agreements, fingerprints
-from fusion.training.baselines import scores_of
 from fusion.training.trainer import Fit
 
 
@@ -36,15 +35,14 @@ class Saver:
 
     Args:
         lease: this attempt's right to write to the run's folder; None on all ranks but 0, which do not write.
-        baselines: what the run has to beat; None if that is not known, and on all ranks but 0.
     """
 
-    def __init__(self, config: RunConfig, fit: Fit, lease: Lease | None, baselines: Baselines | None = None) -> None:
+    def __init__(self, config: RunConfig, fit: Fit, lease: Lease | None) -> None:
         self.config, self.fit, self.world = config, fit, fit.world
         self.run, self.started = RunFolder.of(config), time.monotonic()
         self.saved_at, self.saved_step = self.started, 0
         self.blocked = 0.0  # seconds in which saving has kept the training waiting
-        self.warned, self.baselines = False, baselines
+        self.warned = False
         self.writer: checkpoint.Writer | None = None
         prints, validated = _sample_fingerprints(fit), _validation_digest(fit)
         if lease is not None:
@@ -107,9 +105,13 @@ class Saver:
         if due:
             self.world.on_main(self._save)
 
-    def finish(self) -> None:
-        """Commits the last checkpoint, and moves the pointers to the run if it is the newest or the best."""
-        self.world.on_main(self._finish)
+    def finish(self) -> manifests.Checkpoint | None:
+        """Commits the last checkpoint, and moves the pointers to the run if it is the newest or the best.
+
+        Returns:
+            The checkpoint, on rank 0; None on other ranks.
+        """
+        return self.world.on_main_alone(self._finish)
 
     def _is_due(self) -> bool:
         """Whether a save is due by --checkpoint-steps, or by --checkpoint-seconds while no commit is in progress.
@@ -154,15 +156,12 @@ class Saver:
                 hint="raise the grace period of the job, and --grace with it",
             )
 
-    def _finish(self) -> None:
+    def _finish(self) -> manifests.Checkpoint:
         # `_save` returns None if an earlier attempt has already committed this step: its manifest may reach the store
         # late, after this attempt looked for the newest checkpoint.
         made = self._save(wait=True) or self.run.checkpoints()[-1]
         point_to_run(self.config, made)
-        seconds = time.monotonic() - self.started
-        log.info(
-            event="finished", checkpoint=made.url, **_outcome(self.fit, self.baselines), blocked=self.blocked / seconds
-        )
+        return made
 
 
 def _lineage(run: RunFolder, fit: Fit, prints: np.ndarray) -> dict[str, Any]:
@@ -213,12 +212,3 @@ def _validation_digest(fit: Fit) -> str | None:
     if store.nodes is not None:
         return validation_digest(store.nodes_digest(fit.world, rows), fit.data.prices)
     return fit.world.on_main_alone(lambda: validation_digest(store.digest_of(rows), fit.data.prices))
-
-
-def _outcome(fit: Fit, baselines: Baselines | None) -> dict[str, object]:
-    """Returns the SMAPE of the kept weights and of the baselines, and the epoch that the weights are from.
-
-    If this epoch is the last one, more epochs may give a better model.
-    """
-    best = [entry for entry in fit.history if entry["smape"] == fit.smape][-1]
-    return {"smape": fit.smape, **scores_of(baselines), "best_epoch": f"{best['epoch']}/{fit.epoch}"}

@@ -1,0 +1,208 @@
+"""How a training ended, in words: one screen on a terminal, one line of the log elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusion import log, storage
+from fusion.command import terminal
+from fusion.compare.standard_errors import clustered_mean
+from fusion.config import RunConfig
+from fusion.errors import DataError, FusionError
+from fusion.metrics import readable, row_smape
+from fusion.records.baselines import in_words, scores_of
+from fusion.records.manifests import EPOCHS, LINES, SPLIT, VALIDATION, Checkpoint
+from fusion.records.run import RunFolder, damaged
+from fusion.records.schemas import Baselines
+from fusion.records.split import read_split
+from fusion.records.validation import validation_of
+from fusion.training.trainer import Fit
+
+# A validation SMAPE differs from epoch to epoch by about 0.5% of itself without getting better or worse. So the mean
+# of the last quarter of the epochs is compared with that of the quarter before, and has to be lower by as much.
+PROGRESS = 0.005
+# A finished run is read again to say how good it is. Its interval needs the validation rows; it is left out if they
+# take seconds to read.
+MOST_READ = 32 << 20  # bytes
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a finished training.
+
+    Attributes:
+        smape: of the weights that were kept, on the validation rows, in %.
+        interval: 95% interval of `smape` by groups of near-duplicates; None if it is not known.
+        rows: number of validation rows; 0 if not known.
+        history: the SMAPE after each epoch.
+        minutes: that all attempts took together, without those that were killed; None if not known.
+        baselines: what the run has to beat; None if it is not known.
+    """
+
+    run: RunFolder
+    smape: float
+    interval: tuple[float, float] | None
+    rows: int
+    history: tuple[float, ...]
+    minutes: float | None
+    baselines: Baselines | None
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch, from 1, with the SMAPE that was kept; the last of several."""
+        return max([epoch for epoch, smape in enumerate(self.history, 1) if smape == self.smape], default=0)
+
+    @property
+    def was_improving(self) -> bool:
+        """Whether the SMAPE was still falling at the end, so that more epochs would probably help."""
+        quarter = max(1, len(self.history) // 4)
+        last, before = self.history[-quarter:], self.history[-2 * quarter : -quarter]
+        return not before or float(np.mean(last)) < float(np.mean(before)) * (1 - PROGRESS)
+
+    def facts(self) -> dict[str, object]:
+        """Fields for a line of the log."""
+        low_high = dict(zip(("smape_low", "smape_high"), self.interval or (), strict=False))
+        epochs = {"best_epoch": f"{self.best_epoch}/{len(self.history)}"} if self.history else {}
+        improving = {"improving": "yes" if self.was_improving else "no"} if self.history else {}
+        minutes = {} if self.minutes is None else {"minutes": self.minutes}
+        return {"smape": self.smape, **low_high, **scores_of(self.baselines), **epochs, **improving, **minutes}
+
+
+def interval_of(prices: np.ndarray, predicted: np.ndarray, groups: np.ndarray) -> tuple[float, float] | None:
+    """95% interval of the SMAPE of rows [n] in these groups [n]; None if there is only one group."""
+    found = clustered_mean(row_smape(prices, predicted), groups)
+    return None if found.low is None or found.high is None else (max(0.0, found.low), found.high)
+
+
+def interval_of_fit(fit: Fit) -> tuple[float, float] | None:
+    """95% interval of the SMAPE of the kept weights; None if a resumed attempt has not predicted with them."""
+    if fit.validated is None:
+        return None
+    return interval_of(fit.data.prices, fit.validated["price"], fit.data.groups[fit.data.validation].numpy())
+
+
+def minutes_of(run: RunFolder, seconds: float) -> float | None:
+    """Minutes of all attempts at a run, of which the current one has taken `seconds`; None if that cannot be read."""
+    try:
+        return (run.minutes() or 0.0) + seconds / 60
+    except FusionError as error:
+        log.warning(event="minutes_unknown", reason=error.message)
+        return None
+
+
+def read_outcome(made: Checkpoint) -> Outcome:
+    """The outcome of a run that was finished before, from its last checkpoint; only its SMAPE if others are damaged."""
+    run = RunFolder.of_checkpoint(made)
+    try:
+        interval, rows = _read_interval(run, made)
+        return Outcome(run, made.smape, interval, rows, _read_history(run), run.minutes(), run.baselines())
+    except DataError as error:
+        log.warning(event="run_damaged", reason=error.message)
+        return Outcome(run, made.smape, None, 0, (), None, None)
+
+
+def _read_history(run: RunFolder) -> tuple[float, ...]:
+    """The SMAPE after each epoch, as the last checkpoint has left it; empty if there is no history."""
+    content = storage.read_if_exists(run.metrics.at(LINES)) or b""
+    try:
+        return tuple(float(json.loads(line)["smape"]) for line in content.splitlines())
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(run.metrics.at(LINES), str(error)) from error
+
+
+def _read_interval(run: RunFolder, made: Checkpoint) -> tuple[tuple[float, float] | None, int]:
+    """Interval and number of validation rows; (None, 0) if they are not known, or would take long to read."""
+    n_bytes = sum(entry.bytes for entry in made.manifest.files if entry.key == VALIDATION)
+    if not 0 < n_bytes < MOST_READ or not storage.exists(run.at(SPLIT)):
+        return None, 0
+    rows, split = validation_of(made), read_split(run, made.manifest.split_sha256)
+    groups = split.loc[split["side"] == "validation", "group"].to_numpy()
+    return interval_of(rows["price"].to_numpy(), rows["predicted"].to_numpy(), groups), len(rows)
+
+
+def show(found: Outcome, config: RunConfig, event: str, **facts: object) -> None:
+    """Shows the outcome on rank 0: in words on a terminal, elsewhere as a line of the log.
+
+    Args:
+        event: name of the line.
+        facts: further fields of the line.
+    """
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        log.info(event=event, **facts, **found.facts())
+        return
+    log.store(event=event, **facts, **found.facts())
+    console = terminal.console()
+    console.print()
+    for line, style in _screen(found, config, console.width):
+        console.print(terminal.text(line, style), soft_wrap=True)
+
+
+INDENT = "  "
+
+
+def _screen(found: Outcome, config: RunConfig, width: int = terminal.WIDEST) -> list[tuple[str, str]]:
+    """The lines of the screen, each with its style. Commands that are wider than the terminal go over two lines."""
+    took = "" if found.minutes is None else f" in {_duration(found.minutes)}"
+    title = f"{found.run.run_id} is trained: {len(found.history)} epochs{took}"
+    scores = [(f"{INDENT}{line}", "bold" if not number else "") for number, line in enumerate(_scores(found))]
+    where = [(f"{INDENT}{name:8s} {url}", "") for name, url in _places(found.run).items()]
+    commands = [(line, "") for command in next_commands(config) for line in _typed(command, width)]
+    remarks = [(f"{INDENT}{line}", "yellow" if found.was_improving else "") for line in _remarks(found, config)]
+    blank = ("", "")
+    return [(title, "bold green"), blank, *scores, *remarks, blank, *where, blank, ("Next:", "bold"), *commands]
+
+
+def _scores(found: Outcome) -> list[str]:
+    """The score, and what it has to beat."""
+    rows = f" on {found.rows:,} validation rows" if found.rows else ""
+    interval = ""
+    if found.interval is not None:
+        interval = f" (95% interval {readable(found.interval[0])} - {readable(found.interval[1])})"
+    others = [] if found.baselines is None else in_words(found.smape, found.baselines)
+    return [f"SMAPE {readable(found.smape)}%{rows}{interval}", *others]
+
+
+def _remarks(found: Outcome, config: RunConfig) -> list[str]:
+    """Which epoch was the best, and whether more of them may help."""
+    if not found.history:
+        return []
+    lowest = min(found.history)
+    best = f"Lowest SMAPE {readable(lowest)}% in epoch {1 + found.history.index(lowest)} of {len(found.history)}"
+    kept = "" if lowest == found.smape else ", the last weights were kept"
+    lines = [f"{best}{kept}"]
+    if found.was_improving:
+        lines.append(f"It was still improving: more epochs may help, such as --epochs {2 * config.epochs} (a new run)")
+    return lines
+
+
+def _places(run: RunFolder) -> dict[str, str]:
+    places = {"run": run.url, "metrics": run.metrics.at(EPOCHS), "report": run.at(REPORT)}
+    return {name: url for name, url in places.items() if name != "report" or storage.exists(url)}
+
+
+def next_commands(config: RunConfig) -> list[str]:
+    """The commands that use the finished run, ready to paste into a shell."""
+    where = shlex.join(["--output", config.output, "--run-id", config.name()])
+    return [f"python -m fusion.{config.variant}.{name} {where}" for name in ("evaluate_by_groups", "predict_test")]
+
+
+def _typed(command: str, width: int) -> list[str]:
+    """The command, over two lines if it is too long for one; a shell reads both as one command."""
+    start, flag, rest = command.partition(" --output ")
+    if len(INDENT + command) <= width:
+        return [INDENT + command]
+    return [f"{INDENT}{start} \\", f"{INDENT}   {flag}{rest}"]
+
+
+def _duration(minutes: float) -> str:
+    """Such as "24 s", "7 min" or "3 h 20 min"."""
+    if minutes < 2:
+        return f"{minutes * 60:.0f} s"
+    hours, rest = divmod(round(minutes), 60)
+    return f"{hours} h {rest} min" if hours else f"{rest} min"

@@ -9,7 +9,6 @@ can store its log.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from datetime import UTC, datetime
 from typing import IO, Protocol, cast
 
 from fusion.spelling import as_typed
-from fusion.streams import Unfailing
+from fusion.streams import Unfailing, has_colours
 
 # Escape sequences of ECMA-48, which all colour terminals support: yellow, red, and reset.
 COLOURS = {"warning": "\x1b[33m", "error": "\x1b[31m"}
@@ -148,9 +147,9 @@ def _folded(words: list[str], width: int) -> str:
 
 
 def _coloured(level: str) -> str:
-    """The level in its colour, unless NO_COLOR is set (no-color.org) or the terminal has no colours."""
+    """The level in its colour, if standard error can show it."""
     colour = COLOURS.get(level)
-    if colour is None or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    if colour is None or not has_colours(Unfailing(sys.stderr)):
         return level
     return f"{colour}{level}{NO_COLOUR}"
 

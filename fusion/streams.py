@@ -58,6 +58,11 @@ class Unfailing(io.TextIOBase):
         return True
 
 
+def has_colours(stream: Unfailing) -> bool:
+    """Whether colours can be shown: on a terminal that has them, unless NO_COLOR is set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 @contextmanager
 def unfailing() -> Iterator[None]:
     """Inside the block, printing never fails, and neither does Python's flush when the process exits later."""

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     from fusion.command import guarded  # not imported for the overview, which shall appear at once
+    from fusion.error_display import print_report
     from fusion.errors import FusionError
 
     if words[0] in HELP:
@@ -43,7 +44,7 @@ def _run(words: list[str]) -> int:
     try:
         return guarded(lambda: _dispatch(words))
     except KeyboardInterrupt:
-        print(FusionError("interrupted", "run the same command again").report(), file=sys.stderr)
+        print_report(FusionError("interrupted", "run the same command again").report())
         return INTERRUPTED
 
 

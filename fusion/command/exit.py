@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fusion import environment
+from fusion.error_display import print_report
 from fusion.errors import FusionError
 
 # Longest time to wait for `exit.json` to be written to the store. The write usually takes less than a second, but the
@@ -60,4 +60,4 @@ def report(error: FusionError, trace: str = "") -> None:
             Path(folder, f"{rank}.json").write_text(json.dumps(ending | {"traceback": trace}))
             return
     if trace or folder or rank == 0:  # user errors hit every rank; only rank 0 prints
-        print(f"{trace}{error.report()}", file=sys.stderr, flush=True)
+        print_report(f"{trace}{error.report()}")

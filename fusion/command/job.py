@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -13,6 +12,7 @@ from fusion.command.exit import report
 from fusion.command.settings import parse
 from fusion.config import StoreConfig
 from fusion.environment import prepare_libraries, prepare_threads
+from fusion.error_display import print_report
 from fusion.errors import ExitCode, FusionError
 from fusion.streams import unfailing
 
@@ -41,7 +41,7 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
         try:
             return guarded(parsed_job)
         except KeyboardInterrupt:  # a second Ctrl-C, or one before `signals.listening`
-            print(FusionError("interrupted", "run the same command again").report(), file=sys.stderr)
+            print_report(FusionError("interrupted", "run the same command again").report())
             return 128 + signal.SIGINT
 
 

@@ -20,6 +20,7 @@ try:
     from fusion import storage
     from fusion.command import guarded
     from fusion.environment import variable
+    from fusion.error_display import print_report
     from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds, visible
     from fusion.help_screen import Rare
     from fusion.jobs.arguments import refuse_empty
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return guarded(lambda: _job(argv))
     except KeyboardInterrupt:
-        print(FusionError("interrupted", "run the same command again").report(), file=sys.stderr)
+        print_report(FusionError("interrupted", "run the same command again").report())
         return 128 + signal.SIGINT
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.environment import for_libraries, prepare_libraries, threads_per_rank, usable_cores, variable
+from fusion.error_display import print_report
 from fusion.errors import ConfigError, ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
 from fusion.help_screen import Rare
 from fusion.launch.processes import Ending, Group, Rank, Stop
@@ -110,7 +111,7 @@ def _environment(options: Options, restart: int) -> dict[str, str]:
 
 def _say(report: str) -> None:
     if report:
-        print(report, file=sys.stderr, flush=True)
+        print_report(report)
 
 
 def _parser() -> Parser:

@@ -14,7 +14,7 @@ from fusion.errors import Parser
 from fusion.help_screen import MAX_LINES, Rare, first_screen
 from fusion.variants import variants
 
-NOT_WRITTEN = {"report", "completion"}
+NOT_WRITTEN = {"report"}
 
 
 def every() -> Iterator[str]:

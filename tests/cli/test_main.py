@@ -41,7 +41,7 @@ def test_the_overview_names_every_command_on_one_screen(words: str, capsys: pyte
 
 
 def test_every_command_has_a_module_with_main() -> None:
-    not_written = {"fusion.report.__main__", "fusion.cli.completion"}
+    not_written = {"fusion.report.__main__"}
     for command in COMMANDS.values():
         for variant in variants() if command.of_variant else [""]:
             module = command.module.format(variant=variant)

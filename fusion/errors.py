@@ -59,7 +59,8 @@ class FusionError(Exception):
         self.message, self.remedy = (visible(" ".join(text.splitlines())) for text in (message, remedy))
 
     def __str__(self) -> str:
-        return self.message
+        """Message and hint, so that a traceback in a notebook shows both."""
+        return f"{self.message}\nhint: {self.remedy}"
 
     def report(self) -> str:
         """Both lines, with commands as the user types them."""

@@ -269,13 +269,13 @@ def test_an_empty_variable_is_unset(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("flag", ["--output", "--data", "--run-id", "--text-column", "--sources.clip-image", "--lr"])
 def test_an_empty_flag_is_an_error(flag: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{flag} is empty$"):
+    with pytest.raises(ConfigError, match=f"(?m)^{flag} is empty$"):
         read(flag, "")
 
 
 def test_an_empty_setting_in_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text('output = ""\n')
-    with pytest.raises(ConfigError, match=r"^--output is empty \(in .*settings.toml\)$"):
+    with pytest.raises(ConfigError, match=r"(?m)^--output is empty \(in .*settings.toml\)$"):
         read("--config", str(tmp_path / "settings.toml"))
 
 

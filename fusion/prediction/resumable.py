@@ -122,7 +122,7 @@ def discard(folder: str) -> None:
     try:
         storage.remove(folder)
     except (FusionError, OSError) as error:
-        log.warning(event="parts_left", folder=folder, reason=str(error))
+        log.warning(event="parts_left", folder=folder, reason=str(error).splitlines()[0])
 
 
 def _stop_if_asked(world: World, n_done: int, n_parts: int) -> None:

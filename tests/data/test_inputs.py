@@ -51,7 +51,7 @@ def test_rejects_a_source_that_is_both_file_and_folder(others: list[str], bucket
 
 def test_a_source_that_is_missing(tmp_path: Path) -> None:
     write(f"{tmp_path}/embeddings/train", "ccn.parquet", "text/a.parquet", "._x.parquet")
-    with pytest.raises(DataError, match=r"train holds ccn, text$") as caught:
+    with pytest.raises(DataError, match=r"(?m)train holds ccn, text$") as caught:
         files(str(tmp_path))
     assert caught.value.remedy == "did you mean ccn? name the source with --sources.clip-image NAME"
     with pytest.raises(DataError, match="test holds nothing") as caught:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import IO, Protocol, cast
+from typing import IO, Literal, Protocol, cast
 
 from fusion.spelling import as_typed
 from fusion.streams import Unfailing, has_colours
@@ -24,6 +24,9 @@ COLOURS = {"warning": "\x1b[33m", "error": "\x1b[31m"}
 NO_COLOUR = "\x1b[0m"
 FOLDED = " " * 9  # before the further lines of an event, which are below its level
 
+Level = Literal["info", "warning", "error"]
+LEVELS: tuple[Level, ...] = ("info", "warning", "error")  # the least important first
+
 
 @dataclass
 class _Context:
@@ -31,6 +34,8 @@ class _Context:
     rank: int = 0
     world_size: int = 1
     lines: list[str] = field(default_factory=list)
+    least: Level = "info"
+    is_short: bool = False
 
 
 _context = _Context()
@@ -39,6 +44,25 @@ _context = _Context()
 def configure(run: str, rank: int, world_size: int) -> None:
     """Sets the run and rank that all later lines name."""
     _context.run, _context.rank, _context.world_size = run, rank, world_size
+
+
+@contextmanager
+def separate(least: Level = "info", *, short: bool = False) -> Iterator[None]:
+    """Inside the block, the process has a log of its own; afterwards, the log is as it was before.
+
+    So several trainings in one process do not store the lines of each other.
+
+    Args:
+        least: the least important level that is shown. All lines are kept.
+        short: whether lines are as short as on a terminal even where standard error is none, as in a notebook.
+    """
+    global _context  # noqa: PLW0603 (as the other functions of this module, it is about the log of the process)
+    before = _context
+    _context = _Context(least=least, is_short=short)
+    try:
+        yield
+    finally:
+        _context = before
 
 
 def info(**fields: object) -> None:
@@ -78,7 +102,7 @@ def progress(label: str, total: int, *, done: int = 0, estimates: bool = True) -
         done: how much of `total` was done before this process started.
         estimates: whether the bar also shows the share done and the time left; if not, only the label.
     """
-    if _context.rank or not sys.stderr.isatty():
+    if _context.rank or _context.least != LEVELS[0] or not sys.stderr.isatty():
         yield _show_nothing
         return
     from rich.console import Console
@@ -101,12 +125,14 @@ def text() -> str:
     return "".join(f"{line}\n" for line in _context.lines)
 
 
-def _emit(level: str, fields: dict[str, object]) -> None:
+def _emit(level: Level, fields: dict[str, object]) -> None:
     now = datetime.now(UTC)
     line = _full_line(now, level, fields)
     _context.lines.append(line)
+    if LEVELS.index(level) < LEVELS.index(_context.least):
+        return
     stream = Unfailing(sys.stderr)
-    shown = _short_line(now, level, fields) if stream.isatty() else line
+    shown = _short_line(now, level, fields) if _context.is_short or stream.isatty() else line
     stream.write(f"{shown}\n")  # one write, unlike print: the ranks of a node share the stream, and lines must not mix
     stream.flush()
 

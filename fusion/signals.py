@@ -30,6 +30,7 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _received.clear()  # the process may go on, as that of a notebook does, and must not stop its next work
 
 
 def catch(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:

@@ -196,6 +196,18 @@ def join_world(device: str = "auto", stall_timeout: float = STALL_TIMEOUT) -> It
             heartbeats.stop()
 
 
+@contextmanager
+def alone(device: str = "auto") -> Iterator[World]:
+    """A group of this process alone, whatever the variables of a launcher say; it ends with the block.
+
+    Raises:
+        ConfigError: `device` is cuda, but torch finds no GPU, or the process is in another group.
+    """
+    world = World(0, 1, 0, 1, _device(device, 0))
+    with _group("gloo", HashStore(), world):  # nothing is exchanged between GPUs
+        yield world
+
+
 def _rendezvous(world: World) -> Store:
     """The store through which the ranks find each other, once all have joined it."""
     try:
@@ -212,6 +224,11 @@ def _rendezvous(world: World) -> Store:
 
 @contextmanager
 def _group(backend: str, store: Store, world: World) -> Iterator[None]:
+    if dist.is_initialized():
+        raise ConfigError(
+            "this process is in a process group of torch.distributed already",
+            "leave it first: torch.distributed.destroy_process_group()",
+        )
     with _without_interface() if world.size == 1 else nullcontext():
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=NO_TIMEOUT)
     try:

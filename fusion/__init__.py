@@ -1,6 +1,7 @@
 """Fusion: price prediction from the embeddings of several encoders, trained as a batch job.
 
-Users import the names in `_EXPORTS`. Each loads on first use, so that `--help` does not wait for torch.
+Users import the names in `_EXPORTS`. Each loads on first use, so that `--help` does not wait for torch. Editors and
+type checkers read their types from `__init__.pyi`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ __version__ = "0.1.0"
 
 # Public name -> module below `fusion` that defines it.
 _EXPORTS = {
+    "load": "api.loading",
+    "train": "api.training",
+    "make_config": "api.settings",
+    "Model": "api.model",
+    "FusionError": "errors",
     "RunConfig": "config",
-    "train": "training",
     "evaluate_by_groups": "evaluation",
     "predict_test": "prediction",
     "get_loss_function": "loss_functions",
@@ -47,6 +52,10 @@ def _refuse_wrong_python() -> None:
 
 
 _refuse_wrong_python()
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

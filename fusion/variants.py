@@ -48,3 +48,19 @@ def network_of(variant: str) -> Callable[..., Any]:
     """The variant's `build_network(config, dims)`. Importing it loads torch."""
     build: Callable[..., Any] = import_module(f"fusion.{variant}.model").build_network
     return build
+
+
+def network_for(config_class: type[RunConfig]) -> Callable[..., Any]:
+    """`build_network` of the module `model` beside that of the settings. Importing it loads torch.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    package = config_class.__module__.rpartition(".")[0]
+    if not package or find_spec(f"{package}.model") is None:
+        raise ConfigError(
+            f"{config_class.__module__} has no module `model` beside it, whose build_network makes the network",
+            "use the Config of a variant, such as fusion.all_embeddings.config.Config",
+        )
+    build: Callable[..., Any] = import_module(f"{package}.model").build_network
+    return build

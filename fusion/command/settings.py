@@ -92,6 +92,15 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
     return _given(config_class, _nest(values, flags), origins)
 
 
+def from_values(config_class: type[C], values: Mapping[str, Any]) -> C:
+    """The settings from values by name, with a mapping for each section, such as `sources`.
+
+    Raises:
+        ConfigError: as for `parse`.
+    """
+    return _given(config_class, values, {})
+
+
 def _given(config_class: type[C], values: Mapping[str, Any], origins: Mapping[str, str]) -> C:
     """As `_validate`, for settings that a user gives: one that has no effect is an error, too."""
     config = _validate(config_class, values, origins)

@@ -275,11 +275,11 @@ def _read_part(
         for vectors, positions in batches:
             if given_up.is_set():
                 break
-            _store(vectors, wanted[positions], arrays, first)
+            store_vectors(vectors, wanted[positions], arrays, first)
         return found
 
 
-def _store(vectors: np.ndarray, rows: np.ndarray, arrays: SourceArrays, first: int) -> None:
+def store_vectors(vectors: np.ndarray, rows: np.ndarray, arrays: SourceArrays, first: int = 0) -> None:
     """Writes vectors [M, D] into these rows [M]. Vectors that are not finite or all zeros stay missing.
 
     Args:

@@ -55,6 +55,18 @@ def parse_table(
         raise _unreadable(url, str(error).splitlines()[0]) from error
 
 
+def typed_rows(rows: pa.Table, name: str, needed: Sequence[str], columns: Collection[str] | None) -> pa.Table:
+    """Rows in memory as `parse_table` returns those of a file; `name` names them in messages.
+
+    Raises:
+        DataError: a needed column is missing, or its type cannot be used.
+    """
+    names = rows.column_names
+    _check_columns(name, names, needed)
+    kept = names if columns is None else [one for one in names if one in {*needed, *columns}]
+    return _typed(name, rows.select(kept), needed)
+
+
 def _unreadable(url: str, reason: str) -> DataError:
     return DataError(f"{url} cannot be read: {reason}", "write it again as UTF-8 CSV or as Parquet")
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from fusion import log, storage
 from fusion.data.inputs import find_table
-from fusion.data.table_file import Columns, parse_table
+from fusion.data.table_file import Columns, parse_table, typed_rows
 from fusion.data.text_order import text_order
 from fusion.errors import DataError, did_you_mean
 from fusion.storage import Entry
@@ -149,6 +149,24 @@ def read_files(
     # Parsing needs several times the memory of the table. Without this call, the process would keep it.
     pa.default_memory_pool().release_unused()
     return table
+
+
+def table_of(
+    rows: pa.Table,
+    name: str,
+    *,
+    priced: bool,
+    drop_bad_prices: bool = False,
+    columns: Collection[str] | None = None,
+) -> Table:
+    """As `read_table`, of rows in memory; `name` names them in messages."""
+    needed = ("sample_id", "price") if priced else ("sample_id",)
+    found = typed_rows(rows, name, needed, columns)
+    if found.num_rows == 0:
+        raise DataError(f"{name} has no rows", "give at least one row with a sample_id")
+    if priced:
+        found = _with_prices(name, found, drop_bad_prices)
+    return _sorted(name, found, tuple(rows.column_names))
 
 
 def _read_parts(

@@ -380,7 +380,7 @@ def publish_prices(
     guards.conclude(settings, guards.about_prices(settings, priced, smape, last, origin))
     files = {
         SUBMISSION: submission.submission_csv(list(table.ids[table.file_order]), prices[table.file_order]),
-        PREDICTIONS: _predictions(table, computed, limits),
+        PREDICTIONS: predictions_parquet(table, computed, limits),
         FINGERPRINTS: to_parquet(seen.prints.iloc[table.file_order]),
     }
     history = guards.remembered(priced, last, settings.day(), origin.model_sha256)
@@ -398,7 +398,7 @@ def _first_rows(table: Table, computed: Arrays, limits: Intervals | None) -> pd.
     return pd.DataFrame({name: list(values) for name, values in rows.items()})
 
 
-def _predictions(table: Table, computed: Arrays, limits: Intervals | None) -> bytes:
+def predictions_parquet(table: Table, computed: Arrays, limits: Intervals | None) -> bytes:
     """Returns the content of `predictions.parquet`: each row's price, interval bounds and other outputs."""
     category = None if limits is None else intervals.category_of(table, limits.by)
     _warn_of_intervals(table, limits, category)

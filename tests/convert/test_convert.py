@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from fusion.convert import safe_pickle
-from fusion.convert.__main__ import ROW_GROUP, main
+from fusion.convert.__main__ import main
+from fusion.convert.arrays import ROW_GROUP
 from fusion.errors import DataError
 
 VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3) / 8

@@ -36,6 +36,7 @@ PARSERS = {
     "convert": "fusion/convert/__main__.py",
     "demo": "fusion/demo/__main__.py",
     "prepare": "fusion/prepare/__main__.py",
+    "report": "fusion/report/__main__.py",
     "doctor": "fusion/jobs/doctor.py",
     "pull": "fusion/jobs/pull.py",
     "submit": "fusion/jobs/submit.py",
@@ -50,6 +51,11 @@ RUNS = ("train", "evaluate", "predict")
 # Commands that print the messages of a module, or of one of its functions. A flag must exist in all of them.
 PRINTED_BY = {
     "fusion/records/best_run.py": ("train",),
+    "fusion/report/__main__.py": ("report",),
+    "fusion/report/publish.py": ("report",),  # in a command that it names
+    "fusion/report/gather.py": ("compare",),  # in a command that it names
+    "fusion/report/model_use.py": ("report", "evaluate", "ablate"),  # in commands that it prints
+    "fusion/report/origin.py": ("train",),  # in a command that it prints
     "fusion/records/checkpoint.py": ("train",),
     "fusion/compare/__main__.py": ("compare",),
     "fusion/storage/conditional.py": RUNS,
@@ -86,8 +92,8 @@ PRINTED_BY = {
     "fusion/features/fitted.py": ("train",),
     "fusion/features/columns.py": ("train",),
     "fusion/training/trainer.py": ("train",),
-    "fusion/command/parser.py:add_output": ("compare", "ensemble"),
-    "fusion/command/parser.py:add_store_timeout": ("compare", "ensemble", "prepare", "verify"),
+    "fusion/command/parser.py:add_output": ("compare", "ensemble", "report"),
+    "fusion/command/parser.py:add_store_timeout": ("compare", "ensemble", "prepare", "report", "verify"),
     "fusion/command/settings.py": RUNS,
     "fusion/submissions/guards.py": ("predict",),
     "fusion/data/inputs.py:_no_table": (*RUNS, "doctor"),

@@ -32,6 +32,7 @@ from fusion.records.manifests import ABLATION
 from fusion.records.run import RunFolder
 from fusion.records.schemas import AblationRecord, Effect, SourceWorth, seal
 from fusion.records.split import read_split
+from fusion.report.publish import try_report
 from fusion.submissions import submission
 from fusion.variants import config_class_of, network_of
 
@@ -78,6 +79,7 @@ def ablate(settings: AblateConfig) -> None:
 
         world.on_main(finish)
         world.on_main(lambda: discard(run.parts))
+        world.on_main(lambda: try_report(run))
 
 
 def _variant(settings: AblateConfig) -> str:

@@ -45,9 +45,12 @@ from fusion.records.run import RunFolder
 from fusion.records.schemas import SCHEMA, Intervals, MetricsManifest, seal
 from fusion.records.split import read_split
 from fusion.records.validation import computed_frame
+from fusion.report.publish import try_report
 from fusion.submissions import submission
 from fusion.submissions.predictions import COMPARABLES
 
+# Characters of a text that `summary.json` has of each extreme row: enough for a title and the begin of a description.
+LONGEST_TEXT = 1000
 # Columns of each row that the evaluation computes. Columns of `train.csv` with these names are not shown beside them.
 COMPUTED = ("price", "predicted", "present", "smape")
 
@@ -80,13 +83,14 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
             known = None if as_trained is False else run.baselines()  # other prices have other baselines
             evaluation = evaluate(rows, by, computed.get("gate"), as_trained=as_trained, coverage=coverage)
             evaluation = replace(evaluation, baselines=known)
-            _write(run, chosen, evaluation, rows)
             shown = _columns_of_report(settings.by, held(table).columns)
             columns = held(table).frame.filter(items=list(dict.fromkeys(shown)))
+            _write(run, chosen, evaluation, rows, columns)
             _show(evaluation, columns, run.metrics.url, settings.all)
 
         world.on_main(finish)
         world.on_main(lambda: discard(run.parts))  # including those of earlier evaluations that were never finished
+        world.on_main(lambda: try_report(run))
 
 
 def read_validation(
@@ -271,14 +275,20 @@ def _in_words(code: int, roles: list[str]) -> str:
     return f"without {', '.join(missing)}" if missing else "all"
 
 
-def _write(run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluation, rows: pd.DataFrame) -> None:
-    """Writes the metrics, the predictions of the rows and a summary to the run's `metrics/`."""
+def _write(
+    run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluation, rows: pd.DataFrame, columns: pd.DataFrame
+) -> None:
+    """Writes the metrics, the predictions of the rows and a summary to the run's `metrics/`.
+
+    Args:
+        columns: the user's columns to show with extreme rows.
+    """
     folder = run.metrics
     files = {
         "groups.parquet": _parquet(evaluation.groups),
         "predictions.parquet": _parquet(rows),
         "groups.csv": evaluation.groups.to_csv(index=False).encode(),
-        "summary.json": _summary(run, chosen, evaluation),
+        "summary.json": _summary(run, chosen, evaluation, columns),
     }
     data, model = chosen.manifest.data_sha256, chosen.model_sha256
     manifest = MetricsManifest(SCHEMA, manifests.entries(files), chosen.name, run.run_id, model, data)
@@ -319,7 +329,9 @@ def _parquet(frame: pd.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
-def _summary(run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluation) -> bytes:
+def _summary(
+    run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluation, texts: pd.DataFrame | None = None
+) -> bytes:
     """Returns the content of `summary.json`: overall metrics, extreme rows, gates, quantiles and coverage."""
     overall = evaluation.groups.iloc[0].drop(["by", "group"]).to_dict()
     columns = ["sample_id", "price", "predicted", "present", "smape"]
@@ -330,13 +342,24 @@ def _summary(run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluatio
         "as_trained": evaluation.as_trained,
         **json.loads(pd.Series(overall).to_json()),
         "baselines": [] if evaluation.baselines is None else [asdict(one) for one in evaluation.baselines.scores],
-        "worst": _records(evaluation.worst[columns]),
-        "best": _records(evaluation.best[columns]),
+        "worst": _described(evaluation.worst[columns], texts),
+        "best": _described(evaluation.best[columns], texts),
         "gates": _records(evaluation.gates.rename_axis("price_bin").reset_index()),
         "distributions": _records(evaluation.distributions),
         "intervals": _records(evaluation.coverage),
     }
     return storage.as_json(summary)
+
+
+def _described(extremes: pd.DataFrame, texts: pd.DataFrame | None) -> list[dict[str, Any]]:
+    """The rows as records, each with the user's columns under "columns", as texts; missing values are left out."""
+    found: list[dict[str, Any]] = _records(extremes)
+    if texts is None:
+        return found
+    for record in found:
+        row = texts.loc[record["sample_id"]]
+        record["columns"] = {str(name): str(value)[:LONGEST_TEXT] for name, value in row.items() if pd.notna(value)}
+    return found
 
 
 def _records(frame: pd.DataFrame) -> Any:

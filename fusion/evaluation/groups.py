@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +12,9 @@ import pandas as pd
 from fusion import log
 from fusion.metrics import bootstrap_interval, group_metrics, row_smape
 from fusion.records.intervals import LEVELS, is_within
+from fusion.records.price_bins import BIN_NAMES, OUTSIDE, binned, price_bins
 from fusion.records.schemas import Baselines
 
-# Edges in dollars of the column `price_bin`. Bins are narrower at low prices, where a shop has most of its products.
-BINS = (0, 5, 10, 15, 20, 30, 50, 100, 200, 500, np.inf)
-BIN_NAMES = [f"{low:g}-{high:g}" if np.isfinite(high) else f"{low:g}+" for low, high in itertools.pairwise(BINS)]
 # Edges in dollars of the column `price_range`, which has fewer and larger groups.
 RANGES = (0, 10, 30, 100, 300, np.inf)
 RANGE_NAMES = ["very low", "low", "middle", "high", "very high"]
@@ -25,7 +22,6 @@ N_EXTREMES = 20  # worst rows, and best rows, that are listed: as many as a pers
 # Groups of a --by column that are kept, the largest first. Nobody reads a table of more; a column of ids would give as
 # many as there are rows. A warning says how many there are.
 LARGEST_COLUMN = 200
-OUTSIDE = "outside"  # the group of prices in no bin, which are negative or NaN
 MISSING = "missing"  # the group of rows whose value of a --by column is missing or blank
 
 
@@ -102,22 +98,12 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values(["smape", "sample_id"], ascending=[False, True])
 
 
-def price_bins(prices: pd.Series) -> pd.Series:
-    """Returns the name of each price's bin, whose lower edge is inclusive; "outside" for a price in no bin."""
-    return _cut(prices, BINS, BIN_NAMES)
-
-
-def _cut(prices: pd.Series, edges: Sequence[float], names: list[str]) -> pd.Series:
-    cut = pd.cut(prices, list(edges), right=False, labels=names)
-    return cut.astype("object").where(cut.notna(), OUTSIDE)
-
-
 def _groups(rows: pd.DataFrame, by: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yields, for each group, what rows are grouped by, the name of the group, and the positions of its rows."""
     yield "overall", "all rows", np.arange(len(rows))
     own = {
         "price_bin": (price_bins(rows["price"]), BIN_NAMES),
-        "price_range": (_cut(rows["price"], RANGES, RANGE_NAMES), RANGE_NAMES),
+        "price_range": (binned(rows["price"], RANGES, RANGE_NAMES), RANGE_NAMES),
         "present": (rows["present"], sorted(rows["present"].unique())),
     }
     for name, (labels, groups) in own.items():

@@ -19,6 +19,8 @@ from fusion.environment import variable
 
 PACKAGE = Path(__file__).parents[1]
 ENSEMBLE_CODE = "ensemble/prediction"  # root of the code that decides the price of an ensemble
+# Rooms that show results and decide none: a chart in another colour does not change the code of a training.
+SHOWING = ("report",)
 # Kinds of syntax nodes that can have a docstring.
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -41,8 +43,8 @@ def revision() -> str:
 def code_digest(root: str = "prediction") -> str:
     """sha256 of the source of `fusion.<root>`, of all models, and of every module of this package that they import.
 
-    Comments, docstrings and modules that only other commands import do not count, so that a change of them does not
-    cause nightly predictions to be computed again.
+    Comments, docstrings, modules that only other commands import and reports do not count, so that a change of them
+    does not cause nightly predictions to be computed again.
     """
     models = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.glob("*/model.py"))
     waiting, found = [root, *map(str, models)], dict[str, str]()
@@ -50,7 +52,7 @@ def code_digest(root: str = "prediction") -> str:
         name = waiting.pop()
         paths = (PACKAGE / f"{name}.py", PACKAGE / name / "__init__.py")
         path = next((path for path in paths if path.exists()), None)
-        if name in found or path is None:
+        if name in found or path is None or name.split("/")[0] in SHOWING:
             continue
         source = path.read_text()
         found[name] = storage.sha256(code_of(source).encode())

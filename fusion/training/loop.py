@@ -24,10 +24,12 @@ from fusion.records.manifests import MODEL, Checkpoint
 from fusion.records.run import RunFolder
 from fusion.records.schemas import Baselines
 from fusion.records.start import start_run
+from fusion.report.publish import report_if_missing, try_report
 from fusion.training import outcome
 from fusion.training.baselines import baselines
 from fusion.training.dataset import read_data, statistics
 from fusion.training.memory_build import build_memory
+from fusion.training.outcome import Outcome
 from fusion.training.pace import Pace, progress_text, seconds_left
 from fusion.training.saver import Saver
 from fusion.training.seeds import set_seed
@@ -35,7 +37,9 @@ from fusion.training.trainer import Fit
 
 
 def train(config: C, build_network: BuildNetwork[C]) -> None:
-    """Trains a run and commits checkpoints under `<output>/runs/<run id>`; does nothing if the run is finished.
+    """Trains a run, commits checkpoints under `<output>/runs/<run id>`, and writes its report.
+
+    If the run is finished, only writes the report, if there is none.
 
     Args:
         build_network: makes the variant's network from the config and the dimension of each role.
@@ -48,16 +52,14 @@ def train(config: C, build_network: BuildNetwork[C]) -> None:
     """
     with join_world(config.device, config.stall_timeout) as world:
         log.configure(config.name(), world.rank, world.size)
-        if world.on_main(lambda: _was_finished(config)):
-            return
-        with attempt(RunFolder.of(config)) if world.is_main else nullcontext() as lease:
-            record = None if lease is None else lambda error: record_end(lease, end_of(error))
-            with recorded_by(record):
-                _train(config, build_network, world, lease)
+        is_main, made = world.is_main, world.on_main(lambda: _finished(config))
+        ended = _attempt(config, build_network, world) if made is None else None
+    if is_main:  # the other ranks need not wait for it
+        _conclude(config, made, ended)
 
 
-def _was_finished(config: RunConfig) -> bool:
-    """Starts or checks the run's folder; whether the training is finished, which is then shown.
+def _finished(config: RunConfig) -> Checkpoint | None:
+    """Starts or checks the run's folder; returns its last checkpoint if the training is finished.
 
     A finished checkpoint with a damaged model does not count, so that the training makes it again.
     """
@@ -65,13 +67,38 @@ def _was_finished(config: RunConfig) -> bool:
     for made in reversed(RunFolder.of(config).checkpoints()):
         if made.manifest.finished and manifests.is_whole(made, MODEL):
             point_to_run(config, made)  # an attempt may have been killed after this checkpoint, before the pointers
-            hint = " or ".join(f"`{command}`" for command in outcome.next_commands(config))
-            outcome.show(outcome.read_outcome(made), config, "finished_before", folder=RunFolder.of(config), hint=hint)
-            return True
-    return False
+            return made
+    return None
 
 
-def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease | None) -> None:
+def _conclude(config: RunConfig, made: Checkpoint | None, ended: Outcome | None) -> None:
+    """Writes the report, and shows how the training ended.
+
+    Args:
+        made: the last checkpoint, if the run was finished before.
+        ended: the outcome of this attempt, if it was not.
+    """
+    run = RunFolder.of(config)
+    if made is not None:
+        report_if_missing(run)
+        ended = outcome.read_outcome(made)
+        hint = " or ".join(f"`{command}`" for command in outcome.next_commands(config))
+        outcome.say(ended, "finished_before", folder=run, hint=hint)
+    else:
+        try_report(run)
+    if ended is not None:
+        outcome.show(ended, config)
+
+
+def _attempt(config: C, build_network: BuildNetwork[C], world: World) -> Outcome | None:
+    """Trains the run as one attempt, whose start and end are recorded; returns its outcome, on rank 0."""
+    with attempt(RunFolder.of(config)) if world.is_main else nullcontext() as lease:
+        record = None if lease is None else lambda error: record_end(lease, end_of(error))
+        with recorded_by(record):
+            return _train(config, build_network, world, lease)
+
+
+def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease | None) -> Outcome | None:
     """Reads the data, makes the model and its memory, resumes if there is a checkpoint, and trains to the end."""
     begun = time.monotonic()
     data = read_data(config, world)
@@ -91,17 +118,16 @@ def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease
         if fit.stopping.stopped:
             log.info(event="early_stop", epoch=fit.epoch, smape=fit.smape)
         made = saver.finish()
-        if made is not None:
-            _conclude(fit, saver, made, known, time.monotonic() - begun)
+    return None if made is None else _outcome(fit, saver, made, known, time.monotonic() - begun)
 
 
-def _conclude(fit: Fit, saver: Saver, made: Checkpoint, known: Baselines | None, seconds: float) -> None:
-    """Shows how the training ended; rank 0 calls this.
+def _outcome(fit: Fit, saver: Saver, made: Checkpoint, known: Baselines | None, seconds: float) -> Outcome:
+    """Logs how the training ended, and returns it.
 
     Args:
         seconds: that this attempt has taken.
     """
-    found = outcome.Outcome(
+    found = Outcome(
         saver.run,
         fit.smape,
         outcome.interval_of_fit(fit),
@@ -111,7 +137,8 @@ def _conclude(fit: Fit, saver: Saver, made: Checkpoint, known: Baselines | None,
         known,
     )
     blocked = saver.blocked / (time.monotonic() - saver.started)
-    outcome.show(found, fit.config, "finished", checkpoint=made.url, blocked=blocked)
+    outcome.say(found, "finished", checkpoint=made.url, blocked=blocked)
+    return found
 
 
 def _run_epochs(fit: Fit, saver: Saver, watchdog: Watchdog) -> None:

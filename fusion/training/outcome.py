@@ -1,4 +1,4 @@
-"""How a training ended, in words: one screen on a terminal, one line of the log elsewhere."""
+"""How a training ended: in words on one screen of a terminal, and as a line of the log."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fusion.records.run import RunFolder, damaged
 from fusion.records.schemas import Baselines
 from fusion.records.split import read_split
 from fusion.records.validation import validation_of
+from fusion.report.seal import REPORT
 from fusion.training.trainer import Fit
 
 # A validation SMAPE differs from epoch to epoch by about 0.5% of itself without getting better or worse. So the mean
@@ -29,7 +30,6 @@ PROGRESS = 0.005
 # A finished run is read again to say how good it is. Its interval needs the validation rows; it is left out if they
 # take seconds to read.
 MOST_READ = 32 << 20  # bytes
-REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -126,21 +126,29 @@ def _read_interval(run: RunFolder, made: Checkpoint) -> tuple[tuple[float, float
     return interval_of(rows["price"].to_numpy(), rows["predicted"].to_numpy(), groups), len(rows)
 
 
-def show(found: Outcome, config: RunConfig, event: str, **facts: object) -> None:
-    """Shows the outcome on rank 0: in words on a terminal, elsewhere as a line of the log.
+def say(found: Outcome, event: str, **facts: object) -> None:
+    """Logs the outcome as a line; on a terminal, where `show` follows, the line is only stored with the run.
 
     Args:
         event: name of the line.
         facts: further fields of the line.
     """
-    if not (sys.stdout.isatty() and sys.stderr.isatty()):
-        log.info(event=event, **facts, **found.facts())
+    line = log.store if _is_terminal() else log.info
+    line(event=event, **facts, **found.facts())
+
+
+def show(found: Outcome, config: RunConfig) -> None:
+    """Shows the outcome in words, on a terminal; elsewhere does nothing."""
+    if not _is_terminal():
         return
-    log.store(event=event, **facts, **found.facts())
     console = terminal.console()
     console.print()
     for line, style in _screen(found, config, console.width):
         console.print(terminal.text(line, style), soft_wrap=True)
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 INDENT = "  "

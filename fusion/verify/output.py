@@ -14,6 +14,7 @@ from fusion.records.run import RunFolder
 from fusion.records.schemas import ENSEMBLE_VARIANT, EnsembleRecord, RunPointer, SubmissionManifest
 from fusion.verify.ensemble import check_ensemble, is_ensemble
 from fusion.verify.findings import Report, read, read_as
+from fusion.verify.page import check_pages
 from fusion.verify.pointers import check_run_pointer, check_submission_pointer
 from fusion.verify.run import CheckedRun, check_run
 from fusion.verify.submission import check_submission
@@ -38,6 +39,7 @@ def check_output(report: Report, output: OutputFolder, data: str | None) -> None
     expected = _expected_run_pointers(output, runs) | _expected_ensemble_pointers(output, to_runs)
     for pointer_url in sorted(to_runs | expected):
         check_run_pointer(report, pointer_url)
+    check_pages(report, output)
     to_submissions = _pointer_urls(output, "submissions")
     for pointer_url in sorted(to_submissions | _expected_submission_pointers(output, submissions)):
         check_submission_pointer(report, pointer_url)

@@ -7,7 +7,8 @@ missing follows from the order in which a run writes its files:
 2. features.safetensors (if sources are computed), run.json, split.parquet, memory.safetensors (if the model uses
    neighbours) and baselines.json (unless it could not be computed),
 3. for each checkpoint, the history in metrics/, the files of the checkpoint, and its manifest,
-4. at the end, the pointers, log.txt and exit.json.
+4. at the end, the pointers, log.txt and exit.json,
+5. report.html, which evaluations and ablations write again.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from fusion.records.schemas import (
     Pulled,
     RunFacts,
 )
+from fusion.report.seal import REPORT
 from fusion.verify.checkpoint import check_checkpoint
 from fusion.verify.findings import Report, check_beginning, check_content, check_once, first_line, parsed, read, some
 from fusion.verify.memory import check_memory
 from fusion.verify.metrics import check_ablation, check_metrics
+from fusion.verify.page import check_page
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def check_run(report: Report, run: RunFolder) -> CheckedRun:
     _check_history(report, checked)
     check_metrics(report, run, facts, checked.checkpoints, validating)
     check_ablation(report, run, facts, checked.checkpoints)
+    check_page(report, run.at(REPORT), facts.run_id if facts else None)
     return checked
 
 

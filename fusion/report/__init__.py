@@ -1,0 +1,5 @@
+"""Reports: a page for each run, a comparison of runs, and an index of all runs, as HTML that needs nothing else.
+
+`gather` reads what a run has written, `sections` turns it into texts, tables and charts, `pages` renders them with the
+templates in `templates/`, and `publish` writes the page into the folder of the run.
+"""

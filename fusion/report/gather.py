@@ -1,0 +1,233 @@
+"""Reads what a report of a run needs from the run's folder. Everything but the predictions may be missing."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from fusion import log, storage
+from fusion.command.settings import from_json
+from fusion.compare.out_of_fold import Scored, scored
+from fusion.compare.standard_errors import Estimate, clustered_mean
+from fusion.config import RunConfig
+from fusion.errors import DataError, FusionError
+from fusion.metrics import row_smape
+from fusion.records import intervals, schemas
+from fusion.records.manifests import ABLATION, ENSEMBLE, LINES, Checkpoint
+from fusion.records.run import CONFIG, EXIT, LOG, START, RunFolder
+from fusion.records.schemas import AblationRecord, AttemptEnd, AttemptStart, Intervals, MetricsManifest, RunFacts
+from fusion.records.split import read_split
+from fusion.variants import config_class_of
+
+# A pair of a line of the log: key=value, or key="a JSON text".
+_PAIR = re.compile(r'([a-z_]+)=("(?:[^"\\]|\\.)*"|\S*)')
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt at the run; `start` or `end` is None if it was not recorded or is damaged."""
+
+    number: int
+    start: AttemptStart | None
+    end: AttemptEnd | None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `evaluate_by_groups` wrote about the run's checkpoint.
+
+    Attributes:
+        rows: of `predictions.parquet`, with sample_id as the index.
+        groups: of `groups.parquet`.
+        manifest_sha256: of the bytes of `metrics/MANIFEST.json`.
+    """
+
+    summary: Mapping[str, Any]
+    groups: pd.DataFrame
+    rows: pd.DataFrame
+    manifest_sha256: str
+
+    @property
+    def as_trained(self) -> bool | None:
+        found = self.summary.get("as_trained")
+        return None if found is None else bool(found)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All that a report shows of a run.
+
+    Attributes:
+        rows: a row per validation row, by sample_id: price, predicted, group, smape, and perhaps spread and category.
+        smape: mean over `rows`, in %, with a 95% interval from groups of near-duplicates.
+        config: the settings; None if this version of Fusion does not know the variant or a setting.
+        split: of `split.parquet`.
+        history: a dict per epoch, as in `train.jsonl`.
+        coverage: table as of `intervals.coverage`, cross-fitted; empty without intervals.
+        events: lines of the training's log that describe the data, each as key to value, with the path of their file
+            under "file".
+        notices: what is missing or does not fit, in sentences.
+    """
+
+    run: RunFolder
+    facts: RunFacts | None
+    settings: Mapping[str, Any]
+    config: RunConfig | None
+    checkpoint: Checkpoint
+    rows: pd.DataFrame
+    smape: Estimate
+    split: pd.DataFrame
+    history: list[dict[str, Any]]
+    intervals: Intervals | None
+    coverage: pd.DataFrame
+    evaluated: Evaluated | None
+    ablation: AblationRecord | None
+    attempts: list[Attempt]
+    events: list[dict[str, str]]
+    n_parameters: int | None
+    minutes: float | None
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def variant(self) -> str:
+        return self.facts.variant if self.facts else ""
+
+
+def gather(run: RunFolder) -> Gathered:
+    """Reads a run.
+
+    Raises:
+        DataError: the run has no validated checkpoint, or its predictions, split or settings are missing or damaged;
+            or it is an ensemble.
+    """
+    if storage.exists(run.at(ENSEMBLE)):
+        raise DataError(
+            f"{run} is an ensemble, which has no training to report",
+            f"report one of its members, or compare it: `python -m fusion.compare RUN RUN --output {run.output}`",
+        )
+    one, notices = scored(run), list[str]()
+    chosen = run.best(one.members[0].checkpoint)
+    rows = one.rows.assign(smape=row_smape(one.rows["price"], one.rows["predicted"]))
+    facts = run.facts_if_whole()
+    limits = intervals.intervals_of(chosen)
+    return Gathered(
+        run,
+        facts,
+        run.settings(),
+        _config(run, facts, notices),
+        chosen,
+        rows,
+        clustered_mean(rows["smape"].to_numpy(), rows["group"].to_numpy()),
+        read_split(run, chosen.manifest.split_sha256),
+        _history(run, chosen),
+        limits,
+        _coverage(rows, limits),
+        _evaluated(run, chosen, notices),
+        _ablation(run, chosen, notices),
+        _attempts(run),
+        _events(run),
+        run.n_parameters(),
+        run.minutes(),
+        notices + _of(one),
+    )
+
+
+def _of(one: Scored) -> list[str]:
+    if one.members[0].finished:
+        return []
+    return ["The training of this run has not finished. All figures are of its best checkpoint so far."]
+
+
+def _config(run: RunFolder, facts: RunFacts | None, notices: list[str]) -> RunConfig | None:
+    try:
+        kind = config_class_of(facts.variant if facts else "")
+        return from_json(kind, storage.read(run.at(CONFIG)), run.at(CONFIG))
+    except FusionError as error:
+        log.warning(event="settings_not_known", reason=error.message)
+        notices.append("Another version of Fusion trained this run, so its settings are shown without their defaults.")
+        return None
+
+
+def _history(run: RunFolder, chosen: Checkpoint) -> list[dict[str, Any]]:
+    """The epochs up to the checkpoint; empty if the file is missing or damaged."""
+    content = storage.read_if_exists(run.at("metrics", LINES)) or b""
+    try:
+        return [json.loads(line) for line in content.splitlines()][: chosen.manifest.epoch]
+    except ValueError:
+        log.warning(event="history_damaged", file=run.at("metrics", LINES))
+        return []
+
+
+def _coverage(rows: pd.DataFrame, limits: Intervals | None) -> pd.DataFrame:
+    """How often intervals contain the price, with intervals that were fitted without the row and its group."""
+    if limits is None:
+        return pd.DataFrame()
+    crossed = intervals.crossed(rows, rows["group"].to_numpy(), limits.by)
+    return pd.DataFrame() if crossed is None else intervals.coverage(limits, rows.assign(**crossed))
+
+
+def _evaluated(run: RunFolder, chosen: Checkpoint, notices: list[str]) -> Evaluated | None:
+    """The evaluation of this checkpoint; None, perhaps with a notice, if there is none, or it is not whole."""
+    content = storage.read_if_exists(run.metrics.manifest_url)
+    manifest = schemas.read_if_whole(MetricsManifest, run.metrics.manifest_url, "metrics_damaged")
+    if content is None or manifest is None:
+        return None
+    if manifest.model_sha256 not in ("", chosen.model_sha256):
+        notices.append(f"The evaluation in metrics/ is of {manifest.checkpoint}, another model, and is left out.")
+        return None
+    files = {entry.key: storage.read_if_exists(run.metrics.at(entry.key)) or b"" for entry in manifest.files}
+    if any(storage.sha256(data) != manifest.sha256_of(key) for key, data in files.items()):
+        notices.append("The evaluation in metrics/ is damaged or being replaced, and is left out.")
+        return None
+    rows = pd.read_parquet(io.BytesIO(files["predictions.parquet"])).astype({"sample_id": "str"})
+    groups = pd.read_parquet(io.BytesIO(files["groups.parquet"]))
+    summary = json.loads(files["summary.json"])
+    return Evaluated(summary, groups, rows.set_index("sample_id"), storage.sha256(content))
+
+
+def _ablation(run: RunFolder, chosen: Checkpoint, notices: list[str]) -> AblationRecord | None:
+    found = schemas.read_if_whole(AblationRecord, run.at("metrics", ABLATION), "ablation_damaged")
+    if found is not None and found.model_sha256 != chosen.model_sha256:
+        notices.append(f"The ablation in metrics/ is of {found.checkpoint}, another model, and is left out.")
+        return None
+    return found
+
+
+def _attempts(run: RunFolder) -> list[Attempt]:
+    numbers = sorted(int(folder.name) for folder in run.ls("attempts") if folder.name.isdigit())
+    return [
+        Attempt(
+            number,
+            schemas.read_if_whole(AttemptStart, run.attempt(number).at(START), "attempt_damaged"),
+            schemas.read_if_whole(AttemptEnd, run.attempt(number).at(EXIT), "attempt_damaged"),
+        )
+        for number in numbers
+    ]
+
+
+def _events(run: RunFolder) -> list[dict[str, str]]:
+    """The events of the first attempt whose log was recorded; an attempt that was killed has no log."""
+    for folder in run.ls("attempts"):
+        content = storage.read_if_exists(folder.at(LOG))
+        found = [_pairs(line) for line in (content or b"").decode(errors="replace").splitlines()]
+        events = [pairs | {"file": f"attempts/{folder.name}/{LOG}"} for pairs in found if "event" in pairs]
+        if any(one["event"] == "loaded" for one in events):
+            return events
+    return []
+
+
+def _pairs(line: str) -> dict[str, str]:
+    return {key: _value(value) for key, value in _PAIR.findall(line)}
+
+
+def _value(text: str) -> str:
+    try:
+        return str(json.loads(text)) if text.startswith('"') else text
+    except ValueError:
+        return text

@@ -1,0 +1,35 @@
+"""Checks of the pages that `fusion.report` writes: their last line has the sha256 of all above it."""
+
+from __future__ import annotations
+
+from fusion import storage
+from fusion.records.output import OutputFolder
+from fusion.report.seal import REPORTS, seal_of
+from fusion.verify.findings import Report, read
+
+
+def check_page(report: Report, url: str, about: str | None) -> None:
+    """Checks a page, if it exists: earlier versions wrote none, and a job may have been killed before it.
+
+    Args:
+        about: what the page must be about: the id of its run, or the name of the page; None if unknown.
+    """
+    content, name = read(url), storage.base(url)
+    if content is None:
+        return
+    seal = seal_of(content)
+    if seal is None:
+        report.bad(name, "a last line with its sha256", f"{len(content)} bytes without it")
+    elif not seal.is_whole:
+        report.bad(name, "what was written", "a page that does not match its own sha256")
+    elif about is not None and seal.about != about:
+        report.bad(f"{name}: run", about, seal.about)
+    else:
+        report.ok(name)
+
+
+def check_pages(report: Report, output: OutputFolder) -> None:
+    """Checks the pages about several runs, in `reports/` of an output."""
+    for page in output.ls(REPORTS):
+        with report.within(REPORTS):
+            check_page(report, page.url, page.name)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from fusion.compare.standard_errors import Estimate, clustered_mean
 from fusion.metrics import compute_metrics, row_smape
+from fusion.records.intervals import CATEGORY
 from fusion.records.manifests import INTERVALS, LINES, SPLIT, VALIDATION
 from fusion.records.price_bins import BIN_NAMES, OUTSIDE, price_bins
 from fusion.records.run import FACTS
@@ -350,7 +351,7 @@ def by_group(found: Gathered) -> Section:
     named = [Group(_dollar_bin(group.name), group.rows, group.smape, group.ratio) for group in prices]
     every = [("price", "true price, dollars", named)]
     if "category" in found.rows and found.rows["category"].nunique() > 1:
-        column = found.intervals.by if found.intervals and found.intervals.by else "category"
+        column = _category_column(found)
         labels = found.rows["category"].astype("str").where(lambda text: text != "", "(missing)")
         of_category = sorted(groups_of(found.rows, labels), key=lambda group: -group.rows)
         every.append((column, f"column {column}", of_category))
@@ -359,6 +360,11 @@ def by_group(found: Gathered) -> Section:
     files = [_predictions_file(found), SPLIT]
     return Section("groups", "Where it is right and wrong", [text for text in lead if text], files, plots,
                    hidden=_evaluated_groups(found))  # fmt: skip
+
+
+def _category_column(found: Gathered) -> str:
+    """Name of the column of `train.csv` that "category" of the rows was read from."""
+    return found.intervals.by if found.intervals and found.intervals.by else CATEGORY
 
 
 def _dollar_bin(name: str) -> str:
@@ -413,8 +419,8 @@ def _evaluated_groups(found: Gathered) -> list[Table]:
     """Groups that only the evaluation knows: which sources a row has, and columns of the user."""
     if found.evaluated is None:
         return []
-    groups = found.evaluated.groups
-    others = [name for name in dict.fromkeys(groups["by"]) if name not in ("overall", "price_bin", "price_range")]
+    groups, shown = found.evaluated.groups, {"overall", "price_bin", "price_range", _category_column(found)}
+    others = [name for name in dict.fromkeys(groups["by"]) if name not in shown]
     return [_evaluated_table(str(name), groups[groups["by"] == name]) for name in others]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
-from fusion.report.drawing import COLOURS, N_LEVELS, Canvas, canvas, cut
+from fusion.report.drawing import COLOURS, N_LEVELS, Canvas, canvas, cut, width_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -230,11 +230,10 @@ def dots(
         reference: value at which a line is drawn through all rows.
         marked: what the reference is, written above it.
     """
-    notes = max((len(row.note) for row in rows), default=0)
-    labels = max(len(cut(row.label)) for row in rows)
+    notes, labels = (max(map(width_of, texts)) for texts in ([row.note for row in rows], [cut(row.label) for row in rows]))
     top = 22.0 if marked else 8.0
     height = ROW * len(rows) + top + 38
-    with canvas(height, left=16 + 6.1 * labels, right=14 + 6.0 * notes, top=top, bottom=38) as drawn:
+    with canvas(height, left=10 + labels, right=14 + notes, top=top, bottom=38) as drawn:
         axes = drawn.axes
         _dot_axes(axes, rows, reference, from_zero)
         for number, row in enumerate(rows):
@@ -278,7 +277,7 @@ def shares(name: str, alt: str, labels: Sequence[str], parts: np.ndarray, names:
     """Stacked bars of shares that add up to 1: a bar per label, [n labels, n names]."""
     shown, left = [COLOURS[f"level-{level}"] for level in (6, 4, 2, 5, 3, 1)], np.zeros(len(labels))
     height = ROW * len(labels) + 24 + 38
-    with canvas(height, left=16 + 6.1 * max(map(len, labels)), right=18, top=24, bottom=38) as drawn:
+    with canvas(height, left=10 + max(map(width_of, labels)), right=18, top=24, bottom=38) as drawn:
         axes = drawn.axes
         for number, part in enumerate(parts.T):
             axes.barh(range(len(labels)), 100 * part, left=left, height=0.7, color=shown[number % len(shown)],

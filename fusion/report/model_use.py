@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from fusion.report.charts import Dot
 from fusion.report.gather import Evaluated, Gathered
 
 N_WORST = 12  # of the 20 rows that an evaluation lists; a reader needs a few to see a pattern
+LONGEST_LINE = 100  # characters of a command that fit on a line
 LONGEST_TEXT = 400  # characters of a text of a user
 PREDICTIONS = "metrics/predictions.parquet"
 
@@ -43,7 +45,13 @@ def where_of(found: Gathered) -> list[str]:
 
 
 def command(*words: str) -> str:
-    return shlex.join(words)
+    """A command for a shell; a long one has a line per flag."""
+    line = shlex.join(words)
+    if len(line) <= LONGEST_LINE:
+        return line
+    begins = [number for number, word in enumerate(words) if number and word.startswith("--")]
+    parts = [words[begin:end] for begin, end in itertools.pairwise([0, *begins, len(words)])]
+    return " \\\n  ".join(shlex.join(part) for part in parts)
 
 
 def sources(found: Gathered) -> Section:

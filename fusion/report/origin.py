@@ -9,7 +9,7 @@ import numpy as np
 
 from fusion.command.flags import Setting, settings_of
 from fusion.records.manifests import SPLIT
-from fusion.records.run import CONFIG, FACTS, config_digest
+from fusion.records.run import CONFIG, FACTS
 from fusion.report.blocks import ABSENT, Command, Section, Table, count, counted, dollars, percent, shortened
 from fusion.report.gather import Attempt, Gathered
 from fusion.report.model_use import command, where_of
@@ -143,7 +143,7 @@ def lineage(found: Gathered) -> Section:
         ("training data", made.data_sha256, "its MANIFEST.json"),
         ("validation rows", made.validation_sha256 or ABSENT, "its MANIFEST.json"),
         ("split.parquet", made.split_sha256 or ABSENT, "its MANIFEST.json"),
-        ("settings", config_digest(found.settings), "computed from config.json"),
+        ("settings", made.config_sha256, "its MANIFEST.json"),
         ("code of the training", made.code_sha256 or ABSENT, "its MANIFEST.json"),
         ("git revision", made.revision, "its MANIFEST.json"),
         ("versions", _versions(facts.versions if facts else None), FACTS),

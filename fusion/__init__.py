@@ -19,6 +19,7 @@ _EXPORTS = {
     "train": "api.training",
     "make_config": "api.settings",
     "Model": "api.model",
+    "score": "api.scoring",
     "FusionError": "errors",
     "RunConfig": "config",
     "evaluate_by_groups": "evaluation",
@@ -55,7 +56,7 @@ _refuse_wrong_python()
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def __getattr__(name: str) -> Any:

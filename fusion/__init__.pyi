@@ -1,6 +1,7 @@
 # The types of the public names, which `__init__.py` loads on first use.
 from fusion.api.loading import load as load
 from fusion.api.model import Model as Model
+from fusion.api.scoring import score as score
 from fusion.api.settings import make_config as make_config
 from fusion.api.training import train as train
 from fusion.config import RunConfig as RunConfig

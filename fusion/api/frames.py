@@ -16,7 +16,12 @@ NAME = "the frame"  # what the rows are called in messages
 
 
 def table_from(
-    frame: Any, *, priced: bool = False, drop_bad_prices: bool = False, columns: Collection[str] | None = None
+    frame: Any,
+    *,
+    priced: bool = False,
+    drop_bad_prices: bool = False,
+    columns: Collection[str] | None = None,
+    name: str = NAME,
 ) -> Table:
     """The rows of a frame, checked as those of a file.
 
@@ -25,31 +30,34 @@ def table_from(
         priced: whether it must have prices.
         drop_bad_prices: whether rows without a positive price are dropped instead of failing.
         columns: columns to keep beside ids and prices, if the frame has them; None: all.
+        name: what the frame is called in messages.
 
     Raises:
         DataError: it is not a frame; ids are missing, occur twice or are neither whole numbers nor text; a column has
             values of several types; prices are missing or not positive.
     """
     kept = None if columns is None else {ID, "price", *columns}
-    rows = arrow_of(frame, kept)
-    return table_of(rows, NAME, priced=priced, drop_bad_prices=drop_bad_prices, columns=columns)
+    rows = arrow_of(frame, kept, name)
+    return table_of(rows, name, priced=priced, drop_bad_prices=drop_bad_prices, columns=columns)
 
 
-def arrow_of(frame: Any, columns: Collection[str] | None = None) -> pa.Table:
-    """The frame as a table of Arrow, with only these columns if they are given."""
+def arrow_of(frame: Any, columns: Collection[str] | None = None, name: str = NAME) -> pa.Table:
+    """The frame as a table of Arrow, with only these columns if they are given; `name` names it in messages."""
     if hasattr(frame, "to_arrow"):  # of polars
         frame = frame.to_arrow()
     if isinstance(frame, pa.Table):
         return frame if columns is None else frame.select([one for one in frame.column_names if one in columns])
     if not isinstance(frame, pd.DataFrame):
-        raise DataError(f"{NAME} is a {type(frame).__name__}, expected a DataFrame", f"pd.DataFrame({{{ID!r}: ids}})")
-    frame = with_ids(frame)
+        raise DataError(f"{name} is a {type(frame).__name__}, expected a DataFrame", f"pd.DataFrame({{{ID!r}: ids}})")
+    frame = with_ids(frame, name)
     if columns is not None:
         frame = frame.loc[:, [one in columns for one in frame.columns]]
-    return pa.table([_column(frame, number) for number in range(frame.shape[1])], names=list(map(str, frame.columns)))
+    return pa.table(
+        [_column(frame, number, name) for number in range(frame.shape[1])], names=list(map(str, frame.columns))
+    )
 
 
-def with_ids(frame: pd.DataFrame) -> pd.DataFrame:
+def with_ids(frame: pd.DataFrame, name: str = NAME) -> pd.DataFrame:
     """The frame with a column of ids, which may be its index.
 
     Raises:
@@ -60,18 +68,19 @@ def with_ids(frame: pd.DataFrame) -> pd.DataFrame:
     if frame.index.name == ID:
         return frame.reset_index()
     raise DataError(
-        f"{NAME} has no column {ID!r}; it has {list(frame.columns)}",
+        f"{name} has no column {ID!r}; it has {list(frame.columns)}",
         f"name the column of ids: frame.rename(columns={{'id': {ID!r}}})",
     )
 
 
-def _column(frame: pd.DataFrame, number: int) -> pa.Array | pa.ChunkedArray:
+def _column(frame: pd.DataFrame, number: int, name: str) -> pa.Array | pa.ChunkedArray:
     try:
         return pa.array(frame.iloc[:, number], from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        name = frame.columns[number]
         reason = str(error).splitlines()[0]
-        raise DataError(f"column {name!r} of {NAME} cannot be used: {reason}", "use values of one type") from error
+        raise DataError(
+            f"column {frame.columns[number]!r} of {name} cannot be used: {reason}", "use values of one type"
+        ) from error
 
 
 def in_order_of(frame: Any, predicted: pd.DataFrame) -> pd.DataFrame:

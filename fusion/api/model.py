@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from html import escape
 from typing import Any
@@ -14,19 +15,22 @@ import torch
 from fusion import log, storage
 from fusion.api.frames import NAME, in_order_of, table_from
 from fusion.api.session import session
-from fusion.config import RunConfig
+from fusion.config import EvaluateConfig, RunConfig
 from fusion.data.arrays import Vectors, aligned, row_store
 from fusion.data.embeddings import warn_of_equal_sources
 from fusion.data.row_store import RowStore
 from fusion.data.tables import Table
-from fusion.distributed.world import World, alone
+from fusion.distributed.world import World, alone, held
 from fusion.errors import DataError, did_you_mean
+from fusion.evaluation.evaluate import evaluation_of, read_validation
 from fusion.features.fitted import Columns, Features, columns_of
 from fusion.features.rows import with_features
 from fusion.metrics import bootstrap_interval, group_metrics, readable, row_smape
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.predict import block_rows, check_dims, named, predictions_parquet, pricing
 from fusion.prediction.resumable import Arrays, compute_rows, concatenated
+from fusion.records import find_run
+from fusion.records.intervals import category_column
 from fusion.records.manifests import EPOCHS, Checkpoint
 from fusion.records.run import RunFolder
 from fusion.records.schemas import Intervals
@@ -139,10 +143,52 @@ class Model:
             table = table_from(frame, columns=self._wanted())
             vectors = {role: self._vectors(sources[role], role, table) for role in self.sources}
             columns = columns_of(self._features, table)
-            computed = concatenated(list(self._computed(table, vectors, columns, world)))
-            computed = named(dict(sorted(computed.items())), self._network.named_rows)  # in the order of the command
+            computed = self._named(concatenated(list(self._computed(table, vectors, columns, world))))
             content = predictions_parquet(table, computed, self._intervals)
         return in_order_of(frame, predictions.from_parquet(content))
+
+    def evaluate(self, by: str | Sequence[str] = (), *, data: str | None = None) -> pd.DataFrame:
+        """Predicts the validation rows again, from the files of the data, and scores them by group.
+
+        The rows are those of `evaluate_by_groups`, and so are the figures. Nothing is written.
+
+        Args:
+            by: columns of `train.csv` to group by, besides ranges of the price and which embeddings are present.
+            data: bucket or folder of the data; by default that of the training.
+
+        Returns:
+            One row per group, the first of all rows: by, group, count, share, smape in percent with its 95% interval
+            smape_low to smape_high, the other metrics of `metrics`, and covered_80, covered_90 and covered_95: the
+            share of true prices within the bounds.
+
+        Raises:
+            DataError: the data are not there, lack a column, or differ from those of the training.
+        """
+        columns = (by,) if isinstance(by, str) else tuple(by)
+        settings = EvaluateConfig(output=self._run.output or ".", run_dir=self.url, data=data, by=columns)
+        with session(), alone(str(self.device)) as world, self._memory_kept():
+            log.configure(self.run_id, world.rank, world.size)
+            run, chosen, network = self._run, self._chosen, self._network
+            where, others = find_run.data_of(settings, self.config.data), [category_column(self.config)]
+            read = read_validation(settings, run, self.config, chosen, network, where, world, columns, others)
+            table, store, as_trained = held(read[0]), *read[1:]
+            rows = torch.arange(len(store))
+            computed = self._named(compute_rows(pricing(network), store.resident_on(self.device), rows, self.device))
+            evaluation, _ = evaluation_of(columns, run, chosen, table, store, computed, as_trained)
+        return evaluation.groups
+
+    @contextmanager
+    def _memory_kept(self) -> Iterator[None]:
+        """Restores the labelled rows of the model, from which an evaluation removes those that it was validated on."""
+        before = self._network.memory
+        try:
+            yield
+        finally:
+            self._network.memory = before
+
+    def _named(self, computed: Arrays) -> Arrays:
+        """Outputs in the order of the command, with the names of comparable products."""
+        return named(dict(sorted(computed.items())), self._network.named_rows)
 
     def _wanted(self) -> list[str]:
         return [*([self._intervals.by] if self._intervals else []), *self.columns]

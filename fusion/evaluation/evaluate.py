@@ -75,14 +75,7 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         computed = named(compute_parts(pricing(model), store, world, parts), model.named_rows)
 
         def finish() -> None:
-            rows = _predictions(held(table), computed["price"], store.present)
-            limits = intervals.intervals_of(chosen)
-            rows, coverage = _with_bounds(rows, limits, run, chosen, held(table), computed, as_trained)
-            by = held(table).frame[list(settings.by)]
-            rows = rows.assign(**{name: list(computed[name]) for name in COMPARABLES if name in computed})
-            known = None if as_trained is False else run.baselines()  # other prices have other baselines
-            evaluation = evaluate(rows, by, computed.get("gate"), as_trained=as_trained, coverage=coverage)
-            evaluation = replace(evaluation, baselines=known)
+            evaluation, rows = evaluation_of(settings.by, run, chosen, held(table), store, computed, as_trained)
             shown = _columns_of_report(settings.by, held(table).columns)
             columns = held(table).frame.filter(items=list(dict.fromkeys(shown)))
             _write(run, chosen, evaluation, rows, columns)
@@ -91,6 +84,32 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
         world.on_main(finish)
         world.on_main(lambda: discard(run.parts))  # including those of earlier evaluations that were never finished
         world.on_main(lambda: try_report(run))
+
+
+def evaluation_of(
+    by: Sequence[str],
+    run: RunFolder,
+    chosen: manifests.Checkpoint,
+    table: Table,
+    store: RowStore,
+    computed: Arrays,
+    as_trained: bool | None,
+) -> tuple[Evaluation, pd.DataFrame]:
+    """The evaluation of a run's validation rows, and what was predicted for each of them.
+
+    Args:
+        by: columns of the table to group by.
+        table, store, as_trained: as `read_validation` returns them.
+        computed: what the model computes for the rows, with the names of comparable products.
+    """
+    rows = _predictions(table, computed["price"], store.present)
+    limits = intervals.intervals_of(chosen)
+    rows, coverage = _with_bounds(rows, limits, run, chosen, table, computed, as_trained)
+    rows = rows.assign(**{name: list(computed[name]) for name in COMPARABLES if name in computed})
+    by_columns, gate = table.frame[list(by)], computed.get("gate")
+    evaluation = evaluate(rows, by_columns, gate, as_trained=as_trained, coverage=coverage)
+    known = None if as_trained is False else run.baselines()  # other prices have other baselines
+    return replace(evaluation, baselines=known), rows
 
 
 def read_validation(

@@ -68,12 +68,9 @@ def evaluate(
         as_trained, coverage: as in `Evaluation`.
     """
     rows = rows.assign(smape=row_smape(rows["price"], rows["predicted"]))
-    columns = {name: rows[name].to_numpy(np.float64) for name in ("smape", "price", "predicted")}
-    columns |= {f"covered_{level}": is_within(rows, level) for level in LEVELS if f"low_{level}" in rows}
-    groups = [_metrics(columns, name, group, chosen) for name, group, chosen in _groups(rows, by)]
     worst, best = _extremes(rows)
     return Evaluation(
-        pd.DataFrame(groups),
+        grouped(rows, by),
         worst,
         best,
         _gates(rows, gate),
@@ -81,6 +78,18 @@ def evaluate(
         as_trained,
         pd.DataFrame() if coverage is None else coverage,
     )
+
+
+def grouped(rows: pd.DataFrame, by: pd.DataFrame) -> pd.DataFrame:
+    """Metrics of all rows and of each group, as `Evaluation.groups`.
+
+    Args:
+        rows, by: as for `evaluate`; without the column present, rows are not grouped by it.
+    """
+    columns = {"smape": row_smape(rows["price"], rows["predicted"])}
+    columns |= {name: rows[name].to_numpy(np.float64) for name in ("price", "predicted")}
+    columns |= {f"covered_{level}": is_within(rows, level) for level in LEVELS if f"low_{level}" in rows}
+    return pd.DataFrame([_metrics(columns, name, group, chosen) for name, group, chosen in _groups(rows, by)])
 
 
 def _extremes(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -104,8 +113,9 @@ def _groups(rows: pd.DataFrame, by: pd.DataFrame) -> Iterator[tuple[str, str, np
     own = {
         "price_bin": (price_bins(rows["price"]), BIN_NAMES),
         "price_range": (binned(rows["price"], RANGES, RANGE_NAMES), RANGE_NAMES),
-        "present": (rows["present"], sorted(rows["present"].unique())),
     }
+    if "present" in rows:
+        own["present"] = rows["present"], sorted(rows["present"].unique())
     for name, (labels, groups) in own.items():
         positions = _positions(labels)
         outside = [OUTSIDE] if OUTSIDE in positions else []

@@ -22,6 +22,7 @@ from fusion.records.schemas import Baselines
 from fusion.records.split import read_split
 from fusion.records.validation import validation_of
 from fusion.report.seal import REPORT
+from fusion.spelling import as_typed
 from fusion.training.trainer import Fit
 
 # A validation SMAPE differs from epoch to epoch by about 0.5% of itself without getting better or worse. So the mean
@@ -197,7 +198,8 @@ def _places(run: RunFolder) -> dict[str, str]:
 def next_commands(config: RunConfig) -> list[str]:
     """The commands that use the finished run, ready to paste into a shell."""
     where = shlex.join(["--output", config.output, "--run-id", config.name()])
-    return [f"python -m fusion.{config.variant}.{name} {where}" for name in ("evaluate_by_groups", "predict_test")]
+    names = ("evaluate_by_groups", "predict_test")
+    return [as_typed(f"python -m fusion.{config.variant}.{name} {where}") for name in names]
 
 
 def _typed(command: str, width: int) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fusion import training
+from fusion import log, training
 from fusion.api.dataset import write_training_data
 from fusion.api.loading import opened
 from fusion.api.model import Model
@@ -24,7 +24,7 @@ def train(
     >>> config = fusion.make_config("all_embeddings", data="data", output="output", epochs=10)  # doctest: +SKIP
     >>> model = fusion.train(config, frame, {"clip_image": images, …})  # doctest: +SKIP
 
-    The run is the one that `python -m fusion.VARIANT.train` with the same settings makes, and all commands can use it.
+    The run is the one that the command `fusion train` with the same settings makes, and all commands can use it.
     If the training is interrupted (Ctrl-C, or "interrupt the kernel"), it commits what it has done and raises
     `StopRequested`. The same call continues, as it does after a crash.
 
@@ -61,4 +61,5 @@ def train(
         with interruptible():
             training.train(config, build_network)
         where = ReadRunConfig(output=config.output, run_dir=RunFolder.of(config).url, device=config.device)
-        return opened(where, type(config))
+        with log.separate("warning"):
+            return opened(where, type(config))

@@ -230,7 +230,9 @@ def dots(
         reference: value at which a line is drawn through all rows.
         marked: what the reference is, written above it.
     """
-    notes, labels = (max(map(width_of, texts)) for texts in ([row.note for row in rows], [cut(row.label) for row in rows]))
+    notes, labels = (
+        max(map(width_of, texts)) for texts in ([row.note for row in rows], [cut(row.label) for row in rows])
+    )
     top = 22.0 if marked else 8.0
     height = ROW * len(rows) + top + 38
     with canvas(height, left=10 + labels, right=14 + notes, top=top, bottom=38) as drawn:

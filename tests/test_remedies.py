@@ -52,6 +52,7 @@ RUNS = ("train", "evaluate", "predict")
 PRINTED_BY = {
     "fusion/records/best_run.py": ("train",),
     "fusion/report/__main__.py": ("report",),
+    "fusion/report/leaderboard.py": ("report",),  # in a command that it names
     "fusion/report/publish.py": ("report",),  # in a command that it names
     "fusion/report/gather.py": ("compare",),  # in a command that it names
     "fusion/report/model_use.py": ("report", "evaluate", "ablate"),  # in commands that it prints

@@ -12,7 +12,7 @@ import pandas as pd
 from fusion.compare.standard_errors import Estimate, clustered_mean
 from fusion.metrics import compute_metrics, row_smape
 from fusion.records.intervals import CATEGORY
-from fusion.records.manifests import INTERVALS, LINES, SPLIT, VALIDATION
+from fusion.records.manifests import BASELINES, INTERVALS, LINES, SPLIT, VALIDATION
 from fusion.records.price_bins import BIN_NAMES, OUTSIDE, price_bins
 from fusion.records.run import FACTS
 from fusion.report import charts
@@ -92,13 +92,15 @@ def headline(found: Gathered) -> Headline:
 
 
 def references(found: Gathered) -> list[tuple[str, Estimate, str]]:
-    """Simple predictions of the same rows: name, SMAPE, and the file that it is computed from."""
-    median, file = _median_price(found)
+    """Simple predictions of the same rows: name, SMAPE, and the file that it is from."""
+    if found.baselines is not None:
+        scores = found.baselines.scores
+        return [(one.name, Estimate(one.smape, None, one.low, one.high), BASELINES) for one in scores]
+    median, file = _median_price(found)  # an earlier version trained the run
     if median is None:
         return []
     errors = row_smape(found.rows["price"], np.full(len(found.rows), median))
-    estimate = clustered_mean(errors, found.rows["group"].to_numpy())
-    return [(f"median price ({dollars(median)})", estimate, file)]
+    return [("median price", clustered_mean(errors, found.rows["group"].to_numpy()), file)]
 
 
 def _median_price(found: Gathered) -> tuple[float | None, str]:
@@ -124,14 +126,24 @@ def _meaning(rows: pd.DataFrame, smape: Estimate, others: Sequence[tuple[str, Es
         f"Half of the predictions are within {percent(100 * float(np.median(ratio)), 0)} of the true price, "
         f"and {percent(within, 0)} of them are within 25%."
     ]
-    for name, one, _ in others:
-        gain = one.mean - smape.mean
-        better = f"{number(gain, 1)} points lower" if gain >= 0 else f"{number(-gain, 1)} points higher"
-        found.append(f"The SMAPE is {better} than that of predicting the {name} for every product.")
-        break
+    found += [_gain(smape.mean, name, one.mean) for name, one, _ in others]
     if smape.low is None:
         found.append("There are too few groups of near-duplicates for an interval.")
     return found
+
+
+_METHODS = {
+    "median price": "predicting the median training price for every product",
+    "ridge regression": "a ridge regression on the same embeddings",
+}
+
+
+def _gain(smape: float, name: str, other: float) -> str:
+    """How much lower the SMAPE is than that of a simple method."""
+    gain, method = other - smape, _METHODS.get(name, name)
+    if gain < 0:
+        return f"The SMAPE is {number(-gain, 1)} points higher than that of {method} ({percent(other)})."
+    return f"The SMAPE is {number(gain, 1)} points lower than that of {method} ({percent(other)})."
 
 
 def _facts(found: Gathered) -> list[tuple[str, str, str]]:

@@ -73,8 +73,8 @@ class Section:
 
     @property
     def folded(self) -> list[Table]:
-        """The tables that are folded away: those behind the charts, each once, and then `hidden`."""
-        behind = [chart.table for chart in self.charts]
+        """The tables that are folded away: those behind the charts, unless they are in `tables`, and then `hidden`."""
+        behind = [chart.table for chart in self.charts if chart.table not in self.tables]
         distinct = [table for i, table in enumerate(behind) if table not in behind[:i]]
         return [*distinct, *self.hidden]
 

@@ -19,9 +19,17 @@ from fusion.config import RunConfig
 from fusion.errors import DataError, FusionError
 from fusion.metrics import row_smape
 from fusion.records import intervals, schemas
-from fusion.records.manifests import ABLATION, ENSEMBLE, LINES, Checkpoint
+from fusion.records.manifests import ABLATION, BASELINES, ENSEMBLE, LINES, Checkpoint
 from fusion.records.run import CONFIG, EXIT, LOG, START, RunFolder
-from fusion.records.schemas import AblationRecord, AttemptEnd, AttemptStart, Intervals, MetricsManifest, RunFacts
+from fusion.records.schemas import (
+    AblationRecord,
+    AttemptEnd,
+    AttemptStart,
+    Baselines,
+    Intervals,
+    MetricsManifest,
+    RunFacts,
+)
 from fusion.records.split import read_split
 from fusion.variants import config_class_of
 
@@ -88,6 +96,7 @@ class Gathered:
     coverage: pd.DataFrame
     evaluated: Evaluated | None
     ablation: AblationRecord | None
+    baselines: Baselines | None
     attempts: list[Attempt]
     events: list[dict[str, str]]
     n_parameters: int | None
@@ -130,6 +139,7 @@ def gather(run: RunFolder) -> Gathered:
         _coverage(rows, limits),
         _evaluated(run, chosen, notices),
         _ablation(run, chosen, notices),
+        schemas.read_if_whole(Baselines, run.at(BASELINES), "baselines_damaged"),
         _attempts(run),
         _events(run),
         run.n_parameters(),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fusion import __version__
-from fusion.report import accuracy, model_use, origin
-from fusion.report.blocks import Section, prose
+from fusion.compare.out_of_fold import Scored
+from fusion.report import accuracy, leaderboard, model_use, origin, several
+from fusion.report.blocks import Section, counted, prose, shortened
 from fusion.report.gather import Gathered
+from fusion.report.leaderboard import Listed
 from fusion.report.seal import sealed
 
 if TYPE_CHECKING:
@@ -44,6 +47,25 @@ def run_page(found: Gathered) -> bytes:
         "notices": _notices(found),
     }
     return _rendered("run.html", found.run.run_id, values)
+
+
+def several_page(runs: Sequence[Scored], name: str) -> bytes:
+    """A page that compares runs; `name` is that of its file."""
+    one = several.several(runs)
+    values = {
+        "title": several.title(one),
+        "kind": "Comparison of runs",
+        "output": "",
+        "sections": several.sections(one),
+    }
+    return _rendered("several.html", name, values)
+
+
+def index_page(runs: Sequence[Listed], output: str, name: str) -> bytes:
+    """A page over all runs of an output; `name` is that of its file."""
+    title = f"{counted(len(runs), 'run')} in {shortened(output, 120)}"
+    values = {"title": title, "kind": "All runs", "output": output, "sections": leaderboard.sections(runs)}
+    return _rendered("several.html", name, values)
 
 
 def _sections(found: Gathered) -> list[Section | None]:

@@ -1,16 +1,25 @@
-"""Writes the report of a run into its folder."""
+"""Writes pages: the report of a run into its folder, and those about several runs into `reports/` of the output."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
 
 from fusion import log, storage
+from fusion.config import digest
+from fusion.records.output import OutputFolder
 from fusion.records.run import RunFolder
-from fusion.report.seal import REPORT
+from fusion.report.seal import REPORT, REPORTS
+
+INDEX: Final = "index.html"
 
 
-def write_report(run: RunFolder) -> str:
-    """Writes `report.html` of a run, and returns its URL. The same run gives the same bytes.
+def write_report(run: RunFolder, to: str | None = None) -> str:
+    """Writes the report of a run to its `report.html`, or to `to`, and returns its URL.
+
+    The same run gives the same bytes.
 
     Raises:
         DataError: as for `gather`.
@@ -18,9 +27,46 @@ def write_report(run: RunFolder) -> str:
     from fusion.report.gather import gather
     from fusion.report.pages import run_page
 
-    started, url = time.monotonic(), run.at(REPORT)
+    started, url = time.monotonic(), to or run.at(REPORT)
     storage.write(url, run_page(gather(run)))
     log.info(event="reported", report=url, seconds=time.monotonic() - started)
+    return url
+
+
+def write_comparison(runs: Sequence[str], output: str, to: str | None) -> str:
+    """Writes a page that compares runs, and returns its URL.
+
+    Args:
+        runs: ids of runs under `output`, or URLs of their folders.
+        to: where to write it; None for `reports/` of the output, under a name made of the runs.
+
+    Raises:
+        UsageError, DataError: as for `scored_runs`.
+    """
+    from fusion.compare.out_of_fold import scored_runs
+    from fusion.report.pages import several_page
+
+    name = f"compare-{digest(sorted(runs))[:8]}.html"
+    return _written(several_page(scored_runs(runs, output), name), to or storage.join(output, REPORTS, name))
+
+
+def write_index(output: str, to: str | None) -> str:
+    """Writes a page over all runs of an output, by default `reports/index.html`, and returns its URL.
+
+    A page elsewhere has no links to the reports of the runs.
+    """
+    from fusion.report.leaderboard import listed_runs
+    from fusion.report.pages import index_page
+
+    found = listed_runs(OutputFolder(output))
+    if to is not None:
+        found = [replace(one, link="") for one in found]
+    return _written(index_page(found, output, INDEX), to or storage.join(output, REPORTS, INDEX))
+
+
+def _written(page: bytes, url: str) -> str:
+    storage.write(url, page)
+    log.info(event="reported", report=url)
     return url
 
 

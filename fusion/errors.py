@@ -87,6 +87,16 @@ SYNONYMS = {
 }
 
 
+# What a user of other tools types for a flag, as argparse reports it: `lr=3e-4`.
+_ASSIGNED = re.compile(r"^unrecognized arguments: ([a-zA-Z][\w.-]*)=(\S+)")
+
+
+def _flag_for(name: str, known: Iterable[str]) -> str:
+    """The known flag that `name` without dashes stands for; empty if there is none."""
+    flag = f"--{name.replace('_', '-')}"
+    return next((one for one in (flag, SYNONYMS.get(flag)) if one in known), None) or ""
+
+
 def did_you_mean(wrong: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The start of a hint, "did you mean NAME? ", with the most similar known name; empty if none is similar.
 
@@ -128,7 +138,10 @@ class Parser(argparse.ArgumentParser):
         known = [option for action in self._actions for option in action.option_strings]
         # argparse only gives its message; the first word in it that looks like a flag is the wrong one.
         wrong = next((word.split("=")[0].rstrip(":") for word in message.split() if word.startswith("--")), "")
-        if wrong in known:  # the flag is right, so its value is wrong
+        assigned = _ASSIGNED.search(message)
+        if assigned and (flag := _flag_for(assigned[1], known)):
+            remedy = f"did you mean {flag} {assigned[2]}? "
+        elif wrong in known:  # the flag is right, so its value is wrong
             remedy = ""
         elif SYNONYMS.get(wrong) in known:
             remedy = f"did you mean {SYNONYMS[wrong]}? "

@@ -365,7 +365,7 @@ def test_a_yaml_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("lr: 0.1\n")
     with pytest.raises(ConfigError) as raised:
         read("--config", str(tmp_path / "settings.yaml"))
-    assert raised.value.remedy.startswith("YAML is not supported")
+    assert raised.value.remedy == "YAML is not supported: write `lr = 0.1` into settings.toml"
 
 
 def test_a_common_name_of_a_flag_gets_a_suggestion() -> None:

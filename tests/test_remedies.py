@@ -77,8 +77,10 @@ PRINTED_BY = {
     "fusion/distributed/world.py": RUNS,
     "fusion/data/duplicates.py": ("train",),
     "fusion/data/embeddings.py": ("train", "predict"),
+    "fusion/data/source_file.py": ("convert",),  # in a command that it names
     "fusion/data/node_rows.py": ("train",),
     "fusion/data/row_cache.py": (*RUNS, "ablate"),
+    "fusion/cli/completion.py": (*RUNS, *PARSERS),
     "fusion/cli/main.py": (*RUNS, *PARSERS),
     "fusion/cli/variant.py": ("evaluate", "predict"),
     "fusion/ensemble/__main__.py:_other_rows": ("train",),
@@ -149,6 +151,7 @@ PRINTED_BY = {
 }
 # Of git, docker and kubectl; and of the training whose flags follow the `--` of a submission.
 FOREIGN = {"fusion/records/provenance.py": {"--error-unmatch"}, "fusion/data/shared_memory.py": {"--shm-size"}}
+FOREIGN |= {"fusion/data/inputs.py:_no_source": {"--embeddings", "--ids", "--to"}}  # of fusion.convert
 FOREIGN |= {"fusion/jobs/schedulers/kubectl.py": {"--output"}}
 KUBECTL = ("--api-group", "--cascade", "--container", "--field-selector", "--output", "--selector", "--since-time")
 FOREIGN |= {"fusion/jobs/schedulers/kubernetes_sent.py": {*KUBECTL, "--tail", "--timestamps", "--wait"}}

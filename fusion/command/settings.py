@@ -263,7 +263,8 @@ def _read_file(url: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         values = _flatten(loaded)
     except (ValueError, AttributeError) as error:
         is_yaml = url.endswith((".yaml", ".yml"))
-        remedy = "YAML is not supported: write `lr = 0.1` into a .toml file" if is_yaml else "correct the file"
+        toml = f"{storage.base(url).rpartition('.')[0]}.toml"
+        remedy = f"YAML is not supported: write `lr = 0.1` into {toml}" if is_yaml else "correct the file"
         raise ConfigError(f"{url} is not a JSON or TOML file of settings: {error}", remedy) from error
     _check_keys(url, values, flags)
     return values

@@ -102,7 +102,8 @@ def _below(folder: str) -> dict[str, Entry]:
 def _no_table(data: str, split: str, there: list[str]) -> DataError:
     if not there and _is_file(data):
         folder = data.rstrip("/").rpartition("/")[0]
-        return DataError(f"{data} is a file, expected the folder that holds {split}.csv", f"--data {folder or '.'}")
+        message = f"{data} is a file, expected the folder that holds {split}.csv"
+        return DataError(message, f"give its folder: --data {folder or '.'}")
     holds = ", ".join(there[:10]) or "nothing"
     return DataError(
         f"neither {storage.join(data, split)}.csv nor {split}{_PARQUET} exists; {data} holds {holds}",
@@ -156,10 +157,12 @@ def _no_source(folder: str, role: str, name: str, found: Mapping[str, Entry]) ->
     there = sorted(_names(found))
     near = did_you_mean(name, there)
     flag = f"name the source with --sources.{role.replace('_', '-')} NAME"
-    if any(path.endswith((".npy", ".npz", ".pkl")) for path in found):
+    target = f"{folder}/{name}{_PARQUET}"
+    if f"{name}.npy" in found:
+        flag = f"convert it: `python -m fusion.convert --embeddings {folder}/{name}.npy --ids IDS.npy --to {target}`"
+    elif any(path.endswith((".npy", ".npz", ".pkl")) for path in found):
         flag = f"convert NumPy files and pickles with python -m fusion.convert, or {flag}"
     return DataError(
-        f"no {folder}/{name}{_PARQUET} and no {name}/*{_PARQUET} for the role {role}; {folder} holds "
-        f"{', '.join(there) or 'nothing'}",
+        f"no {target} and no {name}/*{_PARQUET} for the role {role}; {folder} holds {', '.join(there) or 'nothing'}",
         near + (flag if storage.base(folder) == "train" else "add the source: the model was trained with it"),
     )

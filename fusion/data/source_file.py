@@ -204,9 +204,15 @@ def _damage_named(url: str, raw: BinaryIO | pa.BufferReader) -> Iterator[None]:
             raise
         raw.seek(0)
         if raw.read(len(NUMPY_MAGIC)).startswith((NUMPY_MAGIC, ZIP_MAGIC)):
-            raise DataError(f"{url} is a NumPy file", "convert it with python -m fusion.convert") from error
+            raise DataError(f"{url} is a NumPy file", _convert(url)) from error
         reason = str(error).splitlines()[0]
         raise DataError(f"{url} is not a complete Parquet file: {reason}", "write or upload the file again") from error
+
+
+def _convert(url: str) -> str:
+    npy = f"{url.removesuffix('.parquet')}.npy"
+    command = f"python -m fusion.convert --embeddings {npy} --ids IDS.npy --to {url}"
+    return f"rename it to {npy}, then convert it with its ids: `{command}`"
 
 
 def _check_columns(url: str, schema: pa.Schema) -> None:

@@ -250,10 +250,14 @@ def _with_prices(url: str, found: pa.Table, drop: bool) -> pa.Table:
 def _bad_prices(url: str, ids: pa.ChunkedArray, prices: pa.ChunkedArray, n_bad: int, n_rows: int) -> tuple[str, str]:
     """Message and hint for rows without a positive price."""
     shown = ", ".join(f"{one} ({price!r})" for one, price in zip(ids.to_pylist(), prices.to_pylist(), strict=True))
-    message = f"{n_bad} of {n_rows} rows of {url} have no price above zero, the first: {shown}"
+    is_text = any(isinstance(price, str) and any(map(str.isdigit, price)) for price in prices.to_pylist())
+    is_text = is_text and not np.isfinite(_numbers(prices)).any()
+    reason = "have a price that is not a plain number" if is_text else "have no price above zero"
+    message = f"{n_bad} of {n_rows} rows of {url} {reason}, the first: {shown}"
+    remedy = "write prices as plain numbers such as 12.99, without currency and with a decimal point"
     if n_bad == n_rows:  # dropping them would leave nothing
-        return message, "write prices as plain numbers such as 12.99, without currency and with a decimal point"
-    return message, "correct them, or drop them with --drop-bad-prices"
+        return message, remedy
+    return message, f"{remedy if is_text else 'correct them'}, or drop them with --drop-bad-prices"
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

@@ -218,8 +218,10 @@ def _at_least(text: str, least: int) -> int:
 
 def _job(argv: Sequence[str] | None) -> int:
     if not (sys.argv[1:] if argv is None else argv):
-        message = "control.py expects a command: list, status, logs, cancel or wait"
-        raise UsageError(message, "for example `python jobs/control.py list`; --help says more")
+        message = "control expects a command: list, status, logs, cancel or wait"
+        raise UsageError(
+            message, "for example `python jobs/control.py list`; `python jobs/control.py --help` says more"
+        )
     given, unknown = _parser().parse_known_args(argv)
     if unknown:
         given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # the subcommand's parser suggests its flags

@@ -236,10 +236,8 @@ def _add_pulls(command: Callable[..., Parser]) -> None:
 
 def _job(argv: Sequence[str] | None) -> ExitCode:
     if not (sys.argv[1:] if argv is None else argv):
-        message = "pull.py expects a command: runs, submissions, compare, run or submission"
-        raise UsageError(
-            message, "for example `python jobs/pull.py runs --output s3://my-bucket/output`; --help says more"
-        )
+        message = "pull expects a command: runs, submissions, compare, run or submission"
+        raise UsageError(message, f"for example {EXAMPLE}; `{_parser().prog} --help` says more")
     given, unknown = _parser().parse_known_args(argv)
     if unknown:
         given.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # the subcommand's parser suggests its flags

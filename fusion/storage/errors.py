@@ -161,7 +161,9 @@ def _missing(url: str, error: BaseException) -> DataError:
     if is_no_bucket(error):
         bucket = url.partition("://")[2].split("/")[0]
         return DataError(f"there is no bucket {bucket} ({url})", "correct its name, or create it")
-    return DataError(f"{url} does not exist ({_cause(error)})", "check the path for a misspelt folder or file name")
+    # The text of a FileNotFoundError would only repeat what the message says.
+    cause = "" if isinstance(error, FileNotFoundError) else f" ({_cause(error)})"
+    return DataError(f"{url} does not exist{cause}", "check the path for a misspelt folder or file name")
 
 
 def reason_of(error: BaseException) -> str:

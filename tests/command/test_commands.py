@@ -156,6 +156,9 @@ def test_bad_input_of_a_process(catalog: Path, tmp_path: Path) -> None:
     [
         (["--epoch", "3"], 64, "did you mean --epochs?"),
         (["--sources.clip-imag", "x"], 64, "did you mean --sources.clip-image?"),
+        (["--learning-rate", "3"], 64, "did you mean --lr?"),
+        (["lr=3e-4"], 64, "did you mean --lr 3e-4?"),
+        (["learning_rate=1"], 64, "did you mean --lr 1?"),
         (["--epochs"], 64, "expected one argument"),
         (["extra"], 64, "unrecognized arguments: extra"),
         (["--epochs", "0"], 78, "--epochs is '0': input should be greater than or equal to 1"),

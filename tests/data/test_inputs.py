@@ -59,6 +59,15 @@ def test_a_source_that_is_missing(tmp_path: Path) -> None:
     assert "--" not in caught.value.remedy, "predict_test takes its sources from the run"
 
 
+def test_a_numpy_file_in_place_of_a_source_is_converted_by_the_command_of_the_hint(tmp_path: Path) -> None:
+    write(f"{tmp_path}/embeddings/train", "cnn.npy")
+    with pytest.raises(DataError) as caught:
+        files(str(tmp_path))
+    npy = f"{tmp_path}/embeddings/train/cnn.npy"
+    command = f"python -m fusion.convert --embeddings {npy} --ids IDS.npy --to {npy.removesuffix('npy')}parquet"
+    assert caught.value.remedy == f"convert it: `{command}`"
+
+
 def test_the_table(tmp_path: Path) -> None:
     write(str(tmp_path), "train.parquet", "embeddings/train/cnn.parquet")
     assert find_table(str(tmp_path), "train")[0].url.endswith("/train.parquet")
@@ -72,7 +81,7 @@ def test_a_wrong_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for data, folder in (("data/train.csv", "data"), (f"{tmp_path}/data/train.csv", f"{tmp_path}/data")):
         with pytest.raises(DataError, match=f"{data} is a file, expected the folder") as caught:
             find_table(data, "train")
-        assert caught.value.remedy == f"--data {folder}"
+        assert caught.value.remedy == f"give its folder: --data {folder}"
     with pytest.raises(DataError, match=r"neither data/test\.csv nor test\.parquet exists; data holds train\.csv"):
         find_table("data", "test")
     with pytest.raises(DataError, match="nowhere holds nothing") as caught:

@@ -76,6 +76,12 @@ def test_bad_prices(tmp_path: Path, price: str, capsys: pytest.CaptureFixture[st
     assert "event=dropped_bad_prices rows=1" in capsys.readouterr().err
 
 
+def test_a_price_with_a_currency_is_not_a_plain_number(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1 of 2 rows .* not a plain number, the first: 2 \('\$49\.50'\)") as caught:
+        read(tmp_path, "sample_id,price\n1,5\n2,$49.50\n")
+    assert "plain numbers such as 12.99" in caught.value.remedy and "--drop-bad-prices" in caught.value.remedy
+
+
 def test_the_hint_does_not_suggest_dropping_all_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 of 2 rows .* the first: 1 \('\$49\.50'\), 2 \('12,99'\)") as caught:
         read(tmp_path, 'sample_id,price\n1,$49.50\n2,"12,99"\n', drop_bad_prices=True)
@@ -248,7 +254,7 @@ def test_a_file_as_data_names_its_folder(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(GOOD)
     with pytest.raises(DataError, match="is a file, expected the folder") as caught:
         read_table(str(tmp_path / "train.csv"), "train", priced=True)
-    assert caught.value.remedy == f"--data {tmp_path}"
+    assert caught.value.remedy == f"give its folder: --data {tmp_path}"
 
 
 def test_an_id_column_that_pandas_wrote_as_an_index(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_the_status_of_a_job_that_kueue_holds_back_says_why(
         (["list", "--settings=x"], 64, "error: --settings is for one cluster, and list asks all\nhint: "),
         (["status", "a", "--namespace="], 78, "error: --namespace is empty\n"),
         (["statos", "a"], 64, "error: "),
-        ([], 64, "error: control.py expects a command: list, status, logs, cancel or wait\nhint: for example `python"),
+        ([], 64, "error: control expects a command: list, status, logs, cancel or wait\nhint: for example `python"),
     ],
 )  # fmt: skip
 def test_user_errors_are_named(

@@ -46,7 +46,7 @@ def test_ls_lists_what_is_directly_below(root: str) -> None:
 
 def test_a_missing_object_is_named(root: str) -> None:
     url = storage.join(root, "missing.csv")
-    with pytest.raises(DataError, match=r"missing\.csv does not exist"):
+    with pytest.raises(DataError, match=r"missing\.csv does not exist$"):
         storage.read(url)
 
 

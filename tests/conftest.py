@@ -30,7 +30,7 @@ SMALL += ["--device", "cpu"]
 # while the others are idle.
 LONG = ["test_slurm", "test_slurm_outside", "test_resume", "test_exit_codes", "test_ensemble", "test_faults"]
 LONG += ["test_rendezvous", "test_errors", "test_verify_everything", "test_resumable", "test_end_to_end", "test_ranks"]
-LONG += ["test_quality", "test_leaks"]
+LONG += ["test_quality", "test_leaks", "test_blocks"]
 
 
 def pytest_configure() -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from mkdocs.exceptions import PluginError
 
+from docs.tools.docstrings import with_blocks
 from docs.tools.flowchart import svg
 from docs.tools.hooks import on_page_markdown
 
@@ -46,3 +47,8 @@ def test_a_drawing_has_each_box_above_those_it_points_to() -> None:
 def test_a_drawing_that_is_not_understood_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a -\.- b"):
         svg("flowchart TD\n    a -.- b\n")
+
+
+def test_examples_in_docstrings_are_code() -> None:
+    docstring = "Adds.\n\n>>> add(1, 2)  # doctest: +SKIP\n3\n\nArgs:\n    a: a number.\n"
+    assert with_blocks(docstring) == "Adds.\n\n```pycon\n>>> add(1, 2)\n3\n```\n\nArgs:\n    a: a number.\n"

@@ -204,7 +204,8 @@ def alone(device: str = "auto") -> Iterator[World]:
         ConfigError: `device` is cuda, but torch finds no GPU, or the process is in another group.
     """
     world = World(0, 1, 0, 1, _device(device, 0))
-    with _group("gloo", HashStore(), world):  # nothing is exchanged between GPUs
+    on_device = torch.cuda.device(world.device) if world.device.type == "cuda" else nullcontext()
+    with _group("gloo", HashStore(), world), on_device:  # nothing is exchanged between GPUs
         yield world
 
 

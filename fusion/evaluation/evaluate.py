@@ -279,7 +279,9 @@ def _columns_of_report(by: Sequence[str], names: Sequence[str]) -> list[str]:
 def _predictions(table: Table, prices: np.ndarray, present: Mapping[str, Tensor]) -> pd.DataFrame:
     """Returns a row per product: sample_id, price, predicted, and present, which says in words which roles it has."""
     # Bit i of a row's code says whether it has role i. There are few different codes, so each is put in words once.
-    codes = sum(is_present.numpy().astype(np.int64) << number for number, is_present in enumerate(present.values()))
+    codes = sum(
+        is_present.cpu().numpy().astype(np.int64) << number for number, is_present in enumerate(present.values())
+    )
     found, positions = np.unique(np.asarray(codes), return_inverse=True)
     words = np.array([_in_words(int(code), list(present)) for code in found], dtype=object)
     columns = {"sample_id": table.ids, "price": table.prices, "predicted": prices, "present": words[positions]}

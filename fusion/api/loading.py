@@ -146,11 +146,9 @@ def _only_variant(output: str, pointer: str) -> str:
 
 def _nothing_finished(output: str, variant: str) -> DataError:
     folders = [run.run_id for run in OutputFolder(output).runs()]
-    holds = f"; it has the runs {', '.join(folders[:5])}" if folders else ""
-    return DataError(
-        f"no finished run of {variant} under {output}{holds}",
-        "name the output of a training, or train: fusion.train(…)",
-    )
+    holds = f"it has the runs {', '.join(folders[:5])}" if folders else "it has no runs, or does not exist"
+    message = f"no finished run of {variant} under {output}: {holds}"
+    return DataError(message, "name the output of a training, or train a model with fusion.train")
 
 
 def _refuse_ensemble(variant: str | type[RunConfig] | None, folder: RunFolder | None) -> None:

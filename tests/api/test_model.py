@@ -18,9 +18,10 @@ import fusion
 from fusion.all_embeddings import predict_test as predict_all
 from fusion.all_embeddings import train as train_all
 from fusion.errors import ConfigError, DataError
+from fusion.jobs import pull
 from fusion.qwen_clip import predict_test as predict_pair
 from fusion.qwen_clip import train as train_pair
-from tests.conftest import SMALL
+from tests.conftest import SMALL, upload
 
 COMMANDS = {"all_embeddings": (train_all, predict_all), "qwen_clip": (train_pair, predict_pair)}
 # Settings of trainings that compute their prices in different ways.
@@ -299,3 +300,16 @@ def test_parquet_tables_are_read_as_frames(output: Path, catalog: Path) -> None:
     arrays = arrays_of(catalog, model.sources)
     found = model.predict(frame_of(catalog), {**arrays, "clip_image": (rows["sample_id"], rows["embedding"])})
     assert_equal(found, published(output, "pair"))
+
+
+def test_a_run_is_loaded_from_a_bucket_or_pulled_from_it(
+    bucket: str, output: Path, catalog: Path, tmp_path: Path
+) -> None:
+    upload(output / "runs" / "text", f"{bucket}/out/runs/text")
+    upload(output / "pointers", f"{bucket}/out/pointers")
+    assert pull.main(["run", "text", "--output", f"{bucket}/out", "--to", str(tmp_path)]) == 0
+    for place, run in ((f"{bucket}/out", "text"), (str(tmp_path / "runs" / "text"), "best")):
+        model = fusion.load(place, run=run, device="cpu")
+        assert_equal(model.predict(frame_of(catalog), files_of(catalog, model.sources)), published(output, "text"))
+        assert model.metrics["count"] > 0 and len(model.history) == 1
+    assert model.evaluate()["count"].iloc[0] == model.metrics["count"]

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 import fusion
+from fusion import storage
 from fusion.config import RunConfig
 from fusion.errors import ConfigError, DataError, StopRequested
 from fusion.qwen_clip import evaluate_by_groups
@@ -281,3 +282,12 @@ def test_wrong_settings_are_named_as_keywords(settings: dict[str, Any], message:
 
 def test_settings_may_be_made_either_way() -> None:
     assert fusion.make_config("qwen_clip", epochs=3, output="o") == Config(epochs=3, output="o")
+
+
+def test_data_in_memory_are_written_to_a_bucket(bucket: str, trained: bytes, catalog: Path) -> None:
+    config = fusion.make_config("qwen_clip", **SHAPE, data=f"{bucket}/data", output=f"{bucket}/out", run_id="one")
+    for _ in range(2):
+        model = fusion.train(config, frame_of(catalog), sources_of(catalog), quiet=True)
+        assert storage.read(f"{model.url}/checkpoints/{model.checkpoint}/model.safetensors") == trained
+    with pytest.raises(DataError, match="prices are not the same"):
+        fusion.train(config, frame_of(catalog).assign(price=1.0), sources_of(catalog), quiet=True)

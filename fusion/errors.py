@@ -94,7 +94,7 @@ _ASSIGNED = re.compile(r"^unrecognized arguments: ([a-zA-Z][\w.-]*)=(\S+)")
 def _flag_for(name: str, known: Iterable[str]) -> str:
     """The known flag that `name` without dashes stands for; empty if there is none."""
     flag = f"--{name.replace('_', '-')}"
-    return next((one for one in (flag, SYNONYMS.get(flag)) if one in known), None) or ""
+    return next((one for one in (flag, SYNONYMS.get(flag, "")) if one in known), "")
 
 
 def did_you_mean(wrong: str, known: Iterable[str], cutoff: float = 0.6) -> str:

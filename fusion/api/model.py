@@ -9,12 +9,14 @@ from dataclasses import asdict
 from html import escape
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from fusion import log, storage
 from fusion.api.frames import NAME, in_order_of, table_from
 from fusion.api.session import session
+from fusion.compare.standard_errors import smape_interval
 from fusion.config import EvaluateConfig, RunConfig
 from fusion.data.arrays import Vectors, aligned, row_store
 from fusion.data.embeddings import warn_of_equal_sources
@@ -25,15 +27,16 @@ from fusion.errors import DataError, did_you_mean
 from fusion.evaluation.evaluate import evaluation_of, read_validation
 from fusion.features.fitted import Columns, Features, columns_of
 from fusion.features.rows import with_features
-from fusion.metrics import bootstrap_interval, group_metrics, readable, row_smape
+from fusion.metrics import group_metrics, readable, row_smape
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.predict import block_rows, check_dims, named, predictions_parquet, pricing
 from fusion.prediction.resumable import Arrays, compute_rows, concatenated
 from fusion.records import find_run
 from fusion.records.intervals import category_column
-from fusion.records.manifests import EPOCHS, Checkpoint
+from fusion.records.manifests import EPOCHS, SPLIT, Checkpoint
 from fusion.records.run import RunFolder
 from fusion.records.schemas import Intervals
+from fusion.records.split import read_split
 from fusion.records.validation import has_validation, validation_of
 from fusion.submissions import predictions
 
@@ -250,9 +253,16 @@ class Model:
         if not has_validation(self._chosen):
             return {"smape": self._chosen.smape}
         rows = validation_of(self._chosen)
-        low, high = bootstrap_interval(row_smape(rows["price"], rows["predicted"]))
+        low, high = smape_interval(row_smape(rows["price"], rows["predicted"]), self._duplicates())
         found = group_metrics(rows["price"], rows["predicted"])
         return {"smape": found.pop("smape"), "smape_low": low, "smape_high": high, **found, "count": len(rows)}
+
+    def _duplicates(self) -> np.ndarray | None:
+        """[n] the group of near-duplicates of each validation row; None for a copy of the run without its split."""
+        if not storage.exists(self._run.at(SPLIT)):
+            return None
+        split = read_split(self._run, self._chosen.manifest.split_sha256)
+        return split.loc[split["side"] == "validation", "group"].to_numpy()
 
     def _facts(self) -> dict[str, str]:
         """What a reader of a notebook wants to know at first sight."""

@@ -33,7 +33,7 @@ def score(truth: Any, predicted: Any, by: str | Sequence[str] = ()) -> pd.DataFr
 
     Returns:
         One row per group, the first of all rows: by, group, count, share; smape in percent, with its 95% interval
-        smape_low to smape_high; mae, rmse, median_error, bias, mean_true and mean_pred in dollars; mape in percent;
+        smape_low to smape_high, for which rows are independent; mae, rmse, median_error, bias, mean_true and mean_pred in dollars; mape in percent;
         r2; and for predictions with bounds covered_80, covered_90 and covered_95, the share of true prices within.
 
     Raises:

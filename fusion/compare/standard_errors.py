@@ -56,6 +56,20 @@ def clustered_mean(values: FloatArray, groups: NDArray[np.integer], level: float
     return Estimate(mean, error, mean - half, mean + half)
 
 
+def smape_interval(errors: FloatArray, groups: NDArray[np.integer] | None = None) -> tuple[float, float]:
+    """95% interval of a SMAPE, from `clustered_mean`; (NaN, NaN) if there are fewer than two groups.
+
+    Args:
+        errors: [n] SMAPE of each row, in %.
+        groups: [n] rows of one group are near-duplicates; None: all rows are independent.
+    """
+    if not len(errors):
+        return float("nan"), float("nan")
+    found = clustered_mean(errors, np.arange(len(errors)) if groups is None else groups)
+    low, high = (float("nan") if bound is None else bound for bound in (found.low, found.high))
+    return float(np.maximum(low, 0.0)), high  # NaN stays NaN
+
+
 def joined_groups(groupings: Sequence[NDArray[np.integer]]) -> IntArray:
     """Merges groupings, each [n], of the same rows.
 

@@ -107,7 +107,8 @@ def evaluation_of(
     rows, coverage = _with_bounds(rows, limits, run, chosen, table, computed, as_trained)
     rows = rows.assign(**{name: list(computed[name]) for name in COMPARABLES if name in computed})
     by_columns, gate = table.frame[list(by)], computed.get("gate")
-    evaluation = evaluate(rows, by_columns, gate, as_trained=as_trained, coverage=coverage)
+    duplicates = None if store.groups is None else store.groups.cpu().numpy()
+    evaluation = evaluate(rows, by_columns, gate, as_trained=as_trained, coverage=coverage, duplicates=duplicates)
     known = None if as_trained is False else run.baselines()  # other prices have other baselines
     return replace(evaluation, baselines=known), rows
 

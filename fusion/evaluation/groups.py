@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from fusion import log
-from fusion.metrics import bootstrap_interval, group_metrics, row_smape
+from fusion.compare.standard_errors import smape_interval
+from fusion.metrics import group_metrics, row_smape
 from fusion.records.intervals import LEVELS, is_within
 from fusion.records.price_bins import BIN_NAMES, OUTSIDE, binned, price_bins
 from fusion.records.schemas import Baselines
@@ -57,6 +58,7 @@ def evaluate(
     *,
     as_trained: bool | None = None,
     coverage: pd.DataFrame | None = None,
+    duplicates: np.ndarray | None = None,
 ) -> Evaluation:
     """Computes metrics of predicted rows, overall and by group.
 
@@ -65,12 +67,13 @@ def evaluate(
             bounds such as low_90 and high_90.
         by: the user's columns to group by, for the same rows. They may have any name, even that of a computed column.
         gate: [n, E] weight of each expert; None for models without a gate.
+        duplicates: [n] the group of near-duplicates of each row, for intervals; None: all rows are independent.
         as_trained, coverage: as in `Evaluation`.
     """
     rows = rows.assign(smape=row_smape(rows["price"], rows["predicted"]))
     worst, best = _extremes(rows)
     return Evaluation(
-        grouped(rows, by),
+        grouped(rows, by, duplicates),
         worst,
         best,
         _gates(rows, gate),
@@ -80,13 +83,14 @@ def evaluate(
     )
 
 
-def grouped(rows: pd.DataFrame, by: pd.DataFrame) -> pd.DataFrame:
+def grouped(rows: pd.DataFrame, by: pd.DataFrame, duplicates: np.ndarray | None = None) -> pd.DataFrame:
     """Metrics of all rows and of each group, as `Evaluation.groups`.
 
     Args:
-        rows, by: as for `evaluate`; without the column present, rows are not grouped by it.
+        rows, by, duplicates: as for `evaluate`; without the column present, rows are not grouped by it.
     """
-    columns = {"smape": row_smape(rows["price"], rows["predicted"])}
+    groups = np.arange(len(rows)) if duplicates is None else duplicates
+    columns: dict[str, np.ndarray] = {"smape": row_smape(rows["price"], rows["predicted"]), "duplicates": groups}
     columns |= {name: rows[name].to_numpy(np.float64) for name in ("price", "predicted")}
     columns |= {f"covered_{level}": is_within(rows, level) for level in LEVELS if f"low_{level}" in rows}
     return pd.DataFrame([_metrics(columns, name, group, chosen) for name, group, chosen in _groups(rows, by)])
@@ -151,7 +155,7 @@ def _largest(found: Mapping[str, np.ndarray], column: str) -> list[str]:
 def _metrics(columns: Mapping[str, np.ndarray], name: str, group: str, rows: np.ndarray) -> dict[str, Any]:
     """Returns the row of `Evaluation.groups` for a group: its name, size, metrics and share of covered prices."""
     smape, price, predicted = (columns[column][rows] for column in ("smape", "price", "predicted"))
-    low, high = bootstrap_interval(smape)
+    low, high = smape_interval(smape, columns["duplicates"][rows])
     head = {"by": name, "group": group, "count": len(rows), "share": len(rows) / len(columns["smape"])}
     metrics = group_metrics(price, predicted)
     covered = {}

@@ -1,6 +1,6 @@
 # make demo   installs, then trains, evaluates and predicts on a generated catalog
 # make test   installs what tests need, then lint, types, import contract and all tests; as root on Debian it installs
-#             Slurm, and adds two names to /etc/hosts while it runs
+#             Slurm and Chromium, and adds two names to /etc/hosts while it runs
 # make docs   builds the pages of the documentation in site/, and fails at a broken link
 # make image  builds the container image with docker, podman or buildah; IMAGE_FLAGS="…" is passed to the build
 # make lock   updates the lists of the image's packages, with versions and hashes, in requirements/; LOCKED="cpu cu126"

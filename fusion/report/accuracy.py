@@ -106,7 +106,7 @@ def references(found: Gathered) -> list[tuple[str, Estimate, str]]:
 def _median_price(found: Gathered) -> tuple[float | None, str]:
     """The median of the training prices, and the file that has it: the log, else `run.json`, which counts all rows."""
     for event in found.events:
-        if event["event"] == "baseline" and "median_price" in event:
+        if event["event"] in ("baseline", "baselines") and "median_price" in event:
             return float(event["median_price"]), event["file"]
     quartiles = found.facts.price_quartiles if found.facts else None
     return (quartiles[1] if quartiles else None), FACTS
@@ -217,10 +217,12 @@ def _choice(found: Gathered, chosen: float | None, epochs: Sequence[float], smap
     if chosen is None:
         return ["The weights are of the checkpoint that the heading names."]
     if found.settings.get("schedule") == "cosine":
+        best = int(np.argmin(smapes))
+        passing = f" (The lowest SMAPE in passing was {smapes[best]:.2f}%, after epoch {epochs[best]:.0f}.)"
         return [
             f"The learning rate falls to 0 over the training, and the weights of the last epoch, {chosen:.0f}, are "
-            f"used. Validation rows choose nothing, so that the score is not biased by a choice. (The lowest SMAPE "
-            f"in passing was {min(smapes):.2f}%, after epoch {epochs[int(np.argmin(smapes))]:.0f}.)"
+            "used. Validation rows choose nothing, so that the score is not biased by a choice."
+            + ("" if epochs[best] == chosen else passing)
         ]
     return [
         f"The weights with the lowest validation SMAPE are used: those of epoch {chosen:.0f} of {epochs[-1]:.0f}. "

@@ -101,8 +101,10 @@ def dollars(value: float | None) -> str:
 
 
 def between(low: float | None, high: float | None, digits: int = 1) -> str:
-    """An interval, such as 29.9 – 33.2."""
-    return ABSENT if low is None or high is None else f"{number(low, digits)} – {number(high, digits)}"
+    """An interval, such as 29.9 – 33.2; with "to" beside a minus sign, which looks like a dash."""
+    if low is None or high is None:
+        return ABSENT
+    return f"{number(low, digits)} {'to' if low < 0 else '–'} {number(high, digits)}"
 
 
 def count(value: float) -> str:

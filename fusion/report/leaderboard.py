@@ -123,18 +123,21 @@ def _board(number_: int, n_boards: int, board: Sequence[Listed]) -> Section:
     rows = scored_.rows if scored_ else None
     n_rows = 0 if rows is None else len(rows)
     lead = [
-        f"{counted(len(ranked), 'run')} validated on the same {counted(n_rows, 'row')}. "
+        f"{counted(len(ranked), 'run')} validated on these {counted(n_rows, 'row')}. "
         f"{shortened(ranked[0].run.run_id, 60)} has the lowest SMAPE, {percent(_mean(ranked[0]), 2)}.",
         "Overlapping intervals do not mean that two runs are equal: paired differences have smaller errors. "
         "`python -m fusion.report --compare RUN RUN` computes them.",
     ]
+    lead = lead if len(ranked) > 1 else [f"One run validated on these {counted(n_rows, 'row')}."]
     dots = [Dot(one.run.run_id, one.smape.mean, one.smape.low, one.smape.high, percent(one.smape.mean, 2))
             for one in ranked[:MOST_DOTS] if one.smape]  # fmt: skip
     table = _table(f"Leaderboard {number_}" if n_boards > 1 else "Leaderboard", ranked)
     alt = "SMAPE: " + "; ".join(f"{dot.label} {dot.note}" for dot in dots)
-    chart = Chart("SMAPE", "%, with 95% intervals", charts.dots(f"board-{number_}", alt, dots, "SMAPE, %"), table)
+    chart = Chart(
+        "SMAPE", "%, with 95% intervals", charts.dots(f"board-{number_}", alt, dots, "SMAPE, %", from_zero=False), table
+    )
     title = "Leaderboard" if n_boards == 1 else f"Validation rows {number_} of {n_boards}"
-    return Section(f"board-{number_}", title, lead if len(ranked) > 1 else lead[:1], FILES, [chart], [table])
+    return Section(f"board-{number_}", title, lead, FILES, [chart], [table])
 
 
 def _mean(one: Listed) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fusion import __version__
 from fusion.compare.out_of_fold import Scored
 from fusion.report import accuracy, leaderboard, model_use, origin, several
-from fusion.report.blocks import Section, counted, prose, shortened
+from fusion.report.blocks import Section, counted, listed, prose, shortened
 from fusion.report.gather import Gathered
 from fusion.report.leaderboard import Listed
 from fusion.report.seal import sealed
@@ -85,6 +85,9 @@ def _sections(found: Gathered) -> list[Section | None]:
 
 def _notices(found: Gathered) -> list[str]:
     notices = list(found.notices)
+    better = [name for name, one, _ in accuracy.references(found) if one.mean <= found.smape.mean]
+    if better:
+        notices.append(f"This model is not better than {listed(better)}. More epochs or other sources may help.")
     if found.evaluated is not None and found.evaluated.as_trained is False:
         smape = float(found.evaluated.summary["smape"])
         notices.append(

@@ -105,8 +105,8 @@ def _scores(one: Several) -> Section:
     ]
     table = _scores_table(one)
     alt = "SMAPE: " + "; ".join(f"{dot.label} {dot.note}" for dot in scores)
-    plots = [Chart("SMAPE", "on the shared rows, %, with 95% intervals", charts.dots("scores", alt, scores, "SMAPE, %"),
-                   table)]  # fmt: skip
+    svg = charts.dots("scores", alt, scores, "SMAPE, %", from_zero=False)
+    plots = [Chart("SMAPE", "on the shared rows, %, with 95% intervals", svg, table)]
     if gaps:
         alt = f"SMAPE minus that of {entries[0].name}: " + "; ".join(f"{dot.label} {dot.note}" for dot in gaps)
         svg = charts.dots("gaps", alt, gaps, "points of SMAPE", reference=0.0, marked="A")
@@ -131,7 +131,7 @@ def _verdict(entries: Sequence[Entry]) -> list[str]:
 
 
 def _scores_table(one: Several) -> Table:
-    headings = ("", "run", "SMAPE, %", "95% interval", "to A", "95% interval", "median error", "mean error",
+    headings = ("letter", "run", "SMAPE, %", "95% interval", "to A", "95% interval", "median error", "mean error",
                 "within 25%", "parameters", "minutes")  # fmt: skip
     rows = [_score_row(one, i, entry) for i, entry in enumerate(one.entries)]
     return Table("Metrics side by side", headings, rows, frozenset(range(2, len(headings))))
@@ -164,7 +164,7 @@ def _settings(one: Several) -> Section:
     names = [entry.name for entry in one.entries] + [apart.name for apart in one.found.apart]
     rows = [(key, *(_cell(value) for value in values)) for key, values in differ.items()]
     headings = ("setting", *(f"{letter(i)} {shortened(names[i], 30)}" for i in range(n_runs)))
-    table = Table("Settings that differ", headings, rows, code=frozenset(range(n_runs + 1)))
+    table = Table("Their values in each run", headings, rows, code=frozenset(range(n_runs + 1)))
     return Section("settings", "Settings that differ", [], FILES[:1], tables=[table])
 
 
@@ -277,7 +277,7 @@ def _apart(one: Several) -> Section | None:
         f"These runs validated on other rows. They are compared with {one.entries[0].name} on the rows that both "
         f"validated on, if there are at least {MIN_SHARED}."
     ]
-    headings = ("", "run", "rows", "shared", "SMAPE there, %", "A there, %", "to A", "95% interval")
+    headings = ("letter", "run", "rows", "shared", "SMAPE there, %", "A there, %", "to A", "95% interval")
     rows = [_apart_row(len(one.entries) + i, apart) for i, apart in enumerate(one.found.apart)]
     table = Table("Runs that validated on other rows", headings, rows, frozenset(range(2, len(headings))))
     return Section("apart", "Listed apart", lead, FILES[1:], tables=[table])

@@ -22,7 +22,7 @@ from pydantic_core import ArgsKwargs
 # Settings that change where and how a run is computed, but not its result. They are left out of the digest that names
 # a run, and may differ when a run is resumed.
 HOW = {"output", "run_id", "device", "store_timeout", "grace", "stall_timeout", "fresh"}
-HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep", "promote", "cache", "residency"}
+HOW |= {"checkpoint_seconds", "checkpoint_steps", "keep", "promote", "cache", "residency", "tensorboard", "tracker"}
 # (setting, value, other settings that have no effect when the first setting has this value)
 UNUSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("model", "concat", ("n_tokens", "n_heads", "n_experts")),
@@ -262,6 +262,15 @@ class RunConfig(StoreConfig):
     fresh: bool = setting(False, "fail if the run exists, instead of resuming it", "stopping")
     precision: Literal["fp32", "bf16", "auto"] = setting(
         "fp32", "arithmetic of the training step; auto: the faster one, measured when the run starts", "machine"
+    )
+
+    tensorboard: bool = setting(False, "write event files for TensorBoard to the run's tensorboard/", "machine")
+    tracker: str | None = setting(
+        None,
+        "another tool that follows the training: mlflow, wandb, or package.module:factory, see fusion/tracking",
+        "machine",
+        "mlflow, wandb, or a function such as my_package.my_module:make_tracker",
+        pattern=r"^(mlflow|wandb|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
     )
 
     @model_validator(mode="before")

@@ -11,6 +11,7 @@
         baselines.json            the scores of simpler methods on the same validation rows
         checkpoints/step-<n>/     weights, training state, validation predictions; committed by MANIFEST.json
         metrics/                  the history of the training, an evaluation by groups, an ablation
+        tensorboard/              with --tensorboard, an event file per epoch
         parts/                    chunks of an evaluation or an ablation that has not finished
 
 An ensemble has a folder in `runs/` too, with `ensemble.json` and `MANIFEST.json` instead of settings and checkpoints.
@@ -91,6 +92,18 @@ class RunFolder(Folder):
     @property
     def parts(self) -> str:
         return self.at("parts")
+
+    @property
+    def tensorboard(self) -> str:
+        return self.at("tensorboard")
+
+    def segment(self, epoch: int) -> str:
+        """The file with what TensorBoard shows of an epoch, numbered from 1."""
+        return self.at("tensorboard", f"events.out.tfevents.{epoch:08d}.fusion")
+
+    @property
+    def report_url(self) -> str:
+        return self.at("report.html")
 
     def checkpoint(self, name: str) -> Folder:
         return Folder(self.at("checkpoints", name))

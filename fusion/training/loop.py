@@ -19,12 +19,14 @@ from fusion.distributed.world import World, join_world
 from fusion.prediction.predict import BuildNetwork, C, make_model
 from fusion.records import manifests
 from fusion.records.attempts import Lease, attempt, end_of, record_end
+from fusion.records.baselines import scores_of
 from fusion.records.best_run import point_to_run
 from fusion.records.manifests import MODEL, Checkpoint
 from fusion.records.run import RunFolder
 from fusion.records.schemas import Baselines
 from fusion.records.start import start_run
 from fusion.report.publish import report_if_missing, try_report
+from fusion.tracking import Followers, figures, following, trackers_of
 from fusion.training import outcome
 from fusion.training.baselines import baselines
 from fusion.training.dataset import read_data, statistics
@@ -101,6 +103,7 @@ def _attempt(config: C, build_network: BuildNetwork[C], world: World) -> Outcome
 def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease | None) -> Outcome | None:
     """Reads the data, makes the model and its memory, resumes if there is a checkpoint, and trains to the end."""
     begun = time.monotonic()
+    trackers = world.on_main_alone(lambda: trackers_of(config, RunFolder.of(config)))
     data = read_data(config, world)
     set_seed(config.seed)
     model = make_model(config, build_network, data.store.dims)
@@ -113,8 +116,11 @@ def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease
     saver.resume()
     fit.steps.choose_precision()
     # The watchdog starts here, because reads from the store, above, have their own time limits.
-    with watched(config.stall_timeout, lambda: f"rank {world.rank} at step {fit.step}") as watchdog:
-        _run_epochs(fit, saver, watchdog)
+    stalled = watched(config.stall_timeout, lambda: f"rank {world.rank} at step {fit.step}")
+    with following(config, trackers or {}) as followers, stalled as watchdog:
+        followers.summary = scores_of(known)
+        _run_epochs(fit, saver, watchdog, followers)
+        followers.summary["smape"] = fit.smape
         if fit.stopping.stopped:
             log.info(event="early_stop", epoch=fit.epoch, smape=fit.smape)
         made = saver.finish()
@@ -141,16 +147,21 @@ def _outcome(fit: Fit, saver: Saver, made: Checkpoint, known: Baselines | None, 
     return found
 
 
-def _run_epochs(fit: Fit, saver: Saver, watchdog: Watchdog) -> None:
+def _run_epochs(fit: Fit, saver: Saver, watchdog: Watchdog, followers: Followers) -> None:
+    for entry in fit.history:  # of earlier attempts, of which one may have been killed before it reported its last
+        followers.epoch(entry["epoch"], figures(entry))
     pace = Pace()
     n_steps = fit.config.epochs * fit.n_batches
     with log.progress(progress_text(fit, pace), n_steps, done=fit.step, estimates=False) as show:
         while not fit.finished:
-            _run_epoch(fit, saver, watchdog, pace, show)
+            rows_s = _run_epoch(fit, saver, watchdog, pace, show)
+            followers.epoch(fit.epoch, figures(fit.history[-1]) | {"rows_s": rows_s})
+            if not fit.finished:
+                saver.agree()
 
 
-def _run_epoch(fit: Fit, saver: Saver, watchdog: Watchdog, pace: Pace, show: log.Show) -> None:
-    """Trains on the rest of the epoch, validates, logs the epoch, and saves if a save is due."""
+def _run_epoch(fit: Fit, saver: Saver, watchdog: Watchdog, pace: Pace, show: log.Show) -> float:
+    """Trains on the rest of the epoch, validates, and logs the epoch; returns the rows per second."""
     begun = time.monotonic()
     n_rows = len(fit.data.train) - min(fit.batch * fit.config.batch_size, len(fit.data.train))
     _train_epoch(fit, saver, watchdog, pace, show)
@@ -162,9 +173,9 @@ def _run_epoch(fit: Fit, saver: Saver, watchdog: Watchdog, pace: Pace, show: log
     show(fit.step, progress_text(fit, pace))
     left = seconds_left(fit, pace)
     estimate = {} if left is None else {"eta_s": left}
-    log.info(**facts, rows_s=n_rows / (ended - begun), **estimate)
-    if not fit.finished:
-        saver.agree()
+    rows_s = n_rows / (ended - begun)
+    log.info(**facts, rows_s=rows_s, **estimate)
+    return rows_s
 
 
 def _train_epoch(fit: Fit, saver: Saver, watchdog: Watchdog, pace: Pace, show: log.Show) -> None:

@@ -21,7 +21,6 @@ from fusion.records.run import RunFolder, damaged
 from fusion.records.schemas import Baselines
 from fusion.records.split import read_split
 from fusion.records.validation import validation_of
-from fusion.report.seal import REPORT
 from fusion.spelling import as_typed
 from fusion.training.trainer import Fit
 
@@ -191,7 +190,7 @@ def _remarks(found: Outcome, config: RunConfig) -> list[str]:
 
 
 def _places(run: RunFolder) -> dict[str, str]:
-    places = {"run": run.url, "metrics": run.metrics.at(EPOCHS), "report": run.at(REPORT)}
+    places = {"run": run.url, "metrics": run.metrics.at(EPOCHS), "report": run.report_url}
     return {name: url for name, url in places.items() if name != "report" or storage.exists(url)}
 
 

@@ -38,6 +38,7 @@ from fusion.verify.findings import Report, check_beginning, check_content, check
 from fusion.verify.memory import check_memory
 from fusion.verify.metrics import check_ablation, check_metrics
 from fusion.verify.page import check_page
+from fusion.verify.segments import check_segments
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def check_run(report: Report, run: RunFolder) -> CheckedRun:
     check_metrics(report, run, facts, checked.checkpoints, validating)
     check_ablation(report, run, facts, checked.checkpoints)
     check_page(report, run.at(REPORT), facts.run_id if facts else None)
+    check_segments(report, run)
     return checked
 
 

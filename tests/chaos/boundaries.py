@@ -81,7 +81,9 @@ STAGING = {
     "staged-shard": "write */embeddings/*/_staging/*/part-*.parquet",
     "staging-gone": "remove */embeddings/*/_staging*",
 }
-EVERY_KIND = KINDS | STAGING | PREPARATION
+# Kinds of a training with --tensorboard.
+TRACKING = {"tensorboard-segment": "write */runs/r/tensorboard/events.out.tfevents.*"}
+EVERY_KIND = KINDS | STAGING | PREPARATION | TRACKING
 # Kinds that a run reaches many times, of which `skip` may pass over some.
 REPEATED = ("history-by-line", "history-as-table", "model", "state", "checkpoint-manifest", "epoch-end")
 REPEATED += ("checkpoint-validation", "checkpoint-intervals", "prune-manifest", "prune")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 
 from fusion import log, storage
-from fusion.api.model import Model
+from fusion.api.model import Model, Opened
+from fusion.api.pricers import EnsemblePricer, RunPricer
 from fusion.api.session import session
 from fusion.api.settings import configured
-from fusion.config import ReadRunConfig, RunConfig
+from fusion.config import PredictConfig, ReadRunConfig, RunConfig
 from fusion.distributed.world import alone
+from fusion.ensemble.prediction import intervals_in, models_of, open_ensemble
 from fusion.errors import ConfigError, DataError, did_you_mean
 from fusion.prediction.predict import features_of, load_model
 from fusion.records import find_run, intervals, pointers
@@ -39,8 +41,8 @@ def load(
 
     Args:
         location: bucket or folder that runs were written to (`--output`), or the folder of a single run.
-        variant: "all_embeddings", "qwen_clip", or the Config class of a variant of your own; by default that of the
-            run, or the only one that has a finished run.
+        variant: "all_embeddings", "qwen_clip", "ensemble", or the Config class of a variant of your own; by default
+            that of the run, or the only one that has a finished run.
         run: "best", which is the run that `predict_test` would use; "latest"; or the id of a run.
         device: auto, cpu, cuda or cuda:N.
         store_timeout: seconds to retry a store that does not answer.
@@ -55,11 +57,12 @@ def load(
         if folder is None:
             run_id = _run_id(place, variant, run)
             folder = None if run_id is None else RunFolder.named(place, run_id)
-        _refuse_ensemble(variant, folder)
-        config_class = _config_class(place, variant, folder)
         given = {"output": place, "device": device, "store_timeout": store_timeout}
         if folder is not None:
             given |= {"run_dir": folder.url} if folder.url == place.rstrip("/") else {"run_id": folder.run_id}
+        if variant == ENSEMBLE_VARIANT or (folder is not None and storage.exists(folder.at(ENSEMBLE))):
+            return _opened_ensemble(configured(PredictConfig, given))
+        config_class = _config_class(place, variant, folder)
         return opened(configured(ReadRunConfig, given), config_class)
 
 
@@ -70,7 +73,19 @@ def opened(settings: ReadRunConfig, config_class: type[RunConfig]) -> Model:
         log.configure(run.run_id, world.rank, world.size)
         features = features_of(run, config, chosen)
         network = load_model(chosen, config, network_for(config_class), world)
-        return Model(run, config, chosen, network, features, intervals.intervals_of(chosen), world.device)
+        limits = intervals.intervals_of(chosen)
+        pricer = RunPricer(network, config.bindings(), features, limits, config.max_missing)
+        return Model(Opened(run, config.variant, chosen.smape, pricer, world.device, config, chosen))
+
+
+def _opened_ensemble(settings: PredictConfig) -> Model:
+    """The ensemble that the settings name, or the best one."""
+    with alone(settings.device) as world:
+        folder, record, members = open_ensemble(settings)
+        log.configure(record.run_id, world.rank, world.size)
+        pricer = EnsemblePricer(members, models_of(members, world), intervals_in(folder))
+        weights = {storage.base(member.run): member.weight for member in record.members}
+        return Model(Opened(folder, ENSEMBLE_VARIANT, record.smape, pricer, world.device, members=weights))
 
 
 def _run_folder(place: str, run: str) -> RunFolder | None:
@@ -128,7 +143,7 @@ def _config_class(output: str, variant: str | type[RunConfig] | None, folder: Ru
 
 
 def _only_variant(output: str, pointer: str) -> str:
-    """The variant with a finished run, if there is only one.
+    """The variant with a finished run or ensemble, if there is only one.
 
     Raises:
         DataError: there is none.
@@ -149,12 +164,3 @@ def _nothing_finished(output: str, variant: str) -> DataError:
     holds = f"it has the runs {', '.join(folders[:5])}" if folders else "it has no runs, or does not exist"
     message = f"no finished run of {variant} under {output}: {holds}"
     return DataError(message, "name the output of a training, or train a model with fusion.train")
-
-
-def _refuse_ensemble(variant: str | type[RunConfig] | None, folder: RunFolder | None) -> None:
-    """Raises a ConfigError for an ensemble, which consists of several runs."""
-    if variant == ENSEMBLE_VARIANT or (folder is not None and storage.exists(folder.at(ENSEMBLE))):
-        raise ConfigError(
-            "an ensemble cannot be loaded, only a single run",
-            "load one of its runs, or predict with `python -m fusion.ensemble.predict_test`",
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
@@ -15,72 +15,106 @@ import torch
 
 from fusion import log, storage
 from fusion.api.frames import NAME, in_order_of, table_from
+from fusion.api.pricers import Prepare, Pricer, RunPricer
 from fusion.api.session import session
 from fusion.compare.standard_errors import smape_interval
 from fusion.config import EvaluateConfig, RunConfig
 from fusion.data.arrays import Vectors, aligned, row_store
 from fusion.data.embeddings import warn_of_equal_sources
-from fusion.data.row_store import RowStore
 from fusion.data.tables import Table
 from fusion.distributed.world import World, alone, held
-from fusion.errors import DataError, did_you_mean
+from fusion.errors import ConfigError, DataError, did_you_mean
 from fusion.evaluation.evaluate import evaluation_of, read_validation
-from fusion.features.fitted import Columns, Features, columns_of
-from fusion.features.rows import with_features
 from fusion.metrics import group_metrics, readable, row_smape
 from fusion.nn.price_model import PriceModel
-from fusion.prediction.predict import block_rows, check_dims, named, predictions_parquet, pricing
+from fusion.prediction.predict import check_dims, named, predictions_parquet, pricing
 from fusion.prediction.resumable import Arrays, compute_rows, concatenated
 from fusion.records import find_run
 from fusion.records.intervals import category_column
-from fusion.records.manifests import EPOCHS, SPLIT, Checkpoint
+from fusion.records.manifests import EPOCHS, SPLIT, VALIDATION, Checkpoint
 from fusion.records.run import RunFolder
-from fusion.records.schemas import Intervals
 from fusion.records.split import read_split
-from fusion.records.validation import has_validation, validation_of
+from fusion.records.validation import from_parquet, has_validation, validation_of
 from fusion.submissions import predictions
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What `fusion.load` has read of a run or an ensemble.
+
+    Attributes:
+        smape: in percent, on the validation rows.
+        config, checkpoint: of a run; an ensemble has none.
+        members: id of each run that takes part, and its weight.
+    """
+
+    run: RunFolder
+    variant: str
+    smape: float
+    pricer: Pricer
+    device: torch.device
+    config: RunConfig | None = None
+    checkpoint: Checkpoint | None = None
+    members: Mapping[str, float] = field(default_factory=dict)
 
 
 class Model:
     """A trained run: its settings, its scores, and prices for new products.
 
-    `fusion.load` and `fusion.train` make one. It holds the weights of the run's best checkpoint, on one device.
+    `fusion.load` and `fusion.train` make one. It holds the weights of the run's best checkpoint, on one device. It may
+    also be an ensemble of several runs, which has no settings, history and evaluation of its own.
 
     Attributes:
         run_id: name of the run.
-        variant: the kind of model, such as "all_embeddings".
-        config: the settings that the run was trained with.
+        variant: the kind of model: "all_embeddings", "qwen_clip", or "ensemble".
         url: folder of the run.
-        checkpoint: name of the checkpoint that the weights are from.
         device: where prices are computed.
     """
 
-    def __init__(
-        self,
-        run: RunFolder,
-        config: RunConfig,
-        checkpoint: Checkpoint,
-        network: PriceModel,
-        features: Features | None,
-        intervals: Intervals | None,
-        device: torch.device,
-    ) -> None:
-        """Use `fusion.load` instead, which reads all of these."""
-        self.run_id, self.variant, self.config, self.url = run.run_id, config.variant, config, run.url
-        self.checkpoint, self.device = checkpoint.name, device
-        self._run, self._chosen, self._network = run, checkpoint, network
-        self._features, self._intervals = features, intervals
+    def __init__(self, opened: Opened) -> None:
+        """Use `fusion.load` instead, which reads what is needed."""
+        self.run_id, self.variant, self.url = opened.run.run_id, opened.variant, opened.run.url
+        self.device = opened.device
+        self._opened, self._run, self._pricer = opened, opened.run, opened.pricer
         self._metrics: dict[str, float] | None = None
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings that the run was trained with. Raises a ConfigError for an ensemble, which has none."""
+        if self._opened.config is None:
+            raise self._of_members("settings")
+        return self._opened.config
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint that the weights are from. Raises a ConfigError for an ensemble."""
+        return self._chosen.name
+
+    @property
+    def members(self) -> dict[str, float]:
+        """The runs of an ensemble, each with its weight; empty for a single run."""
+        return dict(self._opened.members)
+
+    @property
+    def _chosen(self) -> Checkpoint:
+        if self._opened.checkpoint is None:
+            raise self._of_members("checkpoint")
+        return self._opened.checkpoint
+
+    def _of_members(self, noun: str) -> ConfigError:
+        first = next(iter(self.members), "")
+        where = f"fusion.load({self._run.output!r}, run={first!r})"
+        return ConfigError(f"an ensemble has no {noun} of its own, only its members have", f"load one: {where}")
 
     @property
     def sources(self) -> dict[str, int]:
         """The embeddings that `predict` needs: role to dimension."""
-        return {role: self._network.dims[role] for role in self.config.bindings()}
+        return self._pricer.sources
 
     @property
     def columns(self) -> list[str]:
         """The columns that the frame of `predict` must have beside sample_id; others are ignored."""
-        return list(self._features.names) if self._features else []
+        return self._pricer.columns
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -103,7 +137,7 @@ class Model:
             DataError: the run is of an earlier version, which did not keep them.
         """
         with session():
-            return validation_of(self._chosen)
+            return self._validation()
 
     @property
     def history(self) -> pd.DataFrame:
@@ -112,6 +146,8 @@ class Model:
         Raises:
             DataError: the run has no history, as of an earlier version.
         """
+        if self._opened.checkpoint is None:
+            raise self._of_members("history")
         with session():
             return pd.read_csv(io.BytesIO(storage.read(self._run.metrics.at(EPOCHS))))
 
@@ -144,10 +180,10 @@ class Model:
         with session(), alone(str(self.device)) as world:
             log.configure(self.run_id, world.rank, world.size)
             table = table_from(frame, columns=self._wanted())
+            prepare = self._pricer.prepare(table, world)
             vectors = {role: self._vectors(sources[role], role, table) for role in self.sources}
-            columns = columns_of(self._features, table)
-            computed = self._named(concatenated(list(self._computed(table, vectors, columns, world))))
-            content = predictions_parquet(table, computed, self._intervals)
+            computed = self._named(concatenated(list(self._computed(table, vectors, prepare, world))))
+            content = predictions_parquet(table, computed, self._pricer.intervals)
         return in_order_of(frame, predictions.from_parquet(content))
 
     def evaluate(self, by: str | Sequence[str] = (), *, data: str | None = None) -> pd.DataFrame:
@@ -167,34 +203,28 @@ class Model:
         Raises:
             DataError: the data are not there, lack a column, or differ from those of the training.
         """
-        columns = (by,) if isinstance(by, str) else tuple(by)
+        if not isinstance(self._pricer, RunPricer):
+            raise self._of_members("evaluation")
+        config, columns = self.config, (by,) if isinstance(by, str) else tuple(by)
         settings = EvaluateConfig(output=self._run.output or ".", run_dir=self.url, data=data, by=columns)
-        with session(), alone(str(self.device)) as world, self._memory_kept():
+        with session(), alone(str(self.device)) as world, _memory_kept(self._pricer.network) as network:
             log.configure(self.run_id, world.rank, world.size)
-            run, chosen, network = self._run, self._chosen, self._network
-            where, others = find_run.data_of(settings, self.config.data), [category_column(self.config)]
-            read = read_validation(settings, run, self.config, chosen, network, where, world, columns, others)
+            run, chosen = self._run, self._chosen
+            where, others = find_run.data_of(settings, config.data), [category_column(config)]
+            read = read_validation(settings, run, config, chosen, network, where, world, columns, others)
             table, store, as_trained = held(read[0]), *read[1:]
             rows = torch.arange(len(store))
             computed = self._named(compute_rows(pricing(network), store.resident_on(self.device), rows, self.device))
             evaluation, _ = evaluation_of(columns, run, chosen, table, store, computed, as_trained)
         return evaluation.groups
 
-    @contextmanager
-    def _memory_kept(self) -> Iterator[None]:
-        """Restores the labelled rows of the model, from which an evaluation removes those that it was validated on."""
-        before = self._network.memory
-        try:
-            yield
-        finally:
-            self._network.memory = before
-
     def _named(self, computed: Arrays) -> Arrays:
         """Outputs in the order of the command, with the names of comparable products."""
-        return named(dict(sorted(computed.items())), self._network.named_rows)
+        return named(dict(sorted(computed.items())), self._pricer.known)
 
     def _wanted(self) -> list[str]:
-        return [*([self._intervals.by] if self._intervals else []), *self.columns]
+        limits = self._pricer.intervals
+        return [*([limits.by] if limits else []), *self.columns]
 
     def _check_roles(self, sources: Mapping[str, Any]) -> None:
         """Raises a DataError unless there is an entry for each role, and no other."""
@@ -221,60 +251,60 @@ class Model:
         return found
 
     def _computed(
-        self, table: Table, vectors: Mapping[str, Vectors | None], columns: Columns, world: World
+        self, table: Table, vectors: Mapping[str, Vectors | None], prepare: Prepare, world: World
     ) -> Iterator[Arrays]:
         """The outputs for one block of rows after the other, with the same forward passes as the command."""
-        compute, size = pricing(self._network), block_rows(world)
+        compute, size = self._pricer.compute(world), self._pricer.block_rows(len(table), world)
         present = dict.fromkeys(self.sources, 0)
         for first in range(0, len(table), size):
             store = row_store(vectors, self.sources, first, min(first + size, len(table)))
             for role, flags in store.present.items():
                 present[role] += int(flags.sum())
             if first == 0:
-                warn_of_equal_sources(self.config.bindings(), store)
-            yield compute_rows(
-                compute, self._prepared(store, columns, first, world), torch.arange(len(store)), self.device
-            )
+                warn_of_equal_sources(self._pricer.bindings, store)
+            resident = prepare(store, first).resident_on(self.device)
+            yield compute_rows(compute, resident, torch.arange(len(store)), self.device)
         self._warn_of_missing(present, len(table))
-
-    def _prepared(self, store: RowStore, columns: Columns, first: int, world: World) -> RowStore:
-        cut = {name: one.slice(first, len(store)) for name, one in columns.items()}
-        store = with_features(store, self._features, cut, NAME, world)
-        check_dims(store.dims, self._network.dims, NAME)
-        return store.resident_on(self.device)
 
     def _warn_of_missing(self, present: Mapping[str, int], n_rows: int) -> None:
         """Warns of roles that more rows lack than a training would accept. Their prices are less exact."""
         for role, n_present in present.items():
-            if n_rows - n_present > self.config.max_missing * n_rows:
+            if n_rows - n_present > self._pricer.max_missing * n_rows:
                 log.warning(event="missing_embeddings", role=role, rows=n_rows - n_present, of=n_rows)
 
+    def _validation(self) -> pd.DataFrame:
+        """The validation rows of the checkpoint, or those that the weights of an ensemble were fitted on."""
+        if self._opened.checkpoint is not None:
+            return validation_of(self._opened.checkpoint)
+        return from_parquet(self._run.ensemble_file(VALIDATION) or b"")
+
     def _validated(self) -> dict[str, float]:
-        if not has_validation(self._chosen):
-            return {"smape": self._chosen.smape}
-        rows = validation_of(self._chosen)
+        if self._opened.checkpoint is not None and not has_validation(self._opened.checkpoint):
+            return {"smape": self._opened.smape}
+        rows = self._validation()
         low, high = smape_interval(row_smape(rows["price"], rows["predicted"]), self._duplicates())
         found = group_metrics(rows["price"], rows["predicted"])
         return {"smape": found.pop("smape"), "smape_low": low, "smape_high": high, **found, "count": len(rows)}
 
     def _duplicates(self) -> np.ndarray | None:
-        """[n] the group of near-duplicates of each validation row; None for a copy of the run without its split."""
-        if not storage.exists(self._run.at(SPLIT)):
+        """[n] the group of near-duplicates of each validation row; None if the run, or the ensemble, has no split."""
+        checkpoint = self._opened.checkpoint
+        if checkpoint is None or not storage.exists(self._run.at(SPLIT)):
             return None
-        split = read_split(self._run, self._chosen.manifest.split_sha256)
+        split = read_split(self._run, checkpoint.manifest.split_sha256)
         return split.loc[split["side"] == "validation", "group"].to_numpy()
 
     def _facts(self) -> dict[str, str]:
         """What a reader of a notebook wants to know at first sight."""
-        smape = f"{readable(self._chosen.smape)}% on its validation rows"
+        smape = f"{readable(self._opened.smape)}% on its validation rows"
         sources = ", ".join(f"{role} [{dim}]" for role, dim in self.sources.items())
-        facts = {"run": self.run_id, "variant": self.variant, "SMAPE": smape, "sources": sources}
-        if self.columns:
-            facts["columns"] = ", ".join(self.columns)
-        return facts | {"checkpoint": self.checkpoint, "device": str(self.device), "folder": self.url}
+        members = ", ".join(f"{run} {weight:.0%}" for run, weight in self.members.items())
+        facts = {"run": self.run_id, "variant": self.variant, "members": members, "SMAPE": smape, "sources": sources}
+        facts |= {"columns": ", ".join(self.columns), "device": str(self.device), "folder": self.url}
+        return {name: value for name, value in facts.items() if value}
 
     def __repr__(self) -> str:
-        smape = readable(self._chosen.smape)
+        smape = readable(self._opened.smape)
         return f"<fusion.Model {self.run_id}: SMAPE {smape}%, sources {', '.join(self.sources)}, on {self.device}>"
 
     def _repr_html_(self) -> str:
@@ -284,3 +314,13 @@ class Model:
     def settings(self) -> dict[str, Any]:
         """The settings of the training as a plain dict."""
         return asdict(self.config)
+
+
+@contextmanager
+def _memory_kept(network: PriceModel) -> Iterator[PriceModel]:
+    """Restores the labelled rows of a network, of which an evaluation removes those that it was validated on."""
+    before = network.memory
+    try:
+        yield network
+    finally:
+        network.memory = before

@@ -33,8 +33,9 @@ def score(truth: Any, predicted: Any, by: str | Sequence[str] = ()) -> pd.DataFr
 
     Returns:
         One row per group, the first of all rows: by, group, count, share; smape in percent, with its 95% interval
-        smape_low to smape_high, for which rows are independent; mae, rmse, median_error, bias, mean_true and mean_pred in dollars; mape in percent;
-        r2; and for predictions with bounds covered_80, covered_90 and covered_95, the share of true prices within.
+        smape_low to smape_high, for which rows are independent; mae, rmse, median_error, bias, mean_true and mean_pred
+        in dollars; mape in percent; r2; and for predictions with bounds covered_80, covered_90 and covered_95, the
+        share of true prices within.
 
     Raises:
         DataError: a price is not a number above 0, a row of truth was not predicted, or a column is missing.

@@ -96,19 +96,19 @@ def predict_test(settings: PredictConfig) -> None:
         settings = replace(settings, date=world.on_main(settings.day))
         if world.on_main(lambda: republish(settings, ENSEMBLE_VARIANT, ENSEMBLE_CODE)):
             return
-        folder, record, members = world.on_main(lambda: _open(settings))
+        folder, record, members = world.on_main(lambda: open_ensemble(settings))
         log.configure(record.run_id, world.rank, world.size)
         data = world.on_main(lambda: find_run.data_of(settings, record.data))
-        inputs = world.on_main(lambda: find_inputs(data, "test", _sources(members)))
+        inputs = world.on_main(lambda: find_inputs(data, "test", sources_of(members)))
         origin = world.on_main(lambda: _origin(folder, record, members, data, inputs))
         if world.on_main(lambda: submission.reuse(settings, origin)):
             world.on_main(lambda: discard(all_parts(settings)))  # left by a job that was killed after it had published
             return
-        limits = world.on_main_alone(lambda: _intervals(folder))
+        limits = world.on_main_alone(lambda: intervals_in(folder))
         _predict(settings, record, members, inputs, origin, limits, world)
 
 
-def _open(settings: PredictConfig) -> tuple[RunFolder, EnsembleRecord, list[OpenedMember]]:
+def open_ensemble(settings: PredictConfig) -> tuple[RunFolder, EnsembleRecord, list[OpenedMember]]:
     """Opens the ensemble to use: that of `--run-dir`, else of `--run-id`, else the served one.
 
     Returns:
@@ -163,7 +163,7 @@ def _open_member(output: str, record: EnsembleRecord, member: EnsembleMember) ->
     return OpenedMember(member, chosen, config, features_of(run, config, chosen))
 
 
-def _sources(members: Sequence[OpenedMember]) -> dict[str, str]:
+def sources_of(members: Sequence[OpenedMember]) -> dict[str, str]:
     """Returns bindings for all sources that any member reads, in which each source is its own role."""
     return {name: name for opened in members for name in opened.bindings.values()}
 
@@ -182,13 +182,13 @@ def _origin(
         digest([table, inputs.sources_digest()]),
         code_digest(ENSEMBLE_CODE),
         record.data,
-        _sources(members),
+        sources_of(members),
         inputs.version(),
         "" if limits is None else storage.sha256(limits),
     )
 
 
-def _intervals(folder: RunFolder) -> Intervals | None:
+def intervals_in(folder: RunFolder) -> Intervals | None:
     content = folder.ensemble_file(INTERVALS)
     return None if content is None else schemas.parse(Intervals, content, folder.at(INTERVALS))
 
@@ -204,19 +204,18 @@ def _predict(
 ) -> None:
     """Reads the rows, checks their embeddings, computes their prices, and publishes them."""
     data = origin.data
-    models = [load_model(opened.chosen, opened.config, network_of(opened.member.variant), world) for opened in members]
-    of_features = [name for opened in members if opened.features for name in opened.features.names]
-    columns = {"price", *([limits.by] if limits else []), *of_features}
+    models = models_of(members, world)
+    columns = {"price", *([limits.by] if limits else []), *columns_needed(members)}
     table = world.on_main_alone(lambda: read_table(data, "test", priced=False, columns=columns))
     ids = world.on_main(lambda: held(table).ids)
     max_missing = settings.max_missing
     if max_missing is None:
         max_missing = min(opened.config.max_missing for opened in members)
-    names, sources, cache = _sources(members), inputs.sources, settings.cache
+    names, sources, cache = sources_of(members), inputs.sources, settings.cache
     store = load(data, "test", names, ids, world, max_missing=max_missing, sources=sources, cache=cache)
-    store = _with_computed(store, members, table, world)
+    store = with_computed(store, members, table, world)
     for opened, model in zip(members, models, strict=True):
-        check_dims(_view(store, opened).dims, model.dims, f"{data}/embeddings/test")
+        check_dims(view_of(store, opened).dims, model.dims, f"{data}/embeddings/test")
     check_unchanged(inputs, data, world)
     store = store.resident_on(world.device, settings.residency)
     last = world.on_main_alone(lambda: submission.last_submission(settings))
@@ -224,7 +223,7 @@ def _predict(
     about = guards.about_embeddings(seen, agreement, last, origin)
     world.on_main(lambda: guards.conclude(settings, about))
     known = all_named(models)
-    compute = _weighted_mean_of(members, models, positions_among(known, models, world.device))
+    compute = weighted_mean_of(members, models, positions_among(known, models, world.device))
     parts = parts_folder(all_parts(settings), origin, world)
     computed = named(compute_parts(compute, store, world, parts), known)
 
@@ -234,7 +233,17 @@ def _predict(
     publish_and_discard(settings, publish, world)
 
 
-def _view(store: RowStore, opened: OpenedMember) -> RowStore:
+def models_of(members: Sequence[OpenedMember], world: World) -> list[PriceModel]:
+    """The model of each member, on this rank's device."""
+    return [load_model(opened.chosen, opened.config, network_of(opened.member.variant), world) for opened in members]
+
+
+def columns_needed(members: Sequence[OpenedMember]) -> list[str]:
+    """The columns that members compute sources from."""
+    return list(dict.fromkeys(name for opened in members if opened.features for name in opened.features.names))
+
+
+def view_of(store: RowStore, opened: OpenedMember) -> RowStore:
     """Returns the store's rows by the roles of the member, instead of by the names of sources."""
     return RowStore(_by_role(store.values, opened), _by_role(store.present, opened), tuple(opened.computed))
 
@@ -243,14 +252,21 @@ def _by_role(by_name: Mapping[str, Tensor], opened: OpenedMember) -> dict[str, T
     return {role: by_name[name] for role, name in {**opened.bindings, **opened.computed}.items()}
 
 
-def _with_computed(store: RowStore, members: Sequence[OpenedMember], table: Table | None, world: World) -> RowStore:
-    """Adds the features that each member computes from the table; equal features are computed only once."""
+def with_computed(
+    store: RowStore, members: Sequence[OpenedMember], table: Table | None, world: World, name: str = "test.csv"
+) -> RowStore:
+    """Adds the features that each member computes from the table; equal features are computed only once.
+
+    Args:
+        table: on rank 0.
+        name: of the table, for messages.
+    """
     values, present = dict(store.values), dict(store.present)
     for opened in members:
         if opened.features is None or set(opened.computed.values()) <= values.keys():
             continue
         columns = world.on_main_alone(partial(_columns, opened.features, table))
-        made = with_features(store, opened.features, columns, "test.csv", world)
+        made = with_features(store, opened.features, columns, name, world)
         values |= {name: made.values[role] for role, name in opened.computed.items()}
         present |= {name: made.present[role] for role, name in opened.computed.items()}
     return RowStore(values, present)
@@ -276,7 +292,7 @@ def _statistics(
     seen, found = EmbeddingStatistics(pd.DataFrame(), {}, {}), list[EmbeddingStatistics]()
     agreement = dict[str, float]()
     for opened, model in zip(members, models, strict=True):
-        checked = compared(_view(store, opened))
+        checked = compared(view_of(store, opened))
         names = _names(opened, checked)
         new = {role: name for role, name in names.items() if name not in seen.shift}
         if not new:
@@ -309,7 +325,7 @@ def _agreement(opened: OpenedMember, names: Mapping[str, str]) -> dict[str, floa
     return found
 
 
-def _weighted_mean_of(
+def weighted_mean_of(
     members: Sequence[OpenedMember], models: Sequence[PriceModel], positions: Sequence[Tensor]
 ) -> Compute:
     """Returns the function that computes the outputs of the ensemble.

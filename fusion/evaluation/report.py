@@ -99,12 +99,12 @@ def headline(evaluation: Evaluation) -> list[str]:
 
 
 def _first_groups(groups: pd.DataFrame) -> pd.DataFrame:
-    """The groups of the short report: overall, price ranges, presence if it differs, and the largest of columns."""
+    """The groups of the short report: overall, price bins, presence if it differs, and the largest of columns."""
     parts = []
     for by, part in groups.groupby("by", sort=False):
-        is_of_no_use = by == "price_bin" or (by == "present" and len(part) == 1)
+        is_of_no_use = by == "price_range" or (by == "present" and len(part) == 1)
         if not is_of_no_use:
-            parts.append(part.head(N_SHORT_GROUPS))
+            parts.append(part[part["count"] > 0].head(N_SHORT_GROUPS))
     return pd.concat(parts)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import IO, Literal, Protocol, cast
+from typing import Literal, Protocol
 
 from fusion.spelling import as_typed
 from fusion.streams import Unfailing, has_colours
@@ -23,6 +23,7 @@ from fusion.streams import Unfailing, has_colours
 # Escape sequences of ECMA-48, which all colour terminals support: yellow, red, and reset.
 COLOURS = {"warning": "\x1b[33m", "error": "\x1b[31m"}
 NO_COLOUR = "\x1b[0m"
+SLOW_SECONDS = 2.0  # what takes less shows no bar: it would be gone before it is read
 FOLDED = " " * 9  # before the further lines of an event, which are below its level
 
 Level = Literal["info", "warning", "error"]
@@ -34,6 +35,7 @@ class _Context:
     run: str = "-"
     rank: int = 0
     world_size: int = 1
+    has_bar: bool = False
     lines: list[str] = field(default_factory=list)
     least: Level = "info"
     is_short: bool = False
@@ -94,31 +96,38 @@ def _show_nothing(done: int, label: str | None = None) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int, *, done: int = 0, estimates: bool = True) -> Iterator[Show]:
+def progress(
+    label: str, total: int, *, done: int = 0, estimates: bool = True, unit: str = "", delay: float = 0.0
+) -> Iterator[Show]:
     """Shows a progress bar on rank 0's terminal, below the log, until the block ends; elsewhere does nothing.
 
-    Yields a function that moves the bar.
+    Yields a function that moves the bar. Inside the block of another bar, nothing is shown.
 
     Args:
         done: how much of `total` was done before this process started.
         estimates: whether the bar also shows the share done and the time left; if not, only the label.
+        unit: of `total`, such as "rows", to show the number per second; "bytes" are shown as MB.
+        delay: seconds after which the bar appears, so that what takes less time shows none.
     """
-    if _context.rank or _context.least != LEVELS[0] or not sys.stderr.isatty():
+    is_hidden = _context.least != LEVELS[0] or _context.has_bar
+    if _context.rank or is_hidden or not sys.stderr.isatty():
         yield _show_nothing
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
+    from fusion import bars  # which loads rich
 
-    label_alone = TextColumn("{task.description}", markup=False), BarColumn(bar_width=None)
-    columns = Progress.get_default_columns() if estimates else label_alone
-    console = Console(file=cast(IO[str], Unfailing(sys.stderr)))
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task(label, total=total, completed=done)
+    _context.has_bar = True
+    try:
+        with bars.shown(label, total, done=done, kind=unit if estimates else None, delay=delay) as show:
+            yield show
+    finally:
+        _context.has_bar = False
 
-        def show(done: int, label: str | None = None) -> None:
-            bars.update(task, completed=done, description=label)
 
-        yield show
+@contextmanager
+def waiting(label: str, delay: float = SLOW_SECONDS) -> Iterator[None]:
+    """Shows on rank 0's terminal for how long the block has been going on, once it takes more than `delay` seconds."""
+    with progress(label, 0, unit="seconds", delay=delay):
+        yield
 
 
 def text() -> str:

@@ -216,6 +216,13 @@ def _first_kind(source: str, n_files: int, parts: Iterable[Part], kept: dict[str
     raise DataError(f"{source} has no vectors in its {n_files} files", "write the embeddings again")
 
 
+@dataclass
+class _Counter:
+    """Bytes of the vectors that all threads of a rank have read; only shown, so a lost addition does not matter."""
+
+    n_bytes: int = 0
+
+
 def fill(
     plans: Sequence[Plan],
     rows: Rows | Window,
@@ -227,12 +234,16 @@ def fill(
     """Reads this rank's share of all parts into the arrays, and returns the ids that it has read, by role."""
     tasks = [(plan, part) for plan in plans for part in plan.parts][world.local_rank :: world.local_size]
     given_up = threading.Event()
+    counted = _Counter()
+    n_bytes = sum(one.values.nbytes for one in arrays.values()) // world.local_size
 
     def read(task: tuple[Plan, Part]) -> Found:
         plan, part = task
         content = kept.pop(part.url, None) or content_of(part)
         mine = arrays[plan.role]
-        return storage.retrying(part.url, lambda: _read_part(part, plan.kind, content, rows, mine, given_up, nodes))
+        return storage.retrying(
+            part.url, lambda: _read_part(part, plan.kind, content, rows, mine, given_up, nodes, counted)
+        )
 
     def is_reading() -> bool:
         """Waits for some time. Raises the first error of a reader, and whether this rank was asked to stop."""
@@ -240,9 +251,13 @@ def fill(
         for part in done:
             part.result()
         stop_if_asked()
+        show(min(counted.n_bytes, n_bytes))
         return bool(left)
 
-    with ThreadPoolExecutor(N_THREADS) as pool:
+    with (
+        log.progress("reading embeddings", n_bytes, unit="bytes", delay=log.SLOW_SECONDS) as show,
+        ThreadPoolExecutor(N_THREADS) as pool,
+    ):
         reading = [pool.submit(read, task) for task in tasks]
         try:
             while any(world.exchange(world.together(is_reading))):  # an error on one rank is raised on all
@@ -262,6 +277,7 @@ def _read_part(
     arrays: SourceArrays,
     given_up: threading.Event,
     nodes: NodeRows | None,
+    counted: _Counter,
 ) -> Found:
     if given_up.is_set():  # before the first try or a retry
         return Found.joined([])
@@ -276,6 +292,7 @@ def _read_part(
             if given_up.is_set():
                 break
             store_vectors(vectors, wanted[positions], arrays, first)
+            counted.n_bytes += int((wanted[positions] != NO_ROW).sum()) * arrays.values[:1].nbytes
         return found
 
 

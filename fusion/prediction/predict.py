@@ -387,7 +387,8 @@ def publish_prices(
     facts = RunFolder(origin.run).facts_if_whole()
     trained = facts.price_quartiles if facts else None
     summary.log_quartiles(prices, trained)
-    url = submission.publish(settings, origin, submission.SubmissionContent(files, len(table), smape, history))
+    with log.waiting("writing the submission"):
+        url = submission.publish(settings, origin, submission.SubmissionContent(files, len(table), smape, history))
     if summary.is_shown():
         summary.show(_first_rows(table, computed, limits), prices, trained, url)
 

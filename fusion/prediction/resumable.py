@@ -93,14 +93,14 @@ def compute_parts(
 
     with (
         watched(STALL_TIMEOUT, lambda: f"rank {world.rank} at part {before + len(mine)}") as watchdog,
-        log.progress("parts", n_parts, done=before) as show,
+        log.progress("predicting", n_rows or len(store), done=first_row, unit="rows") as show,
     ):
         compute = with_beats(compute, watchdog.beat)
         for first in range(0, len(parts), world.size):
             _stop_if_asked(world, before + first, n_parts)
             watchdog.beat()
             world.together(partial(read_or_compute, first + world.rank))
-            show(before + min(first + world.size, len(parts)))
+            show(first_row + min((first + world.size) * PART_ROWS, len(store)))
     everything = {number: part for of_rank in world.gather_on_main(mine) for number, part in of_rank.items()}
     computed = concatenated([everything[number] for number in sorted(everything)])
     return dict(sorted(computed.items()))  # saved parts have their names in this order, computed ones in another

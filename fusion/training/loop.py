@@ -108,7 +108,8 @@ def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease
     set_seed(config.seed)
     model = make_model(config, build_network, data.store.dims)
     model.calibrate({role: statistics(data, role, world) for role in data.store.dims}, data.targets[data.train])
-    data = build_memory(config, model, data, world)
+    with log.waiting("finding similar rows"):
+        data = build_memory(config, model, data, world)
     fit = Fit(config, model.to(world.device), data, world)
     _log_start(fit)
     known = baselines(fit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,8 @@ class Saver:
         started = time.monotonic()
         if self.fit.step != self.saved_step:
             self.writer.submit(self.fit.snapshot())
-        made = self.writer.wait() if wait else None
+        with log.waiting("saving the checkpoint") if wait else nullcontext():
+            made = self.writer.wait() if wait else None
         self.saved_at, self.saved_step = time.monotonic(), self.fit.step
         self.blocked += self.saved_at - started
         self._check_grace()

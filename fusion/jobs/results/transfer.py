@@ -80,7 +80,7 @@ def fetch(plan: Plan, folder: str) -> tuple[dict[str, Outcome], int]:
     outcomes: dict[str, Outcome] = {}
     n_fetched = n_done = 0
     pool = ThreadPoolExecutor(N_FILES)
-    with log.progress("pull", plan.n_bytes) as show:
+    with log.progress("pull", plan.n_bytes, unit="bytes") as show:
         futures = {pool.submit(_fetch_one, item, Path(folder, item.path)): item for item in plan.items}
         try:
             for future in as_completed(futures):

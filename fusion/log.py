@@ -159,8 +159,14 @@ def _short_line(now: datetime, level: str, fields: dict[str, object]) -> str:
     if _context.world_size > 1:
         facts = {"rank": f"{_context.rank}/{_context.world_size}"} | facts
     begin = f"{now.astimezone():%H:%M:%S} {level}"
-    shown = _folded([begin, *event, *_pairs(facts)], _width())
+    short = {key: _rounded(value) if isinstance(value, float) else value for key, value in facts.items()}
+    shown = _folded([begin, *event, *_pairs(short)], _width())
     return shown.replace(level, _coloured(level), 1)
+
+
+def _rounded(value: float) -> str:
+    """Four digits: all that a person reads at a glance. The log that a run stores has six."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _width() -> int:

@@ -61,7 +61,8 @@ def progress_text(fit: Fit, pace: Pace) -> str:
     if loss is not None:
         parts.append(f"loss {loss:.3g}")
     if fit.history:
-        parts.append(f"smape {fit.history[-1]['smape']:.2f} best {fit.smape:.2f}")
+        smapes = [entry["smape"] for entry in fit.history]
+        parts.append(f"smape {smapes[-1]:.2f} best {min(smapes):.2f}")
     left = seconds_left(fit, pace)
     if left is not None:
         parts.append(f"{clock(left)} left")

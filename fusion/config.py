@@ -13,11 +13,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import date, datetime
 from typing import Any, ClassVar, Literal, TypeVar
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
+
+from fusion.errors import did_you_mean
 
 # Settings that change where and how a run is computed, but not its result. They are left out of the digest that names
 # a run, and may differ when a run is resumed.
@@ -35,6 +37,14 @@ C = TypeVar("C")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 RUN_ID = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # also a valid Kubernetes name (an RFC 1123 label)
 A_RUN_ID = "at most 63 small letters, digits and hyphens, such as my-run-1"
+
+
+class SettingError(ValueError):
+    """A value that is not allowed, with a hint that is more exact than to change it."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
 def setting(
@@ -219,7 +229,7 @@ class RunConfig(StoreConfig):
 
     loss: LossName = setting("smape", "loss to minimise, see fusion/loss_functions.py", "training")
     epochs: int = setting(20, "passes over the rows, at most", "training", common=True, ge=1)
-    batch_size: int = setting(256, "rows per step, of all ranks together", "training", common=True, ge=1)
+    batch_size: int = setting(256, "rows per step, of all ranks", "training", common=True, ge=1)
     shuffle: Shuffle = setting(
         "rows",
         "order of the training rows; rows: any order; blocks: runs of 1,024 rows in any order, mixed with 15 others, "
@@ -454,15 +464,25 @@ class PredictConfig(ReadRunConfig):
         try:
             ZoneInfo(self.time_zone)
         except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-            raise ValueError(f"--time-zone is {self.time_zone!r}, expected one such as Europe/Berlin") from error
+            message = f"--time-zone is {self.time_zone!r}, expected one such as Europe/Berlin"
+            raise SettingError(message, f"{_similar_zone(self.time_zone)}change --time-zone") from error
         with suppress(ValueError):
             if self.date is None or self.date == date.fromisoformat(self.date).isoformat():
                 return
-        raise ValueError(f"--date is {self.date!r}, expected a day as YYYY-MM-DD")
+        message = f"--date is {self.date!r}, expected a day as YYYY-MM-DD"
+        raise SettingError(message, f"for today: --date {datetime.now(ZoneInfo(self.time_zone)).date().isoformat()}")
 
     def day(self) -> str:
         """The date of the submission, YYYY-MM-DD: `--date`, or today in `--time-zone`."""
         return self.date or datetime.now(ZoneInfo(self.time_zone)).date().isoformat()
+
+
+def _similar_zone(name: str) -> str:
+    """The start of a hint with the time zone of a city, or the most similar one; empty if there is none."""
+    known = sorted(available_timezones())
+    ending = f"/{name.lower().replace(' ', '_')}"
+    of_city = [zone for zone in known if f"/{zone.lower()}".endswith(ending)]
+    return f"did you mean {min(of_city, key=len)}? " if of_city else did_you_mean(name, known)
 
 
 def digest(value: object) -> str:

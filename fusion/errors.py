@@ -10,7 +10,7 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import Any, NoReturn
 
@@ -91,7 +91,7 @@ SYNONYMS = {
 _ASSIGNED = re.compile(r"^unrecognized arguments: ([a-zA-Z][\w.-]*)=(\S+)")
 
 
-def _flag_for(name: str, known: Iterable[str]) -> str:
+def _flag_for(name: str, known: Sequence[str]) -> str:
     """The known flag that `name` without dashes stands for; empty if there is none."""
     flag = f"--{name.replace('_', '-')}"
     return next((one for one in (flag, SYNONYMS.get(flag, "")) if one in known), "")

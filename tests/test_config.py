@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -358,7 +359,23 @@ def test_rejects_a_name_that_cannot_be_a_folder() -> None:
 def test_an_invalid_date_names_its_flag() -> None:
     with pytest.raises(ConfigError) as raised:
         parse(PredictConfig, ["--date", "2026-02-30"], prog="x", description="")
-    assert raised.value.remedy == "change --date"
+    assert re.fullmatch(r"for today: --date \d{4}-\d\d-\d\d", raised.value.remedy)
+
+
+ZONES = [("Berlin", "Europe/Berlin"), ("new york", "America/New_York"), ("utc", "UTC")]
+
+
+@pytest.mark.parametrize(("zone", "near"), ZONES)
+def test_an_invalid_time_zone_names_a_similar_one(zone: str, near: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(PredictConfig, ["--time-zone", zone], prog="x", description="")
+    assert raised.value.remedy == f"did you mean {near}? change --time-zone"
+
+
+def test_a_misspelt_choice_names_a_similar_one() -> None:
+    with pytest.raises(ConfigError) as raised:
+        read("--loss", "smap")
+    assert raised.value.remedy == "did you mean smape? give --loss an allowed value"
 
 
 def test_a_yaml_file_is_refused(tmp_path: Path) -> None:

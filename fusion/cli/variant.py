@@ -15,9 +15,9 @@ from fusion.spelling import as_typed
 from fusion.variants import variants
 
 _EXAMPLES = {
-    "train": "--data s3://my-bucket/data --output s3://my-bucket/output",
-    "evaluate": "--output s3://my-bucket/output --by category",
-    "predict": "--output s3://my-bucket/output --name my-prices",
+    "train": "--data data --output output",
+    "evaluate": "--output output --by category",
+    "predict": "--output output --name my-prices",
 }
 
 

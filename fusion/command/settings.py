@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from fusion import log, storage
-from fusion.config import EvaluateConfig, PredictConfig, RunConfig, StoreConfig
+from fusion.config import EvaluateConfig, PredictConfig, RunConfig, SettingError, StoreConfig
 from fusion.environment import rank, variable
 from fusion.errors import ConfigError, DataError, Parser, did_you_mean
 from fusion.help_screen import Rare
@@ -198,7 +198,7 @@ def _argument(key: str, field: Any) -> dict[str, Any]:
 
 def _options(key: str, field: Any) -> dict[str, Any]:
     text, kind = field.description.replace("%", "%%"), field.annotation
-    names = get_args(kind) if get_origin(kind) is Literal else ()
+    names = _choices(kind)
     if len(names) > MOST_IN_METAVAR:
         text += f": {', '.join(names)}"
     if kind is bool:
@@ -303,13 +303,26 @@ def _validate(config_class: type[C], values: Mapping[str, Any], origins: Mapping
     try:
         return TypeAdapter(config_class).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(part for part in first["loc"] if isinstance(part, str))  # without the position in a list
-        reason = first["msg"].removeprefix("Value error, ")
-        if not key:
-            raise ConfigError(reason, f"change {' or '.join(_flags_in(reason))}") from error
-        if first["type"] == "string_pattern_mismatch":
-            reason = f"expected {_flags(config_class)[key].json_schema_extra['expected']}"
-        where = origins.get(key, "")
-        found = f"{_flag(key)} is {first['input']!r}" + (f" ({where})" if where else "")
-        raise ConfigError(f"{found}: {reason[0].lower()}{reason[1:]}", f"give {_flag(key)} an allowed value") from error
+        raise _rejected(config_class, error.errors()[0], origins) from error
+
+
+def _rejected(config_class: type[Any], first: Mapping[str, Any], origins: Mapping[str, str]) -> ConfigError:
+    """The error for the first thing that pydantic rejects: a value, or a combination of values."""
+    key = ".".join(part for part in first["loc"] if isinstance(part, str))  # without the position in a list
+    reason = first["msg"].removeprefix("Value error, ")
+    if not key:
+        cause = first.get("ctx", {}).get("error")
+        remedy = cause.remedy if isinstance(cause, SettingError) else f"change {' or '.join(_flags_in(reason))}"
+        return ConfigError(reason, remedy)
+    field = _flags(config_class).get(key)
+    if first["type"] == "string_pattern_mismatch" and field:
+        reason = f"expected {field.json_schema_extra['expected']}"
+    where = f" ({origins[key]})" if origins.get(key) else ""
+    near = did_you_mean(str(first["input"]), _choices(field.annotation) if field else ())
+    message = f"{_flag(key)} is {first['input']!r}{where}: {reason[0].lower()}{reason[1:]}"
+    return ConfigError(message, f"{near}give {_flag(key)} an allowed value")
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The values of a Literal; none for other types."""
+    return get_args(kind) if get_origin(kind) is Literal else ()

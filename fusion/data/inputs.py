@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -104,12 +105,27 @@ def _no_table(data: str, split: str, there: list[str]) -> DataError:
         folder = data.rstrip("/").rpartition("/")[0]
         message = f"{data} is a file, expected the folder that holds {split}.csv"
         return DataError(message, f"give its folder: --data {folder or '.'}")
-    holds = ", ".join(there[:10]) or "nothing"
+    holds = f"{data} holds {', '.join(there[:10])}" if there else _nothing(data)
     return DataError(
-        f"neither {storage.join(data, split)}.csv nor {split}{_PARQUET} exists; {data} holds {holds}",
-        "name the folder that holds it, such as --data s3://my-bucket/data; "
+        f"neither {storage.join(data, split)}.csv nor {split}{_PARQUET} exists; {holds}",
+        f"{_similar_folder(data)}name the folder that holds it, such as --data s3://my-bucket/data; "
         "`python -m fusion.demo` makes an example in demo/data",
     )
+
+
+def _nothing(data: str) -> str:
+    is_absent = "://" not in data and not os.path.isdir(data)  # stores have no folders, so that all of them are there
+    return f"there is no folder {data}" if is_absent else f"{data} holds nothing"
+
+
+def _similar_folder(data: str) -> str:
+    """The start of a hint with the local folder whose name is most similar to one that does not exist."""
+    parent, name = os.path.split(data.rstrip("/"))
+    if "://" in data or os.path.isdir(data) or not os.path.isdir(parent or "."):
+        return ""
+    folders = [entry.name for entry in os.scandir(parent or ".") if entry.is_dir()]
+    near = did_you_mean(name, folders)
+    return near.replace("mean ", f"mean {parent}/", 1) if parent else near
 
 
 def _is_file(url: str) -> bool:

@@ -84,9 +84,16 @@ def test_a_wrong_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert caught.value.remedy == f"give its folder: --data {folder}"
     with pytest.raises(DataError, match=r"neither data/test\.csv nor test\.parquet exists; data holds train\.csv"):
         find_table("data", "test")
-    with pytest.raises(DataError, match="nowhere holds nothing") as caught:
+    with pytest.raises(DataError, match="there is no folder nowhere") as caught:
         find_table("nowhere", "train")
-    assert "such as --data s3://my-bucket/data" in caught.value.remedy
+    assert caught.value.remedy.startswith("name the folder that holds it, such as --data s3://my-bucket/data")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds nothing"):
+        find_table("empty", "train")
+    for data, folder in (("dta", "data"), (f"{tmp_path}/dta/", f"{tmp_path}/data")):
+        with pytest.raises(DataError, match=f"there is no folder {data}") as caught:
+            find_table(data, "train")
+        assert caught.value.remedy.startswith(f"did you mean {folder}? ")
 
 
 def test_a_bucket_that_is_missing_is_named(bucket: str) -> None:

@@ -24,8 +24,8 @@ HEAD = """\
 
 <!-- made by `python -m docs.tools.commands`; do not edit -->
 
-`fusion COMMAND --help` shows the same in a terminal. Each command is also a module, which is named below; `python -m
-MODULE` takes the same flags.
+`fusion COMMAND --help` shows the most important flags in a terminal, and `--help-all` all of them. Each command is also
+a module, which is named below; `python -m MODULE` takes the same flags.
 """
 DEFAULT = re.compile(r"[;,]? ?\(default: (.*)\)$", re.DOTALL)
 MAIN = "all_embeddings"  # its flags are listed in full; of other variants, those that differ

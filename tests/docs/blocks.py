@@ -20,7 +20,7 @@ PAGES = [
     ROOT / "slurm" / "README.md",
 ]
 # Why a block is not run; its commands are checked by their parsers.
-NOT_RUN = {"bucket", "cluster", "gpu", "hours", "image", "install"}
+NOT_RUN = {"bucket", "cluster", "gpu", "hours", "image", "install", "service"}
 LANGUAGES = {"python", "sh", "text", "toml", "mermaid"}
 FENCE = re.compile(r"^( *)```([^`\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 

@@ -21,7 +21,7 @@ MAX_LINES = 120
 def drawing() -> str:
     """A Mermaid flowchart of the rooms, without arrows that follow from others."""
     arrows = without_implied(imports_between_rooms())
-    lines = [f"    {importer} --> {imported}" for importer in sorted(arrows) for imported in sorted(arrows[importer])]
+    lines = [f"    {importer} --> {' & '.join(sorted(arrows[importer]))}" for importer in sorted(arrows)]
     return "\n".join(["```mermaid", "flowchart TD", *lines, "```", ""])
 
 

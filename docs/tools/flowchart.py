@@ -1,6 +1,6 @@
 """Draws a Mermaid `flowchart TD` as SVG when the site is built, so that pages load no script from elsewhere.
 
-It knows the lines `a --> b` and `a[label]`. Nodes lie in rows: each is below all that point to it. Within a row, nodes
+It knows the lines `a --> b & c` and `a[label]`. Nodes lie in rows: each is below all that point to it. Within a row, nodes
 are ordered by the mean position of their neighbours, which keeps crossings few.
 """
 
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from html import escape
-from itertools import pairwise
+from itertools import pairwise, product
 
 Arrows = list[tuple[str, str]]
 # Pixels: size of a letter, space around a label, distances of boxes and of rows.
 LETTER, PADDING, HEIGHT, GAP, ROW = 7.6, 12, 28, 18, 74
 SWEEPS = 12  # of the ordering; on drawings of this size nothing changes after about eight
+BETWEEN_NODES = re.compile(r"&(?![^\[]*\])")  # not within a label
 NODE = re.compile(r"(\w+)(?:\[\"?(.*?)\"?\])?")
 
 
@@ -36,16 +37,22 @@ def _parsed(text: str) -> tuple[dict[str, str], Arrows]:
     labels: dict[str, str] = {}
     arrows: Arrows = []
     for line in text.strip().splitlines()[1:]:
-        names = []
-        for node in line.split("-->"):
-            match = NODE.fullmatch(node.strip())
-            if match is None:
-                raise ValueError(f"the flowchart has the line {line!r}, expected a --> b, or a[label]")
-            name, label = match.groups()
-            labels[name] = label or labels.get(name, name)
-            names.append(name)
-        arrows += pairwise(names)
+        groups = [_nodes(group, line, labels) for group in line.split("-->")]
+        arrows += [arrow for above, below in pairwise(groups) for arrow in product(above, below)]
     return labels, arrows
+
+
+def _nodes(text: str, line: str, labels: dict[str, str]) -> list[str]:
+    """The names of nodes such as `a & b[label]`; adds their labels."""
+    names = []
+    for node in BETWEEN_NODES.split(text):
+        match = NODE.fullmatch(node.strip())
+        if match is None:
+            raise ValueError(f"the flowchart has the line {line!r}, expected a --> b & c, or a[label]")
+        name, label = match.groups()
+        labels[name] = label or labels.get(name, name)
+        names.append(name)
+    return names
 
 
 def _rows(names: list[str], arrows: Arrows) -> list[list[str]]:

@@ -38,7 +38,7 @@ def test_blocks_show_neither_marks_nor_what_is_hidden() -> None:
 
 
 def test_a_drawing_has_each_box_above_those_it_points_to() -> None:
-    drawn = svg("flowchart TD\n    top --> middle\n    middle --> low[low & last]\n    top --> low\n")
+    drawn = svg("flowchart TD\n    top --> middle & low[low & last]\n    middle --> low\n")
     tops = [float(top) for top in re.findall(r"<rect [^>]*y=\"([\d.]+)", drawn)]
     assert tops == sorted(tops) and len(set(tops)) == 3
     assert "low &amp; last" in drawn and drawn.count('class="head"') == 3

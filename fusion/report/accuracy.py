@@ -36,8 +36,11 @@ from fusion.report.gather import Gathered
 # mean over 30 rows has a standard error of about 7; of smaller groups, the worst is mostly the unluckiest.
 LEAST_NAMED = 30
 LEAST_SHOWN = 10  # rows of a group in a chart: the interval of a smaller one would be wider than the chart
+MOST_LISTED = 100  # groups in a table, the largest; nobody reads more, and the page stays small
+MOST_COLUMNS = 8  # tables of columns that the evaluation grouped by
 MOST_GROUPS = 16  # groups in a chart; more do not fit on a screen. The table has them all
 MOST_EPOCHS = 120  # epochs in a table; of longer trainings, every n-th is shown
+MISSING = "(missing)"
 # Quantiles of the errors that the table behind the histogram has.
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
@@ -346,16 +349,16 @@ class Group:
 
 
 def groups_of(rows: pd.DataFrame, labels: pd.Series) -> list[Group]:
-    """The SMAPE of each group, with an interval from groups of near-duplicates."""
-    return [
-        Group(
-            str(name),
-            len(part),
-            clustered_mean(part["smape"].to_numpy(), part["group"].to_numpy()),
-            float((part["predicted"] / part["price"]).median()),
-        )
-        for name, part in rows.groupby(labels.to_numpy(), sort=False)
-    ]
+    """The SMAPE of each of the `MOST_LISTED` largest groups, with an interval from groups of near-duplicates."""
+    names = labels.to_numpy()
+    largest = set(pd.Series(names).value_counts().index[:MOST_LISTED])
+    columns = rows[["price", "predicted", "smape", "group"]]
+    return [_group(str(name), part) for name, part in columns.groupby(names, sort=False) if name in largest]
+
+
+def _group(name: str, part: pd.DataFrame) -> Group:
+    smape = clustered_mean(part["smape"].to_numpy(), part["group"].to_numpy())
+    return Group(name, len(part), smape, float((part["predicted"] / part["price"]).median()))
 
 
 def by_group(found: Gathered) -> Section:
@@ -366,7 +369,7 @@ def by_group(found: Gathered) -> Section:
     every = [("price", "true price, dollars", named)]
     if "category" in found.rows and found.rows["category"].nunique() > 1:
         column = _category_column(found)
-        labels = found.rows["category"].astype("str").where(lambda text: text != "", "(missing)")
+        labels = found.rows["category"].astype("str").where(lambda text: text != "", MISSING)
         of_category = sorted(groups_of(found.rows, labels), key=lambda group: -group.rows)
         every.append((column, f"column {column}", of_category))
     lead = [_worst(which, groups, found.smape.mean) for which, _, groups in every]
@@ -393,8 +396,9 @@ def _worst(which: str, groups: Sequence[Group], overall: float) -> str:
     if len(large) == 1:
         return f"By {which}, only {shortened(worst.name, 40)} has {LEAST_NAMED} rows or more."
     times = worst.smape.mean / overall if overall else float("nan")
+    among = f"of the {MOST_LISTED} largest groups" if len(groups) == MOST_LISTED else "group"
     return (
-        f"By {which}, the worst group of at least {LEAST_NAMED} rows is {shortened(worst.name, 40)}, with a SMAPE of "
+        f"By {which}, the worst {among} of at least {LEAST_NAMED} rows is {shortened(worst.name, 40)}, with a SMAPE of "
         f"{percent(worst.smape.mean)} ({between(*_possible(worst.smape))}), {number(times, 1)} times that of "
         f"all rows; the best is {shortened(best.name, 40)}, with {percent(best.smape.mean)}."
     )
@@ -435,7 +439,8 @@ def _evaluated_groups(found: Gathered) -> list[Table]:
         return []
     groups, shown = found.evaluated.groups, {"overall", "price_bin", "price_range", _category_column(found)}
     others = [name for name in dict.fromkeys(groups["by"]) if name not in shown]
-    return [_evaluated_table(str(name), groups[groups["by"] == name]) for name in others]
+    tables = ((str(name), groups[groups["by"] == name].head(MOST_LISTED)) for name in others[:MOST_COLUMNS])
+    return [_evaluated_table(name, rows) for name, rows in tables]
 
 
 def _evaluated_table(name: str, groups: pd.DataFrame) -> Table:

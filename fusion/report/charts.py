@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 INK, MUTED, RULE, ACCENT, SECOND, SOFT, PAPER = (
     COLOURS[name] for name in ("ink", "muted", "rule", "accent", "second", "soft", "paper")
 )
+MANY_EPOCHS = 8  # of a curve in which the first epoch may be left out; fewer show only its fall
 ROW = 25.0  # height of a line of a dot plot
 HEXAGONS = 34  # columns of the density, so that a hexagon is about as large as a letter
 BARS = 41  # of a histogram: odd, so that a bar is centred on "exact"
@@ -69,12 +70,12 @@ def _whole_epochs(axes: Axes, epochs: Sequence[float]) -> None:
 
 
 def _room(values: Sequence[float]) -> tuple[float, float]:
-    """Limits of an axis for these values, with some room; a first epoch that is far off does not flatten the others."""
+    """Limits of an axis for these values, with some room."""
     low, high = min(values), max(values)
-    if len(values) > 4:
-        # The first epochs are often far above the rest. The axis ends at 1.5 times the range of the others.
-        later = values[2:]
-        high = min(high, max(later) + 0.5 * (max(later) - min(later)) or high)
+    if len(values) >= MANY_EPOCHS:
+        # The first epoch is often so far above the others that it would flatten their curve. Then it is left out.
+        later = values[1:]
+        high = min(high, max(later) + 0.25 * (max(later) - low))
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin
 

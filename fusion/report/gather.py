@@ -7,8 +7,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fusion import log, storage
@@ -33,6 +35,9 @@ from fusion.records.schemas import (
 from fusion.records.split import read_split
 from fusion.variants import config_class_of
 
+# Rows on which a report measures coverage if no evaluation has: a share of 90% then has a standard error of 0.1 points,
+# and the measurement takes 3 seconds.
+MOST_COVERED = 100_000
 # A pair of a line of the log: key=value, or key="a JSON text".
 _PAIR = re.compile(r'([a-z_]+)=("(?:[^"\\]|\\.)*"|\S*)')
 
@@ -115,6 +120,7 @@ def gather(run: RunFolder) -> Gathered:
         DataError: the run has no validated checkpoint, or its predictions, split or settings are missing or damaged;
             or it is an ensemble.
     """
+    run = _absolute(run)
     if storage.exists(run.at(ENSEMBLE)):
         raise DataError(
             f"{run} is an ensemble, which has no training to report",
@@ -124,7 +130,7 @@ def gather(run: RunFolder) -> Gathered:
     chosen = run.best(one.members[0].checkpoint)
     rows = one.rows.assign(smape=row_smape(one.rows["price"], one.rows["predicted"]))
     facts = run.facts_if_whole()
-    limits = intervals.intervals_of(chosen)
+    limits, evaluated = intervals.intervals_of(chosen), _evaluated(run, chosen, notices)
     return Gathered(
         run,
         facts,
@@ -136,8 +142,8 @@ def gather(run: RunFolder) -> Gathered:
         read_split(run, chosen.manifest.split_sha256),
         _history(run, chosen),
         limits,
-        _coverage(rows, limits),
-        _evaluated(run, chosen, notices),
+        _coverage(rows, limits, evaluated),
+        evaluated,
         _ablation(run, chosen, notices),
         schemas.read_if_whole(Baselines, run.at(BASELINES), "baselines_damaged"),
         _attempts(run),
@@ -146,6 +152,11 @@ def gather(run: RunFolder) -> Gathered:
         run.minutes(),
         notices + _of(one),
     )
+
+
+def _absolute(run: RunFolder) -> RunFolder:
+    """The run with an absolute path, so that its report is the same wherever the command is started."""
+    return run if "://" in run.url else RunFolder(str(Path(run.url).absolute()))
 
 
 def _of(one: Scored) -> list[str]:
@@ -174,11 +185,20 @@ def _history(run: RunFolder, chosen: Checkpoint) -> list[dict[str, Any]]:
         return []
 
 
-def _coverage(rows: pd.DataFrame, limits: Intervals | None) -> pd.DataFrame:
-    """How often intervals contain the price, with intervals that were fitted without the row and its group."""
+def _coverage(rows: pd.DataFrame, limits: Intervals | None, evaluated: Evaluated | None) -> pd.DataFrame:
+    """How often intervals contain the price, with intervals that were fitted without the row and its group.
+
+    An evaluation has measured that; otherwise it is measured here, on a part of very many rows.
+    """
     if limits is None:
         return pd.DataFrame()
-    crossed = intervals.crossed(rows, rows["group"].to_numpy(), limits.by)
+    if evaluated is not None and evaluated.as_trained and evaluated.summary.get("intervals"):
+        return pd.DataFrame(evaluated.summary["intervals"])
+    groups = rows["group"].to_numpy()
+    if len(rows) > MOST_COVERED:
+        chosen = np.random.default_rng(0).permutation(groups.max() + 1)[groups] % -(-len(rows) // MOST_COVERED) == 0
+        rows, groups = rows[chosen], groups[chosen]
+    crossed = intervals.crossed(rows, groups, limits.by)
     return pd.DataFrame() if crossed is None else intervals.coverage(limits, rows.assign(**crossed))
 
 

@@ -202,6 +202,10 @@ class WorstRow:
     comparables: list[tuple[str, str, str]]
 
 
+def _factor(ratio: float) -> str:
+    return f"{number(ratio, 0 if ratio >= 100 else 1)}×"
+
+
 def _weight(weight: float) -> str:
     return "under 1%" if weight < 0.01 else percent(100 * weight, 0)
 
@@ -242,7 +246,7 @@ def worst(found: Gathered) -> Worst:
 def _worst_row(key: str, row: pd.Series[Any], texts: Mapping[str, Any], full: pd.Series[Any] | None) -> WorstRow:
     price, predicted = float(row["price"]), float(row["predicted"])
     ratio = predicted / price
-    direction = f"{number(ratio, 1)}× too high" if ratio >= 1 else f"{number(1 / ratio, 1)}× too low"
+    direction = f"{_factor(ratio)} too high" if ratio >= 1 else f"{_factor(1 / ratio)} too low"
     interval, comparables = "", list[tuple[str, str, str]]()
     if full is not None:
         if "low_90" in full:

@@ -72,8 +72,8 @@ def _sides(found: Gathered) -> Table:
         names = {"train": "training", "validation": "validation", "dropped": "dropped"}
         parts = [(name, split["side"] == side) for side, name in names.items() if (split["side"] == side).any()]
     rows = [
-        (name, count(len(part)), percent(100 * len(part) / total), count(part["group"].nunique()))
-        for name, part in ((name, split[chosen]) for name, chosen in parts)
+        (name, count(len(part)), percent(100 * len(part) / total), count(groups.nunique()))
+        for name, part, groups in ((name, split["side"][chosen], split["group"][chosen]) for name, chosen in parts)
     ]
     return Table("The split", ("part", "rows", "share", "groups"), rows, frozenset({1, 2, 3}))
 

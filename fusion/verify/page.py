@@ -8,11 +8,12 @@ from fusion.report.seal import REPORTS, seal_of
 from fusion.verify.findings import Report, read
 
 
-def check_page(report: Report, url: str, about: str | None) -> None:
+def check_page(report: Report, url: str, about: str | None, evaluation: bytes | None = None) -> None:
     """Checks a page, if it exists: earlier versions wrote none, and a job may have been killed before it.
 
     Args:
         about: what the page must be about: the id of its run, or the name of the page; None if unknown.
+        evaluation: the manifest of the evaluation that the report of a run should show, if there is one.
     """
     content, name = read(url), storage.base(url)
     if content is None:
@@ -24,6 +25,8 @@ def check_page(report: Report, url: str, about: str | None) -> None:
         report.bad(name, "what was written", "a page that does not match its own sha256")
     elif about is not None and seal.about != about:
         report.bad(f"{name}: run", about, seal.about)
+    elif evaluation is not None and storage.sha256(evaluation).encode() not in content:
+        report.note(f"{name}: does not show the evaluation in metrics/; `python -m fusion.report` writes it again")
     else:
         report.ok(name)
 

@@ -102,7 +102,7 @@ def check_run(report: Report, run: RunFolder) -> CheckedRun:
     _check_history(report, checked)
     check_metrics(report, run, facts, checked.checkpoints, validating)
     check_ablation(report, run, facts, checked.checkpoints)
-    check_page(report, run.at(REPORT), facts.run_id if facts else None)
+    check_page(report, run.at(REPORT), facts.run_id if facts else None, read(run.metrics.manifest_url))
     check_segments(report, run)
     return checked
 

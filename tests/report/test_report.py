@@ -226,6 +226,24 @@ def test_a_run_of_an_earlier_version_has_no_report(full_run: RunFolder, tmp_path
     assert not [found for found in verify(str(tmp_path / "runs" / "full")) if found.verdict == "BAD"]
 
 
+def test_verify_notes_a_report_from_before_the_evaluation(trained: Train) -> None:
+    run = trained()
+    before = page_of(run).read_bytes()
+    assert evaluate_by_groups.main(["--output", run.output, "--run-id", "r"]) == 0
+    assert not [found for found in verify(run.url) if "does not show the evaluation" in found.what]
+    page_of(run).write_bytes(before)
+    (note,) = [found for found in verify(run.url) if "does not show the evaluation" in found.what]
+    assert note.verdict == "note"
+
+
+def test_the_report_is_the_same_from_any_folder(
+    full_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(full_run.output)
+    assert report.main(["--run-dir", "runs/full", "--to", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_bytes() == page_of(full_run).read_bytes()
+
+
 def test_the_seal_names_the_run(full_run: RunFolder) -> None:
     seal = seal_of(page_of(full_run).read_bytes())
     assert seal is not None and seal.about == "full" and seal.is_whole

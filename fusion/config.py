@@ -189,7 +189,7 @@ class RunConfig(StoreConfig):
     val_fraction: float = setting(0.2, "share of the rows that validate", "data", gt=0, lt=1)
     folds: int | None = setting(
         None,
-        "folds that members hold out in turn",
+        "number of folds, each of which some members hold out; replaces --val-fraction",
         "data",
         common=True,
         ge=2,

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 
+from fusion.spelling import as_typed
 from fusion.streams import Unfailing, has_colours
 
 # Escape sequences of ECMA-48: red, cyan, reset.
@@ -16,8 +17,8 @@ _WORD = re.compile(r"\S*`[^`]*`\S*|\S+")
 
 
 def print_report(report: str) -> None:
-    """Prints lines such as `error: …` and `hint: …` on standard error."""
-    stream = Unfailing(sys.stderr)
+    """Prints lines such as `error: …` and `hint: …` on standard error, with commands as the user types them."""
+    stream, report = Unfailing(sys.stderr), as_typed(report)
     if stream.isatty():
         columns, coloured = shutil.get_terminal_size().columns, has_colours(stream)
         report = "\n".join(displayed(line, columns, coloured=coloured) for line in report.splitlines())

@@ -119,8 +119,8 @@ def test_a_model_is_trained_evaluated_and_used(installed: Installed, catalog: Pa
     installed("python", "-m", "fusion.qwen_clip.predict_test", "--output", output, "--device", "cpu")
     assert installed("fusion", "verify", output).endswith("OK\n")
     assert "qwen_clip" in installed("fusion", "pull", "runs", "--output", output)
-    if (ROOT / "fusion" / "report").exists():
-        installed("fusion", "report", "--output", output)
+    (run,) = (Path(output) / "runs").iterdir()
+    assert installed("fusion", "report", "--run-dir", str(run)).endswith("report.html\n")
 
 
 def test_a_tag_and_the_documents_have_the_version_of_the_code() -> None:

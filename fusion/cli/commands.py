@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("ablation", "fusion.ablation.__main__", "--run-id RUN", "measure what each source is worth"),
     ),
     "results": (
-        Command("report", "fusion.report.__main__", "", "write a report of a run as a page"),
+        Command("report", "fusion.report.__main__", "--run-id RUN", "write a page on a run, on several, or on all"),
         Command("compare", "fusion.compare.__main__", "RUN RUN ...", "is one run better by more than chance?"),
         Command(
             "pull",

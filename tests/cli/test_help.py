@@ -14,13 +14,10 @@ from fusion.errors import Parser
 from fusion.help_screen import MAX_LINES, Rare, first_screen
 from fusion.variants import variants
 
-NOT_WRITTEN = {"report"}
-
 
 def every() -> Iterator[str]:
     for command in COMMANDS.values():
-        if command.name not in NOT_WRITTEN:
-            yield from _calls(command)
+        yield from _calls(command)
 
 
 def _calls(command: Command) -> Iterator[str]:

@@ -23,7 +23,7 @@ from fusion.streams import Unfailing, has_colours
 # Escape sequences of ECMA-48, which all colour terminals support: yellow, red, and reset.
 COLOURS = {"warning": "\x1b[33m", "error": "\x1b[31m"}
 NO_COLOUR = "\x1b[0m"
-SLOW_SECONDS = 2.0  # what takes less shows no bar: it would be gone before it is read
+SLOW_SECONDS = 5.0  # what takes less shows no bar: the lines of the log follow each other fast enough
 FOLDED = " " * 9  # before the further lines of an event, which are below its level
 
 Level = Literal["info", "warning", "error"]

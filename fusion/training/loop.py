@@ -37,9 +37,6 @@ from fusion.training.saver import Saver
 from fusion.training.seeds import set_seed
 from fusion.training.trainer import Fit
 
-# Before its first epoch, a training shows a clock only for what takes longer than these seconds: its lines say enough.
-PREPARING_SECONDS = 5.0
-
 
 def train(config: C, build_network: BuildNetwork[C]) -> None:
     """Trains a run, commits checkpoints under `<output>/runs/<run id>`, and writes its report.
@@ -111,7 +108,7 @@ def _train(config: C, build_network: BuildNetwork[C], world: World, lease: Lease
     set_seed(config.seed)
     model = make_model(config, build_network, data.store.dims)
     model.calibrate({role: statistics(data, role, world) for role in data.store.dims}, data.targets[data.train])
-    with log.waiting("finding similar rows", delay=PREPARING_SECONDS):
+    with log.waiting("finding similar rows"):
         data = build_memory(config, model, data, world)
     fit = Fit(config, model.to(world.device), data, world)
     _log_start(fit)

@@ -97,8 +97,8 @@ def test_elsewhere_there_is_one_line(catalog: Path, tmp_path: Path, capsys: pyte
     for event in ("finished", "finished_before"):
         assert train.main(flags) == 0
         said = capsys.readouterr()
-        last = said.err.splitlines()[-1]
-        assert f"event={event} " in last and said.out == ""
+        (last,) = [line for line in said.err.splitlines() if f"event={event} " in line]
+        assert said.out == ""
         for field in ("smape_low", "smape_high", "median_price_smape", "best_epoch", "improving", "minutes"):
             assert f" {field}=" in last
 

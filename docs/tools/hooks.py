@@ -27,6 +27,7 @@ from docs.tools.flowchart import svg  # noqa: E402
 FROM_REPOSITORY = {
     "index.md": "README.md",
     "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
     "k8s.md": "k8s/README.md",
     "slurm.md": "slurm/README.md",
     "variants/qwen_clip.md": "fusion/qwen_clip/README.md",

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,33 +14,46 @@ import pytest
 from docs.tools import commands
 from fusion.cli.commands import COMMANDS
 from fusion.demo.catalog import generate
-from tests.conftest import DIMS, run_command
+from tests.conftest import DIMS
 from tests.docs.blocks import LANGUAGES, NOT_RUN, PAGES, ROOT, Block, blocks_of, name_of
 from tests.docs.command_lines import wrong_commands
 
 README_LINES = 150
-# What the script `fusion` of an installed package does.
-AS_INSTALLED = 'import sys; from fusion.__main__ import main; sys.argv[0] = "fusion"; sys.exit(main())'
 WORDS = NOT_RUN | {"file", "fails", "output"}
 RUN = [page for page in PAGES if any(block.runs for block in blocks_of(page))]
+ON_CPU = {"FUSION_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:."}
 SHELL = [block for page in PAGES for block in blocks_of(page) if block.language == "sh" and not block.runs]
 
 
+def clean() -> dict[str, str]:
+    """This process's variables, without settings of Fusion and keys."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("FUSION_", "AWS_"))}
+
+
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables for the pages: the commands, a CPU, and a small catalog with a trained run."""
-    folder = tmp_path_factory.mktemp("pages")
-    for name, arguments in {"fusion": f"-c '{AS_INSTALLED}'", "python": ""}.items():
-        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
-        (folder / name).chmod(0o755)
-    small = folder / "small"
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the programs that pages call: `fusion` and `python`."""
+    folder = tmp_path_factory.mktemp("bin")
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    command = [sys.executable, "-W", "error", "-m", "tests.docs.command_server", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, env=clean() | ON_CPU, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None and server.stdout.readline() == b"ready\n"
+        yield folder
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def environment(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables for the pages: the programs, a CPU, and a small catalog with a trained run."""
+    small = tmp_path_factory.mktemp("small")
     generate(small / "data", n_products=603, dims=DIMS)
-    where = ["--data", str(small / "data"), "--output", str(small / "output"), "--run-id", "demo"]
-    done = run_command("fusion.all_embeddings.train", *where, "--device", "cpu", "--epochs", "5", "--batch-size", "32")
-    assert done.code == 0, done.err
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("FUSION_", "AWS_"))}
-    paths = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:."}
-    return clean | paths | {"SMALL_RUN": str(small), "FUSION_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    variables = clean() | ON_CPU | {"PATH": f"{programs}:{os.environ['PATH']}", "SMALL_RUN": str(small)}
+    train = "fusion train all_embeddings --data data --output output --run-id demo --epochs 5 --batch-size 32"
+    done = subprocess.run(train.split(), cwd=small, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return variables
 
 
 @pytest.mark.parametrize("page", RUN, ids=name_of)

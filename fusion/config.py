@@ -417,7 +417,8 @@ class AblateConfig(ReadRunConfig):
 
     def __post_init__(self) -> None:
         if not self.run_id and not self.run_dir:
-            raise ValueError("neither --run-id nor --run-dir is given")
+            remedy = "name a run with --run-id; `python jobs/pull.py runs` lists them"
+            raise SettingError("neither --run-id nor --run-dir is given", remedy)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

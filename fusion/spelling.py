@@ -7,7 +7,7 @@ user sees passes through `as_typed`, which writes them as subcommands if the use
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,18 @@ def subcommands(prefix: str) -> Iterator[None]:
         yield
     finally:
         _state["prefix"] = before
+
+
+def module_of(words: Sequence[str]) -> list[str]:
+    """The module and its flags, for the words of a subcommand with a variant; other words as they are.
+
+    >>> module_of(["train", "qwen_clip", "--epochs", "3"])
+    ['fusion.qwen_clip.train', '--epochs', '3']
+    """
+    names = {subcommand: name for name, subcommand in OF_VARIANT.items()}
+    if len(words) < 2 or words[0] not in names:
+        return list(words)
+    return [f"fusion.{words[1]}.{names[words[0]]}", *words[2:]]
 
 
 def program() -> str:

@@ -29,6 +29,7 @@ from fusion.errors import ConfigError, ExitCode, FusionError, Parser, StopReques
 from fusion.help_screen import Rare
 from fusion.launch.processes import Ending, Group, Rank, Stop
 from fusion.launch.rendezvous import MultiNodeRendezvous, Rendezvous
+from fusion.spelling import module_of
 from fusion.streams import unfailing
 
 # Exit codes after which a restart would not help.
@@ -132,7 +133,7 @@ def _parser() -> Parser:
         "after one has failed; never after exit codes that a retry cannot change (64, 65, 75, 77, 78)"))  # fmt: skip
     add("--grace", metavar="S", type=seconds, default=60.0, help=Rare("seconds that the ranks get to end after a stop "
         "signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2), which reaches them as one SIGTERM"))  # fmt: skip
-    add("module", metavar="MODULE", help="module to run, such as fusion.all_embeddings.train")
+    add("module", metavar="MODULE", help="module to run, such as fusion.all_embeddings.train; or train VARIANT")
     add("arguments", nargs=argparse.REMAINDER, help="its arguments")
     return parser
 
@@ -170,7 +171,8 @@ VARIABLES: dict[str, tuple[tuple[str, ...], Callable[[str], int], str | None]] =
 def _parse(argv: Sequence[str] | None) -> Options:
     given = _parser().parse_args(argv)
     _add_variables(given)
-    given.command = (sys.executable, "-m", _known(given.module), *given.arguments)
+    module, *arguments = module_of([given.module, *given.arguments])
+    given.command = (sys.executable, "-m", _known(module), *arguments)
     if given.rdzv_endpoint:
         address, _, port = given.rdzv_endpoint.rpartition(":")
         given.master_addr = address.strip("[]")

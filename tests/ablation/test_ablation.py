@@ -132,7 +132,11 @@ def test_verify_finds_every_change(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
-        ([], 78, "error: neither --run-id nor --run-dir is given\nhint: change --run-id or --run-dir"),
+        (
+            [],
+            78,
+            "error: neither --run-id nor --run-dir is given\nhint: name a run with --run-id; `python jobs/pull.py",
+        ),
         (["--run-id", "x"], 65, "error: no run x under"),
         (["--run-dir", "{output}"], 65, "has no run.json: it is not the folder of a run"),
         (["--run-id", "r", "--data", "nowhere"], 65, "neither nowhere/train.csv nor train.parquet exists"),

@@ -284,6 +284,11 @@ def test_usage_errors(flags: list[str], message: str, monkeypatch: pytest.Monkey
     assert message in raised.value.message
 
 
+def test_a_variant_may_be_named_as_in_a_subcommand() -> None:
+    options = _parse(["--nproc-per-node", "1", "train", "qwen_clip", "--epochs", "3"])
+    assert options.command[1:] == ("-m", "fusion.qwen_clip.train", "--epochs", "3")
+
+
 def test_a_usage_error_is_two_lines_and_64() -> None:
     done = subprocess.run([sys.executable, "-m", "fusion.launch", "--x"], check=False, capture_output=True, text=True)
     assert done.returncode == 64

@@ -112,6 +112,12 @@ def test_commands_and_names_come_from_the_wheel(installed: Installed) -> None:
     assert "fusion submit --cluster local" in installed("fusion", "submit", "--help")
 
 
+def test_jobs_are_sent_from_a_folder_with_the_files_of_the_cluster(installed: Installed) -> None:
+    shutil.copytree(ROOT / "k8s", installed.folder / "k8s")
+    sent = installed("fusion", "submit", "--cluster", "k8s", "--dry-run", "--variant", "qwen_clip")
+    assert "name: fusion-train-qwen-clip" in sent or '"fusion-train-qwen-clip"' in sent
+
+
 def test_a_model_is_trained_evaluated_and_used(installed: Installed, catalog: Path) -> None:
     output = str(installed.folder / "output")
     installed("fusion", "train", "qwen_clip", "--data", str(catalog), "--output", output, *TRAIN)

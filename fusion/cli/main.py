@@ -54,7 +54,7 @@ def _dispatch(words: list[str]) -> int:
     if command.of_variant:
         from fusion.cli.variant import choose, known_to
 
-        if rest and rest[0] in HELP:
+        if rest and rest[0] in (*HELP, "--help-all"):
             print(_variants_of(command, known_to(command)))
             return 0
         variant, rest = choose(command, rest)

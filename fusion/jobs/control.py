@@ -27,7 +27,7 @@ try:
     from fusion.command import guarded, terminal
     from fusion.command.exit import report
     from fusion.errors import ExitCode, FusionError, Parser, UsageError, visible
-    from fusion.jobs.arguments import refuse_empty
+    from fusion.jobs.arguments import checkout, refuse_empty
     from fusion.jobs.schedulers import kubernetes_settings
     from fusion.jobs.schedulers.kubectl import Kubectl
     from fusion.jobs.schedulers.kubernetes_sent import KubernetesJobs
@@ -42,7 +42,7 @@ except ImportError as wrong_python:
     print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
     sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
-ROOT = Path(__file__).parents[2]
+ROOT = checkout()
 PROGRAMS = {"slurm": "squeue", "k8s": "kubectl", "local": "sh"}  # programs that show that a cluster is available
 SLURM_ID = re.compile(r"\d+(_\d+)?")
 MINUTE = len("2026-01-02T03:04")  # times are shown to the minute

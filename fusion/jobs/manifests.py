@@ -18,6 +18,7 @@ try:
 
     from fusion.command import guarded
     from fusion.errors import ConfigError, ExitCode, Parser
+    from fusion.jobs.arguments import checkout
     from fusion.jobs.schedulers.kubernetes_settings import Cluster, read
 except ImportError as wrong_python:
     if __name__ != "__main__":
@@ -26,7 +27,7 @@ except ImportError as wrong_python:
     print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
     sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
-K8S = Path(__file__).parents[2] / "k8s"
+K8S = checkout() / "k8s"
 CONFIG = "config.yaml"  # the file with the ConfigMap
 # The files are changed as text and not as parsed YAML, which would lose their comments.
 IMAGE = re.compile(r"^( *(?:- )?image: )\S+$", re.MULTILINE)

@@ -25,6 +25,7 @@ try:
     from fusion.command.settings import parse
     from fusion.errors import ExitCode, Parser, UsageError
     from fusion.help_screen import Rare
+    from fusion.jobs.arguments import checkout
     from fusion.jobs.schedulers import local
     from fusion.jobs.schedulers.description import MODULES, Job, check_together, config_class, each_fold, frozen
     from fusion.records.provenance import ENSEMBLE_CODE
@@ -38,7 +39,7 @@ except ImportError as wrong_python:
     print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
     sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
 
-ROOT = Path(__file__).parents[2]  # the checkout with k8s/ and slurm/, which are not part of the installed packages
+ROOT = checkout()
 SETTINGS = {"slurm": ROOT / "slurm" / "cluster.toml", "k8s": ROOT / "k8s" / "cluster.toml"}
 # The clusters on which each flag has an effect. With another cluster it is an error, so that no flag is silently
 # ignored.

@@ -92,7 +92,7 @@ def test_the_only_variant_of_an_output_need_not_be_named(
     assert code == 64 and "there are runs of all_embeddings and qwen_clip under output" in err
 
 
-@pytest.mark.parametrize("words", ["train --help", "help train"])
+@pytest.mark.parametrize("words", ["train --help", "train --help-all", "help train"])
 def test_help_without_a_variant_names_the_variants(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said(words, capsys)
     assert code == 0 and "  fusion train qwen_clip --help" in out

@@ -18,12 +18,13 @@ from typing import Any, cast
 import yaml
 
 from fusion.errors import ConfigError
+from fusion.jobs.arguments import checkout
 from fusion.jobs.schedulers.description import Job
 from fusion.jobs.schedulers.kubectl import BusyError, Kubectl, Object
 from fusion.jobs.schedulers.kubernetes_wait import QUEUE, describe_unfinished, final_condition, log_command
 from fusion.jobs.schedulers.patience import retry
 
-K8S = Path(__file__).parents[3] / "k8s"
+K8S = checkout() / "k8s"
 TEMPLATES = {
     "train": "train-all-embeddings",
     "evaluate": "evaluate-all-embeddings",
@@ -101,7 +102,8 @@ def _load(template: Path) -> list[Object]:
     try:
         found = list(yaml.safe_load_all(template.read_text()))
     except FileNotFoundError as error:
-        raise ConfigError(f"there is no {template}", "run jobs/submit.py in a checkout of the project") from error
+        hint = "run this in a checkout of the project, or beside a copy of its folder k8s/"
+        raise ConfigError(f"there is no {template}", hint) from error
     if found[-1]["kind"] == "CronJob":  # The job is to run now, so only the Job within the CronJob is sent.
         night = found[-1]
         spec = night["spec"]["jobTemplate"]["spec"]

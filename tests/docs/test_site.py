@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, sync_playwright
 
 from tests.services import require
@@ -82,4 +84,14 @@ def test_the_search_finds_a_page(browser: Browser, address: str) -> None:
     tab = browser.new_page()
     tab.goto(f"{address}/index.html?q=near-duplicates")
     tab.wait_for_selector(".md-search-result__link", state="attached")
+    tab.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_and_links_can_be_told_apart(browser: Browser, address: str, scheme: Any) -> None:
+    tab = browser.new_page(color_scheme=scheme, reduced_motion="reduce")
+    for page in ("tutorial.html", "reference/losses.html"):
+        tab.goto(f"{address}/{page}", wait_until="networkidle")
+        rules = {"runOnly": ["color-contrast", "link-in-text-block"]}
+        assert Axe().run(tab, options=rules).response["violations"] == []
     tab.close()

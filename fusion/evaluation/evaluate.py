@@ -51,6 +51,9 @@ from fusion.submissions.predictions import COMPARABLES
 
 # Characters of a text that `summary.json` has of each extreme row: enough for a title and the begin of a description.
 LONGEST_TEXT = 1000
+# Validation rows up to which the texts of comparable products are read: with five times as many rows in train.csv, that
+# takes a few seconds.
+MOST_VALIDATED = 200_000
 # Columns of each row that the evaluation computes. Columns of `train.csv` with these names are not shown beside them.
 COMPUTED = ("price", "predicted", "present", "smape")
 
@@ -78,7 +81,8 @@ def evaluate_by_groups(settings: EvaluateConfig, config_class: type[C], build_ne
             evaluation, rows = evaluation_of(settings.by, run, chosen, held(table), store, computed, as_trained)
             shown = _columns_of_report(settings.by, held(table).columns)
             columns = held(table).frame.filter(items=list(dict.fromkeys(shown)))
-            _write(run, chosen, evaluation, rows, columns)
+            others = _columns_of_comparables(evaluation, rows, config, data, list(dict.fromkeys(shown)))
+            _write(run, chosen, evaluation, rows, pd.concat([columns, others.drop(columns.index, errors="ignore")]))
             _show(evaluation, columns, run.metrics.url, settings.all)
 
         world.on_main(finish)
@@ -297,13 +301,39 @@ def _in_words(code: int, roles: list[str]) -> str:
     return f"without {', '.join(missing)}" if missing else "all"
 
 
+def _columns_of_comparables(
+    evaluation: Evaluation, rows: pd.DataFrame, config: RunConfig, data: str, names: Sequence[str]
+) -> pd.DataFrame:
+    """Returns the user's columns of the products that weigh most in the worst rows, by sample_id.
+
+    Without neighbours or with other data, the result is empty. It is also empty for a large table: reading the columns
+    of all of its rows again would take too long.
+    """
+    none = pd.DataFrame(columns=list(names))
+    if COMPARABLES[0] not in rows or evaluation.as_trained is False or not names:
+        return none
+    of_worst = rows.set_index("sample_id").loc[evaluation.worst["sample_id"], COMPARABLES[0]]
+    if len(rows) > MOST_VALIDATED:
+        return none
+    drop = config.drop_bad_prices
+    table = read_table(
+        data,
+        "train",
+        priced=True,
+        drop_bad_prices=drop,
+        columns=lambda known: [name for name in names if name in known],
+    )
+    positions = positions_of(pd.Index(of_worst.explode().unique()), table.ids)
+    return table.frame.iloc[positions[positions >= 0]].filter(items=list(names))
+
+
 def _write(
     run: RunFolder, chosen: manifests.Checkpoint, evaluation: Evaluation, rows: pd.DataFrame, columns: pd.DataFrame
 ) -> None:
     """Writes the metrics, the predictions of the rows and a summary to the run's `metrics/`.
 
     Args:
-        columns: the user's columns to show with extreme rows.
+        columns: the user's columns of extreme rows and of their comparable products, by sample_id.
     """
     folder = run.metrics
     files = {
@@ -357,6 +387,7 @@ def _summary(
     """Returns the content of `summary.json`: overall metrics, extreme rows, gates, quantiles and coverage."""
     overall = evaluation.groups.iloc[0].drop(["by", "group"]).to_dict()
     columns = ["sample_id", "price", "predicted", "present", "smape"]
+    compared = [COMPARABLES[0]] if COMPARABLES[0] in evaluation.worst and texts is not None else []
     summary: Mapping[str, Any] = {
         "run": run.run_id,
         "checkpoint": chosen.name,
@@ -364,7 +395,7 @@ def _summary(
         "as_trained": evaluation.as_trained,
         **json.loads(pd.Series(overall).to_json()),
         "baselines": [] if evaluation.baselines is None else [asdict(one) for one in evaluation.baselines.scores],
-        "worst": _described(evaluation.worst[columns], texts),
+        "worst": _described(evaluation.worst[[*columns, *compared]], texts),
         "best": _described(evaluation.best[columns], texts),
         "gates": _records(evaluation.gates.rename_axis("price_bin").reset_index()),
         "distributions": _records(evaluation.distributions),
@@ -374,14 +405,23 @@ def _summary(
 
 
 def _described(extremes: pd.DataFrame, texts: pd.DataFrame | None) -> list[dict[str, Any]]:
-    """The rows as records, each with the user's columns under "columns", as texts; missing values are left out."""
+    """The rows as records, with the user's columns of each under "columns", and of its comparable products."""
     found: list[dict[str, Any]] = _records(extremes)
     if texts is None:
         return found
     for record in found:
-        row = texts.loc[record["sample_id"]]
-        record["columns"] = {str(name): str(value)[:LONGEST_TEXT] for name, value in row.items() if pd.notna(value)}
+        record["columns"] = _texts(texts, record["sample_id"])
+        if COMPARABLES[0] in record:
+            record["comparables"] = {one: _texts(texts, one) for one in record.pop(COMPARABLES[0])}
     return found
+
+
+def _texts(texts: pd.DataFrame, sample_id: str) -> dict[str, str]:
+    """Returns name to text of the user's columns of a row that are not missing; nothing for an unknown row."""
+    if sample_id not in texts.index:
+        return {}
+    row = texts.loc[sample_id]
+    return {str(name): str(value)[:LONGEST_TEXT] for name, value in row.items() if pd.notna(value)}
 
 
 def _records(frame: pd.DataFrame) -> Any:

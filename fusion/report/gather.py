@@ -21,7 +21,7 @@ from fusion.config import RunConfig
 from fusion.errors import DataError, FusionError
 from fusion.metrics import row_smape
 from fusion.records import intervals, schemas
-from fusion.records.manifests import ABLATION, BASELINES, ENSEMBLE, LINES, Checkpoint
+from fusion.records.manifests import ABLATION, BASELINES, ENSEMBLE, LINES, VALIDATION, Checkpoint
 from fusion.records.run import CONFIG, EXIT, LOG, START, RunFolder
 from fusion.records.schemas import (
     AblationRecord,
@@ -33,6 +33,7 @@ from fusion.records.schemas import (
     RunFacts,
 )
 from fusion.records.split import read_split
+from fusion.records.validation import has_validation
 from fusion.variants import config_class_of
 
 # Rows on which a report measures coverage if no evaluation has: a share of 90% then has a standard error of 0.1 points,
@@ -111,6 +112,13 @@ class Gathered:
     @property
     def variant(self) -> str:
         return self.facts.variant if self.facts else ""
+
+    @property
+    def rows_file(self) -> str:
+        """Path of the file that `rows` are from, below the run; earlier versions had them in the evaluation alone."""
+        if has_validation(self.checkpoint):
+            return f"checkpoints/{self.checkpoint.name}/{VALIDATION}"
+        return "metrics/predictions.parquet"
 
 
 def gather(run: RunFolder) -> Gathered:

@@ -15,7 +15,6 @@ from fusion.metrics import row_smape
 from fusion.records.manifests import ABLATION
 from fusion.records.schemas import Effect, SourceWorth
 from fusion.report import charts
-from fusion.report.accuracy import _predictions_file
 from fusion.report.blocks import (
     Chart,
     Command,
@@ -34,6 +33,7 @@ from fusion.report.gather import Evaluated, Gathered
 N_WORST = 12  # of the 20 rows that an evaluation lists; a reader needs a few to see a pattern
 LONGEST_LINE = 100  # characters of a command that fit on a line
 LONGEST_TEXT = 400  # characters of a text of a user
+LONGEST_COMPARABLE = 90  # characters of the longest text of a comparable product
 PREDICTIONS = "metrics/predictions.parquet"
 
 
@@ -189,7 +189,7 @@ class WorstRow:
 
     Attributes:
         texts: columns of `train.csv`, name to text.
-        comparables: id, price and weight of the training rows that weigh most in its price.
+        comparables: id, price, weight and text of the training rows that weigh most in its price.
     """
 
     sample_id: str
@@ -199,7 +199,7 @@ class WorstRow:
     factor: str
     interval: str
     texts: list[tuple[str, str]]
-    comparables: list[tuple[str, str, str]]
+    comparables: list[tuple[str, str, str, str]]
 
 
 def _factor(ratio: float) -> str:
@@ -233,31 +233,46 @@ def worst(found: Gathered) -> Worst:
         run = ["python", "-m", f"fusion.{found.variant}.evaluate_by_groups", *where_of(found)]
         commands = [Command("Show them with their texts and comparable products", command(*run))]
         shown = [_worst_row(str(key), row, {}, None) for key, row in rows.iterrows()]
-        return Worst(lead, shown, [_predictions_file(found)], commands if found.variant else [])
-    texts = {one["sample_id"]: one.get("columns") or {} for one in evaluated.summary.get("worst", [])}
+        return Worst(lead, shown, [found.rows_file], commands if found.config is not None else [])
+    described = {str(one["sample_id"]): one for one in evaluated.summary.get("worst", [])}
     shown = [
-        _worst_row(str(key), row, texts.get(str(key), {}), evaluated.rows.loc[[str(key)]].iloc[0])
+        _worst_row(str(key), row, described.get(str(key), {}), evaluated.rows.loc[[str(key)]].iloc[0])
         for key, row in rows.iterrows()
         if str(key) in evaluated.rows.index
     ]
     return Worst(lead, shown, ["metrics/summary.json", PREDICTIONS], [])
 
 
-def _worst_row(key: str, row: pd.Series[Any], texts: Mapping[str, Any], full: pd.Series[Any] | None) -> WorstRow:
+def _worst_row(key: str, row: pd.Series[Any], described: Mapping[str, Any], full: pd.Series[Any] | None) -> WorstRow:
+    """A row for the page.
+
+    Args:
+        described: its record in `summary.json`, which has texts; empty if there is none.
+        full: its row in `predictions.parquet`; None if it was not evaluated.
+    """
     price, predicted = float(row["price"]), float(row["predicted"])
     ratio = predicted / price
     direction = f"{_factor(ratio)} too high" if ratio >= 1 else f"{_factor(1 / ratio)} too low"
-    interval, comparables = "", list[tuple[str, str, str]]()
-    if full is not None:
-        if "low_90" in full:
-            interval = f"{dollars(float(full['low_90']))} – {dollars(float(full['high_90']))}"
-        if "comparable_ids" in full:
-            columns = zip(full["comparable_ids"], full["comparable_prices"], full["comparable_weights"], strict=True)
-            comparables = [
-                (shortened(str(one), 40), dollars(float(other)), _weight(float(weight)))
-                for one, other, weight in columns
-            ]
+    interval, comparables = "", list[tuple[str, str, str, str]]()
+    if full is not None and "low_90" in full:
+        interval = f"{dollars(float(full['low_90']))} – {dollars(float(full['high_90']))}"
+    if full is not None and "comparable_ids" in full:
+        comparables = _comparables(full, described.get("comparables") or {})
+    texts = described.get("columns") or {}
     shown = [(shortened(name, 40), shortened(str(text), LONGEST_TEXT)) for name, text in texts.items() if text]
     smape = percent(float(row_smape([price], [predicted])[0]), 0)
     return WorstRow(shortened(key, 60), dollars(price), dollars(predicted), smape, direction, interval, shown,
                     comparables)  # fmt: skip
+
+
+def _comparables(full: pd.Series[Any], texts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    columns = zip(full["comparable_ids"], full["comparable_prices"], full["comparable_weights"], strict=True)
+    return [
+        (
+            shortened(str(one), 40),
+            dollars(float(price)),
+            _weight(float(weight)),
+            shortened(max(map(str, texts.get(str(one), {}).values()), key=len, default=""), LONGEST_COMPARABLE),
+        )
+        for one, price, weight in columns
+    ]

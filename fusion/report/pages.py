@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion import __version__
 from fusion.compare.out_of_fold import Scored
-from fusion.report import accuracy, leaderboard, model_use, origin, several
+from fusion.report import groups, leaderboard, model_use, origin, prices, score, several
 from fusion.report.blocks import Section, counted, listed, prose, shortened
 from fusion.report.gather import Gathered
 from fusion.report.leaderboard import Listed
@@ -39,7 +39,7 @@ def run_page(found: Gathered) -> bytes:
     values = {
         "title": f"Run {found.run.run_id}",
         "run": found,
-        "headline": accuracy.headline(found),
+        "headline": score.headline(found),
         "before": sections[:after_worst],
         "after": sections[after_worst:],
         "worst": worst,
@@ -70,10 +70,10 @@ def index_page(runs: Sequence[Listed], output: str, name: str) -> bytes:
 
 def _sections(found: Gathered) -> list[Section | None]:
     return [
-        accuracy.learning(found),
-        accuracy.predictions(found),
-        accuracy.by_group(found),
-        accuracy.coverage(found),
+        score.learning(found),
+        prices.predictions(found),
+        groups.by_group(found),
+        prices.coverage(found),
         model_use.sources(found),
         model_use.use(found),
         origin.data(found),
@@ -85,7 +85,7 @@ def _sections(found: Gathered) -> list[Section | None]:
 
 def _notices(found: Gathered) -> list[str]:
     notices = list(found.notices)
-    better = [name for name, one, _ in accuracy.references(found) if one.mean <= found.smape.mean]
+    better = [name for name, one, _ in score.references(found) if one.mean <= found.smape.mean]
     if better:
         notices.append(f"This model is not better than {listed(better)}. More epochs or other sources may help.")
     if found.evaluated is not None and found.evaluated.as_trained is False:

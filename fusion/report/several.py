@@ -19,7 +19,6 @@ from fusion.metrics import FloatArray, row_smape
 from fusion.records.manifests import LINES
 from fusion.records.price_bins import price_bins
 from fusion.report import charts
-from fusion.report.accuracy import LEAST_NAMED, _dollar_bin
 from fusion.report.blocks import (
     ABSENT,
     Chart,
@@ -35,6 +34,7 @@ from fusion.report.blocks import (
     shortened,
 )
 from fusion.report.charts import Dot
+from fusion.report.groups import LEAST_NAMED, dollar_bin
 
 MOST_GROUPS = 12  # groups in the chart and table of differences
 MOST_CURVES = 6  # curves in a chart, which has as many styles of lines
@@ -228,7 +228,7 @@ def _groups(one: Several) -> Section | None:
     """The groups in which the runs differ most."""
     if len(one.entries) < 2:
         return None
-    labels = [("price", price_bins(pd.Series(one.rows.prices)).map(_dollar_bin).to_numpy())]
+    labels = [("price", price_bins(pd.Series(one.rows.prices)).map(dollar_bin).to_numpy())]
     if one.rows.category is not None:
         labels.append(("category", one.rows.category.astype("str").to_numpy()))
     every = [group for by, values in labels for group in _groups_of(one, by, values)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -128,6 +129,8 @@ def test_an_evaluation_adds_texts_and_comparable_products(trained: Train) -> Non
     before = text_of(run)
     assert evaluate_by_groups.main(["--output", run.output, "--run-id", "r"]) == 0
     assert "Comparable products" not in before and "Comparable products" in text_of(run)
+    worst = json.loads(storage.read(run.at("metrics", "summary.json")))["worst"][0]
+    assert len(worst["comparables"]) == 5 and all(text["catalog_content"] for text in worst["comparables"].values())
 
 
 def test_without_baselines_the_median_price_comes_from_the_log(trained: Train) -> None:

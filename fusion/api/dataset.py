@@ -65,7 +65,7 @@ def write_training_data(config: RunConfig, frame: Any, sources: Mapping[str, Any
 
 
 def _check_roles(config: RunConfig, sources: Mapping[str, Any]) -> None:
-    """Raises a DataError unless there is an array for each role of the settings, and no other."""
+    """Raises an error unless there is an array for each role of the settings, and no other, and each has a source."""
     roles = list(config.bindings())
     hint = f"give an array for each of {', '.join(roles)}"
     if not isinstance(sources, Mapping):
@@ -73,6 +73,11 @@ def _check_roles(config: RunConfig, sources: Mapping[str, Any]) -> None:
     for role in sources:
         if role not in roles:
             raise DataError(f"{role!r} is not a role of {config.variant}", f"{did_you_mean(str(role), roles)}{hint}")
+    names = list(config.bindings().values())
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        hint = f"give each its own, such as sources={{{roles[0]!r}: '{twice[0]}-1'}}"
+        raise ConfigError(f"several roles are bound to the source {twice[0]!r}", hint)
     absent = [role for role in roles if sources.get(role) is None]
     if absent:
         raise DataError(f"sources lacks {', '.join(absent)}", f"{hint}, or train a variant with fewer roles")

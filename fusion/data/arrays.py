@@ -19,6 +19,7 @@ from fusion.data.table_file import id_texts
 from fusion.data.tables import Table, report_duplicates
 from fusion.errors import DataError
 
+ID = "sample_id"
 NO_VECTOR = -1  # the position of the vector of a row that has none
 _RESHAPE = "give one vector per row as an array of shape [rows, dimensions], or as a pair (ids, array)"
 
@@ -53,8 +54,9 @@ def aligned(given: Any, role: str, table: Table, rows_name: str) -> Vectors:
 
     Args:
         given: an array [N, D] in the order of the table's file; a pair of ids [M] and an array [M, D]; a mapping from
-            id to vector; or a data frame with the columns sample_id and embedding. Arrays may be of NumPy, torch or
-            pyarrow, or lists of vectors; None in a list counts as missing.
+            id to vector; or a frame with sample_id, as a column or the index, and with embedding, or a column per
+            number. Arrays may be of NumPy, torch, pyarrow or polars, or lists of vectors; None in a list counts as
+            missing.
         rows_name: what the rows of the table are called in messages.
 
     Raises:
@@ -77,13 +79,29 @@ def _ids_and_vectors(given: Any, role: str) -> tuple[Any, Any]:
     """What was given, as ids and vectors; the ids are None if it has none."""
     if isinstance(given, tuple) and len(given) == 2:
         return given
-    if isinstance(given, pd.DataFrame) and "embedding" in given:
-        if "sample_id" not in given:
-            raise DataError(f"{role} is a data frame without the column sample_id", "add the ids, or give an array")
-        return given["sample_id"], given["embedding"]
+    if hasattr(given, "to_arrow"):  # of polars
+        given = given.to_arrow()
+    if isinstance(given, pa.Table):
+        given = given.to_pandas()
+    if isinstance(given, pd.Series) and given.index.name == ID:
+        return given.index, given
+    if isinstance(given, pd.DataFrame):
+        return _columns_of(given, role)
     if isinstance(given, Mapping):
         return list(given), list(given.values())
     return None, given
+
+
+def _columns_of(frame: pd.DataFrame, role: str) -> tuple[Any, Any]:
+    """Ids and vectors of a frame; the ids are None if it has only numbers."""
+    has_vectors = "embedding" in frame
+    if ID in frame:
+        return frame[ID], frame["embedding"] if has_vectors else frame.drop(columns=ID)
+    if frame.index.name == ID:
+        return frame.index, frame["embedding"] if has_vectors else frame
+    if has_vectors:
+        raise DataError(f"{role} is a frame without the column {ID}", "add the ids, or give an array")
+    return None, frame
 
 
 def _joined(ids: Any, values: np.ndarray, role: str, table: Table) -> Vectors:
@@ -128,6 +146,8 @@ def matrix_of(vectors: Any, role: str) -> np.ndarray:
     Raises:
         DataError: they are not numbers, or of several lengths.
     """
+    if hasattr(vectors, "to_arrow"):
+        vectors = vectors.to_arrow()
     if isinstance(vectors, torch.Tensor):
         vectors = vectors.detach().cpu()
         vectors = (vectors.float() if vectors.dtype == torch.bfloat16 else vectors).numpy()  # NumPy has no bfloat16

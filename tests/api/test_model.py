@@ -103,6 +103,16 @@ FORMS: dict[str, Callable[[dict[str, np.ndarray], pd.Series], dict[str, Any]]] =
     "fixed": lambda arrays, _: {
         role: pa.FixedSizeListArray.from_arrays(one.ravel(), one.shape[1]) for role, one in arrays.items()
     },
+    "polars": lambda arrays, ids: {
+        role: polars.DataFrame({"sample_id": ids, "embedding": list(one)}) for role, one in arrays.items()
+    },
+    "indexed": lambda arrays, ids: {
+        role: pd.Series(list(one), pd.Index(ids, name="sample_id")).sample(frac=1, random_state=0)
+        for role, one in arrays.items()
+    },
+    "wide": lambda arrays, ids: {
+        role: pd.DataFrame(one).assign(sample_id=ids).sample(frac=1, random_state=0) for role, one in arrays.items()
+    },
     "zeros": lambda arrays, _: {
         role: np.where(np.isnan(one).any(1, keepdims=True), 0, one) for role, one in arrays.items()
     },

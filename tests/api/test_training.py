@@ -148,6 +148,13 @@ def test_source_names_are_those_of_the_settings(catalog: Path, tmp_path: Path) -
     assert Config(sources=Sources(clip_image="cnn")).bindings() == config.bindings()
 
 
+def test_roles_with_one_source_are_refused(catalog: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path, sources={"clip_image": "cnn", "qwen_text": "cnn"})
+    with pytest.raises(ConfigError, match="several roles are bound to the source 'cnn'"):
+        fusion.train(config, frame_of(catalog), sources_of(catalog), quiet=True)
+    assert not files_below(tmp_path)
+
+
 def test_rows_without_a_price_can_be_dropped(catalog: Path, tmp_path: Path) -> None:
     frame = frame_of(catalog)
     frame.loc[:2, "price"] = np.nan

@@ -39,6 +39,7 @@ class _Context:
     lines: list[str] = field(default_factory=list)
     least: Level = "info"
     is_short: bool = False
+    is_separate: bool = False
 
 
 _context = _Context()
@@ -61,11 +62,16 @@ def separate(least: Level = "info", *, short: bool = False) -> Iterator[None]:
     """
     global _context  # noqa: PLW0603 (as the other functions of this module, it is about the log of the process)
     before = _context
-    _context = _Context(least=least, is_short=short)
+    _context = _Context(least=least, is_short=short, is_separate=True)
     try:
         yield
     finally:
         _context = before
+
+
+def is_separate() -> bool:
+    """Whether this is inside `separate`: then a call from Python logs, which prints nothing on standard output."""
+    return _context.is_separate
 
 
 def info(**fields: object) -> None:

@@ -148,7 +148,7 @@ def show(found: Outcome, config: RunConfig) -> None:
 
 
 def _is_terminal() -> bool:
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    return sys.stdout.isatty() and sys.stderr.isatty() and not log.is_separate()
 
 
 INDENT = "  "

@@ -173,6 +173,15 @@ def test_each_run_keeps_its_own_log(catalog: Path, tmp_path: Path, capfd: pytest
     assert not dist.is_initialized()
 
 
+def test_nothing_is_printed_on_a_terminal(
+    catalog: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    fusion.train(config_of(tmp_path, data=str(catalog), epochs=1), quiet=True)
+    assert capfd.readouterr().out == ""
+
+
 def test_random_generators_are_left_as_they_were(catalog: Path, tmp_path: Path) -> None:
     def drawn() -> list[float]:
         return [random.random(), np.random.random(), float(torch.rand(()))]

@@ -26,6 +26,23 @@ def test_a_line_consists_of_keys_and_values(capsys: pytest.CaptureFixture[str]) 
     assert log.text().endswith(said)
 
 
+def test_a_separate_log_keeps_its_own_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("outer", 0, 1)
+    before = log.text()
+    with log.separate("warning", short=True):
+        log.configure("inner", 1, 2)
+        log.configure("inner", 0, 1)
+        log.info(event="kept")
+        log.warning(event="shown")
+        assert [line.split()[2:] for line in log.text().splitlines()] == [
+            ["run=inner", "rank=0/1", "event=kept"],
+            ["run=inner", "rank=0/1", "event=shown"],
+        ]
+        assert log.is_separate()
+    assert log.text() == before and not log.is_separate()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d \S*warning\S* shown\n", capsys.readouterr().err)
+
+
 def test_special_characters_in_values_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     log.info(a='say "x"', b="k=v", c="two\nlines \x1b[31m", d="plain-\u00e9")
     (line,) = capsys.readouterr().err.splitlines()

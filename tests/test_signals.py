@@ -26,6 +26,7 @@ def test_every_stop_signal_counts_as_a_stop_request(number: signal.Signals) -> N
         assert not signals.requested()
         os.kill(os.getpid(), number)
         assert signals.requested()
+    assert not signals.requested(), "later work of this process is not asked to stop"
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)

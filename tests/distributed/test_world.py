@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from fusion.command.exit import recorded_by
 from fusion.distributed import world as world_module
-from fusion.distributed.world import World, _check_interface, join_world
+from fusion.distributed.world import World, _check_interface, alone, join_world
 from fusion.errors import ConfigError, DataError, ExitCode, UnreachableError
 from tests.forked import run_ranks
 from tests.s3_server import _free_ports as free_ports
@@ -28,6 +28,16 @@ def test_no_time_limit_ends_ranks_that_wait(monkeypatch: pytest.MonkeyPatch) -> 
         assert dist.group.WORLD is not None
         backend = dist.group.WORLD._get_backend(torch.device("cpu"))
         assert backend.options._timeout > timedelta(days=100)
+
+
+def test_a_process_alone_ignores_the_variables_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with alone("cpu") as world:
+        assert (world.rank, world.size) == (0, 1) and world.on_main(lambda: 7) == 7
+        with pytest.raises(ConfigError, match="in a process group of torch"), alone("cpu"):
+            pass
+    assert not dist.is_initialized()
 
 
 def test_missing_ranks_are_not_reported_as_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:

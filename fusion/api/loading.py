@@ -57,13 +57,14 @@ def load(
         if folder is None:
             run_id = _run_id(place, variant, run)
             folder = None if run_id is None else RunFolder.named(place, run_id)
+        if folder is None and variant is None:
+            variant = _only_variant(place, SERVED)
         given = {"output": place, "device": device, "store_timeout": store_timeout}
         if folder is not None:
             given |= {"run_dir": folder.url} if folder.url == place.rstrip("/") else {"run_id": folder.run_id}
         if variant == ENSEMBLE_VARIANT or (folder is not None and storage.exists(folder.at(ENSEMBLE))):
             return _opened_ensemble(configured(PredictConfig, given))
-        config_class = _config_class(place, variant, folder)
-        return opened(configured(ReadRunConfig, given), config_class)
+        return opened(configured(ReadRunConfig, given), _config_class(place, variant, folder))
 
 
 def opened(settings: ReadRunConfig, config_class: type[RunConfig]) -> Model:
@@ -132,8 +133,7 @@ def _config_class(output: str, variant: str | type[RunConfig] | None, folder: Ru
         raise ConfigError(f"there is no variant {variant!r}", f"{near}use one of {', '.join(variants())}")
     if variant is not None:
         return config_class_of(variant)
-    if folder is None:
-        return config_class_of(_only_variant(output, SERVED))
+    assert folder is not None, "without a variant, there is a run"
     if not folder.exists():
         raise find_run.no_run(output, folder.run_id)
     name = folder.variant()

@@ -13,23 +13,27 @@ import torch
 
 from fusion import log, signals, storage
 
+_turn = threading.RLock()
+
 
 @contextmanager
 def session(store_timeout: float = 60.0, *, shown: log.Level = "warning") -> Iterator[None]:
     """Inside the block, the log is that of one call, and stores are retried for so many seconds.
 
-    Random generators are restored after the block: a training seeds them, and a model's first weights are drawn.
+    Calls of other threads wait, because the log and the process group belong to the process. Random generators are
+    restored after the block: a training seeds them, and a model's first weights are drawn.
 
     Args:
         shown: the least important level of the log that is shown; in a notebook as short lines.
     """
-    before = storage.patience()
-    storage.set_patience(store_timeout)
-    try:
-        with log.separate(shown, short=hasattr(builtins, "__IPYTHON__")), _random_state_kept():
-            yield
-    finally:
-        storage.set_patience(before)
+    with _turn:
+        before = storage.patience()
+        storage.set_patience(store_timeout)
+        try:
+            with log.separate(shown, short=hasattr(builtins, "__IPYTHON__")), _random_state_kept():
+                yield
+        finally:
+            storage.set_patience(before)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def test_prices_are_those_of_the_command(output: Path, catalog: Path) -> None:
         assert model.columns == ["catalog_content"]
         assert_equal(model.predict(frame_of(catalog), files_of(catalog, model.sources)), published(output, "mix"))
         assert_equal(model.predict(frame_of(catalog), arrays_of(catalog, model.sources)), published(output, "mix"))
+
+
+def test_the_only_thing_in_an_output_is_loaded(output: Path, tmp_path: Path) -> None:
+    shutil.copytree(output, tmp_path / "out")
+    for variant in ("qwen_clip", "all_embeddings"):
+        shutil.rmtree(tmp_path / "out/pointers/runs" / variant)
+    assert fusion.load(tmp_path / "out", device="cpu").run_id == "mix"
+    assert fusion.load(tmp_path / "out", run="latest", device="cpu").run_id == "mix"
 
 
 def test_an_ensemble_knows_its_members(output: Path) -> None:

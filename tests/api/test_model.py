@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,15 @@ def test_blocks_of_rows_give_the_same_prices(output: Path, catalog: Path, monkey
     monkeypatch.setattr("fusion.api.pricers.block_rows", lambda _: 1024)
     whole = model.predict(frame_of(catalog), arrays_of(catalog, model.sources))
     assert_equal(blocks, whole.astype({"sample_id": str}))
+
+
+def test_threads_may_predict_with_one_model(output: Path, catalog: Path) -> None:
+    model = fusion.load(output, run="pair", device="cpu")
+    frame, sources = frame_of(catalog), files_of(catalog, model.sources)
+    with ThreadPoolExecutor(4) as pool:
+        found = [one.result() for one in [pool.submit(model.predict, frame, sources) for _ in range(8)]]
+    for prices in found:
+        assert_equal(prices, published(output, "pair"))
 
 
 def test_nothing_is_printed(output: Path, catalog: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Draws a Mermaid `flowchart TD` as SVG when the site is built, so that pages load no script from elsewhere.
 
-It knows the lines `a --> b & c` and `a[label]`. Nodes lie in rows: each is below all that point to it. Within a row, nodes
-are ordered by the mean position of their neighbours, which keeps crossings few.
+It knows the lines `a --> b & c` and `a[label]`. Nodes lie in rows: each is below all that point to it. Within a row,
+nodes are ordered by the mean position of their neighbours, which keeps crossings few.
 """
 
 from __future__ import annotations

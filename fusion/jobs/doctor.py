@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CHECK",
         nargs="+",
         choices=[check.name for check in CHECKS],
-        help="run these checks alone",
+        help="run these checks alone; --help-all lists them",
     )
     add("--json", action="store_true", help="print JSON instead of lines")
     return parser

@@ -90,7 +90,7 @@ def test_all_checks_pass(place: str) -> None:
 
 def test_help_names_every_check(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        doctor_main(["--help"])
+        doctor_main(["--help-all"])
     said = capsys.readouterr().out
     assert all(f"  {check.name} " in said and check.about in said for check in CHECKS)
     assert doctor_main(["--outputt", "x"]) == 64

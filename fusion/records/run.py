@@ -29,7 +29,7 @@ from fusion import log, storage
 from fusion.config import HOW, RunConfig, digest
 from fusion.errors import DataError
 from fusion.records import schemas
-from fusion.records.manifests import BASELINES, ENSEMBLE, MANIFEST, SPLIT, Checkpoint, Folder, best_of
+from fusion.records.manifests import BASELINES, ENSEMBLE, LINES, MANIFEST, SPLIT, Checkpoint, Folder, best_of
 from fusion.records.schemas import (
     AttemptEnd,
     AttemptStart,
@@ -127,6 +127,15 @@ class RunFolder(Folder):
         """What the run has to beat; None for runs of earlier versions, and for those that could not compute it."""
         return schemas.read(Baselines, self.at(BASELINES))
 
+    def history(self) -> list[dict[str, Any]]:
+        """The epochs of the training, as its newest checkpoint has left them: epoch, step, loss, smape, lr, seconds."""
+        url = self.metrics.at(LINES)
+        try:
+            entries = [json.loads(line) for line in (storage.read_if_exists(url) or b"").splitlines()]
+            return [{"epoch": int(entry["epoch"]), **entry, "smape": float(entry["smape"])} for entry in entries]
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged(url, str(error)) from error
+
     def settings(self) -> dict[str, Any]:
         """The settings in `config.json`, with sections as dotted keys such as `sources.clip_image`.
 
@@ -140,7 +149,7 @@ class RunFolder(Folder):
             raise damaged(url, str(error)) from error
         if not isinstance(values, dict):
             raise damaged(url, f"expected an object with settings, found {values!r:.80}")
-        return dict(_flat(values))
+        return dict(flat(values))
 
     def variant(self) -> str:
         """The variant, from `run.json`; empty for a run that never read its data."""
@@ -292,10 +301,11 @@ def checkpoint_in(folder: Folder) -> Checkpoint | None:
     return Checkpoint(folder.url, manifest)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of all sections, each with a dotted key such as `sources.clip_image`."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import time
@@ -11,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusion import log
+from fusion.command.settings import to_json
 from fusion.config import RunConfig
 from fusion.errors import StopRequested
-from fusion.records.run import RunFolder
+from fusion.records.run import RunFolder, flat
 from fusion.tracking.protocol import State, Tracker
 
 # Seconds that the end of a training waits for trackers. A job that was asked to stop is killed after --grace, by
@@ -88,7 +90,7 @@ class Followers:
 
 def figures(entry: Mapping[str, Any]) -> dict[str, float]:
     """What trackers get of an epoch's entry in the history of the training."""
-    return {name: float(entry[name]) for name in ("loss", "smape", "lr", "step")}
+    return {name: float(entry[name]) for name in ("loss", "lr", "step", "smape")}
 
 
 @contextmanager
@@ -101,7 +103,7 @@ def following(config: RunConfig, trackers: Mapping[str, Tracker]) -> Iterator[Fo
     run = RunFolder.of(config)
     followers = Followers([Follower(name, tracker) for name, tracker in trackers.items()])
     if trackers:
-        settings = run.settings()
+        settings = dict(flat(json.loads(to_json(config))))
         for one in followers.followers:
             one.call("start", config.name(), dict(settings), run.url)
     state: State = "failed"

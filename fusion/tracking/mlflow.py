@@ -15,6 +15,7 @@ from fusion.tracking.protocol import State
 
 EXPERIMENT = "fusion"  # unless MLFLOW_EXPERIMENT_NAME names another
 TAG = "fusion.run_id"
+MEASURE = "smape"  # of an epoch, it is recorded last: where it is known, so are the others
 STATUS: dict[State, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 # Limits of MLflow's REST interface: parameters per request, and characters of a value.
 PARAMETERS, CHARACTERS = 100, 500
@@ -27,6 +28,7 @@ class MLflow:
         self.client: Any = None
         self.id = ""
         self.recorded = 0  # the last epoch that is recorded
+        self.was_finished = False  # an earlier attempt has recorded the end
 
     def start(self, run_id: str, config: Mapping[str, Any], folder: str) -> None:
         from mlflow.tracking import MlflowClient
@@ -36,8 +38,9 @@ class MLflow:
         earlier = self.client.search_runs([experiment], f"tags.`{TAG}` = '{run_id}'", max_results=1)
         if earlier:
             self.id = earlier[0].info.run_id
-            known = self.client.get_metric_history(self.id, "smape")
+            known = self.client.get_metric_history(self.id, MEASURE)
             self.recorded = max((metric.step for metric in known), default=0)
+            self.was_finished = earlier[0].info.status == STATUS["finished"]
             self.client.update_run(self.id, status="RUNNING")
             return
         tags = {TAG: run_id, "fusion.folder": folder}
@@ -46,11 +49,11 @@ class MLflow:
 
     def epoch(self, number: int, metrics: Mapping[str, float]) -> None:
         if number > self.recorded:
-            self._log(metrics, number)
+            self._log({name: metrics[name] for name in sorted(metrics, key=lambda name: name == MEASURE)}, number)
             self.recorded = number
 
     def end(self, state: State, summary: Mapping[str, float], report: str) -> None:
-        if state == "finished":
+        if state == "finished" and not self.was_finished:
             self._log({f"final_{name}": value for name, value in summary.items()}, 0)
             self.client.set_tag(self.id, "fusion.report", report)
         self.client.set_terminated(self.id, STATUS[state])

@@ -16,6 +16,7 @@ from fusion.command.exit import recorded_by
 from fusion.config import RunConfig
 from fusion.distributed.watchdog import Watchdog, watched
 from fusion.distributed.world import World, join_world
+from fusion.errors import DataError
 from fusion.prediction.predict import BuildNetwork, C, make_model
 from fusion.records import manifests
 from fusion.records.attempts import Lease, attempt, end_of, record_end
@@ -86,10 +87,27 @@ def _conclude(config: RunConfig, made: Checkpoint | None, ended: Outcome | None)
         ended = outcome.read_outcome(made)
         hint = " or ".join(f"`{command}`" for command in outcome.next_commands(config))
         outcome.say(ended, "finished_before", folder=run, hint=hint)
+        _follow_finished(config, ended)
     else:
         try_report(run)
     if ended is not None:
         outcome.show(ended, config)
+
+
+def _follow_finished(config: RunConfig, ended: Outcome) -> None:
+    """Reports a finished run to its trackers, of which the attempt may have been killed too early, or which are new."""
+    trackers = trackers_of(config, ended.run)
+    if not trackers:
+        return
+    with following(config, trackers) as followers:
+        followers.summary = {**scores_of(ended.baselines), "smape": ended.smape}
+        try:
+            entries = ended.run.history()
+        except DataError as error:
+            log.warning(event="run_damaged", reason=error.message)
+            entries = []
+        for entry in entries:
+            followers.epoch(entry["epoch"], figures(entry))
 
 
 def _attempt(config: C, build_network: BuildNetwork[C], world: World) -> Outcome | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from fusion.config import RunConfig
 from fusion.errors import DataError, FusionError
 from fusion.metrics import readable, row_smape
 from fusion.records.baselines import in_words, scores_of
-from fusion.records.manifests import EPOCHS, LINES, SPLIT, VALIDATION, Checkpoint
-from fusion.records.run import RunFolder, damaged
+from fusion.records.manifests import EPOCHS, SPLIT, VALIDATION, Checkpoint
+from fusion.records.run import RunFolder
 from fusion.records.schemas import Baselines
 from fusion.records.split import read_split
 from fusion.records.validation import validation_of
@@ -101,19 +100,11 @@ def read_outcome(made: Checkpoint) -> Outcome:
     run = RunFolder.of_checkpoint(made)
     try:
         interval, rows = _read_interval(run, made)
-        return Outcome(run, made.smape, interval, rows, _read_history(run), run.minutes(), run.baselines())
+        smapes = tuple(float(entry["smape"]) for entry in run.history())
+        return Outcome(run, made.smape, interval, rows, smapes, run.minutes(), run.baselines())
     except DataError as error:
         log.warning(event="run_damaged", reason=error.message)
         return Outcome(run, made.smape, None, 0, (), None, None)
-
-
-def _read_history(run: RunFolder) -> tuple[float, ...]:
-    """The SMAPE after each epoch, as the last checkpoint has left it; empty if there is no history."""
-    content = storage.read_if_exists(run.metrics.at(LINES)) or b""
-    try:
-        return tuple(float(json.loads(line)["smape"]) for line in content.splitlines())
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged(run.metrics.at(LINES), str(error)) from error
 
 
 def _read_interval(run: RunFolder, made: Checkpoint) -> tuple[tuple[float, float] | None, int]:

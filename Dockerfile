@@ -31,6 +31,9 @@ RUN find /opt/venv -type d \( -name tests -o -path '*/torch/test' -o -path '*/to
  && find /opt/venv -path '*/torch/bin/*' -iname '*test*' -type f -delete
 # `|| true`, because some packages contain files for other versions of Python, which do not compile.
 RUN /opt/venv/bin/python -m compileall -qq -j 0 --invalidation-mode unchecked-hash /opt/venv || true
+# The command `fusion`, which pip would write if the code were installed as a package.
+RUN printf '%s\n' '#!/opt/venv/bin/python' 'import sys' 'from fusion.__main__ import main' 'sys.exit(main())' \
+    > /opt/venv/bin/fusion && chmod 755 /opt/venv/bin/fusion
 COPY fusion /app/fusion
 COPY jobs /app/jobs
 # Containers run with a read-only root file system: without bytecode, each rank would compile the code again.
@@ -90,5 +93,6 @@ LABEL org.opencontainers.image.title="fusion" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.created="${CREATED}" \
       org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="${BASE}" \
       org.opencontainers.image.base.digest="${BASE_DIGEST}"

@@ -132,6 +132,11 @@ def test_without_a_read_only_root_the_code_is_still_not_writable(image: str) -> 
     assert not [path for path in plain["writable"] if path.startswith(("/app", "/opt", "/usr", "/etc"))]
 
 
+def test_the_command_fusion_is_on_the_path(image: str) -> None:
+    found = podman("run", "--rm", image, "fusion", "version").splitlines()
+    assert found[:2] == [f"fusion {fusion.__version__}", f"revision  {_revision()}"]
+
+
 def test_labels_name_the_version_revision_and_base(image: str, facts: Facts) -> None:
     labels = _inspect(image, "Config.Labels")
     found = {name.removeprefix("org.opencontainers.image."): value for name, value in labels.items()}

@@ -111,6 +111,7 @@ def _divided(name: str, words: list[str]) -> tuple[list[str], list[str]]:
         variant = own[own.index("--variant") + 1] if "--variant" in own else "all_embeddings"
         return own, ["fusion", task, variant, *flags]
     if name == "launch":
-        at = next((index for index, word in enumerate(words) if word.startswith("fusion.")), None)
-        return words, [] if at is None else ["python", "-m", *words[at:]]
+        for at, word in enumerate(words):
+            if word == "train" or word.startswith("fusion."):
+                return words, ["fusion", *words[at:]] if word == "train" else ["python", "-m", *words[at:]]
     return words, []

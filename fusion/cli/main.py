@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fusion.cli.commands import COMMANDS, Command, overview
 from fusion.spelling import as_typed, program, subcommands
+from fusion.streams import unfailing
 
 HELP = ("-h", "--help", "help")
 INTERRUPTED = 128 + signal.SIGINT
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     is_module = Path(sys.argv[0]).name == "__main__.py"
-    with subcommands("python -m fusion" if is_module else "fusion"):
+    with unfailing(), subcommands("python -m fusion" if is_module else "fusion"):
         if not words or (words[0] in HELP and len(words) == 1):
             print(overview())
             return 0

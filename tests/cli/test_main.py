@@ -117,6 +117,12 @@ def test_python_m_fusion_is_the_same_command() -> None:
     assert done.returncode == 64 and "`python -m fusion --help` lists the commands" in done.stderr
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m fusion | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_overview_loads_no_library() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "fusion"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -44,9 +44,15 @@ def serve(folder: Path) -> None:
     program = folder / "fusion"
     program.write_text(CLIENT.format(python=sys.executable, address=address))
     program.chmod(0o755)
+    listener.settimeout(5.0)
     print("ready", flush=True)
-    while True:
-        connection, _ = listener.accept()
+    parent = os.getppid()
+    while os.getppid() == parent:  # it ends with the tests, even if they are killed
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        connection.settimeout(None)
         if os.fork() == 0:
             listener.close()
             _run(connection)

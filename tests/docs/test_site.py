@@ -16,10 +16,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, sync_playwright
 
+from tests.report.browser import CHROMIUM, FLAGS, install
 from tests.services import require
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = "/usr/bin/chromium"
 # Pages with everything that could load a script: a drawing, highlighted code, generated reference, wide tables.
 SHOWN = [
     "index.html",
@@ -57,9 +57,9 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    require(Path(CHROMIUM).exists(), "Chromium")
+    require(install(), "chromium, which `apt-get install chromium` installs,")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
 

@@ -167,6 +167,9 @@ def matrix_of(vectors: Any, role: str) -> np.ndarray:
 def _of_lists(column: pa.Array | pa.ChunkedArray) -> Any:
     """Lists of Arrow as an array [M, D] if all have one length, else as a list of arrays."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    kinds = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
+    if not any(is_kind(column.type) for is_kind in kinds):
+        return column.to_numpy(zero_copy_only=False)
     is_fixed = pa.types.is_fixed_size_list(column.type)
     if len(column) and not column.null_count and (is_fixed or len(pc.unique(pc.list_value_length(column))) == 1):
         return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
@@ -174,10 +177,10 @@ def _of_lists(column: pa.Array | pa.ChunkedArray) -> Any:
 
 
 def _stacked(vectors: Any, role: str) -> np.ndarray:
-    """Vectors in a sequence as one array; NaN where one is None."""
+    """Vectors in a sequence as one array; NaN where one is missing."""
     if not isinstance(vectors, Sequence | np.ndarray) or isinstance(vectors, str):
         raise DataError(f"{role} is a {type(vectors).__name__}, expected vectors", _RESHAPE)
-    rows = [None if row is None or row is pd.NA else _row(row, role) for row in vectors]
+    rows = [None if _is_missing(row) else _row(row, role) for row in vectors]
     there = [row for row in rows if row is not None]
     lengths = {len(row) for row in there}
     if len(lengths) != 1:
@@ -193,12 +196,17 @@ def _stacked(vectors: Any, role: str) -> np.ndarray:
     return stacked
 
 
+def _is_missing(row: Any) -> bool:
+    """Whether there is None, pd.NA or NaN in place of a vector, as after `Series.reindex`."""
+    return row is None or row is pd.NA or (isinstance(row, float) and np.isnan(row))
+
+
 def _row(row: Any, role: str) -> np.ndarray:
     try:
         found = row.detach().cpu().float().numpy() if isinstance(row, torch.Tensor) else np.asarray(row)
     except ValueError as error:
         raise DataError(f"{role} has a ragged vector: {error}", "give vectors of one length") from error
-    if found.ndim != 1 and not (found.ndim == 0 and found.dtype.kind == "f" and np.isnan(found)):
+    if found.ndim != 1:
         raise DataError(f"{role} has a vector of shape {list(found.shape)}", _RESHAPE)
     return found
 

@@ -111,6 +111,10 @@ FORMS: dict[str, Callable[[dict[str, np.ndarray], pd.Series], dict[str, Any]]] =
         role: pd.Series(list(one), pd.Index(ids, name="sample_id")).sample(frac=1, random_state=0)
         for role, one in arrays.items()
     },
+    "reindexed": lambda arrays, ids: {
+        role: pd.Series({key: row for key, row in zip(ids, one, strict=True) if not np.isnan(row).any()}).reindex(ids)
+        for role, one in arrays.items()
+    },
     "wide": lambda arrays, ids: {
         role: pd.DataFrame(one).assign(sample_id=ids).sample(frac=1, random_state=0) for role, one in arrays.items()
     },
@@ -229,6 +233,8 @@ def _changed(arrays: dict[str, Any], **others: Any) -> dict[str, Any]:
         ({"clip_image": np.full((100, 12), "a")}, "expected numbers"),
         ({"clip_image": [[1.0] * 12] * 99 + [[1.0]]}, "clip_image has vectors of 1 and of 12 numbers"),
         ({"clip_image": [None] * 100}, "clip_image has no vectors"),
+        ({"clip_image": [1.0] * 100}, r"clip_image has a vector of shape \[\]"),
+        ({"clip_image": pa.array([1.0] * 100)}, r"clip_image is an array of shape \[100\]"),
         ({"clip_image": "images.npy"}, "clip_image is a str, expected vectors"),
         ({"clip_image": ([1, 1], np.ones((2, 12)))}, "1 ids occur more than once in the ids of clip_image"),
         ({"clip_image": ([1.5, 1], np.ones((2, 12)))}, "is double, expected int64 or string"),

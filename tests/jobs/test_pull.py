@@ -42,7 +42,7 @@ PREFIX = OUTPUT.removeprefix(f"s3://{BUCKET}/")
 @pytest.fixture(scope="module")
 def made(s3: S3Server, catalog: Path) -> str:
     """An output in a bucket, made by the real commands: two evaluated runs, a failed one, and a submission."""
-    flags = ["--epochs", "2", "--data", str(catalog)]
+    flags = ["--epochs", "2", "--data", str(catalog), "--tensorboard"]
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with patch.dict(os.environ, {**s3.environment(), "FUSION_OUTPUT": OUTPUT}):
         assert train.main([*flags, *SMALL, "--run-id", "small"]) == 0

@@ -37,10 +37,11 @@ from fusion.records.schemas import (
 )
 
 POINTERS = ("latest", "best")
-# Files of a run that no manifest names and that are pulled nevertheless: those at the top, in attempts/ and metrics/.
+# Files of a run that no manifest names and that are pulled nevertheless: those at the top, in attempts/, metrics/ and
+# tensorboard/.
 # Other files, such as the resumable chunks of an evaluation under way, stay in the bucket. The pattern also excludes
 # `..` and absolute paths, so that no object can be written outside the folder.
-UNLISTED = re.compile(r"(attempts/\d+/|metrics/)?[A-Za-z0-9][A-Za-z0-9._-]*")
+UNLISTED = re.compile(r"(attempts/\d+/|metrics/|tensorboard/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # Files at the top of a run whose sha256 is in the manifest of its checkpoints.
 DIGESTED = (SPLIT, FEATURES, MEMORY, BASELINES)

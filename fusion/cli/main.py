@@ -13,7 +13,7 @@ from fusion.cli.commands import COMMANDS, Command, overview
 from fusion.spelling import as_typed, program, subcommands
 from fusion.streams import unfailing
 
-HELP = ("-h", "--help", "help")
+HELP = ("-h", "--help", "--help-all", "help")
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -55,7 +55,7 @@ def _dispatch(words: list[str]) -> int:
     if command.of_variant:
         from fusion.cli.variant import choose, known_to
 
-        if rest and rest[0] in (*HELP, "--help-all"):
+        if rest and rest[0] in HELP:
             print(_variants_of(command, known_to(command)))
             return 0
         variant, rest = choose(command, rest)

@@ -32,7 +32,7 @@ def said(words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]
     return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("words", ["", "--help", "-h", "help"])
+@pytest.mark.parametrize("words", ["", "--help", "--help-all", "-h", "help"])
 def test_the_overview_names_every_command_on_one_screen(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said(words, capsys)
     lines = out.splitlines()

@@ -511,7 +511,8 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], argv: list[str]) -> No
 
 def test_help_as_a_command() -> None:
     command = [sys.executable, "-m", "fusion.convert", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wide = {**os.environ, "COLUMNS": "120"}  # where the example needs no further lines
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
     assert done.returncode == 0
     assert "--embeddings image_embeddings.npy --ids" in done.stdout
 

@@ -4,6 +4,7 @@
     submissions/<name>/<date>/<digest>/      see `fusion.submissions.submission`
     pointers/runs/<variant>/<name>.json      see `fusion.records.best_run`
     pointers/submissions/<name>/current.json
+    reports/                                 pages about several runs, see `fusion.report`
     parts/<name>/                            chunks of a prediction that has not finished
 
 The key of a submission is its path below `submissions/`: `<name>/<date>/<digest>`.

@@ -19,8 +19,8 @@ from fusion.environment import variable
 
 PACKAGE = Path(__file__).parents[1]
 ENSEMBLE_CODE = "ensemble/prediction"  # root of the code that decides the price of an ensemble
-# Rooms that show results and decide none: a chart in another colour does not change the code of a training.
-SHOWING = ("report",)
+# Rooms that show results and decide none: a chart in another colour is no other training.
+SHOWING = ("report", "tracking")
 # Kinds of syntax nodes that can have a docstring.
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

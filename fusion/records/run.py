@@ -10,6 +10,7 @@
         features.safetensors      how sources are computed from the tables
         baselines.json            the scores of simpler methods on the same validation rows
         checkpoints/step-<n>/     weights, training state, validation predictions; committed by MANIFEST.json
+        report.html               all of this for people, see `fusion.report`
         metrics/                  the history of the training, an evaluation by groups, an ablation
         tensorboard/              with --tensorboard, an event file per epoch
         parts/                    chunks of an evaluation or an ablation that has not finished

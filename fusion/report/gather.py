@@ -179,7 +179,10 @@ def _config(run: RunFolder, facts: RunFacts | None, notices: list[str]) -> RunCo
         return from_json(kind, storage.read(run.at(CONFIG)), run.at(CONFIG))
     except FusionError as error:
         log.warning(event="settings_not_known", reason=error.message)
-        notices.append("Another version of Fusion trained this run, so its settings are shown without their defaults.")
+        notices.append(
+            "This version of Fusion does not know the variant of this run, or one of its settings. The settings are "
+            "shown without their defaults, and without commands that repeat the run."
+        )
         return None
 
 

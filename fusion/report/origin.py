@@ -16,6 +16,7 @@ from fusion.report.model_use import command, where_of
 
 # Settings that say where a run is, not what it computes.
 WHERE = ("output", "run_id")
+COMPUTED = "computed from train.csv"
 # Events of the log that say something about the data which the other tables do not, and the words for them.
 EVENTS = {
     "ids_not_in_table": "ids of a source that are in no row of train.csv, ignored",
@@ -48,7 +49,7 @@ def data(found: Gathered) -> Section:
         lead.append(f"The median price is {median}; half of the prices are from {low} to {high}.")
     loaded = [event for event in found.events if event["event"] == "loaded"]
     files = [SPLIT, FACTS, CONFIG, *dict.fromkeys(event["file"] for event in loaded)]
-    tables = [_sides(found), *([_sources(found, loaded)] if loaded else []), *_remarks(found)]
+    tables = [_sides(found), _sources(loaded) if loaded else _dimensions(found), *_remarks(found)]
     return Section("data", "Data", lead, files, tables=tables)
 
 
@@ -78,7 +79,15 @@ def _sides(found: Gathered) -> Table:
     return Table("The split", ("part", "rows", "share", "groups"), rows, frozenset({1, 2, 3}))
 
 
-def _sources(found: Gathered, loaded: list[dict[str, str]]) -> Table:
+def _dimensions(found: Gathered) -> Table:
+    """The sources of a run whose log does not say how many vectors are missing: it was killed, or used a --cache."""
+    dims = found.facts.dims if found.facts else {}
+    sources = found.config.bindings() if found.config else {}
+    rows = [(role, shortened(sources.get(role, COMPUTED), 60), str(dim)) for role, dim in dims.items()]
+    return Table("The sources", ("role", "source", "dimensions"), rows, frozenset({2}))
+
+
+def _sources(loaded: list[dict[str, str]]) -> Table:
     rows = []
     for event in loaded:
         n_missing, n_rows = int(event.get("missing", 0)), int(event.get("rows", 0))

@@ -204,7 +204,7 @@ def test_other_versions_settings_are_shown_without_defaults(full_run: RunFolder,
     config = Path(run.at("config.json"))
     config.write_text(config.read_text().replace('"width": 16', '"breadth": 16'))
     try_report(run)
-    assert "Another version of Fusion trained this run" in text_of(run)
+    assert "does not know the variant of this run, or one of its settings" in text_of(run)
 
 
 @pytest.mark.parametrize("part", ["first byte", "last line", "another run", "no seal"])
@@ -227,6 +227,16 @@ def test_a_run_of_an_earlier_version_has_no_report(full_run: RunFolder, tmp_path
     shutil.copytree(full_run.url, tmp_path / "runs" / "full")
     (tmp_path / "runs" / "full" / REPORT).unlink()
     assert not [found for found in verify(str(tmp_path / "runs" / "full")) if found.verdict == "BAD"]
+
+
+def test_without_a_log_the_sources_have_their_dimensions(full_run: RunFolder, tmp_path: Path) -> None:
+    shutil.copytree(full_run.url, tmp_path / "runs" / "full")
+    run = RunFolder.named(str(tmp_path), "full")
+    before = text_of(run)
+    Path(run.at("attempts", "1", "log.txt")).unlink()
+    try_report(run)
+    assert "share missing" in before and "share missing" not in text_of(run)
+    assert "<caption>The sources</caption>" in text_of(run)
 
 
 def test_verify_notes_a_report_from_before_the_evaluation(trained: Train) -> None:

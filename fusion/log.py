@@ -162,7 +162,7 @@ def _short_line(now: datetime, level: str, fields: dict[str, object]) -> str:
     """The line for a terminal: local time, level, event name, and the other fields."""
     facts = dict(fields)
     event = [_format(facts.pop("event"))] if "event" in facts else []
-    if _context.world_size > 1:
+    if _context.world_size > 1 and level != LEVELS[0]:  # rank 0 alone logs lines of the first level
         facts = {"rank": f"{_context.rank}/{_context.world_size}"} | facts
     begin = f"{now.astimezone():%H:%M:%S} {level}"
     short = {key: _rounded(value) if isinstance(value, float) else value for key, value in facts.items()}

@@ -103,6 +103,26 @@ def test_a_terminal_shows_short_lines_in_colour(monkeypatch: pytest.MonkeyPatch)
     log.configure("-", 0, 1)
 
 
+def test_a_terminal_names_the_rank_only_where_it_could_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = terminal(monkeypatch)
+    log.configure("r", 0, 2)
+    log.info(event="x", seconds=1234.5678, lr=0.00123456)
+    log.warning(event="y")
+    log.configure("-", 0, 1)
+    shown = [line.split(" ", 1)[1] for line in stream.getvalue().splitlines()]
+    assert shown == ["info x seconds=1235 lr=0.001235", "\x1b[33mwarning\x1b[0m y rank=0/2"]
+    assert "rank=0/2 event=x seconds=1234.57" in log.text()
+
+
+def test_a_line_that_is_wider_than_the_terminal_goes_on_below() -> None:
+    words = ["12:34:56 info", "loaded", "role=clip_image", "source=img_efflite0", "rows=8000"]
+    assert log._folded(words, 40).splitlines() == [
+        "12:34:56 info loaded role=clip_image",
+        "         source=img_efflite0 rows=8000",
+    ]
+    assert log._folded(words, 0) == " ".join(words)
+
+
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
 def test_colour_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     stream = terminal(monkeypatch)

@@ -46,7 +46,9 @@ def code_digest(root: str = "prediction") -> str:
     Comments, docstrings, modules that only other commands import and reports do not count, so that a change of them
     does not cause nightly predictions to be computed again.
     """
-    models = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.glob("*/model.py"))
+    # Variants have settings beside their model; `api/model.py` is a door to them, and decides no price.
+    variants = (path.parent for path in PACKAGE.glob("*/config.py") if path.with_name("model.py").exists())
+    models = (folder.relative_to(PACKAGE) / "model" for folder in variants)
     waiting, found = [root, *map(str, models)], dict[str, str]()
     while waiting:
         name = waiting.pop()

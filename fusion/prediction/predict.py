@@ -212,13 +212,15 @@ def predict_test(settings: PredictConfig, config_class: type[C], build_network: 
     """
     with join_world(settings.device) as world:
         settings = replace(settings, date=world.on_main(settings.day))  # so that midnight cannot divide the ranks
-        if world.on_main(lambda: republish(settings, config_class.variant)):
+        if known := world.on_main(lambda: republish(settings, config_class.variant)):
+            world.on_main(lambda: summary.show_published(known))
             return
         run, config, chosen, data = open_run(settings, config_class, world)
         features = world.on_main(lambda: features_of(run, config, chosen))
         inputs = world.on_main(lambda: find_inputs(data, "test", config.bindings()))
         origin = world.on_main(lambda: submission.origin_of(run, chosen, config, data, found=inputs))
-        if world.on_main(lambda: submission.reuse(settings, origin)):
+        if reused := world.on_main(lambda: submission.reuse(settings, origin)):
+            world.on_main(lambda: summary.show_published(reused))
             world.on_main(lambda: discard(all_parts(settings)))  # left by a job that was killed after it had published
             return
         model = load_model(chosen, config, build_network, world)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
 
 from fusion import log
 from fusion.command import terminal
+from fusion.errors import FusionError
 from fusion.metrics import readable
-from fusion.records.manifests import PREDICTIONS
+from fusion.records.manifests import PREDICTIONS, Folder
+from fusion.records.run import RunFolder
+from fusion.submissions.submission import open_submission
 
 QUARTILES = (0.25, 0.5, 0.75)
 N_EXAMPLES = 5
+MOST_READ = 32 << 20  # bytes of a submission that was published before, so that showing it takes at most seconds
 LEVEL = 90  # percentage of true prices within the interval that is shown
 
 
@@ -45,6 +51,30 @@ def show(rows: pd.DataFrame, prices: np.ndarray, trained: Sequence[float] | None
     console.print(_examples(rows))
     console.print(terminal.text(f"{len(prices):,} rows are in {url}"), soft_wrap=True)
     console.print(terminal.text(f"{PREDICTIONS} beside it has their intervals and comparable products"))
+
+
+def show_published(url: str) -> None:
+    """Prints on a terminal what the prices of a submission are like that was published before, if that is quick.
+
+    Args:
+        url: of `submission.csv`.
+    """
+    if is_shown():
+        with suppress(FusionError):  # it is published; that it cannot be read again does not matter
+            _show_published(url)
+
+
+def _show_published(url: str) -> None:
+    found = open_submission(Folder(url.rpartition("/")[0]))
+    n_bytes = sum(entry.bytes for entry in found.manifest.files if entry.key == PREDICTIONS) if found else 0
+    content = found.read_whole(PREDICTIONS) if found and 0 < n_bytes < MOST_READ else None
+    if found is None or content is None:
+        return
+    columns = ["sample_id", "price", f"low_{LEVEL}", f"high_{LEVEL}"]
+    rows = pd.read_parquet(io.BytesIO(content))
+    facts = RunFolder(found.manifest.run).facts_if_whole()
+    trained = facts.price_quartiles if facts else None
+    show(rows.filter(items=columns).head(N_EXAMPLES), rows["price"].to_numpy(), trained, url)
 
 
 def _examples(rows: pd.DataFrame) -> terminal.Table:

@@ -29,6 +29,9 @@ def test_a_terminal_shows_quartiles_and_the_first_rows(output: Path) -> None:
     assert f"{prices['price'].median():.2f}" in said
     assert all(sample_id in said for sample_id in prices["sample_id"].head(5))
     assert f"{len(prices)} rows are in {submission}" in said
+    again = on_a_terminal("fusion.all_embeddings.predict_test", "--output", str(output), "--date", "2026-01-02")
+    assert "published_before" in again
+    assert said[said.index("Prices in $") :] == again[again.index("Prices in $") :]
 
 
 def test_elsewhere_the_log_has_the_quartiles(output: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,9 @@ _DENIED = (
     *("LoginRefreshRequired", "LoginTokenLoad", "LoginInsufficientPermissions", "MissingDependency"),
     "JSONDecodeError",  # the output of such a program; the store itself answers in XML
 )
+# A listing of S3 is empty if it finds nothing, and fails with NoSuchBucket without the bucket. A bare 404 is the answer of
+# another server.
+_NO_LISTING = ("(404) when calling the ListObjects",)
 # A setting is wrong: ConfigError. Hint -> names in the error; the first match counts.
 _MISTAKES = {
     "correct AWS_ROLE_ARN or AWS_ROLE_SESSION_NAME": ("parameter Role",),
@@ -35,6 +38,7 @@ _MISTAKES = {
     "correct AWS_ENDPOINT_URL_S3, such as https://storage.example.com": ("Invalid endpoint: ",),
     "correct AWS_DEFAULT_REGION": ("InvalidRegion",),
     "correct AWS_ENDPOINT_URL_S3: the server there does not support this request of S3": ("MethodNotAllowed", "(405)"),
+    "correct AWS_ENDPOINT_URL_S3: the server there is not one of S3": _NO_LISTING,
 }
 # Errors of stores that do not support the checksums that botocore adds since 1.36, or the trailer that contains them.
 _CHECKSUMS = (
@@ -111,8 +115,10 @@ def is_absence(url: str, error: Exception) -> bool:
     """Whether a FileNotFoundError means that the object is missing.
 
     For S3 it may instead be a local file or program that should provide credentials. Only then the error has a file
-    name, because it comes from the operating system.
+    name, because it comes from the operating system. Or a server that is not one of S3 has answered.
     """
+    if named(error, _NO_LISTING):
+        return False
     return getattr(error, "filename", None) is None or not url.startswith(("s3://", "s3a://"))
 
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -46,7 +48,7 @@ def test_ls_lists_what_is_directly_below(root: str) -> None:
 
 def test_a_missing_object_is_named(root: str) -> None:
     url = storage.join(root, "missing.csv")
-    with pytest.raises(DataError, match=r"missing\.csv does not exist$"):
+    with pytest.raises(DataError, match=r"(?m)missing\.csv does not exist$"):
         storage.read(url)
 
 
@@ -334,3 +336,31 @@ def test_options_that_only_s3fs_knows_are_used(bucket: str, monkeypatch: pytest.
 def test_a_range_of_an_object_that_does_not_exist_is_an_error_with_its_name(bucket: str) -> None:
     with storage.open_read(f"{bucket}/absent", 10) as file, pytest.raises(DataError, match=f"{bucket}/absent"):
         file.read(3)
+
+
+class _NotFound(BaseHTTPRequestHandler):
+    """Answers as a web server does that knows nothing of S3."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Prints nothing."""
+
+
+def test_a_server_that_is_not_one_of_s3_is_no_empty_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _NotFound)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+    _use(monkeypatch, "key", "secret")
+    try:
+        for read in (storage.ls, storage.find, storage.remove):
+            with pytest.raises(ConfigError, match="/folder cannot be opened") as caught:
+                read("s3://bucket/folder")
+            assert "AWS_ENDPOINT_URL_S3" in caught.value.remedy
+    finally:
+        server.shutdown()
+        server.server_close()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -88,10 +88,10 @@ PRINTED_BY = {
     "fusion/ensemble/__main__.py": ("ensemble",),
     "fusion/ensemble/folder.py": ("ensemble",),
     "fusion/ensemble/prediction.py": ("ensemble", "predict"),
-    "fusion/ensemble/report.py": ("predict",),  # in a command that it names
+    "fusion/ensemble/tables.py": ("predict",),  # in a command that it names
     "fusion/errors.py": (*RUNS, *PARSERS),
-    "fusion/evaluation/evaluate.py": ("evaluate",),
-    "fusion/evaluation/evaluate.py:is_as_trained": ("evaluate", "ablate"),
+    "fusion/evaluation/rows.py": ("evaluate",),
+    "fusion/evaluation/rows.py:is_as_trained": ("evaluate", "ablate"),
     "fusion/features/fitted.py": ("train",),
     "fusion/features/columns.py": ("train",),
     "fusion/training/trainer.py": ("train",),

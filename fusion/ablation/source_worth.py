@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from fusion import log, storage
-from fusion.ablation.report import show
 from fusion.ablation.shapley import Coalitions, coalitions
+from fusion.ablation.tables import show
 from fusion.compare.standard_errors import Estimate, IntArray, clustered_mean
 from fusion.config import AblateConfig, RunConfig
 from fusion.data.tables import Table
 from fusion.distributed.world import World, held, join_world
 from fusion.errors import DataError
-from fusion.evaluation.evaluate import read_validation
+from fusion.evaluation.rows import read_validation
 from fusion.metrics import FloatArray, row_smape
 from fusion.nn.batch import Batch
 from fusion.nn.price_model import PriceModel

@@ -24,7 +24,8 @@ from fusion.data.embeddings import warn_of_equal_sources
 from fusion.data.tables import Table
 from fusion.distributed.world import World, alone, held
 from fusion.errors import ConfigError, DataError, did_you_mean
-from fusion.evaluation.evaluate import evaluation_of, read_validation
+from fusion.evaluation.evaluate import evaluation_of
+from fusion.evaluation.rows import read_validation
 from fusion.metrics import group_metrics, readable, row_smape
 from fusion.nn.price_model import PriceModel
 from fusion.prediction.predict import check_dims, named, predictions_parquet, pricing

@@ -22,7 +22,7 @@ from fusion.command import guarded
 from fusion.command.parser import add_output, add_store_timeout, command_parser
 from fusion.compare.comparison import compare
 from fusion.compare.out_of_fold import scored_runs
-from fusion.compare.report import show
+from fusion.compare.tables import show
 from fusion.errors import ExitCode, filled
 
 

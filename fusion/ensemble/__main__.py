@@ -27,7 +27,7 @@ from fusion.command.parser import add_output, add_store_timeout, command_parser
 from fusion.compare.out_of_fold import Scored, same_rows, scored_runs, shared
 from fusion.config import A_RUN_ID, RUN_ID
 from fusion.ensemble.folder import point_to, publish, record_of
-from fusion.ensemble.report import show
+from fusion.ensemble.tables import show
 from fusion.ensemble.weights import blend
 from fusion.errors import ConfigError, DataError, ExitCode, UsageError, filled
 from fusion.records.run import RunFolder

@@ -25,8 +25,8 @@ _DENIED = (
     *("LoginRefreshRequired", "LoginTokenLoad", "LoginInsufficientPermissions", "MissingDependency"),
     "JSONDecodeError",  # the output of such a program; the store itself answers in XML
 )
-# A listing of S3 is empty if it finds nothing, and fails with NoSuchBucket without the bucket. A bare 404 is the answer of
-# another server.
+# A listing of S3 is empty if it finds nothing, and fails with NoSuchBucket without the bucket. A bare 404 is the answer
+# of another server.
 _NO_LISTING = ("(404) when calling the ListObjects",)
 # A setting is wrong: ConfigError. Hint -> names in the error; the first match counts.
 _MISTAKES = {

@@ -15,9 +15,11 @@ from rich.console import Console
 from fusion import signals, storage
 from fusion.data.tables import Table
 from fusion.errors import StopRequested, UnreachableError
-from fusion.evaluation import groups, report
-from fusion.evaluation.evaluate import _columns_of_report, _predictions, _replace, _show, _summary
+from fusion.evaluation import groups, tables
+from fusion.evaluation.evaluate import _predictions, _show
+from fusion.evaluation.files import _replace, _summary
 from fusion.evaluation.groups import BIN_NAMES, RANGE_NAMES, Evaluation, evaluate, price_bins
+from fusion.evaluation.rows import columns_of_report
 from fusion.metrics import bootstrap_interval, compute_metrics, row_smape
 from fusion.records import pointers
 from fusion.records.attempts import take_lease
@@ -37,7 +39,7 @@ NO_COLUMNS = pd.DataFrame()  # to group by
 
 
 def show(evaluation: Evaluation) -> None:
-    report.show(evaluation)
+    tables.show(evaluation)
 
 
 def test_every_group_has_the_metrics_of_its_rows() -> None:
@@ -103,7 +105,7 @@ def test_worst_and_best_rows_equal_those_of_a_full_sort(n_rows: int, n_unknown: 
 
 def test_a_report_reads_the_columns_that_it_shows() -> None:
     names = ["predicted", "sample_id", "title", "", "price", "brand", "text", "colour"]
-    assert _columns_of_report(["colour", "missing"], names) == ["colour", "missing", "title", "brand"]
+    assert columns_of_report(["colour", "missing"], names) == ["colour", "missing", "title", "brand"]
 
 
 def test_gates_are_means_over_the_rows_of_a_bin() -> None:
@@ -154,7 +156,7 @@ def test_numbers_and_ids_are_never_cut_off(width: int) -> None:
     )
     console = Console(width=width)
     with console.capture() as captured:
-        console.print(report._plain("Worst rows, by SMAPE", frame, width))
+        console.print(tables._plain("Worst rows, by SMAPE", frame, width))
     said = captured.get()
     assert all(value in said for value in ("B01IRPB3L4", "19.99", "1,234", "123.45"))
     assert ("Item Name" in said) == (width >= 80)
@@ -169,7 +171,7 @@ def test_values_of_columns_cannot_control_the_terminal() -> None:
     coverage = pd.DataFrame([{"by": "category", "group": hostile, "count": 1, "error": 0.1, "factor_90": 1.0}])
     console = Console(width=80)
     with console.capture() as captured:
-        for table in (report._plain("", rows, 150), report._groups(groups, 80, ""), report._coverage(coverage)):
+        for table in (tables._plain("", rows, 150), tables._groups(groups, 80, ""), tables._coverage(coverage)):
             console.print(table)
     said = captured.get()
     assert said.count(r"[/b] \x1b[2J [red]") == 5 and "\x1b" not in said
@@ -222,7 +224,7 @@ def test_the_report_begins_with_the_baselines_and_ends_with_the_headline(
     table = rows(np.full(60, 9.0))
     evaluation = evaluate(table, pd.DataFrame({"brand": [str(i) for i in range(60)]}))
     evaluation = replace(evaluation, baselines=KNOWN)
-    report.show(evaluation, "", "out/runs/r/metrics", everything)
+    tables.show(evaluation, "", "out/runs/r/metrics", everything)
     said = capsys.readouterr().out
     lines = [line.strip() for line in said.splitlines()]
     assert [line.split("  ")[0] for line in lines[4:7]] == ["median price", "ridge regression", "all rows"]
@@ -237,4 +239,4 @@ def test_the_report_begins_with_the_baselines_and_ends_with_the_headline(
 
 def test_the_report_says_that_a_model_is_not_better_than_a_baseline() -> None:
     poor = replace(evaluate(rows(np.full(60, 9.0)).assign(predicted=1.0), NO_COLUMNS), baselines=KNOWN)
-    assert any("not better than: median price, ridge regression." in line for line in report.headline(poor))
+    assert any("not better than: median price, ridge regression." in line for line in tables.headline(poor))

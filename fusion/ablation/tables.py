@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusion.command import terminal
-from fusion.compare.report import difference, interval
+from fusion.compare.tables import difference, interval
 from fusion.records.schemas import AblationRecord
 
 

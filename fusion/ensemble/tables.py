@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from fusion.command import terminal
 from fusion.compare.out_of_fold import Scored
-from fusion.compare.report import interval
 from fusion.compare.standard_errors import Estimate
+from fusion.compare.tables import interval
 from fusion.ensemble.weights import Blend
 from fusion.records.schemas import EnsembleRecord
 from fusion.spelling import as_typed

@@ -193,53 +193,57 @@ def _parser() -> Parser:
     parser = Parser("python jobs/submit.py", description=__doc__)
     parser.example = "--cluster local -- --data s3://my-bucket/data --output s3://my-bucket/output"
     parser.usage = f"{parser.prog} --cluster slurm|k8s|local [flags] [-- flags of the command]"
-    job, how = parser.add_argument_group("what"), parser.add_argument_group("how")
-    job.add_argument("--task", default="train", metavar="|".join(MODULES), help="what to run (default: train)")
-    job.add_argument("--variant", nargs="+", default=["all_embeddings"], metavar="NAME",
+    _add_what(parser.add_argument_group("what").add_argument)
+    _add_how(parser.add_argument_group("how").add_argument)
+    return parser
+
+
+Add = Callable[..., argparse.Action]  # adds a flag to a group
+
+
+def _add_what(add: Add) -> None:
+    add("--task", default="train", metavar="|".join(MODULES), help="what to run (default: train)")
+    add("--variant", nargs="+", default=["all_embeddings"], metavar="NAME",
         help=f"{', '.join(variants())}; --task predict also takes {ENSEMBLE_VARIANT}; with several names, one job per "
         "name (default: all_embeddings)")  # fmt: skip
-    job.add_argument(
-        "--each-fold", action="store_true", help=Rare("start one training per fold of the command's --folds")
-    )
-    job.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes to train on (default: 1)")
-    job.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per node, with one rank per GPU; 0 uses the "
+    add("--each-fold", action="store_true", help=Rare("start one training per fold of the command's --folds"))
+    add("--nodes", type=int, default=1, metavar="N", help="nodes to train on (default: 1)")
+    add("--gpus-per-node", type=int, metavar="N", help="GPUs per node, with one rank per GPU; 0 uses the "
         "CPU (default: as in k8s/ or in the settings of the Slurm cluster; with local, all GPUs)")  # fmt: skip
-    job.add_argument(
-        "--nproc-per-node", type=int, metavar="N", help=Rare("ranks per node (default: one per GPU, or a single one)")
-    )
-    job.add_argument("--cpus-per-gpu", type=int, metavar="N", help=Rare("CPU cores per GPU (default: the cluster's)"))
-    job.add_argument(
+    add("--nproc-per-node", type=int, metavar="N", help=Rare("ranks per node (default: one per GPU, or a single one)"))
+    add("--cpus-per-gpu", type=int, metavar="N", help=Rare("CPU cores per GPU (default: the cluster's)"))
+    add(
         "--memory-per-gpu",
         type=_gibibytes,
         metavar="GIB",
         help=Rare("GiB of memory per GPU (default: the cluster's)"),
     )
-    how.add_argument("--cluster", required=True, choices=["slurm", "k8s", "local"], help="where to run the job")
-    how.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
-    how.add_argument("--wait", action="store_true", help="wait until the job has ended; the exit code is the job's")
-    how.add_argument("--if-changed", action="store_true", help=Rare("predict only if data, model or code have changed; "
+
+
+def _add_how(add: Add) -> None:
+    add("--cluster", required=True, choices=["slurm", "k8s", "local"], help="where to run the job")
+    add("--dry-run", action="store_true", help="print what would be sent, and send nothing")
+    add("--wait", action="store_true", help="wait until the job has ended; the exit code is the job's")
+    add("--if-changed", action="store_true", help=Rare("predict only if data, model or code have changed; "
         "otherwise this command publishes the last rows under the new date"))  # fmt: skip
-    how.add_argument("--settings", type=Path, metavar="FILE", help=Rare("settings of the cluster (default: "
+    add("--settings", type=Path, metavar="FILE", help=Rare("settings of the cluster (default: "
         "slurm/cluster.toml, k8s/cluster.toml)"))  # fmt: skip
-    how.add_argument("--queue", metavar="NAME", help="Slurm's partition, or the LocalQueue of Kueue on Kubernetes")
-    how.add_argument("--priority", metavar="NAME", help=Rare("Slurm's QOS, or the PriorityClass of Kubernetes"))
-    how.add_argument("--max-requeues", type=_count, default=DEFAULTS["max_requeues"], metavar="N",
+    add("--queue", metavar="NAME", help="Slurm's partition, or the LocalQueue of Kueue on Kubernetes")
+    add("--priority", metavar="NAME", help=Rare("Slurm's QOS, or the PriorityClass of Kubernetes"))
+    add("--max-requeues", type=_count, default=DEFAULTS["max_requeues"], metavar="N",
         help=Rare("how often a Slurm job is requeued after it was stopped or preempted (default: 100)"))  # fmt: skip
-    how.add_argument("--image", metavar="NAME", help=Rare("image for Kubernetes (default: as in k8s/cluster.toml)"))
-    how.add_argument(
+    add("--image", metavar="NAME", help=Rare("image for Kubernetes (default: as in k8s/cluster.toml)"))
+    add(
         "--context",
         metavar="NAME",
         help=Rare("context of the kubeconfig (default: that of the settings, else current)"),
     )
-    how.add_argument(
+    add(
         "--namespace",
         metavar="NAME",
         help=Rare("namespace of Kubernetes (default: that of the settings, else the context's)"),
     )
-    how.add_argument(
-        "--jobset", action="store_true", help=Rare("on Kubernetes, send a training on several nodes as a JobSet")
-    )
-    return parser
+    add("--jobset", action="store_true", help=Rare("on Kubernetes, send a training on several nodes as a JobSet"))
 
 
 def _count(text: str) -> int:

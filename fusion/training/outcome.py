@@ -148,7 +148,8 @@ INDENT = "  "
 def _screen(found: Outcome, config: RunConfig, width: int = terminal.WIDEST) -> list[tuple[str, str]]:
     """The lines of the screen, each with its style. Commands that are wider than the terminal go over two lines."""
     took = "" if found.minutes is None else f" in {_duration(found.minutes)}"
-    title = f"{found.run.run_id} is trained: {len(found.history)} epochs{took}"
+    epochs = "1 epoch" if len(found.history) == 1 else f"{len(found.history)} epochs"
+    title = f"{found.run.run_id} is trained: {epochs}{took}"
     scores = [(f"{INDENT}{line}", "bold" if not number else "") for number, line in enumerate(_scores(found))]
     where = [(f"{INDENT}{name:8s} {url}", "") for name, url in _places(found.run).items()]
     commands = [(line, "") for command in next_commands(config) for line in _typed(command, width)]

@@ -117,15 +117,16 @@ def _read_interval(run: RunFolder, made: Checkpoint) -> tuple[tuple[float, float
     return interval_of(rows["price"].to_numpy(), rows["predicted"].to_numpy(), groups), len(rows)
 
 
-def say(found: Outcome, event: str, **facts: object) -> None:
+def say(found: Outcome, event: str, hint: str = "", **facts: object) -> None:
     """Logs the outcome as a line; on a terminal, where `show` follows, the line is only stored with the run.
 
     Args:
         event: name of the line.
+        hint: what can be typed next, at the end of the line; empty: nothing is said.
         facts: further fields of the line.
     """
     line = log.store if _is_terminal() else log.info
-    line(event=event, **facts, **found.facts())
+    line(event=event, **facts, **found.facts(), **({"hint": hint} if hint else {}))
 
 
 def show(found: Outcome, config: RunConfig) -> None:

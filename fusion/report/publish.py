@@ -85,7 +85,7 @@ def report_if_missing(run: RunFolder) -> None:
     try:
         is_there = storage.exists(run.at(REPORT))
     except Exception as error:
-        log.warning(event="report_not_written", reason=str(error))
+        log.warning(event="report_not_written", reason=" ".join(str(error).split()))
         return
     if not is_there:
         try_report(run)

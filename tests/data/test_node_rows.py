@@ -70,13 +70,13 @@ def test_two_nodes_hold_half_of_the_rows_each(data: Path, monkeypatch: pytest.Mo
 
 
 def test_a_node_reads_no_vectors_of_parts_without_its_rows(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    n_read, original = [], embeddings._store
+    n_read, original = [], embeddings.store_vectors
 
     def store(found: np.ndarray, *more: object) -> None:
         n_read.append(len(found))
         original(found, *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(embeddings, "_store", store)
+    monkeypatch.setattr(embeddings, "store_vectors", store)
     monkeypatch.setattr(source_file, "STREAM_BYTES", 64)  # so that the file is read by row groups
     with join_world("cpu") as world:
         first = NodeRows((0, 20, N), (0, 1, 2), 0)

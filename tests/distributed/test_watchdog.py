@@ -39,7 +39,7 @@ def run(timeout: float, pause: float, beat: str, end: str, record: str = "None")
 
 
 def test_no_progress_ends_with_124_and_the_stacks() -> None:
-    done = run(2, 0, "watchdog.beat()", "waits_for_ever()", "print(error, flush=True)")
+    done = run(2, 0, "watchdog.beat()", "waits_for_ever()", "print(error.message, flush=True)")
     assert done.returncode == ExitCode.STALLED
     assert "event=stalled" in done.stderr
     assert "in waits_for_ever" in done.stderr

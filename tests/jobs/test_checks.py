@@ -141,7 +141,7 @@ def test_a_cache_folder_that_cannot_be_examined_is_not_a_bug(monkeypatch: pytest
 
 def test_a_file_given_as_data_is_refused_with_its_folder_as_hint(data: Path) -> None:
     found = doctor("--only", "data", "--data", str(data / "train.csv"))
-    assert found.code == 65 and f"hint: --data {data}\n" in found.out
+    assert found.code == 65 and f"hint: give its folder: --data {data}\n" in found.out
 
 
 def test_hidden_files_are_ignored_and_a_source_that_exists_twice_is_refused(data: Path) -> None:

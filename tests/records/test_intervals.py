@@ -228,7 +228,7 @@ def test_an_evaluation_reports_the_coverage(output: Path, capsys: pytest.Capture
     assert summary["intervals"][0]["group"] == "all rows"
     assert summary["covered_90"] == pytest.approx(is_within(found, 90).mean()) == groups["covered_90"][0]
     assert 0.8 < summary["covered_90"] < 1
-    assert evaluate_by_groups.main(["--output", str(output), "--run-id", "r", "--device", "cpu"]) == 0
+    assert evaluate_by_groups.main(["--output", str(output), "--run-id", "r", "--device", "cpu", "--all"]) == 0
     said = capsys.readouterr().out
     assert "Intervals: share of the true prices inside" in said and "by tier of predicted price" in said
 

@@ -62,6 +62,7 @@ def _outcome(folder: Path, truth: Truth, seconds: float) -> str:
         for guess in (submission["price"], truth.medians, np.full(len(submission), median))
     )
     return (
+        f"\nreport      {output}/runs/{run.run_id}/report.html"
         f"\nmetrics     {output}/runs/{run.run_id}/metrics"
         f"\nmodel       {output}/runs/{run.run_id}/checkpoints/{run.checkpoint}"
         f"\nsubmission  {output}/submissions/{current.submission}/submission.csv"

@@ -88,7 +88,7 @@ def _show_all(console: Console, evaluation: Evaluation, note: str) -> None:
 def headline(evaluation: Evaluation) -> list[str]:
     """The result in sentences: the score beside what it has to beat, the usual error, and how often intervals hold."""
     overall = evaluation.groups.iloc[0]
-    interval = f"95% interval {_number(overall['smape_low'])} - {_number(overall['smape_high'])}"
+    interval = f"95% interval {_interval(overall['smape_low'], overall['smape_high'])}"
     lines = [f"SMAPE {_number(overall['smape'])}% on {overall['count']:,} validation rows ({interval})"]
     if evaluation.baselines is not None:
         lines += in_words(float(overall["smape"]), evaluation.baselines)
@@ -126,7 +126,7 @@ def _groups(
     shown = shown or list(HEADINGS)[: _n_metrics(width)]
 
     def cells(row: dict[Hashable, Any]) -> list[str]:
-        row["interval"] = f"{_number(row['smape_low'])} - {_number(row['smape_high'])}"
+        row["interval"] = _interval(row["smape_low"], row["smape_high"])
         row["share"] = f"{row['share']:.1%}"
         return [_number(row[name]) for name in shown]
 
@@ -137,9 +137,16 @@ def _groups(
 
 
 def _baseline_cells(score: BaselineScore, n_rows: int, shown: Sequence[str]) -> list[str]:
-    interval = "-" if score.low is None or score.high is None else f"{_number(score.low)} - {_number(score.high)}"
+    interval = _interval(score.low, score.high)
     known = {"count": str(n_rows), "share": f"{1:.1%}", "smape": _number(score.smape), "interval": interval}
     return [score.name, *(known.get(name, "") for name in shown)]
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    """Such as "30.24 - 33.60"; "-" if it is not known, as of a single row."""
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return "-"
+    return f"{_number(low)} - {_number(high)}"
 
 
 def _n_metrics(width: int) -> int:

@@ -240,3 +240,10 @@ def test_the_report_begins_with_the_baselines_and_ends_with_the_headline(
 def test_the_report_says_that_a_model_is_not_better_than_a_baseline() -> None:
     poor = replace(evaluate(rows(np.full(60, 9.0)).assign(predicted=1.0), NO_COLUMNS), baselines=KNOWN)
     assert any("not better than: median price, ridge regression." in line for line in tables.headline(poor))
+
+
+def test_a_group_of_one_row_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    table = rows(np.full(60, 9.0)).assign(price=[9.0] * 59 + [150.0])
+    tables.show(evaluate(table, NO_COLUMNS), "", "", everything=False)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" 100-200")]
+    assert line.split()[4] == "-" and "nan" not in line and "- -" not in line

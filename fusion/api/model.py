@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -32,9 +31,9 @@ from fusion.prediction.predict import check_dims, named, predictions_parquet, pr
 from fusion.prediction.resumable import Arrays, compute_rows, concatenated
 from fusion.records import find_run
 from fusion.records.intervals import category_column
-from fusion.records.manifests import EPOCHS, SPLIT, VALIDATION, Checkpoint
+from fusion.records.manifests import EPOCHS, VALIDATION, Checkpoint
 from fusion.records.run import RunFolder
-from fusion.records.split import read_split
+from fusion.records.split import validation_groups
 from fusion.records.validation import from_parquet, has_validation, validation_of
 from fusion.submissions import predictions
 
@@ -283,17 +282,11 @@ class Model:
         if self._opened.checkpoint is not None and not has_validation(self._opened.checkpoint):
             return {"smape": self._opened.smape}
         rows = self._validation()
-        low, high = smape_interval(row_smape(rows["price"], rows["predicted"]), self._duplicates())
+        checkpoint = self._opened.checkpoint  # an ensemble has none, and no split
+        groups = None if checkpoint is None else validation_groups(self._run, checkpoint.manifest.split_sha256)
+        low, high = smape_interval(row_smape(rows["price"], rows["predicted"]), groups) or (float("nan"), float("nan"))
         found = group_metrics(rows["price"], rows["predicted"])
         return {"smape": found.pop("smape"), "smape_low": low, "smape_high": high, **found, "count": len(rows)}
-
-    def _duplicates(self) -> np.ndarray | None:
-        """[n] the group of near-duplicates of each validation row; None if the run, or the ensemble, has no split."""
-        checkpoint = self._opened.checkpoint
-        if checkpoint is None or not storage.exists(self._run.at(SPLIT)):
-            return None
-        split = read_split(self._run, checkpoint.manifest.split_sha256)
-        return split.loc[split["side"] == "validation", "group"].to_numpy()
 
     def _facts(self) -> dict[str, str]:
         """What a reader of a notebook wants to know at first sight."""

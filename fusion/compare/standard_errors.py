@@ -56,18 +56,17 @@ def clustered_mean(values: FloatArray, groups: NDArray[np.integer], level: float
     return Estimate(mean, error, mean - half, mean + half)
 
 
-def smape_interval(errors: FloatArray, groups: NDArray[np.integer] | None = None) -> tuple[float, float]:
-    """95% interval of a SMAPE, from `clustered_mean`; (NaN, NaN) if there are fewer than two groups.
+def smape_interval(errors: FloatArray, groups: NDArray[np.integer] | None = None) -> tuple[float, float] | None:
+    """95% interval of a SMAPE, from `clustered_mean`, not below 0; None if there are fewer than two groups.
 
     Args:
         errors: [n] SMAPE of each row, in %.
         groups: [n] rows of one group are near-duplicates; None: all rows are independent.
     """
     if not len(errors):
-        return float("nan"), float("nan")
+        return None
     found = clustered_mean(errors, np.arange(len(errors)) if groups is None else groups)
-    low, high = (float("nan") if bound is None else bound for bound in (found.low, found.high))
-    return float(np.maximum(low, 0.0)), high  # NaN stays NaN
+    return None if found.low is None or found.high is None else (max(0.0, found.low), found.high)
 
 
 def joined_groups(groupings: Sequence[NDArray[np.integer]]) -> IntArray:

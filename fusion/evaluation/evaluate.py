@@ -30,7 +30,6 @@ from fusion.prediction.resumable import Arrays, compute_parts, discard
 from fusion.records import intervals, manifests
 from fusion.records.run import RunFolder
 from fusion.records.schemas import Intervals
-from fusion.records.split import read_split
 from fusion.records.validation import computed_frame
 from fusion.report.publish import try_report
 from fusion.submissions import submission
@@ -90,12 +89,12 @@ def evaluation_of(
         computed: what the model computes for the rows, with the names of comparable products.
     """
     rows = _predictions(table, computed["price"], store.present)
-    limits = intervals.intervals_of(chosen)
-    rows, coverage = _with_bounds(rows, limits, run, chosen, table, computed, as_trained)
+    assert store.groups is not None, "read_validation sets them"
+    groups = store.groups.cpu().numpy()
+    rows, coverage = _with_bounds(rows, intervals.intervals_of(chosen), groups, table, computed, as_trained)
     rows = rows.assign(**{name: list(computed[name]) for name in COMPARABLES if name in computed})
     by_columns, gate = table.frame[list(by)], computed.get("gate")
-    duplicates = None if store.groups is None else store.groups.cpu().numpy()
-    evaluation = evaluate(rows, by_columns, gate, as_trained=as_trained, coverage=coverage, duplicates=duplicates)
+    evaluation = evaluate(rows, by_columns, gate, as_trained=as_trained, coverage=coverage, duplicates=groups)
     known = None if as_trained is False else run.baselines()  # other prices have other baselines
     return replace(evaluation, baselines=known), rows
 
@@ -103,8 +102,7 @@ def evaluation_of(
 def _with_bounds(
     rows: pd.DataFrame,
     limits: Intervals | None,
-    run: RunFolder,
-    chosen: manifests.Checkpoint,
+    groups: np.ndarray,
     table: Table,
     computed: Arrays,
     as_trained: bool | None,
@@ -124,8 +122,7 @@ def _with_bounds(
     if as_trained is False:
         found: dict[str, np.ndarray] | None = intervals.bounds(limits, known)
     else:
-        split = read_split(run, chosen.manifest.split_sha256)
-        found = intervals.crossed(known, split.loc[split["side"] == "validation", "group"].to_numpy(), limits.by)
+        found = intervals.crossed(known, groups, limits.by)
     if found is None:
         return rows, pd.DataFrame()
     return rows.assign(**found), intervals.coverage(limits, known.assign(**found))

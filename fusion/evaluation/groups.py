@@ -155,7 +155,7 @@ def _largest(found: Mapping[str, np.ndarray], column: str) -> list[str]:
 def _metrics(columns: Mapping[str, np.ndarray], name: str, group: str, rows: np.ndarray) -> dict[str, Any]:
     """Returns the row of `Evaluation.groups` for a group: its name, size, metrics and share of covered prices."""
     smape, price, predicted = (columns[column][rows] for column in ("smape", "price", "predicted"))
-    low, high = smape_interval(smape, columns["duplicates"][rows])
+    low, high = smape_interval(smape, columns["duplicates"][rows]) or (float("nan"), float("nan"))
     head = {"by": name, "group": group, "count": len(rows), "share": len(rows) / len(columns["smape"])}
     metrics = group_metrics(price, predicted)
     covered = {}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pandas as pd
 
+from fusion import storage
 from fusion.errors import DataError
 from fusion.records.manifests import SPLIT
 from fusion.records.run import RunFolder
@@ -31,6 +33,18 @@ def read_split(run: RunFolder, sha256: str = "") -> pd.DataFrame:
         cause = str(error).splitlines()[0]
         remedy = "restore it, or train under another --run-id"
         raise DataError(f"{run.at(SPLIT)} is damaged: {cause}", remedy) from error
+
+
+def validation_groups(run: RunFolder, sha256: str = "") -> np.ndarray | None:
+    """[n] the group of near-duplicates of each validation row; None for a copy of a run without its split.
+
+    Args, Raises:
+        As for `read_split`.
+    """
+    if not storage.exists(run.at(SPLIT)):
+        return None
+    split = read_split(run, sha256)
+    return split.loc[split["side"] == "validation", "group"].to_numpy()
 
 
 def to_parquet(split: pd.DataFrame) -> bytes:

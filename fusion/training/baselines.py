@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusion import log, storage
-from fusion.compare.standard_errors import clustered_mean
+from fusion.compare.standard_errors import smape_interval
 from fusion.distributed.world import held
 from fusion.errors import StopRequested
 from fusion.metrics import row_smape
@@ -81,9 +81,9 @@ def _score(
     fit: Fit, name: BaselineName, prices: np.ndarray, rows: int, alphas: tuple[float, ...] = ()
 ) -> BaselineScore:
     groups = fit.data.groups[fit.data.validation].numpy()
-    mean = clustered_mean(row_smape(fit.data.prices, prices), groups)
-    low, high = (None if bound is None else max(0.0, bound) for bound in (mean.low, mean.high))
-    return BaselineScore(name, mean.mean, low, high, rows, alphas)
+    errors = row_smape(fit.data.prices, prices)
+    low, high = smape_interval(errors, groups) or (None, None)
+    return BaselineScore(name, float(errors.mean()), low, high, rows, alphas)
 
 
 def median_price(fit: Fit) -> float:

@@ -10,15 +10,15 @@ import numpy as np
 
 from fusion import log, storage
 from fusion.command import terminal
-from fusion.compare.standard_errors import clustered_mean
+from fusion.compare.standard_errors import smape_interval
 from fusion.config import RunConfig
 from fusion.errors import DataError, FusionError
 from fusion.metrics import readable, row_smape
 from fusion.records.baselines import in_words, scores_of
-from fusion.records.manifests import EPOCHS, SPLIT, VALIDATION, Checkpoint
+from fusion.records.manifests import EPOCHS, VALIDATION, Checkpoint
 from fusion.records.run import RunFolder
 from fusion.records.schemas import Baselines
-from fusion.records.split import read_split
+from fusion.records.split import validation_groups
 from fusion.records.validation import validation_of
 from fusion.spelling import as_typed
 from fusion.training.trainer import Fit
@@ -73,17 +73,12 @@ class Outcome:
         return {"smape": self.smape, **low_high, **scores_of(self.baselines), **epochs, **improving, **minutes}
 
 
-def interval_of(prices: np.ndarray, predicted: np.ndarray, groups: np.ndarray) -> tuple[float, float] | None:
-    """95% interval of the SMAPE of rows [n] in these groups [n]; None if there is only one group."""
-    found = clustered_mean(row_smape(prices, predicted), groups)
-    return None if found.low is None or found.high is None else (max(0.0, found.low), found.high)
-
-
 def interval_of_fit(fit: Fit) -> tuple[float, float] | None:
     """95% interval of the SMAPE of the kept weights; None if a resumed attempt has not predicted with them."""
     if fit.validated is None:
         return None
-    return interval_of(fit.data.prices, fit.validated["price"], fit.data.groups[fit.data.validation].numpy())
+    errors = row_smape(fit.data.prices, fit.validated["price"])
+    return smape_interval(errors, fit.data.groups[fit.data.validation].numpy())
 
 
 def minutes_of(run: RunFolder, seconds: float) -> float | None:
@@ -110,11 +105,11 @@ def read_outcome(made: Checkpoint) -> Outcome:
 def _read_interval(run: RunFolder, made: Checkpoint) -> tuple[tuple[float, float] | None, int]:
     """Interval and number of validation rows; (None, 0) if they are not known, or would take long to read."""
     n_bytes = sum(entry.bytes for entry in made.manifest.files if entry.key == VALIDATION)
-    if not 0 < n_bytes < MOST_READ or not storage.exists(run.at(SPLIT)):
+    groups = validation_groups(run, made.manifest.split_sha256) if 0 < n_bytes < MOST_READ else None
+    if groups is None:
         return None, 0
-    rows, split = validation_of(made), read_split(run, made.manifest.split_sha256)
-    groups = split.loc[split["side"] == "validation", "group"].to_numpy()
-    return interval_of(rows["price"].to_numpy(), rows["predicted"].to_numpy(), groups), len(rows)
+    rows = validation_of(made)
+    return smape_interval(row_smape(rows["price"], rows["predicted"]), groups), len(rows)
 
 
 def say(found: Outcome, event: str, hint: str = "", **facts: object) -> None:

@@ -1,78 +1,57 @@
-"""Step time of training beside a busy process: `python benchmarks/busy_neighbour.py [--steps 20] [--spin 300000 1000]`.
+"""Epochs beside busy processes: `python -m benchmarks.busy_neighbour [--rows 20000] [--spin 300000 20000 2000]`.
 
 OpenMP threads wait for each other at the end of each parallel loop, by spinning, because usually the others arrive
 soon. If another process occupies a core, even at the lowest priority, one of them arrives late, and all wait for a time
 slice in each of the thousands of loops of a step. `GOMP_SPINCOUNT` sets how often a thread polls before it sleeps: the
-library's default is 300000, that of Fusion's commands 1000 (see `fusion.environment`).
+library's default is 300000, that of Fusion's commands 2000 (see `fusion.environment`).
 
-Trains all_embeddings on 1,280 rows with the published dimensions, in a new process for each setting, and prints the
-median time per step.
+Trains two epochs as `benchmarks.speed` does, in a new process for each setting, and prints the seconds of the second:
+on a machine that is otherwise quiet, beside busy processes, and the ratio.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-STEPS = """
-import sys, time
-import numpy as np, pandas as pd, torch
-from fusion.all_embeddings.config import Config
-from fusion.all_embeddings.model import build_network
-from fusion.distributed.world import join_world
-from fusion.data.row_store import RowStore
-from fusion.training.trainer import Fit
-from fusion.training.dataset import TrainingData
-from fusion.training.order import epoch_batches
-from fusion.prediction.predict import make_model
-
-DIMS = {"clip_image": 768, "siglip_image": 1152, "siglip_text": 1024, "qwen_text": 1027}
-ROWS, VALIDATION = 1280, 64
-torch.manual_seed(0)
-values = {role: torch.randn(ROWS + VALIDATION, dim) for role, dim in DIMS.items()}
-present = {role: torch.ones(ROWS + VALIDATION, dtype=torch.bool) for role in DIMS}
-config = Config(recipe="published")
-rows, targets = torch.arange(ROWS + VALIDATION), torch.rand(ROWS + VALIDATION) * 5
-with join_world("cpu") as world:
-    prices, ids = np.full(VALIDATION, 9.0), pd.RangeIndex(VALIDATION).astype("str")
-    folds, all_prices, all_ids = (rows < ROWS).long(), np.expm1(targets.numpy()), rows.numpy().astype(str)
-    store = RowStore(values, present, folds=folds, groups=rows)
-    data = TrainingData(store, targets, rows[:ROWS], rows[ROWS:], prices, ids, None, all_ids, all_prices, folds, rows)
-    fit = Fit(config, make_model(config, build_network, DIMS), data, world)
-    seconds = []
-    fit.model.train()
-    for batch in epoch_batches(config, data.train, 1, world) * (int(sys.argv[1]) // 5 + 1):
-        start = time.perf_counter()
-        fit._train_batch(batch, fit.store.batch(batch.rows[batch.part], world.device))
-        fit.step += 1
-        seconds.append(time.perf_counter() - start)
-print(np.median(seconds[1:]))
-"""
+from benchmarks.larger_than_memory import make
+from benchmarks.speed import SETTINGS, epoch
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="of 256 rows each (default: 20)")
-    parser.add_argument("--spin", type=int, nargs="+", default=[300_000, 1000], help="values of GOMP_SPINCOUNT")
-    options = parser.parse_args()
-    for n_neighbours in (0, 1):
-        for spin in options.spin:
-            with _neighbours(n_neighbours):
-                seconds = _step_time(options.steps, spin)
-            print(
-                f"GOMP_SPINCOUNT {spin}, {n_neighbours} busy neighbours: {seconds * 1000:.0f} ms per step", flush=True
-            )
+    parser.add_argument("--rows", type=int, default=20_000, help="rows, of which a fifth validates")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--spin", type=int, nargs="+", default=[300_000, 20_000, 2000], help="values of GOMP_SPINCOUNT")
+    parser.add_argument("--neighbours", type=int, default=1, help="busy processes")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=["default", "--recipe published"])
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fusion-neighbour-") as folder:
+        make(Path(folder), given.rows)
+        for name in given.only:
+            for spin in given.spin:
+                os.environ["GOMP_SPINCOUNT"] = str(spin)
+                quiet, busy = (
+                    _seconds(Path(folder), name, f"{spin}-{n}", given.rows, given.repeats, n)
+                    for n in (0, given.neighbours)
+                )
+                print(
+                    f"{name}, GOMP_SPINCOUNT={spin}: {quiet:.2f} s quiet, {busy:.2f} s busy, {busy / quiet:.2f} times",
+                    flush=True,
+                )
 
 
-def _step_time(n_steps: int, spin: int) -> float:
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    environment["GOMP_SPINCOUNT"] = str(spin)
-    command = [sys.executable, "-c", STEPS, str(n_steps)]
-    return float(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def _seconds(data: Path, name: str, tag: str, n_rows: int, repeats: int, n_neighbours: int) -> float:
+    """The median seconds of an epoch beside this many busy processes."""
+    with _neighbours(n_neighbours):
+        return statistics.median(epoch(data, name, f"{tag}-{number}", n_rows)[0] for number in range(repeats))
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def main() -> None:
         epochs: dict[str, list[tuple[float, float]]] = {name: [] for name in given.only}
         for number in range(given.repeats):
             for name in given.only:
-                epochs[name].append(epoch(Path(folder), name, number, given.rows))
+                epochs[name].append(epoch(Path(folder), name, str(number), given.rows))
                 print(f"{name}: {epochs[name][-1][0]:.3f} s", file=sys.stderr)
     timed = {name: described(name, times, given.rows, rates) for name, times in epochs.items()}
     show(timed, rates)
@@ -87,14 +87,18 @@ def main() -> None:
     return None
 
 
-def epoch(data: Path, name: str, number: int, n_rows: int) -> tuple[float, float]:
-    """Trains two epochs in a new process; returns the seconds of the second, and the MFLOP of a row's forward pass."""
+def epoch(data: Path, name: str, tag: str, n_rows: int) -> tuple[float, float]:
+    """Trains two epochs in a new process; returns the seconds of the second, and the MFLOP of a row's forward pass.
+
+    Args:
+        tag: distinguishes trainings with the same settings.
+    """
     if name == PUBLISHED:
         command = [sys.executable, "-m", "benchmarks.published", str(data), machine.DEVICE.type]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds, mflop = done.stdout.split()[-2:]
         return float(seconds), float(mflop)
-    run = ["--output", str(data / "output"), "--run-id", f"r{number}-{list(SETTINGS).index(name)}"]
+    run = ["--output", str(data / "output"), "--run-id", f"r{tag}-{list(SETTINGS).index(name)}"]
     flags = ["--data", str(data), *run, "--epochs", "2", "--checkpoint-seconds", "3600", *SETTINGS[name]]
     launch = ["fusion.launch", "--nproc-per-node", "2"] if name == TWO_RANKS else []
     command = [sys.executable, "-m", *launch, "fusion.all_embeddings.train", *flags]

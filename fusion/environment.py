@@ -14,11 +14,12 @@ from fusion.errors import ConfigError
 # Defaults for variables that libraries read when torch loads them.
 # GOMP_SPINCOUNT, KMP_BLOCKTIME: by default, an OpenMP thread that waits for the other threads polls 300,000 times (GNU)
 # or for 200 ms (Intel, LLVM) before it sleeps. If another process uses one of the cores, even at the lowest priority,
-# a training step then takes ten times as long (measured by benchmarks/busy_neighbour.py). On an otherwise idle machine,
-# the shorter wait of 1,000 polls mostly costs nothing measurable, and at worst a fifth of a step of 0.3 s.
+# a training step then takes ten times as long. With 2,000 polls it takes twice as long, and a third longer on a machine
+# that is otherwise idle, because threads are woken up more often. (Measured by benchmarks/busy_neighbour.py: steps of
+# the default model, which are short.)
 # TORCH_CPP_LOG_LEVEL: the warnings of torch's C++ code concern host names and sockets. They do not follow our log
 # format, and users can do nothing about them.
-LIBRARIES = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+LIBRARIES = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 # The variables that set how OpenMP threads wait.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 

@@ -97,13 +97,13 @@ def test_variables_set_by_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delenv(name, raising=False)
     assert for_libraries() == LIBRARIES
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
-    assert for_libraries() == {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+    assert for_libraries() == {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert for_libraries() == {}
 
 
 @pytest.mark.parametrize("launcher", [(), ("fusion.launch", "--nproc-per-node=1")])
-@pytest.mark.parametrize(("own", "used"), [("", "1000"), ("5", "5")])
+@pytest.mark.parametrize(("own", "used"), [("", "2000"), ("5", "5")])
 def test_commands_set_how_openmp_threads_wait(launcher: tuple[str, ...], own: str, used: str) -> None:
     command = ["-m", *launcher, "fusion.all_embeddings.train", "--data", "/nowhere"]
     clean = {name: value for name, value in os.environ.items() if name not in WAITING}

@@ -121,25 +121,42 @@ def random_member(number: Tensor, n_members: int) -> Iterator[None]:
 
 def kept(like: Tensor, dropout: float) -> Tensor:
     """A bool mask with the shape of `like` [B, …], false with the probability `dropout`, to the nearest 2^-16."""
-    mask: Tensor = _numbers(like) >= round(dropout * LEVELS) - LEVELS // 2
-    return mask
+    return _of_member(_numbers(like) >= _threshold(dropout))
+
+
+def mask(like: Tensor, dropout: float) -> Tensor:
+    """As `kept`, but of zeros and ones of the type of `like`."""
+    numbers = _numbers(like)
+    if like.is_cuda:
+        return _of_member((numbers >= _threshold(dropout)).to(like.dtype))
+    # On a CPU, converting a mask of bools takes twice as long as the comparison itself.
+    return _of_member(torch.ge(numbers, _threshold(dropout), out=torch.empty(numbers.shape, dtype=like.dtype)))
 
 
 def normal(like: Tensor) -> Tensor:
     """Normal random numbers, float32, with the shape of `like` [B, …]: the quantiles at 2^16 equidistant levels."""
-    return _quantiles(like.device)[_numbers(like).int() + LEVELS // 2]
+    return _quantiles(like.device)[_of_member(_numbers(like)).int() + LEVELS // 2]
+
+
+def _threshold(dropout: float) -> int:
+    """The smallest random number of what is kept."""
+    threshold: int = round(dropout * LEVELS) - LEVELS // 2
+    return threshold
 
 
 def _numbers(like: Tensor) -> Tensor:
-    """Uniform int16 random numbers, with the shape of `like` [B, …]."""
+    """Uniform int16 random numbers for `like` [B, …]: of its shape, or [B, M, …] for all members of an ensemble."""
     member, words = _member.get(), _words.get() or DrawnWords(None, slice(None), len(like), like.device)
-    n_members = 1 if member is None else member[1]
-    n = n_members * math.prod(like.shape[1:])
+    shape = like.shape[1:] if member is None else (member[1], *like.shape[1:])
+    n = math.prod(shape)
     numbers: Tensor = words.take(-(-n // PER_WORD)).contiguous().view(torch.int16)[:, :n]
-    if member is None:
-        return numbers.reshape(like.shape)
-    of_members = numbers.reshape(len(like), n_members, *like.shape[1:])
-    return of_members.movedim(1, 0)[member[0].view(1)].squeeze(0)
+    return numbers.reshape(len(like), *shape)
+
+
+def _of_member(values: Tensor) -> Tensor:
+    """The values [B, …] of the member that is computed, from those of all members [B, M, …]."""
+    member = _member.get()
+    return values if member is None else values.movedim(1, 0)[member[0].view(1)].squeeze(0)
 
 
 @cache

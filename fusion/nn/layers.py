@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.nn.draws import kept
+from fusion.nn.draws import mask
 
 Inputs = Mapping[str, Tensor]
 
@@ -29,7 +29,7 @@ class RowDropout(nn.Module):
         if not self.training or self.p == 0:
             return x
         # A scaled mask takes one pass over x, and another one over its gradient.
-        return x * (kept(x, self.p).to(x.dtype) / (1 - self.p))
+        return x * (mask(x, self.p) / (1 - self.p))
 
 
 class Branch(nn.Module):
@@ -110,15 +110,16 @@ class Experts(nn.Module):
         self.dropout = RowDropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = x.unsqueeze(1).expand(-1, self.last.weight.shape[0], -1)
+        hidden = x.expand(self.last.weight.shape[0], -1, -1)
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            hidden = self.dropout(F.gelu(norm(layer(hidden))))
+            active = F.gelu(norm(layer(hidden)))
+            hidden = self.dropout(active.transpose(0, 1)).transpose(0, 1)  # which draws masks row by row
         outputs: Tensor = self.last(hidden)
-        return outputs.squeeze(-1)
+        return outputs.squeeze(-1).T
 
 
 class _ExpertLinear(nn.Module):
-    """One linear map per expert: [B, E, I] -> [B, E, O]."""
+    """One linear map per expert: [E, B, I] -> [E, B, O]. With experts first, batched products need no copies."""
 
     def __init__(self, n_experts: int, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -130,7 +131,7 @@ class _ExpertLinear(nn.Module):
         # DDP warns and copies if the gradient of a parameter has other strides than the parameter. For a batch of one
         # row, autograd would pass the gradient of the bias through with the strides of the output; this view avoids it.
         bias = self.bias.flatten(1).unsqueeze(1)
-        return torch.baddbmm(bias, x.transpose(0, 1), self.weight).transpose(0, 1)
+        return torch.baddbmm(bias, x, self.weight)
 
 
 class MixtureOfExperts(nn.Module):

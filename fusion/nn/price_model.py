@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion.nn.batch import Batch
-from fusion.nn.draws import kept, normal
+from fusion.nn.draws import kept, mask, normal
 from fusion.nn.layers import Inputs
 from fusion.nn.members import Member, Members
 from fusion.nn.neighbours import FIRST_WEIGHT, N_FACTS, Candidates, Memory, Neighbourhood, Neighbours, bands_of
@@ -309,10 +309,10 @@ class PriceModel(nn.Module):
         found = {}
         for role, x in inputs.items():
             noisy = x + noise * normal(x) if noise else x
-            there = present[role].unsqueeze(-1)
+            shown = present[role].unsqueeze(-1).to(x.dtype)
             if dropout:
-                there, noisy = there & kept(x, dropout), noisy / (1 - dropout)
-            found[role] = torch.where(there, noisy, 0.0)
+                shown, noisy = shown * mask(x, dropout), noisy / (1 - dropout)
+            found[role] = noisy * shown  # on a CPU three times as fast as `torch.where`
         return found
 
     def _hidden(self, present: Inputs) -> Inputs:

@@ -191,6 +191,12 @@ def test_a_job_that_is_cancelled_is_not_requeued_before_the_shell_hears_of_it(sc
     assert "error:" not in ended.log
 
 
+def test_a_job_is_not_requeued_if_the_signal_of_its_end_also_ends_squeue(script: Script) -> None:
+    script.state = "$(kill -TERM $(ps -o ppid= $PPID))"
+    ended = script.run("exit 75")
+    assert (ended.code, ended.tries, ended.requeued) == (75, 1, ""), ended.log
+
+
 def test_failures_are_tried_again_without_a_listener(script: Script) -> None:
     script.listener = "exit 1"
     ended = script.run("exit 69")

@@ -84,7 +84,8 @@ case $code in
 esac
 # Slurm marks a job that is cancelled, then ends its steps, and this shell after them.
 cancelled() {{ [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID" 2> /dev/null)" = COMPLETING ]; }}
-if [ $code -eq 75 ] && [ -z "$ended" ] && ! cancelled; then
+# The signal that ends this shell also ends squeue, which then has not answered: hence `ended` is read once more.
+if [ $code -eq 75 ] && [ -z "$ended" ] && ! cancelled && [ -z "$ended" ]; then
   # Stopped on request with a committed checkpoint. The job is requeued, and resumes from the checkpoint.
   if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then
     id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}}}

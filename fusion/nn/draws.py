@@ -126,10 +126,10 @@ def kept(like: Tensor, dropout: float) -> Tensor:
 
 def mask(like: Tensor, dropout: float) -> Tensor:
     """As `kept`, but of zeros and ones of the type of `like`."""
-    numbers = _numbers(like)
     if like.is_cuda:
-        return _of_member((numbers >= _threshold(dropout)).to(like.dtype))
+        return kept(like, dropout).to(like.dtype)
     # On a CPU, converting a mask of bools takes twice as long as the comparison itself.
+    numbers = _numbers(like)
     return _of_member(torch.ge(numbers, _threshold(dropout), out=torch.empty(numbers.shape, dtype=like.dtype)))
 
 

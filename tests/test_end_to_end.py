@@ -81,6 +81,7 @@ def test_training_evaluation_and_prediction_write_all_files(variant: str, catalo
         "memory.safetensors",
         "baselines.json",
         "report.html",
+        "model_card.md",
         *(f"{folder}/{name}" for name in ("model.safetensors", "state.pt", "MANIFEST.json")),
         *(f"{folder}/{name}" for name in ("validation.parquet", "intervals.json")),
         *(f"metrics/{name}" for name in ("train.jsonl", "epochs.csv", "groups.csv", "groups.parquet")),

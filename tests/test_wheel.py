@@ -90,7 +90,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
 
 def test_the_wheel_has_all_files_of_the_package_and_no_others(wheel: Path) -> None:
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert files == {name for name in tracked("fusion") if not name.endswith(".md")}
+    assert files == {name for name in tracked("fusion") if not name.endswith("README.md")}
 
 
 def test_the_metadata_names_the_license_and_the_command(wheel: Path) -> None:

@@ -32,6 +32,7 @@ from fusion.ensemble.weights import blend
 from fusion.errors import ConfigError, DataError, ExitCode, UsageError, filled
 from fusion.records.run import RunFolder
 from fusion.records.schemas import ENSEMBLE_VARIANT
+from fusion.report.publish import report_if_missing
 
 
 def _check_members(found: Sequence[Scored], output: str) -> None:
@@ -99,6 +100,7 @@ def _job(arguments: argparse.Namespace) -> ExitCode:
     if not publish(output, record, found, rows, mixed):
         log.info(event="finished_before", folder=RunFolder.named(output, record.run_id))
     point_to(output, record, promote=arguments.promote)
+    report_if_missing(RunFolder.named(output, record.run_id))
     if arguments.json:
         sys.stdout.write(storage.as_json(asdict(record)).decode())
     else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from fusion import storage
 from fusion.command import terminal
 from fusion.compare.out_of_fold import Scored
 from fusion.compare.standard_errors import Estimate
 from fusion.compare.tables import interval
 from fusion.ensemble.weights import Blend
+from fusion.records.run import RunFolder
 from fusion.records.schemas import EnsembleRecord
 from fusion.spelling import as_typed
 
@@ -34,9 +36,11 @@ def show(output: str, record: EnsembleRecord, found: Sequence[Scored], blend: Bl
 def _sentences(output: str, record: EnsembleRecord, blend: Blend) -> list[str]:
     used = "fitted weights are used" if blend.fitted else "equal weights are used"
     where = shlex.join(["--output", output, "--run-id", record.run_id])
+    report = RunFolder.named(output, record.run_id).report_url
     return [
         f"fitted weights, cross-validated, are {_better(blend.gain)} than equal ones by {_size(blend.gain)}: {used}",
         f"the ensemble is {_better(blend.over_best)} than its best member by {_size(blend.over_best)}",
+        *([f"report: {report}"] if storage.exists(report) else []),
         f"`python -m fusion.ensemble.predict_test {where}` predicts with it",
     ]
 

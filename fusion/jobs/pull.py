@@ -56,9 +56,9 @@ Runs with the same split letter validated on the same rows, so that their SMAPEs
 that was killed with SIGKILL has no record of its end: it stays `running`, and becomes `silent` when none
 of its files has been written for 15 minutes. --json lists all runs, including failed ones."""
 _PULL_HELP = """Pulls all files of a run except its lease and its other checkpoints: config.json, run.json,
-split.parquet, features.safetensors, memory.safetensors, report.html, metrics/, attempts/ with the
-logs, and the weights of the best checkpoint with their manifest. --state adds state.pt, which training resumes from;
-it is about three times as large as the weights."""
+split.parquet, features.safetensors, memory.safetensors, report.html, model_card.md, metrics/, attempts/ with
+the logs, and the weights of the best checkpoint with their manifest. --state adds state.pt, which training
+resumes from; it is about three times as large as the weights."""
 
 
 def _runs(given: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@
         baselines.json            the scores of simpler methods on the same validation rows
         checkpoints/step-<n>/     weights, training state, validation predictions; committed by MANIFEST.json
         report.html               all of this for people, see `fusion.report`
+        model_card.md             a part of it, with the metadata that registries of models read
         metrics/                  the history of the training, an evaluation by groups, an ablation
         tensorboard/              with --tensorboard, an event file per epoch
         parts/                    chunks of an evaluation or an ablation that has not finished

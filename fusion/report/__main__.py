@@ -5,10 +5,11 @@
     python -m fusion.report --output s3://bucket/output --compare my-run-1 my-run-2
     python -m fusion.report --output s3://bucket/output --index
 
-Trainings, evaluations and ablations write the report of their run by themselves. The page shows what is in the folder
-of the run: the score with its interval, learning curves, errors by group, price intervals, what each source is worth
-(after `python -m fusion.ablation`), the worst rows (after evaluate_by_groups), data, settings and lineage. The same run
-gives the same bytes. The command needs no GPU and no data.
+Trainings, evaluations, ablations and ensembles write the report of their run by themselves, and `model_card.md` beside
+it, which is a part of it as Markdown. The page shows what is in the folder of the run: the score with its interval,
+learning curves, errors by group, price intervals, what each source is worth (after `python -m fusion.ablation`), the
+worst rows (after evaluate_by_groups), data, settings and lineage. The same run gives the same bytes. The command needs
+no GPU and no data.
 
 With --compare, the page shows settings that differ, metrics side by side, paired differences with intervals, learning
 curves, and the groups in which the runs differ most; it is `reports/compare-….html` of the output. With --index, it is

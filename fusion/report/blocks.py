@@ -72,11 +72,15 @@ class Section:
     commands: Sequence[Command] = ()
 
     @property
+    def behind(self) -> list[Table]:
+        """The tables behind the charts, each once, unless they are in `tables`."""
+        found = [chart.table for chart in self.charts if chart.table not in self.tables]
+        return [table for i, table in enumerate(found) if table not in found[:i]]
+
+    @property
     def folded(self) -> list[Table]:
-        """The tables that are folded away: those behind the charts, unless they are in `tables`, and then `hidden`."""
-        behind = [chart.table for chart in self.charts if chart.table not in self.tables]
-        distinct = [table for i, table in enumerate(behind) if table not in behind[:i]]
-        return [*distinct, *self.hidden]
+        """The tables that a page folds away: those behind the charts, and then `hidden`."""
+        return [*self.behind, *self.hidden]
 
 
 def number(value: float | None, digits: int = 2) -> str:

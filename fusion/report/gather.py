@@ -1,4 +1,4 @@
-"""Reads what a report of a run needs from the run's folder. Everything but the predictions may be missing."""
+"""Reads what a report needs from the folder of a run. Everything but the predictions may be missing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fusion.command.settings import from_json
 from fusion.compare.out_of_fold import Scored, scored
 from fusion.compare.standard_errors import Estimate, clustered_mean
 from fusion.config import RunConfig
-from fusion.errors import DataError, FusionError
+from fusion.errors import FusionError
 from fusion.metrics import row_smape
 from fusion.records import intervals, schemas
-from fusion.records.manifests import ABLATION, BASELINES, ENSEMBLE, LINES, VALIDATION, Checkpoint
+from fusion.records.manifests import ABLATION, BASELINES, INTERVALS, LINES, SPLIT, VALIDATION, Checkpoint
 from fusion.records.run import CONFIG, EXIT, LOG, START, RunFolder
 from fusion.records.schemas import (
     AblationRecord,
@@ -73,40 +73,28 @@ class Evaluated:
         return None if found is None else bool(found)
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """All that a report shows of a run.
+@dataclass(frozen=True, kw_only=True)
+class Validated:
+    """What a report shows of a run, and of an ensemble too: the predictions for the validation rows.
 
     Attributes:
         rows: a row per validation row, by sample_id: price, predicted, group, smape, and perhaps spread and category.
+        rows_files: paths of the files that `rows` are from, below the run; the first has the predictions.
+        intervals_file: likewise of `intervals`.
         smape: mean over `rows`, in %, with a 95% interval from groups of near-duplicates.
-        config: the settings; None if this version of Fusion does not know the variant or a setting.
-        split: of `split.parquet`.
-        history: a dict per epoch, as in `train.jsonl`.
         coverage: table as of `intervals.coverage`, cross-fitted; empty without intervals.
-        events: lines of the training's log that describe the data, each as key to value, with the path of their file
-            under "file".
         notices: what is missing or does not fit, in sentences.
     """
 
     run: RunFolder
     facts: RunFacts | None
-    settings: Mapping[str, Any]
-    config: RunConfig | None
-    checkpoint: Checkpoint
     rows: pd.DataFrame
+    rows_files: list[str]
     smape: Estimate
-    split: pd.DataFrame
-    history: list[dict[str, Any]]
     intervals: Intervals | None
+    intervals_file: str
     coverage: pd.DataFrame
-    evaluated: Evaluated | None
-    ablation: AblationRecord | None
-    baselines: Baselines | None
-    attempts: list[Attempt]
-    events: list[dict[str, str]]
-    n_parameters: int | None
-    minutes: float | None
+    evaluated: Evaluated | None = None
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -115,54 +103,83 @@ class Gathered:
 
     @property
     def rows_file(self) -> str:
-        """Path of the file that `rows` are from, below the run; earlier versions had them in the evaluation alone."""
-        if has_validation(self.checkpoint):
-            return f"checkpoints/{self.checkpoint.name}/{VALIDATION}"
-        return "metrics/predictions.parquet"
+        return self.rows_files[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered(Validated):
+    """All that a report shows of a run.
+
+    Attributes:
+        config: the settings; None if this version of Fusion does not know the variant or a setting.
+        split: of `split.parquet`.
+        history: a dict per epoch, as in `train.jsonl`.
+        events: lines of the training's log that describe the data, each as key to value, with the path of their file
+            under "file".
+    """
+
+    settings: Mapping[str, Any]
+    config: RunConfig | None
+    checkpoint: Checkpoint
+    split: pd.DataFrame
+    history: list[dict[str, Any]]
+    ablation: AblationRecord | None
+    baselines: Baselines | None
+    attempts: list[Attempt]
+    events: list[dict[str, str]]
+    n_parameters: int | None
+    minutes: float | None
 
 
 def gather(run: RunFolder) -> Gathered:
     """Reads a run.
 
     Raises:
-        DataError: the run has no validated checkpoint, or its predictions, split or settings are missing or damaged;
-            or it is an ensemble.
+        DataError: the run has no validated checkpoint, or its predictions, split or settings are missing or damaged.
     """
-    run = _absolute(run)
-    if storage.exists(run.at(ENSEMBLE)):
-        raise DataError(
-            f"{run} is an ensemble, which has no training to report",
-            f"report one of its members, or compare it: `python -m fusion.compare RUN RUN --output {run.output}`",
-        )
+    run = absolute(run)
     one, notices = scored(run), list[str]()
     chosen = run.best(one.members[0].checkpoint)
-    rows = one.rows.assign(smape=row_smape(one.rows["price"], one.rows["predicted"]))
+    rows, smape = with_smape(one)
     facts = run.facts_if_whole()
     limits, evaluated = intervals.intervals_of(chosen), _evaluated(run, chosen, notices)
     return Gathered(
-        run,
-        facts,
-        run.settings(),
-        _config(run, facts, notices),
-        chosen,
-        rows,
-        clustered_mean(rows["smape"].to_numpy(), rows["group"].to_numpy()),
-        read_split(run, chosen.manifest.split_sha256),
-        _history(run, chosen),
-        limits,
-        _coverage(rows, limits, evaluated),
-        evaluated,
-        _ablation(run, chosen, notices),
-        schemas.read_if_whole(Baselines, run.at(BASELINES), "baselines_damaged"),
-        _attempts(run),
-        _events(run),
-        run.n_parameters(),
-        run.minutes(),
-        notices + _of(one),
+        run=run,
+        facts=facts,
+        rows=rows,
+        rows_files=[_rows_file(chosen), SPLIT],
+        smape=smape,
+        intervals=limits,
+        intervals_file=f"checkpoints/{chosen.name}/{INTERVALS}",
+        coverage=coverage(rows, limits, evaluated),
+        evaluated=evaluated,
+        settings=run.settings(),
+        config=_config(run, facts, notices),
+        checkpoint=chosen,
+        split=read_split(run, chosen.manifest.split_sha256),
+        history=_history(run, chosen),
+        ablation=_ablation(run, chosen, notices),
+        baselines=schemas.read_if_whole(Baselines, run.at(BASELINES), "baselines_damaged"),
+        attempts=_attempts(run),
+        events=_events(run),
+        n_parameters=run.n_parameters(),
+        minutes=run.minutes(),
+        notices=notices + _of(one),
     )
 
 
-def _absolute(run: RunFolder) -> RunFolder:
+def with_smape(one: Scored) -> tuple[pd.DataFrame, Estimate]:
+    """The validation rows with their SMAPE, and its mean."""
+    rows = one.rows.assign(smape=row_smape(one.rows["price"], one.rows["predicted"]))
+    return rows, clustered_mean(rows["smape"].to_numpy(), rows["group"].to_numpy())
+
+
+def _rows_file(chosen: Checkpoint) -> str:
+    """Earlier versions wrote predictions of the validation rows in evaluations alone."""
+    return f"checkpoints/{chosen.name}/{VALIDATION}" if has_validation(chosen) else "metrics/predictions.parquet"
+
+
+def absolute(run: RunFolder) -> RunFolder:
     """The run with an absolute path, so that its report is the same wherever the command is started."""
     return run if "://" in run.url else RunFolder(str(Path(run.url).absolute()))
 
@@ -196,7 +213,7 @@ def _history(run: RunFolder, chosen: Checkpoint) -> list[dict[str, Any]]:
         return []
 
 
-def _coverage(rows: pd.DataFrame, limits: Intervals | None, evaluated: Evaluated | None) -> pd.DataFrame:
+def coverage(rows: pd.DataFrame, limits: Intervals | None, evaluated: Evaluated | None = None) -> pd.DataFrame:
     """How often intervals contain the price, with intervals that were fitted without the row and its group.
 
     An evaluation has measured that; otherwise it is measured here, on a part of very many rows.

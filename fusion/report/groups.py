@@ -9,7 +9,6 @@ import pandas as pd
 
 from fusion.compare.standard_errors import Estimate, clustered_mean
 from fusion.records.intervals import CATEGORY
-from fusion.records.manifests import SPLIT
 from fusion.records.price_bins import BIN_NAMES, OUTSIDE, price_bins
 from fusion.report import charts
 from fusion.report.blocks import (
@@ -25,7 +24,7 @@ from fusion.report.blocks import (
     shortened,
 )
 from fusion.report.charts import Dot
-from fusion.report.gather import Gathered
+from fusion.report.gather import Validated
 
 # Fewest rows of a group that is named as the worst. The SMAPE of a row is about 40 with as large a deviation, so the
 # mean over 30 rows has a standard error of about 7; of smaller groups, the worst is mostly the unluckiest.
@@ -58,7 +57,7 @@ def _group(name: str, part: pd.DataFrame) -> Group:
     return Group(name, len(part), smape, float((part["predicted"] / part["price"]).median()))
 
 
-def by_group(found: Gathered) -> Section:
+def by_group(found: Validated) -> Section:
     """SMAPE by price bin, by category and by the columns that the evaluation grouped by."""
     prices = groups_of(found.rows, price_bins(found.rows["price"]))
     prices.sort(key=lambda group: [*BIN_NAMES, OUTSIDE].index(group.name))
@@ -71,12 +70,12 @@ def by_group(found: Gathered) -> Section:
         every.append((column, f"column {column}", of_category))
     lead = [_worst(which, groups, found.smape.mean) for which, _, groups in every]
     plots = [_groups_chart(f"groups-{i}", which, what, groups, found) for i, (which, what, groups) in enumerate(every)]
-    files = [found.rows_file, SPLIT]
+    files = found.rows_files
     return Section("groups", "Where it is right and wrong", [text for text in lead if text], files, plots,
                    hidden=_evaluated_groups(found))  # fmt: skip
 
 
-def _category_column(found: Gathered) -> str:
+def _category_column(found: Validated) -> str:
     """Name of the column of `train.csv` that "category" of the rows was read from."""
     return found.intervals.by if found.intervals and found.intervals.by else CATEGORY
 
@@ -101,7 +100,7 @@ def _worst(which: str, groups: Sequence[Group], overall: float) -> str:
     )
 
 
-def _groups_chart(name: str, which: str, what: str, groups: Sequence[Group], found: Gathered) -> Chart:
+def _groups_chart(name: str, which: str, what: str, groups: Sequence[Group], found: Validated) -> Chart:
     large = [group for group in groups if group.rows >= LEAST_SHOWN]
     shown = (large or list(groups))[:MOST_GROUPS]
     lines = [Dot(g.name, g.smape.mean, *_possible(g.smape), counted(g.rows, "row")) for g in shown]
@@ -130,7 +129,7 @@ def _possible(smape: Estimate) -> tuple[float | None, float | None]:
     return max(0.0, smape.low), min(200.0, smape.high)
 
 
-def _evaluated_groups(found: Gathered) -> list[Table]:
+def _evaluated_groups(found: Validated) -> list[Table]:
     """Groups that only the evaluation knows: which sources a row has, and columns of the user."""
     if found.evaluated is None:
         return []

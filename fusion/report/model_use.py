@@ -28,7 +28,7 @@ from fusion.report.blocks import (
     shortened,
 )
 from fusion.report.charts import Dot
-from fusion.report.gather import Evaluated, Gathered
+from fusion.report.gather import Evaluated, Gathered, Validated
 
 N_WORST = 12  # of the 20 rows that an evaluation lists; a reader needs a few to see a pattern
 LONGEST_LINE = 100  # characters of a command that fit on a line
@@ -37,7 +37,7 @@ LONGEST_COMPARABLE = 90  # characters of the longest text of a comparable produc
 PREDICTIONS = "metrics/predictions.parquet"
 
 
-def where_of(found: Gathered) -> list[str]:
+def where_of(found: Validated) -> list[str]:
     """The flags that name this run."""
     if found.run.output and found.run.is_in_runs:
         return ["--output", found.run.output, "--run-id", found.run.run_id]

@@ -121,7 +121,7 @@ def settings(found: Gathered) -> Section:
     recipe = f" of the recipe “{found.config.recipe}”" if found.config.recipe != "best" else ""
     lead = [
         f"{counted(len(differ), 'setting')} of {len(every)} {'differs' if len(differ) == 1 else 'differ'} from the "
-        f"defaults{recipe}. All of them are listed below, with what they mean."
+        f"defaults{recipe}."
     ]
     tables = [_settings("Settings that differ from the defaults", differ)] if differ else []
     return Section("settings", "Settings", lead, [CONFIG], tables=tables,

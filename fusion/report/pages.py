@@ -1,4 +1,4 @@
-"""Renders pages from the templates in `templates/`. All texts are escaped; only charts are embedded as they are."""
+"""Renders pages and model cards from `templates/`. All texts are escaped; only charts are embedded as they are."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from fusion import __version__
 from fusion.compare.out_of_fold import Scored
-from fusion.report import groups, leaderboard, model_use, origin, prices, score, several
+from fusion.report import card, ensembles, groups, leaderboard, model_use, origin, prices, score, several
 from fusion.report.blocks import Section, counted, listed, prose, shortened
-from fusion.report.gather import Gathered
+from fusion.report.ensembles import GatheredEnsemble
+from fusion.report.gather import Gathered, Validated
 from fusion.report.leaderboard import Listed
 from fusion.report.seal import sealed
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+Values = dict[str, Any]  # names in a template to their values
 MAX_BYTES = 2_000_000  # of a page, so that it opens at once and fits in a mail
 
 
@@ -29,24 +31,73 @@ class Link:
     title: str
 
 
-def run_page(found: Gathered) -> bytes:
-    """The report of a run."""
+@dataclass(frozen=True)
+class Pages:
+    """What is written about a run: its report, and its model card, which has a part of the same sections."""
+
+    report: bytes
+    card: bytes
+
+
+def run_pages(found: Gathered) -> Pages:
+    """The report and the model card of a run."""
     sections = [section for section in _sections(found) if section is not None]
-    worst = model_use.worst(found)
     after_worst = [section.id for section in sections].index("data")
     links = [Link(section.id, section.title) for section in sections]
     links.insert(after_worst, Link("worst", "Worst rows"))
-    values = {
+    values = {"run": found, "headline": score.headline(found), "notices": _notices(found)}
+    of_report = {
         "title": f"Run {found.run.run_id}",
-        "run": found,
-        "headline": score.headline(found),
+        "kind": f"Training run · {found.variant}" if found.variant else "Training run",
         "before": sections[:after_worst],
         "after": sections[after_worst:],
-        "worst": worst,
+        "worst": model_use.worst(found),
         "links": links,
-        "notices": _notices(found),
     }
-    return _rendered("run.html", found.run.run_id, values)
+    of_card = {
+        "model": card.model(found),
+        "dataset": shortened(str(found.settings.get("data", "")), 120),
+        "inputs": card.inputs(found),
+    }
+    return _both(found, values | of_report, values | of_card, sections)
+
+
+def ensemble_pages(found: GatheredEnsemble) -> Pages:
+    """The report and the model card of an ensemble."""
+    every = [
+        ensembles.members(found),
+        prices.predictions(found),
+        groups.by_group(found),
+        prices.coverage(found),
+        ensembles.lineage(found),
+        ensembles.reproduce(found),
+    ]
+    sections = [section for section in every if section is not None]
+    values = {"run": found, "headline": ensembles.headline(found), "notices": found.notices}
+    of_report = {
+        "title": f"Ensemble {found.run.run_id}",
+        "kind": "Ensemble",
+        "before": sections,
+        "after": [],
+        "worst": None,
+        "links": [Link(section.id, section.title) for section in sections],
+    }
+    of_card = {
+        "model": f"an ensemble of {counted(len(found.record.members), 'run')}",
+        "dataset": shortened(found.record.data, 120),
+        "inputs": None,
+    }
+    return _both(found, values | of_report, values | of_card, sections)
+
+
+def _both(found: Validated, of_report: Values, of_card: Values, sections: Sequence[Section]) -> Pages:
+    run_id = found.run.run_id
+    of_card = of_card | {
+        "results": card.results(found),
+        "load": card.loading(found),
+        "sections": card.chosen(sections),
+    }
+    return Pages(_rendered("run.html", run_id, of_report), _rendered("model_card.md", run_id, of_card))
 
 
 def several_page(runs: Sequence[Scored], name: str) -> bytes:
@@ -97,7 +148,7 @@ def _notices(found: Gathered) -> list[str]:
     return notices
 
 
-def _rendered(template: str, about: str, values: dict[str, Any]) -> bytes:
+def _rendered(template: str, about: str, values: Values) -> bytes:
     page = _environment().get_template(template).render(version=__version__, **values)
     return sealed(page, about)
 
@@ -107,6 +158,11 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("fusion.report", "templates")
-    found = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    found.filters["prose"] = prose
+    found = Environment(loader=loader, autoescape=_is_html, trim_blocks=True, lstrip_blocks=True,
+                        undefined=StrictUndefined)  # fmt: skip
+    found.filters |= {"prose": prose} | card.FILTERS
     return found
+
+
+def _is_html(template: str | None) -> bool:
+    return template is None or template.endswith(".html")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fusion.records.manifests import INTERVALS, SPLIT
 from fusion.report import charts
 from fusion.report.blocks import (
     Chart,
@@ -22,7 +21,7 @@ from fusion.report.blocks import (
 )
 from fusion.report.charts import Dot
 from fusion.report.density import density
-from fusion.report.gather import Gathered
+from fusion.report.gather import Validated
 
 # Fewest rows in a tenth whose median error is named: with fewer, it is mostly chance.
 LEAST_TENTH = 30
@@ -31,7 +30,7 @@ QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 MOST_GROUPS = 16  # groups in a chart; more do not fit on a screen. The table has them all
 
 
-def predictions(found: Gathered) -> Section:
+def predictions(found: Validated) -> Section:
     """Predicted against true prices, and the distribution of the errors."""
     price, predicted = (found.rows[name].to_numpy(np.float64) for name in ("price", "predicted"))
     logs = np.log(predicted) - np.log(price)
@@ -114,7 +113,7 @@ def _quantiles(rows: pd.DataFrame) -> Table:
     return Table("Quantiles of the errors", headings, table, frozenset({1, 2, 3}))
 
 
-def coverage(found: Gathered) -> Section | None:
+def coverage(found: Validated) -> Section | None:
     """How often the price intervals contain the price; None if the run has none."""
     table = found.coverage
     if found.intervals is None or table.empty:
@@ -134,8 +133,7 @@ def coverage(found: Gathered) -> Section | None:
                       from_zero=False)  # fmt: skip
     chart = Chart("Coverage of the 90% intervals", "share of true prices within; bars: ±1.96 standard errors", svg,
                   _coverage_table(table))  # fmt: skip
-    where = f"checkpoints/{found.checkpoint.name}/{INTERVALS}"
-    return Section("intervals", "Price intervals", lead, [where, found.rows_file, SPLIT], [chart])
+    return Section("intervals", "Price intervals", lead, [found.intervals_file, *found.rows_files], [chart])
 
 
 def _coverage_dot(one: pd.Series[Any]) -> Dot:

@@ -1,4 +1,4 @@
-"""Writes pages: the report of a run into its folder, and those about several runs into `reports/` of the output."""
+"""Writes the report and model card of a run into its folder, and pages about several runs into `reports/`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,35 @@ from typing import Final
 
 from fusion import log, storage
 from fusion.config import digest
+from fusion.records.manifests import ENSEMBLE
 from fusion.records.output import OutputFolder
 from fusion.records.run import RunFolder
-from fusion.report.seal import REPORT, REPORTS
+from fusion.report.seal import CARD, REPORTS
 
 INDEX: Final = "index.html"
 
 
 def write_report(run: RunFolder, to: str | None = None) -> str:
-    """Writes the report of a run to its `report.html`, or to `to`, and returns its URL.
+    """Writes the model card and the report of a run or an ensemble into its folder, and returns the URL of the report.
 
-    The same run gives the same bytes.
+    The same run gives the same bytes. The report comes last, so that a run that has one also has the card.
+
+    Args:
+        to: where to write the report instead; then no card is written.
 
     Raises:
-        DataError: as for `gather`.
+        DataError: as for `gather` and `gather_ensemble`.
     """
+    from fusion.report.ensembles import gather_ensemble
     from fusion.report.gather import gather
-    from fusion.report.pages import run_page
+    from fusion.report.pages import ensemble_pages, run_pages
 
-    started, url = time.monotonic(), to or run.at(REPORT)
-    storage.write(url, run_page(gather(run)))
+    started, url = time.monotonic(), to or run.report_url
+    is_ensemble = storage.exists(run.at(ENSEMBLE))
+    pages = ensemble_pages(gather_ensemble(run)) if is_ensemble else run_pages(gather(run))
+    if to is None:
+        storage.write(run.at(CARD), pages.card)
+    storage.write(url, pages.report)
     log.info(event="reported", report=url, seconds=time.monotonic() - started)
     return url
 
@@ -83,7 +92,7 @@ def try_report(run: RunFolder) -> None:
 def report_if_missing(run: RunFolder) -> None:
     """Writes the report of a finished run whose training was killed before it."""
     try:
-        is_there = storage.exists(run.at(REPORT))
+        is_there = storage.exists(run.report_url)
     except Exception as error:
         log.warning(event="report_not_written", reason=" ".join(str(error).split()))
         return

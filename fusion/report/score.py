@@ -10,7 +10,7 @@ import pandas as pd
 
 from fusion.compare.standard_errors import Estimate, clustered_mean
 from fusion.metrics import compute_metrics, row_smape
-from fusion.records.manifests import BASELINES, LINES, SPLIT
+from fusion.records.manifests import BASELINES, LINES
 from fusion.records.run import FACTS
 from fusion.report import charts
 from fusion.report.blocks import (
@@ -26,9 +26,13 @@ from fusion.report.blocks import (
     percent,
 )
 from fusion.report.charts import Dot
-from fusion.report.gather import Gathered
+from fusion.report.gather import Gathered, Validated
 
 MOST_EPOCHS = 120  # epochs in a table; of longer trainings, every n-th is shown
+
+
+Reference = tuple[str, Estimate, str]  # other predictions of the same rows: their name, SMAPE, and the file of it
+Fact = tuple[str, str, str]  # a figure below the score: its label, value and explanation
 
 
 @dataclass(frozen=True)
@@ -47,41 +51,66 @@ class Headline:
     interval: str
     sentences: list[str]
     strip: Chart
-    facts: list[tuple[str, str, str]]
+    facts: list[Fact]
     files: list[str]
 
 
 def headline(found: Gathered) -> Headline:
-    rows, smape = found.rows, found.smape
+    """The head of the report of a run: the SMAPE beside those of simple predictions."""
     others = references(found)
-    ours = Dot("this run", smape.mean, smape.low, smape.high, percent(smape.mean, 2))
-    lines = [ours, *(Dot(name, one.mean, one.low, one.high, percent(one.mean, 2), True) for name, one, _ in others)]
+    gains = [_gain(found.smape.mean, name, one.mean) for name, one, _ in others]
+    facts = [
+        ("parameters", ABSENT if found.n_parameters is None else count(found.n_parameters), "of the model"),
+        ("training time", ABSENT if found.minutes is None else _duration(found.minutes), _attempts(found)),
+    ]
+    return head(found, "this run", "simple predictions", others, gains, facts)
+
+
+def head(
+    found: Validated, name: str, kind: str, others: Sequence[Reference], gains: Sequence[str], facts: Sequence[Fact]
+) -> Headline:
+    """The head of a report: the SMAPE beside those of other predictions of the same rows.
+
+    Args:
+        name: what the run is called, such as "this run".
+        kind: what the others are, such as "simple predictions".
+        gains: sentences that compare the SMAPE with the others.
+        facts: figures beside those of the rows.
+    """
+    smape = found.smape
+    ours = Dot(name, smape.mean, smape.low, smape.high, percent(smape.mean, 2))
+    lines = [ours, *(Dot(other, one.mean, one.low, one.high, percent(one.mean, 2), True) for other, one, _ in others)]
     alt = "SMAPE with 95% interval: " + "; ".join(
         f"{line.label} {percent(line.value, 2)} ({between(line.low, line.high)})" for line in lines
     )
     table = Table(
-        "SMAPE of this run and of simple predictions on the same rows",
-        ("prediction", "SMAPE, %", "95% interval", "this run is lower by", "from"),
+        f"SMAPE of {name} and of {kind} on the same rows",
+        ("prediction", "SMAPE, %", "95% interval", f"{name} is lower by", "from"),
         [
-            ("this run", number(smape.mean), between(smape.low, smape.high, 2), "", found.rows_file),
+            (name, number(smape.mean), between(smape.low, smape.high, 2), "", found.rows_file),
             *(
-                (name, number(one.mean), between(one.low, one.high, 2), f"{number(one.mean - smape.mean)} points", file)
-                for name, one, file in others
+                (
+                    other,
+                    number(one.mean),
+                    between(one.low, one.high, 2),
+                    f"{number(one.mean - smape.mean)} points",
+                    file,
+                )
+                for other, one, file in others
             ),
         ],
         frozenset({1, 2, 3}),
         frozenset({4}),
     )
-    strip = Chart("Against simple predictions", "SMAPE on the same rows, %; lower is better",
+    strip = Chart(f"Against {kind}", "SMAPE on the same rows, %; lower is better",
                   charts.dots("strip", alt, lines, "SMAPE, %"), table)  # fmt: skip
-    files = [found.rows_file, SPLIT, *dict.fromkeys(file for _, _, file in others)]
-    facts = _facts(found)
-    return Headline(number(smape.mean), between(smape.low, smape.high), _meaning(rows, smape, others), strip, facts,
-                    list(dict.fromkeys(files)))  # fmt: skip
+    files = [*found.rows_files, *(file for _, _, file in others)]
+    return Headline(number(smape.mean), between(smape.low, smape.high), [*_meaning(found), *gains], strip,
+                    [*_errors(found.rows), *facts], list(dict.fromkeys(files)))  # fmt: skip
 
 
-def references(found: Gathered) -> list[tuple[str, Estimate, str]]:
-    """Simple predictions of the same rows: name, SMAPE, and the file that it is from."""
+def references(found: Gathered) -> list[Reference]:
+    """Simple predictions of the same rows."""
     if found.baselines is not None:
         scores = found.baselines.scores
         return [(one.name, Estimate(one.smape, None, one.low, one.high), BASELINES) for one in scores]
@@ -101,18 +130,18 @@ def _median_price(found: Gathered) -> tuple[float | None, str]:
     return (quartiles[1] if quartiles else None), FACTS
 
 
-def _meaning(rows: pd.DataFrame, smape: Estimate, others: Sequence[tuple[str, Estimate, str]]) -> list[str]:
+def _meaning(found: Validated) -> list[str]:
     """What the score means, in sentences for readers who do not know the metric."""
+    rows = found.rows
     ratio = np.abs(rows["predicted"].to_numpy() / rows["price"].to_numpy() - 1)
     within = 100 * float((ratio <= 0.25).mean())
-    found = [
+    sentences = [
         f"Half of the predictions are within {percent(100 * float(np.median(ratio)), 0)} of the true price, "
         f"and {percent(within, 0)} of them are within 25%."
     ]
-    found += [_gain(smape.mean, name, one.mean) for name, one, _ in others]
-    if smape.low is None:
-        found.append("There are too few groups of near-duplicates for an interval.")
-    return found
+    if found.smape.low is None:
+        sentences.append("There are too few groups of near-duplicates for an interval.")
+    return sentences
 
 
 _METHODS = {
@@ -129,17 +158,14 @@ def _gain(smape: float, name: str, other: float) -> str:
     return f"The SMAPE is {number(gain, 1)} points lower than that of {method} ({percent(other)})."
 
 
-def _facts(found: Gathered) -> list[tuple[str, str, str]]:
-    """Label, value and explanation of the figures below the score."""
-    rows = found.rows
+def _errors(rows: pd.DataFrame) -> list[Fact]:
+    """How many rows there are, and how wrong their predictions are in dollars."""
     errors = (rows["predicted"] - rows["price"]).abs()
     metrics = compute_metrics(rows["price"], rows["predicted"])
     return [
         ("validation rows", count(len(rows)), f"in {counted(rows['group'].nunique(), 'group')} of near-duplicates"),
         ("median error", dollars(float(errors.median())), "half of the prices are off by less"),
         ("mean error", dollars(metrics["mae"]), f"R² {number(metrics['r2'])}, RMSE {dollars(metrics['rmse'])}"),
-        ("parameters", ABSENT if found.n_parameters is None else count(found.n_parameters), "of the model"),
-        ("training time", ABSENT if found.minutes is None else _duration(found.minutes), _attempts(found)),
     ]
 
 

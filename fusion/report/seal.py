@@ -1,4 +1,4 @@
-"""The seal of a page: its last line is a comment with what the page is about, and the sha256 of all above it.
+"""The seal of a page or model card: its last line is a comment with what it is about, and the sha256 of all above.
 
 It detects accidents and mistakes, but not a change by somebody who computes the digest again.
 """
@@ -12,6 +12,7 @@ from typing import Final
 from fusion import storage
 
 REPORT: Final = "report.html"  # in the folder of a run
+CARD: Final = "model_card.md"  # beside it
 REPORTS: Final = "reports"  # folder of an output with pages about several runs
 _SEAL = re.compile(rb"<!-- fusion report of (\S+) sha256 ([0-9a-f]{64}) -->\n\Z")
 

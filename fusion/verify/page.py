@@ -1,4 +1,4 @@
-"""Checks of the pages that `fusion.report` writes: their last line has the sha256 of all above it."""
+"""Checks of the pages and model cards that `fusion.report` writes: their last line has the sha256 of all above it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ missing follows from the order in which a run writes its files:
    neighbours) and baselines.json (unless it could not be computed),
 3. for each checkpoint, the history in metrics/, the files of the checkpoint, and its manifest,
 4. at the end, the pointers, log.txt and exit.json,
-5. report.html, which evaluations and ablations write again.
+5. model_card.md and report.html, which evaluations and ablations write again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fusion.records.schemas import (
     Pulled,
     RunFacts,
 )
-from fusion.report.seal import REPORT
+from fusion.report.seal import CARD, REPORT
 from fusion.verify.checkpoint import check_checkpoint
 from fusion.verify.findings import Report, check_beginning, check_content, check_once, first_line, parsed, read, some
 from fusion.verify.memory import check_memory
@@ -102,7 +102,8 @@ def check_run(report: Report, run: RunFolder) -> CheckedRun:
     _check_history(report, checked)
     check_metrics(report, run, facts, checked.checkpoints, validating)
     check_ablation(report, run, facts, checked.checkpoints)
-    check_page(report, run.at(REPORT), facts.run_id if facts else None, read(run.metrics.manifest_url))
+    for page in (CARD, REPORT):
+        check_page(report, run.at(page), facts.run_id if facts else None, read(run.metrics.manifest_url))
     check_segments(report, run)
     return checked
 

@@ -49,6 +49,7 @@ KINDS = {
     "best": "write */pointers/runs/*/best.json",
     "attempt-log": "write */runs/r/attempts/*/log.txt",
     "attempt-exit": "write */runs/r/attempts/*/exit.json",
+    "model-card": "write */runs/r/model_card.md",
     "report": "write */runs/r/report.html",
     "evaluation-part": "write */runs/r/parts/*",
     "metrics-manifest-gone": "remove */runs/r/metrics/MANIFEST.json",

@@ -184,7 +184,7 @@ def test_a_failure_only_warns(
     def fail(_: object) -> bytes:
         raise RuntimeError("no chart\ntoday")
 
-    monkeypatch.setattr(fusion.report.pages, "run_page", fail)
+    monkeypatch.setattr(fusion.report.pages, "run_pages", fail)
     run = trained()
     assert not page_of(run).exists()
     assert "event=report_not_written" in log.text() and "no chart today" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from fusion.all_embeddings import train
+from fusion.ensemble import __main__ as ensemble
 from fusion.records.run import RunFolder
 from fusion.report import __main__ as report
 from fusion.verify.__main__ import verify
@@ -72,7 +73,9 @@ def test_a_comparison(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_browser_finds_no_fault(
     output: Path, chromium: Browser, capsys: pytest.CaptureFixture[str], dark: bool
 ) -> None:
+    assert ensemble.main(["full", "wide", "--output", str(output), "--run-id", "mix"]) == 0
     pages = [
+        output / "runs/mix/report.html",
         written(capsys, "--output", str(output), "--index"),
         written(capsys, "--output", str(output), "--compare", "full", "wide"),
     ]

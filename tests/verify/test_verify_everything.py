@@ -33,6 +33,7 @@ from tests.conftest import DIMS, SMALL
 INVISIBLE = {
     "runs/r/attempts/1/exit.json: removed": "an attempt that was killed has none; verify notes it",
     "runs/r/attempts/2/exit.json: removed": "an attempt that was killed has none; verify notes it",
+    "runs/r/model_card.md: removed": "earlier versions wrote none, and a job may be killed before it",
     "runs/r/report.html: removed": "earlier versions wrote none, and a job may be killed before it",
 }
 

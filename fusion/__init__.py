@@ -6,6 +6,7 @@ type checkers read their types from `__init__.pyi`.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,19 +38,27 @@ __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 (names, spread from the ta
 
 
 def _refuse_wrong_python() -> None:
-    """Exits with a two-line message if `python -m fusion.…` runs in a Python that lacks Fusion's dependencies.
+    """Exits with a two-line message if a command of Fusion runs in a Python that lacks Fusion's dependencies.
 
-    Without this check, the user would see a traceback. While Python looks for the module to run, it imports this
-    package and sets `sys.argv[0]` to "-m", which tells this case from an ordinary import.
+    Without this check, the user would see a traceback. Ordinary imports raise ImportError as usual.
     """
-    words = getattr(sys, "orig_argv", ())
-    is_ours = sys.argv[:1] == ["-m"] and any(word.split(".")[0] == "fusion" for word in words)
     # Two direct dependencies that every command imports first; if they are missing, so are the others.
-    missing = [name for name in ("fsspec", "pydantic") if is_ours and find_spec(name) is None]
+    missing = [name for name in ("fsspec", "pydantic") if _is_command() and find_spec(name) is None]
     if missing:
         print(f"error: No module named {missing[0]!r} for {sys.executable}", file=sys.stderr)
         print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
         sys.exit(78)  # ExitCode.CONFIG, as a literal: this module imports nothing of Fusion, to stay fast to import
+
+
+def _is_command() -> bool:
+    """Whether this process runs `python -m fusion.…` or a script in `jobs/` of this checkout.
+
+    While Python looks for the module to run, it imports this package, and `sys.argv[0]` is "-m".
+    """
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":
+        return any(word.split(".")[0] == "fusion" for word in getattr(sys, "orig_argv", ()))
+    return os.path.dirname(os.path.abspath(program)) == os.path.join(os.path.dirname(os.path.dirname(__file__)), "jobs")
 
 
 _refuse_wrong_python()

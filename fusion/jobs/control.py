@@ -22,25 +22,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-try:
-    from fusion import storage
-    from fusion.command import guarded, terminal
-    from fusion.command.exit import report
-    from fusion.errors import ExitCode, FusionError, Parser, UsageError, visible
-    from fusion.jobs.arguments import checkout, refuse_empty
-    from fusion.jobs.schedulers import kubernetes_settings
-    from fusion.jobs.schedulers.kubectl import Kubectl
-    from fusion.jobs.schedulers.kubernetes_sent import KubernetesJobs
-    from fusion.jobs.schedulers.local_sent import KIND, LocalJobs
-    from fusion.jobs.schedulers.sent import WAITING, Jobs, SentJob
-    from fusion.jobs.schedulers.slurm_sent import SlurmJobs
-    from fusion.streams import unfailing
-except ImportError as wrong_python:
-    if __name__ != "__main__":
-        raise
-    print(f"error: {wrong_python} for {sys.executable}", file=sys.stderr)
-    print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
-    sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
+from fusion import storage
+from fusion.command import guarded, terminal
+from fusion.command.exit import report
+from fusion.errors import ExitCode, FusionError, Parser, UsageError, visible
+from fusion.jobs.arguments import checkout, refuse_empty
+from fusion.jobs.schedulers import kubernetes_settings
+from fusion.jobs.schedulers.kubectl import Kubectl
+from fusion.jobs.schedulers.kubernetes_sent import KubernetesJobs
+from fusion.jobs.schedulers.local_sent import KIND, LocalJobs
+from fusion.jobs.schedulers.sent import WAITING, Jobs, SentJob
+from fusion.jobs.schedulers.slurm_sent import SlurmJobs
+from fusion.streams import unfailing
 
 ROOT = checkout()
 PROGRAMS = {"slurm": "squeue", "k8s": "kubectl", "local": "sh"}  # programs that show that a cluster is available

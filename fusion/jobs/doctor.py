@@ -16,23 +16,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-try:
-    from fusion import storage
-    from fusion.command import guarded
-    from fusion.environment import variable
-    from fusion.error_display import print_report
-    from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds, visible
-    from fusion.help_screen import Rare
-    from fusion.jobs.arguments import refuse_empty
-    from fusion.jobs.checks import machine, store
-    from fusion.jobs.checks.check import Check, CheckResult, PlannedJob, fail, read_settings, warn
-    from fusion.jobs.schedulers.description import config_class
-except ImportError as wrong_python:
-    if __name__ != "__main__":
-        raise
-    print(f"error: {wrong_python} for {sys.executable}", file=sys.stderr)
-    print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
-    sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
+from fusion import storage
+from fusion.command import guarded
+from fusion.environment import variable
+from fusion.error_display import print_report
+from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds, visible
+from fusion.help_screen import Rare
+from fusion.jobs.arguments import refuse_empty
+from fusion.jobs.checks import machine, store
+from fusion.jobs.checks.check import Check, CheckResult, PlannedJob, fail, read_settings, warn
+from fusion.jobs.schedulers.description import config_class
 
 # UNREACHABLE comes last: schedulers retry a job that ends with 69, and a retry cannot help where another check failed
 # as well. The others are in the order in which a user should fix them.

@@ -13,19 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-try:
-    import yaml
+import yaml
 
-    from fusion.command import guarded
-    from fusion.errors import ConfigError, ExitCode, Parser
-    from fusion.jobs.arguments import checkout
-    from fusion.jobs.schedulers.kubernetes_settings import Cluster, read
-except ImportError as wrong_python:
-    if __name__ != "__main__":
-        raise
-    print(f"error: {wrong_python} for {sys.executable}", file=sys.stderr)
-    print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
-    sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
+from fusion.command import guarded
+from fusion.errors import ConfigError, ExitCode, Parser
+from fusion.jobs.arguments import checkout
+from fusion.jobs.schedulers.kubernetes_settings import Cluster, read
 
 K8S = checkout() / "k8s"
 CONFIG = "config.yaml"  # the file with the ConfigMap

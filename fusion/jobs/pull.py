@@ -26,28 +26,21 @@ from dataclasses import asdict
 from shutil import get_terminal_size
 from typing import Any
 
-try:
-    from fusion import storage
-    from fusion.command import guarded
-    from fusion.environment import variable
-    from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds, visible
-    from fusion.help_screen import Rare
-    from fusion.jobs.arguments import refuse_empty
-    from fusion.jobs.results import shown
-    from fusion.jobs.results.bucket import list_runs, list_submissions
-    from fusion.jobs.results.choice import Choice, choose_run, choose_submission, plan_run, plan_submission
-    from fusion.jobs.results.compare import compare
-    from fusion.jobs.results.transfer import Outcome, Plan, fetch, find_damaged
-    from fusion.records.manifests import ENSEMBLE, STATE, SUBMISSION
-    from fusion.records.output import OutputFolder
-    from fusion.records.run import LEASE, RunFolder
-    from fusion.streams import unfailing
-except ImportError as wrong_python:
-    if __name__ != "__main__":
-        raise
-    print(f"error: {wrong_python} for {sys.executable}", file=sys.stderr)
-    print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
-    sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
+from fusion import storage
+from fusion.command import guarded
+from fusion.environment import variable
+from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds, visible
+from fusion.help_screen import Rare
+from fusion.jobs.arguments import refuse_empty
+from fusion.jobs.results import shown
+from fusion.jobs.results.bucket import list_runs, list_submissions
+from fusion.jobs.results.choice import Choice, choose_run, choose_submission, plan_run, plan_submission
+from fusion.jobs.results.compare import compare
+from fusion.jobs.results.transfer import Outcome, Plan, fetch, find_damaged
+from fusion.records.manifests import ENSEMBLE, STATE, SUBMISSION
+from fusion.records.output import OutputFolder
+from fusion.records.run import LEASE, RunFolder
+from fusion.streams import unfailing
 
 EXAMPLE = "`python jobs/pull.py runs --output s3://my-bucket/output`"
 STOPPED_BY_KEYBOARD = 130  # 128 + SIGINT, the exit code of a shell after Ctrl-C

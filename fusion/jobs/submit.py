@@ -19,25 +19,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-try:
-    from fusion import storage
-    from fusion.command import guarded
-    from fusion.command.settings import parse
-    from fusion.errors import ExitCode, Parser, UsageError
-    from fusion.help_screen import Rare
-    from fusion.jobs.arguments import checkout
-    from fusion.jobs.schedulers import local
-    from fusion.jobs.schedulers.description import MODULES, Job, check_together, config_class, each_fold, frozen
-    from fusion.records.provenance import ENSEMBLE_CODE
-    from fusion.records.schemas import ENSEMBLE_VARIANT
-    from fusion.streams import unfailing
-    from fusion.variants import variants
-except ImportError as wrong_python:
-    if __name__ != "__main__":
-        raise
-    print(f"error: {wrong_python} for {sys.executable}", file=sys.stderr)
-    print("hint: run `. .venv/bin/activate` first; `make demo` makes .venv", file=sys.stderr)
-    sys.exit(78)  # ExitCode.CONFIG, which cannot be imported here
+from fusion import storage
+from fusion.command import guarded
+from fusion.command.settings import parse
+from fusion.errors import ExitCode, Parser, UsageError
+from fusion.help_screen import Rare
+from fusion.jobs.arguments import checkout
+from fusion.jobs.schedulers import local
+from fusion.jobs.schedulers.description import MODULES, Job, check_together, config_class, each_fold, frozen
+from fusion.records.provenance import ENSEMBLE_CODE
+from fusion.records.schemas import ENSEMBLE_VARIANT
+from fusion.streams import unfailing
+from fusion.variants import variants
 
 ROOT = checkout()
 SETTINGS = {"slurm": ROOT / "slurm" / "cluster.toml", "k8s": ROOT / "k8s" / "cluster.toml"}

@@ -213,7 +213,7 @@ def test_user_errors_have_codes_and_hints(
     assert [line.split(":")[0] for line in done.err.splitlines()] == ["error", "hint"]
 
 
-@pytest.mark.parametrize("script", ["pull", "doctor", "submit"])
+@pytest.mark.parametrize("script", ["pull", "doctor", "submit", "control", "manifests"])
 @pytest.mark.parametrize("has_fusion", [True, False], ids=["fsspec is missing", "fusion is missing"])
 def test_a_python_without_fusion_names_the_right_environment(script: str, has_fusion: bool) -> None:
     root = Path(__file__).parents[2]

@@ -22,8 +22,7 @@ IMAGE ?= fusion:$(VERSION)
 # The number of test processes: one more than there are cores, because tests of Slurm and of stores mostly wait.
 TEST_PROCESSES ?= $(shell expr $$(nproc) + 1)
 
-# The same values as Fusion's commands set, see fusion/environment.py: they keep waiting OpenMP threads from spinning, which
-# would slow the tests down on a machine that is also used by others.
+# Waiting OpenMP threads spin less than in Fusion's commands, see fusion/environment.py: several tests share the cores.
 export GOMP_SPINCOUNT ?= 1000
 export KMP_BLOCKTIME ?= 1
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import Any, NoReturn
 
-from fusion.help_screen import HelpFormatter, Rare, first_screen
-from fusion.spelling import as_typed
+from fusion.terminal.escapes import visible
+from fusion.terminal.help_screen import HelpFormatter, Rare, first_screen
+from fusion.terminal.spelling import as_typed
 
 # Matches the messages that torch raises in a rank that communicates with a rank whose process has died.
 LOST_PEER = re.compile("connection (closed|reset)|broken pipe|remote process|ncclRemoteError", re.IGNORECASE)
@@ -33,15 +34,6 @@ class ExitCode(IntEnum):
     CREDENTIALS = 77
     CONFIG = 78
     STALLED = 124
-
-
-def visible(text: str) -> str:
-    """The text with control characters escaped, so that texts from files or buckets cannot control the terminal.
-
-    >>> print(visible("a\x1b[2J"))
-    a\\x1b[2J
-    """
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 class FusionError(Exception):

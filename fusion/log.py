@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, Protocol
 
-from fusion.spelling import as_typed
-from fusion.streams import Unfailing, has_colours
+from fusion.terminal.spelling import as_typed
+from fusion.terminal.streams import Unfailing, has_colours
 
 # Escape sequences of ECMA-48, which all colour terminals support: yellow, red, and reset.
 COLOURS = {"warning": "\x1b[33m", "error": "\x1b[31m"}
@@ -119,7 +119,7 @@ def progress(
     if _context.rank or is_hidden or not sys.stderr.isatty():
         yield _show_nothing
         return
-    from fusion import bars  # which loads rich
+    from fusion.terminal import bars  # which loads rich
 
     _context.has_bar = True
     try:

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from docs.tools.parsers import parser_of
 from fusion.cli.commands import GROUPS, Command
-from fusion.spelling import as_typed, subcommands
+from fusion.terminal.spelling import as_typed, subcommands
 from fusion.variants import variants
 
 PAGE = Path(__file__).parents[1] / "reference" / "commands.md"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusion.spelling import program
+from fusion.terminal.spelling import program
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fusion.cli.variant import known_to
 from fusion.command import guarded
 from fusion.command.parser import command_parser
 from fusion.errors import ExitCode
-from fusion.spelling import program
+from fusion.terminal.spelling import program
 
 SHELLS = ("bash", "zsh", "fish")
 _FLAG = re.compile(r"^  (?:-\w, )?--(\[no-\])?([a-z][\w.-]*)", re.MULTILINE)

@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 
 from fusion.cli.commands import COMMANDS, Command, overview
-from fusion.spelling import as_typed, program, subcommands
-from fusion.streams import unfailing
+from fusion.terminal.spelling import as_typed, program, subcommands
+from fusion.terminal.streams import unfailing
 
 HELP = ("-h", "--help", "--help-all", "help")
 INTERRUPTED = 128 + signal.SIGINT
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     from fusion.command import guarded  # not imported for the overview, which shall appear at once
-    from fusion.error_display import print_report
     from fusion.errors import FusionError
+    from fusion.terminal.error_display import print_report
 
     if words[0] in HELP:
         words = [*words[1:], "--help"]

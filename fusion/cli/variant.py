@@ -11,7 +11,7 @@ from fusion.errors import UsageError, did_you_mean
 from fusion.records.output import OutputFolder
 from fusion.records.run import RunFolder
 from fusion.records.schemas import ENSEMBLE_VARIANT
-from fusion.spelling import as_typed
+from fusion.terminal.spelling import as_typed
 from fusion.variants import variants
 
 _EXAMPLES = {

@@ -11,7 +11,7 @@ from fusion.command import guarded
 from fusion.command.parser import command_parser
 from fusion.errors import ExitCode
 from fusion.records.provenance import revision
-from fusion.spelling import program
+from fusion.terminal.spelling import program
 
 
 def versions() -> str:

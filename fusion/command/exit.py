@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fusion import environment
-from fusion.error_display import print_report
 from fusion.errors import FusionError
+from fusion.terminal.error_display import print_report
 
 # Longest time to wait for `exit.json` to be written to the store. The write usually takes less than a second, but the
 # store may be the very thing that hangs; then the process exits without the record.

@@ -12,9 +12,9 @@ from fusion.command.exit import report
 from fusion.command.settings import parse
 from fusion.config import StoreConfig
 from fusion.environment import prepare_libraries, prepare_threads
-from fusion.error_display import print_report
 from fusion.errors import ExitCode, FusionError
-from fusion.streams import unfailing
+from fusion.terminal.error_display import print_report
+from fusion.terminal.streams import unfailing
 
 C = TypeVar("C", bound=StoreConfig)
 

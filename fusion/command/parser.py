@@ -6,7 +6,7 @@ from typing import Any
 
 from fusion.environment import variable
 from fusion.errors import Parser, filled, seconds
-from fusion.help_screen import Rare
+from fusion.terminal.help_screen import Rare
 
 
 def command_parser(prog: str, doc: str | None, example: str, **options: Any) -> Parser:

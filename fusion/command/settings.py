@@ -23,7 +23,7 @@ from fusion import log, storage
 from fusion.config import EvaluateConfig, PredictConfig, RunConfig, SettingError, StoreConfig
 from fusion.environment import rank, variable
 from fusion.errors import ConfigError, DataError, Parser, did_you_mean
-from fusion.help_screen import Rare
+from fusion.terminal.help_screen import Rare
 
 # The headings of --help, in the order in which they are shown.
 GROUPS = ("where", "sources", "data", "model", "training", "evaluation", "submission", "stopping", "machine")

@@ -8,17 +8,17 @@ from typing import Any
 
 from rich.console import Console
 
-from fusion.command import terminal
 from fusion.compare.comparison import MIN_SHARED, Apart, Comparison
 from fusion.compare.standard_errors import Estimate
 from fusion.records.schemas import Effect
+from fusion.terminal import tables
 
 RUNS_PER_TABLE = 6  # runs whose settings fit beside each other in 100 columns; more runs get another table
 
 
 def show(found: Comparison) -> None:
     """Prints the comparison on standard output."""
-    console = terminal.console()
+    console = tables.console()
     title = f"{found.rows} rows that all of them validated on, in {found.groups} groups of near-duplicates"
     _print(console, title, _runs(found))
     if found.apart:
@@ -28,14 +28,14 @@ def show(found: Comparison) -> None:
         for first in range(0, n_runs, RUNS_PER_TABLE):
             _print(console, "Settings that differ", _settings(found.settings, first))
     for line in _verdict(found):
-        console.print(terminal.text(line))
+        console.print(tables.text(line))
 
 
-def _runs(found: Comparison) -> terminal.Table:
+def _runs(found: Comparison) -> tables.Table:
     """Returns the table of the runs that validated on the same rows, each with a letter that the other tables use."""
     table = _table("", "run", "SMAPE", "95% interval", "to the best", "parameters", "minutes")
     for letter, entry in enumerate(found.runs):
-        terminal.add(
+        tables.add(
             table,
             _letter(letter),
             entry.name if entry.finished else f"{entry.name} (unfinished)",
@@ -48,22 +48,22 @@ def _runs(found: Comparison) -> terminal.Table:
     return table
 
 
-def _apart(apart: Sequence[Apart], first: int) -> terminal.Table:
+def _apart(apart: Sequence[Apart], first: int) -> tables.Table:
     """Returns the table of the runs that validated on other rows; their letters start at number `first`."""
     table = _table("", "run", "rows", "shared", "SMAPE there", "best there", "to the best")
     for letter, one in enumerate(apart, first):
         scores = ["-" if value is None else f"{value:.2f}" for value in (one.smape, one.best_smape)]
         counts = (str(one.rows), str(one.shared))
-        terminal.add(table, _letter(letter), one.name, *counts, *scores, difference(one.to_best))
+        tables.add(table, _letter(letter), one.name, *counts, *scores, difference(one.to_best))
     return table
 
 
-def _settings(settings: dict[str, list[Any]], first: int) -> terminal.Table:
+def _settings(settings: dict[str, list[Any]], first: int) -> tables.Table:
     """Returns the table of settings that differ, for `RUNS_PER_TABLE` runs from number `first` on."""
     n_runs = min(RUNS_PER_TABLE, len(next(iter(settings.values()))) - first)
     table = _table("", *(_letter(first + i) for i in range(n_runs)))
     for key, values in settings.items():
-        terminal.add(table, key, *map(_cell, values[first : first + n_runs]))
+        tables.add(table, key, *map(_cell, values[first : first + n_runs]))
     return table
 
 
@@ -89,14 +89,14 @@ def _verdict(found: Comparison) -> list[str]:
     return lines
 
 
-def _print(console: Console, title: str, table: terminal.Table) -> None:
-    console.print(terminal.text(title, "bold"))  # rich would wrap a table's own title at the width of the table
+def _print(console: Console, title: str, table: tables.Table) -> None:
+    console.print(tables.text(title, "bold"))  # rich would wrap a table's own title at the width of the table
     console.print(table)
 
 
-def _table(*headings: str) -> terminal.Table:
+def _table(*headings: str) -> tables.Table:
     texts = ("run", *ascii_uppercase)
-    return terminal.table("", *headings, numbers={*headings} - {"", *texts}, folded=texts)
+    return tables.table("", *headings, numbers={*headings} - {"", *texts}, folded=texts)
 
 
 def _letter(number: int) -> str:

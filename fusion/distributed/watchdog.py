@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from fusion import log
 from fusion.command.exit import leave
 from fusion.errors import StalledError
-from fusion.streams import LOST
+from fusion.terminal.streams import LOST
 
 
 class Watchdog:

@@ -6,31 +6,31 @@ import shlex
 from collections.abc import Sequence
 
 from fusion import storage
-from fusion.command import terminal
 from fusion.compare.out_of_fold import Scored
 from fusion.compare.standard_errors import Estimate
 from fusion.compare.tables import interval
 from fusion.ensemble.weights import Blend
 from fusion.records.run import RunFolder
 from fusion.records.schemas import EnsembleRecord
-from fusion.spelling import as_typed
+from fusion.terminal import tables
+from fusion.terminal.spelling import as_typed
 
 
 def show(output: str, record: EnsembleRecord, found: Sequence[Scored], blend: Blend) -> None:
     """Prints the members with their weights and SMAPE, and the SMAPE of the ensemble."""
-    console = terminal.console()
-    console.print(terminal.text(f"{record.rows} rows in {record.groups} groups of near-duplicates", "bold"))
+    console = tables.console()
+    console.print(tables.text(f"{record.rows} rows in {record.groups} groups of near-duplicates", "bold"))
     texts, numbers = ("run", "variant"), ("weight", "SMAPE", "95% interval")
-    table = terminal.table("", *texts, *numbers, numbers=numbers, folded=texts)
+    table = tables.table("", *texts, *numbers, numbers=numbers, folded=texts)
     for one, weight, smape in zip(found, blend.weights, blend.members, strict=True):
         cells = (one.name, one.members[0].variant, f"{weight:.4f}", f"{smape.mean:.2f}", interval(smape))
-        terminal.add(table, *cells)
+        tables.add(table, *cells)
     table.add_section()
     figures = (f"{blend.smape.mean:.2f}", interval(blend.smape))
-    terminal.add(table, record.run_id, "ensemble", "", *figures, style="bold")
+    tables.add(table, record.run_id, "ensemble", "", *figures, style="bold")
     console.print(table)
     for line in _sentences(output, record, blend):
-        console.print(terminal.text(as_typed(line)), soft_wrap=True)
+        console.print(tables.text(as_typed(line)), soft_wrap=True)
 
 
 def _sentences(output: str, record: EnsembleRecord, blend: Blend) -> list[str]:

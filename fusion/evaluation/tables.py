@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from fusion.command import terminal
-from fusion.errors import visible
 from fusion.evaluation.groups import Evaluation
 from fusion.metrics import readable
 from fusion.records.baselines import in_words
 from fusion.records.schemas import Baselines, BaselineScore
+from fusion.terminal import tables
+from fusion.terminal.escapes import visible
 
 # Widths are in characters.
 TEXT_WIDTH = 40  # of a text such as a title, which is cut off there
@@ -58,17 +58,17 @@ def show(evaluation: Evaluation, note: str = "", written: str = "", everything: 
         written: the folder with the metrics, which is named at the end; empty: none is.
         everything: whether to print all tables and all metrics. Otherwise only those that a person asks for first.
     """
-    console = terminal.console(PLAIN_WIDTH if everything else SHORT_WIDTH)
+    console = tables.console(PLAIN_WIDTH if everything else SHORT_WIDTH)
     if everything:
         _show_all(console, evaluation, note)
     else:
         console.print(_groups(_first_groups(evaluation.groups), console.width, note, SHORT, evaluation.baselines))
         console.print(_rows("Worst rows, by SMAPE", evaluation.worst.head(N_SHORT_WORST), console.width))
     for line in headline(evaluation):
-        console.print(terminal.text(line, "bold"))
+        console.print(tables.text(line, "bold"))
     if written:
         more = "" if everything else "; --all prints all tables and metrics"
-        console.print(terminal.text(f"written: {written}{more}"), soft_wrap=True)
+        console.print(tables.text(f"written: {written}{more}"), soft_wrap=True)
 
 
 def _show_all(console: Console, evaluation: Evaluation, note: str) -> None:
@@ -108,7 +108,7 @@ def _first_groups(groups: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def _rows(title: str, rows: pd.DataFrame, width: int) -> terminal.Table:
+def _rows(title: str, rows: pd.DataFrame, width: int) -> tables.Table:
     numbers = ["sample_id", "price", "predicted", "smape"]
     texts = [column for column in rows.columns if column not in (*numbers, "present")][:N_TEXTS]
     return _plain(title, rows[numbers + texts], width)
@@ -116,7 +116,7 @@ def _rows(title: str, rows: pd.DataFrame, width: int) -> terminal.Table:
 
 def _groups(
     groups: pd.DataFrame, width: int, note: str, shown: Sequence[str] = (), baselines: Baselines | None = None
-) -> terminal.Table:
+) -> tables.Table:
     """Returns the table of metrics, with a section per column that rows are grouped by.
 
     Args:
@@ -156,7 +156,7 @@ def _n_metrics(width: int) -> int:
     return 9 if width < 125 else len(HEADINGS)
 
 
-def _coverage(coverage: pd.DataFrame) -> terminal.Table:
+def _coverage(coverage: pd.DataFrame) -> tables.Table:
     """Returns the table of coverage, with the standard error of the share within 90% bounds if that share is 90%."""
     covered = [str(name) for name in coverage if str(name).startswith("covered_")]
     shares = [f"{name.removeprefix('covered_')}%" for name in covered]
@@ -175,26 +175,26 @@ def _by_group(
     headings: list[str],
     cells: Callable[[dict[Hashable, Any]], list[str]],
     first: Sequence[list[str]] = (),
-) -> terminal.Table:
+) -> tables.Table:
     """Returns a table of the groups, with a section per column that rows are grouped by.
 
     Args:
         cells: formats a row.
         first: rows above the groups.
     """
-    table = terminal.table(title, "group", *headings, numbers=headings, max_width={"group": TEXT_WIDTH})
+    table = tables.table(title, "group", *headings, numbers=headings, max_width={"group": TEXT_WIDTH})
     for above in first:
-        terminal.add(table, *above)
+        tables.add(table, *above)
     for by, part in frame.groupby("by", sort=False):
         if by != "overall":
             table.add_section()
-            terminal.add(table, f"by {by}", style="bold")
+            tables.add(table, f"by {by}", style="bold")
         for row in part.to_dict("records"):
-            terminal.add(table, str(row["group"]), *cells(row))
+            tables.add(table, str(row["group"]), *cells(row))
     return table
 
 
-def _plain(title: str, frame: pd.DataFrame, width: int) -> terminal.Table:
+def _plain(title: str, frame: pd.DataFrame, width: int) -> tables.Table:
     """Returns a table in which numbers and ids are never cut off.
 
     Texts share the width that is left, and are left out if it is too small to read them.
@@ -207,9 +207,9 @@ def _plain(title: str, frame: pd.DataFrame, width: int) -> terminal.Table:
     if text_width < LEAST_TEXT:
         cells = {column: values for column, values in cells.items() if column not in texts}
     numbers = [column for column in cells if pd.api.types.is_numeric_dtype(frame[column])]
-    table = terminal.table(title, *cells, numbers=numbers, max_width=dict.fromkeys(texts, text_width))
+    table = tables.table(title, *cells, numbers=numbers, max_width=dict.fromkeys(texts, text_width))
     for row in zip(*cells.values(), strict=True):
-        terminal.add(table, *row)
+        tables.add(table, *row)
     return table
 
 

@@ -23,9 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fusion import storage
-from fusion.command import guarded, terminal
+from fusion.command import guarded
 from fusion.command.exit import report
-from fusion.errors import ExitCode, FusionError, Parser, UsageError, visible
+from fusion.errors import ExitCode, FusionError, Parser, UsageError
 from fusion.jobs.arguments import checkout, refuse_empty
 from fusion.jobs.schedulers import kubernetes_settings
 from fusion.jobs.schedulers.kubectl import Kubectl
@@ -33,7 +33,9 @@ from fusion.jobs.schedulers.kubernetes_sent import KubernetesJobs
 from fusion.jobs.schedulers.local_sent import KIND, LocalJobs
 from fusion.jobs.schedulers.sent import WAITING, Jobs, SentJob
 from fusion.jobs.schedulers.slurm_sent import SlurmJobs
-from fusion.streams import unfailing
+from fusion.terminal import tables
+from fusion.terminal.escapes import visible
+from fusion.terminal.streams import unfailing
 
 ROOT = checkout()
 PROGRAMS = {"slurm": "squeue", "k8s": "kubectl", "local": "sh"}  # programs that show that a cluster is available
@@ -135,13 +137,13 @@ def _print_table(found: Sequence[SentJob], days: int) -> None:
     if not found:
         print(f"no jobs of the last {days} days")
         return
-    table = terminal.table(f"Jobs of the last {days} days", "id", "state", "code", "sent (UTC)", "name", "")
+    table = tables.table(f"Jobs of the last {days} days", "id", "state", "code", "sent (UTC)", "name", "")
     for job in found:
         code = "-" if job.code is None else str(job.code)
         # On Kubernetes the id contains the name, which is left out to keep the table narrow.
         name = "" if job.id.endswith(f"/{job.name}") else job.name
-        terminal.add(table, job.id, job.state, code, job.sent[:MINUTE].replace("T", " "), name, job.why)
-    terminal.show(table)
+        tables.add(table, job.id, job.state, code, job.sent[:MINUTE].replace("T", " "), name, job.why)
+    tables.show(table)
 
 
 def _described(job: SentJob) -> str:

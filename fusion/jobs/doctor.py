@@ -19,13 +19,14 @@ from dataclasses import asdict
 from fusion import storage
 from fusion.command import guarded
 from fusion.environment import variable
-from fusion.error_display import print_report
-from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds, visible
-from fusion.help_screen import Rare
+from fusion.errors import ExitCode, FusionError, Parser, UsageError, seconds
 from fusion.jobs.arguments import refuse_empty
 from fusion.jobs.checks import machine, store
 from fusion.jobs.checks.check import Check, CheckResult, PlannedJob, fail, read_settings, warn
 from fusion.jobs.schedulers.description import config_class
+from fusion.terminal.error_display import print_report
+from fusion.terminal.escapes import visible
+from fusion.terminal.help_screen import Rare
 
 # UNREACHABLE comes last: schedulers retry a job that ends with 69, and a retry cannot help where another check failed
 # as well. The others are in the order in which a user should fix them.

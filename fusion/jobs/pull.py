@@ -29,8 +29,7 @@ from typing import Any
 from fusion import storage
 from fusion.command import guarded
 from fusion.environment import variable
-from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds, visible
-from fusion.help_screen import Rare
+from fusion.errors import ConfigError, DataError, ExitCode, Parser, UsageError, seconds
 from fusion.jobs.arguments import refuse_empty
 from fusion.jobs.results import shown
 from fusion.jobs.results.bucket import list_runs, list_submissions
@@ -40,7 +39,9 @@ from fusion.jobs.results.transfer import Outcome, Plan, fetch, find_damaged
 from fusion.records.manifests import ENSEMBLE, STATE, SUBMISSION
 from fusion.records.output import OutputFolder
 from fusion.records.run import LEASE, RunFolder
-from fusion.streams import unfailing
+from fusion.terminal.escapes import visible
+from fusion.terminal.help_screen import Rare
+from fusion.terminal.streams import unfailing
 
 EXAMPLE = "`python jobs/pull.py runs --output s3://my-bucket/output`"
 STOPPED_BY_KEYBOARD = 130  # 128 + SIGINT, the exit code of a shell after Ctrl-C

@@ -23,13 +23,13 @@ from fusion import storage
 from fusion.command import guarded
 from fusion.command.settings import parse
 from fusion.errors import ExitCode, Parser, UsageError
-from fusion.help_screen import Rare
 from fusion.jobs.arguments import checkout
 from fusion.jobs.schedulers import local
 from fusion.jobs.schedulers.description import MODULES, Job, check_together, config_class, each_fold, frozen
 from fusion.records.provenance import ENSEMBLE_CODE
 from fusion.records.schemas import ENSEMBLE_VARIANT
-from fusion.streams import unfailing
+from fusion.terminal.help_screen import Rare
+from fusion.terminal.streams import unfailing
 from fusion.variants import variants
 
 ROOT = checkout()

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.environment import for_libraries, prepare_libraries, threads_per_rank, usable_cores, variable
-from fusion.error_display import print_report
 from fusion.errors import ConfigError, ExitCode, FusionError, Parser, StopRequested, UsageError, seconds
-from fusion.help_screen import Rare
 from fusion.launch.processes import Ending, Group, Rank, Stop
 from fusion.launch.rendezvous import MultiNodeRendezvous, Rendezvous
-from fusion.spelling import module_of
-from fusion.streams import unfailing
+from fusion.terminal.error_display import print_report
+from fusion.terminal.help_screen import Rare
+from fusion.terminal.spelling import module_of
+from fusion.terminal.streams import unfailing
 
 # Exit codes after which a restart would not help.
 FINAL = (ExitCode.DONE, ExitCode.USAGE, ExitCode.DATA, ExitCode.STOPPED, ExitCode.CREDENTIALS, ExitCode.CONFIG)

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 
 from fusion import log
-from fusion.command import terminal
 from fusion.errors import FusionError
 from fusion.metrics import readable
 from fusion.records.manifests import PREDICTIONS, Folder
 from fusion.records.run import RunFolder
 from fusion.submissions.submission import open_submission
+from fusion.terminal import tables
 
 QUARTILES = (0.25, 0.5, 0.75)
 N_EXAMPLES = 5
@@ -41,16 +41,16 @@ def show(rows: pd.DataFrame, prices: np.ndarray, trained: Sequence[float] | None
         trained: quartiles of the training prices; None if they are not known.
         url: of `submission.csv`.
     """
-    console = terminal.console()
+    console = tables.console()
     headings = ("25%", "median", "75%")
-    quartiles = terminal.table("Prices in $", "", *headings, numbers=headings)
-    terminal.add(quartiles, "predicted", *map(readable, np.quantile(prices, QUARTILES).tolist()))
+    quartiles = tables.table("Prices in $", "", *headings, numbers=headings)
+    tables.add(quartiles, "predicted", *map(readable, np.quantile(prices, QUARTILES).tolist()))
     if trained is not None:
-        terminal.add(quartiles, "training", *map(readable, trained))
+        tables.add(quartiles, "training", *map(readable, trained))
     console.print(quartiles)
     console.print(_examples(rows))
-    console.print(terminal.text(f"{len(prices):,} rows are in {url}"), soft_wrap=True)
-    console.print(terminal.text(f"{PREDICTIONS} beside it has their intervals and comparable products"))
+    console.print(tables.text(f"{len(prices):,} rows are in {url}"), soft_wrap=True)
+    console.print(tables.text(f"{PREDICTIONS} beside it has their intervals and comparable products"))
 
 
 def show_published(url: str) -> None:
@@ -77,13 +77,13 @@ def _show_published(url: str) -> None:
     show(rows.filter(items=columns).head(N_EXAMPLES), rows["price"].to_numpy(), trained, url)
 
 
-def _examples(rows: pd.DataFrame) -> terminal.Table:
+def _examples(rows: pd.DataFrame) -> tables.Table:
     has_bounds = f"low_{LEVEL}" in rows
     headings = ["price", *([f"{LEVEL}% interval"] if has_bounds else [])]
-    made = terminal.table(f"The first {len(rows)} rows", "sample_id", *headings, numbers=headings)
+    made = tables.table(f"The first {len(rows)} rows", "sample_id", *headings, numbers=headings)
     for row in rows.to_dict("records"):
         bounds = [f"{readable(row[f'low_{LEVEL}'])} - {readable(row[f'high_{LEVEL}'])}"] if has_bounds else []
-        terminal.add(made, str(row["sample_id"]), readable(row["price"]), *bounds)
+        tables.add(made, str(row["sample_id"]), readable(row["price"]), *bounds)
     return made
 
 

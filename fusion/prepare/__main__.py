@@ -41,8 +41,8 @@ from fusion.command import guarded
 from fusion.command.parser import add_store_timeout, command_parser
 from fusion.environment import variable
 from fusion.errors import ExitCode, Parser, UsageError, filled
-from fusion.help_screen import Rare
 from fusion.prepare.requests import requests
+from fusion.terminal.help_screen import Rare
 
 SHARD_ROWS = 16_384  # two row groups; with 1,024 numbers of float32 per vector, a shard is a file of 64 MiB
 _INSTALLED_BY = {"polars": "polars", "ray": "'ray[data]'"}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from fusion.errors import visible
 from fusion.metrics import LARGE, TINY
+from fusion.terminal.escapes import visible
 
 ABSENT = "–"  # in place of a figure that is not known
 

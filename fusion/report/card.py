@@ -13,10 +13,10 @@ from typing import Final
 
 import numpy as np
 
-from fusion.errors import visible
 from fusion.metrics import compute_metrics
 from fusion.report.blocks import Section, Table
 from fusion.report.gather import Gathered, Validated
+from fusion.terminal.escapes import visible
 
 MOST_ROWS: Final = 20  # of a table in a card; the report has all
 # Sections of the report that are in the card too.

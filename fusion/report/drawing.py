@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from markupsafe import Markup
 
-from fusion.errors import visible
+from fusion.terminal.escapes import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

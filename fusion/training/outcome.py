@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion import log, storage
-from fusion.command import terminal
 from fusion.compare.standard_errors import smape_interval
 from fusion.config import RunConfig
 from fusion.errors import DataError, FusionError
@@ -20,7 +19,8 @@ from fusion.records.run import RunFolder
 from fusion.records.schemas import Baselines
 from fusion.records.split import validation_groups
 from fusion.records.validation import validation_of
-from fusion.spelling import as_typed
+from fusion.terminal import tables
+from fusion.terminal.spelling import as_typed
 from fusion.training.trainer import Fit
 
 # A validation SMAPE differs from epoch to epoch by about 0.5% of itself without getting better or worse. So the mean
@@ -128,10 +128,10 @@ def show(found: Outcome, config: RunConfig) -> None:
     """Shows the outcome in words, on a terminal; elsewhere does nothing."""
     if not _is_terminal():
         return
-    console = terminal.console()
+    console = tables.console()
     console.print()
     for line, style in _screen(found, config, console.width):
-        console.print(terminal.text(line, style), soft_wrap=True)
+        console.print(tables.text(line, style), soft_wrap=True)
 
 
 def _is_terminal() -> bool:
@@ -141,7 +141,7 @@ def _is_terminal() -> bool:
 INDENT = "  "
 
 
-def _screen(found: Outcome, config: RunConfig, width: int = terminal.WIDEST) -> list[tuple[str, str]]:
+def _screen(found: Outcome, config: RunConfig, width: int = tables.WIDEST) -> list[tuple[str, str]]:
     """The lines of the screen, each with its style. Commands that are wider than the terminal go over two lines."""
     took = "" if found.minutes is None else f" in {_duration(found.minutes)}"
     epochs = "1 epoch" if len(found.history) == 1 else f"{len(found.history)} epochs"

@@ -27,10 +27,11 @@ from fusion import storage
 from fusion.command import guarded
 from fusion.command.parser import add_store_timeout, command_parser
 from fusion.environment import variable
-from fusion.errors import DataError, ExitCode, filled, visible
+from fusion.errors import DataError, ExitCode, filled
 from fusion.records.manifests import MANIFEST
 from fusion.records.output import OutputFolder
 from fusion.records.run import CONFIG, FACTS, RunFolder
+from fusion.terminal.escapes import visible
 from fusion.verify.checkpoint import check_checkpoint
 from fusion.verify.ensemble import check_ensemble, is_ensemble
 from fusion.verify.findings import Finding, Report, read

@@ -11,7 +11,7 @@ import pytest
 from fusion.cli.commands import COMMANDS, Command
 from fusion.cli.main import main
 from fusion.errors import Parser
-from fusion.help_screen import MAX_LINES, Rare, first_screen
+from fusion.terminal.help_screen import MAX_LINES, Rare, first_screen
 from fusion.variants import variants
 
 

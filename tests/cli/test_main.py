@@ -13,7 +13,7 @@ import pytest
 from fusion.cli.commands import COMMANDS
 from fusion.cli.main import main
 from fusion.errors import Parser, UsageError
-from fusion.spelling import as_typed, subcommands
+from fusion.terminal.spelling import as_typed, subcommands
 from fusion.variants import variants
 
 EVALUATED = pytest.mark.parametrize("command", ["evaluate", "predict"])
@@ -145,6 +145,6 @@ def test_without_a_checkout_scripts_are_named_as_subcommands(tmp_path: Path) -> 
     (tmp_path / "fusion").mkdir()
     for name in ("__init__.py", "spelling.py"):
         shutil.copy(Path(__file__).parents[2] / "fusion" / name, tmp_path / "fusion")
-    code = "from fusion.spelling import as_typed; print(as_typed('run `python jobs/pull.py runs`'))"
+    code = "from fusion.terminal.spelling import as_typed; print(as_typed('run `python jobs/pull.py runs`'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "run `fusion pull runs`\n"

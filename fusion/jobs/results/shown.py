@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from fusion.command import terminal
-from fusion.errors import ExitCode, visible
+from fusion.errors import ExitCode
 from fusion.jobs.results.bucket import Run, Submission
 from fusion.jobs.results.compare import Comparison
-from fusion.spelling import as_typed
+from fusion.terminal import tables
+from fusion.terminal.escapes import visible
+from fusion.terminal.spelling import as_typed
 
 MINUTE = len("2026-01-02T03:04")  # times are shown to the minute
 NUMBERS = ("SMAPE", "rows", "tries")  # columns that are aligned on the right
@@ -31,14 +32,14 @@ def runs(found: Sequence[Run], output: str, *, failed: bool = False, width: int 
         return
     splits = _letters(run.split for run in shown)
     table = _runs_table(shown, splits, output, ("run", "variant", "SMAPE", "split", "started (UTC)", "state", "tries"))
-    if width is not None and terminal.width(table) > width:
+    if width is not None and tables.width(table) > width:
         table = _runs_table(shown, splits, output, ("run", "SMAPE", "split", "started (UTC)", "state", "tries"))
-    terminal.show(table)
+    tables.show(table)
     _explain(shown, len(splits), len(found) - len(shown))
 
 
-def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, columns: Sequence[str]) -> terminal.Table:
-    table = terminal.table(f"Runs in {output}", *columns, numbers=NUMBERS)
+def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, columns: Sequence[str]) -> tables.Table:
+    table = tables.table(f"Runs in {output}", *columns, numbers=NUMBERS)
     for run in shown:
         cells = {
             "run": run.run_id,
@@ -49,7 +50,7 @@ def _runs_table(shown: Sequence[Run], splits: Mapping[str, str], output: str, co
             "state": _state_cell(run),
             "tries": str(run.attempts),
         }
-        terminal.add(table, *(cells[column] for column in columns))
+        tables.add(table, *(cells[column] for column in columns))
     return table
 
 
@@ -84,27 +85,27 @@ def submissions(found: Sequence[Submission], output: str) -> None:
     if not found:
         print(f"no submissions in {visible(output)}")
         return
-    table = terminal.table(f"Submissions in {output}", "name", "date", "digest", "rows", "run", "", numbers=NUMBERS)
+    table = tables.table(f"Submissions in {output}", "name", "date", "digest", "rows", "run", "", numbers=NUMBERS)
     for one in found:
         rows = "-" if one.rows is None else str(one.rows)
-        terminal.add(table, one.name, one.date, one.digest, rows, one.run, "current" if one.current else "")
-    terminal.show(table)
+        tables.add(table, one.name, one.date, one.digest, rows, one.run, "current" if one.current else "")
+    tables.show(table)
     _print_errors((f"{one.name}/{one.date}/{one.digest}", one.error) for one in found)
 
 
 def comparison(found: Comparison, output: str) -> None:
-    settings = terminal.table("What differs", "", *found.runs)
+    settings = tables.table("What differs", "", *found.runs)
     if len(set(found.variants)) > 1:
-        terminal.add(settings, "variant", *found.variants)
-    terminal.add(settings, "validation SMAPE", *map(_cell, found.smape), style="bold")
+        tables.add(settings, "variant", *found.variants)
+    tables.add(settings, "validation SMAPE", *map(_cell, found.smape), style="bold")
     for key, values in found.settings.items():
-        terminal.add(settings, key, *map(_cell, values))
-    terminal.show(settings)
+        tables.add(settings, key, *map(_cell, values))
+    tables.show(settings)
     if found.groups:
-        groups = terminal.table(f"{found.metric} by group", "by", "group", *found.runs)
+        groups = tables.table(f"{found.metric} by group", "by", "group", *found.runs)
         for (by, group), values in found.groups.items():
-            terminal.add(groups, by, group, *map(_cell, values))
-        terminal.show(groups)
+            tables.add(groups, by, group, *map(_cell, values))
+        tables.show(groups)
     for run in found.not_evaluated:
         variant = found.variants[found.runs.index(run)] or "VARIANT"
         command = f"python -m fusion.{variant}.evaluate_by_groups --output {output} --run-id {run}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fusion.errors import visible
+from fusion.terminal.escapes import visible
 
 # `to do:` is how earlier versions began a hint; logs of their jobs may still be in use.
 ERROR = re.compile(r"^error: .*(?:\n(?:hint|to do): .*)?", re.MULTILINE)

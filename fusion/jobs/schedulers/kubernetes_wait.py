@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from fusion.errors import ExitCode, FusionError, visible
+from fusion.errors import ExitCode, FusionError
 from fusion.jobs.schedulers.errors import last_error
 from fusion.jobs.schedulers.kubectl import Kubectl, Object
 from fusion.jobs.schedulers.patience import retry
+from fusion.terminal.escapes import visible
 
 POLL = 5.0  # seconds between two requests for the state of a job
 # Seconds for which a cluster that does not answer is asked again before the wait ends with an error. An upgrade of the

@@ -14,7 +14,7 @@ from typing import IO
 import pytest
 
 from fusion import log
-from fusion.streams import Unfailing
+from fusion.terminal.streams import Unfailing
 from tests.conftest import SMALL
 
 COMMAND = """

@@ -6,8 +6,8 @@ import re
 import shutil
 import sys
 
-from fusion.spelling import as_typed
-from fusion.streams import Unfailing, has_colours
+from fusion.terminal.spelling import as_typed
+from fusion.terminal.streams import Unfailing, has_colours
 
 # Escape sequences of ECMA-48: red, cyan, reset.
 COLOURS = {"error: ": "\x1b[31m", "hint: ": "\x1b[36m"}

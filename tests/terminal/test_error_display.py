@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fusion.error_display import displayed, print_report
+from fusion.terminal.error_display import displayed, print_report
 
 LONG = "error: " + "word " * 30 + "end"
 

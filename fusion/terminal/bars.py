@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from fusion.streams import Unfailing
+from fusion.terminal.streams import Unfailing
 
 Show = Callable[..., None]
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as Table
 from rich.text import Text
 
-from fusion.errors import visible
+from fusion.terminal.escapes import visible
 
 WIDEST = 10_000  # columns; in effect no limit
 MIN_WIDTH = 80  # columns; a title may be wider than its table, and rich would wrap it at the table's width

@@ -18,7 +18,7 @@ from fusion.all_embeddings import train as train_all
 from fusion.compare.standard_errors import Estimate
 from fusion.ensemble import __main__ as ensemble
 from fusion.ensemble import predict_test
-from fusion.jobs import submit
+from fusion.jobs import pull, submit
 from fusion.metrics import compute_smape
 from fusion.qwen_clip import predict_test as predict_two
 from fusion.qwen_clip import train as train_two
@@ -180,11 +180,14 @@ def test_the_report_shows_the_members_and_is_made_again(copied: Path, capsys: Ca
     assert again.replace(str(copied), "") != page and first in again, "paths are those of this copy"
 
 
-def test_a_pulled_ensemble_has_a_report_without_its_members(copied: Path) -> None:
-    for run_id in FOLDS:
-        shutil.rmtree(copied / "runs" / run_id)
-    assert report.main(["--run-dir", str(copied / "runs/mix")]) == 0
-    page = (copied / "runs/mix/report.html").read_text()
+def test_a_pulled_ensemble_has_its_report_and_can_write_it_without_members(copied: Path, tmp_path: Path) -> None:
+    assert pull.main(["run", "mix", "--output", str(copied), "--to", str(tmp_path / "pulled")]) == 0
+    pulled = tmp_path / "pulled/runs/mix"
+    for name in ("report.html", "model_card.md", "validation.parquet"):
+        assert (pulled / name).read_bytes() == (copied / "runs/mix" / name).read_bytes()
+    assert report.main(["--run-dir", str(pulled)]) == 0
+    assert [str(one) for one in verify(str(pulled)) if one.verdict == "BAD"] == []
+    page = (pulled / "report.html").read_text()
     assert "The scores of the members are not shown: runs/" in page and "is not beside the ensemble" in page
     assert f"{record(copied)['smape']:.2f}" in page and "Where it is right and wrong" in page
 

@@ -144,7 +144,8 @@ def plan_run(choice: Choice, *, state: bool) -> Plan:
     if not listing:  # The pointer may name a run that was deleted.
         raise no_run(choice.output.url, run.run_id)
     if ENSEMBLE in listing:  # The folder has no weights: its members are other runs.
-        return _marked(choice, _committed(choice.output, choice.path, Manifest), [])
+        files = _committed(choice.output, choice.path, Manifest)
+        return _marked(choice, _merged(files, _unlisted(choice.path, listing, files, None)), [])
     best = best_checkpoint(run, listing)
     metrics = _committed(choice.output, f"{choice.path}/metrics", Manifest, required=False)
     plan = _merged(metrics, _unlisted(choice.path, listing, metrics, best))
@@ -182,17 +183,17 @@ def _committed(output: OutputFolder, path: str, kind: type[Manifest], *, require
     return Plan(items, {f"{path}/{MANIFEST}": content})
 
 
-def _unlisted(path: str, listing: Listing, metrics: Plan, best: Checkpoint | None) -> Plan:
+def _unlisted(path: str, listing: Listing, listed: Plan, best: Checkpoint | None) -> Plan:
     """The files of a run that are in none of its manifests' lists of files.
 
     Those in `DIGESTED` are verified nevertheless: the manifest of a checkpoint has their digests.
 
     Args:
         path: the run's folder below the output.
-        metrics: the plan of its metrics/, whose manifest may name files.
-        best: its best checkpoint.
+        listed: the plan of the files that a manifest names: that of metrics/, or of an ensemble.
+        best: its best checkpoint; None if it has none, or is an ensemble.
     """
-    named = {item.path for item in metrics.items} | set(metrics.last)
+    named = {item.path for item in listed.items} | set(listed.last)
     below = sorted(name for name in listing if UNLISTED.fullmatch(name) and f"{path}/{name}" not in named)
     digests = _unlisted_digests(best) if best else {}
     left_out = {LEASE, PULLED, *DIGESTED, f"metrics/{MANIFEST}"}

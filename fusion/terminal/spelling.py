@@ -17,7 +17,7 @@ OF_VARIANT = {"train": "train", "evaluate_by_groups": "evaluate", "predict_test"
 SCRIPTS = {"control": "jobs", "doctor": "doctor", "pull": "pull", "submit": "submit"}
 _MODULE = re.compile(rf"python -m fusion\.(?:(\w+)\.({'|'.join(OF_VARIANT)})|([a-z]+))(?![\w.]\w)")
 _SCRIPT = re.compile(rf"(?:python )?jobs/({'|'.join(SCRIPTS)})\.py")
-_CHECKOUT = Path(__file__).parents[1]
+_CHECKOUT = Path(__file__).parents[2]
 
 _state = {"prefix": ""}  # how `fusion` was typed; empty if a module or a script was
 

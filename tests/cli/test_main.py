@@ -142,9 +142,9 @@ def test_commands_that_were_started_as_modules_are_named_as_modules() -> None:
 
 def test_without_a_checkout_scripts_are_named_as_subcommands(tmp_path: Path) -> None:
     """As where only the wheel is installed, and a user has started `python -m fusion.jobs.pull`."""
-    (tmp_path / "fusion").mkdir()
-    for name in ("__init__.py", "spelling.py"):
-        shutil.copy(Path(__file__).parents[2] / "fusion" / name, tmp_path / "fusion")
+    for name in ("__init__.py", "terminal/__init__.py", "terminal/spelling.py"):
+        (tmp_path / "fusion" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(__file__).parents[2] / "fusion" / name, tmp_path / "fusion" / name)
     code = "from fusion.terminal.spelling import as_typed; print(as_typed('run `python jobs/pull.py runs`'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "run `fusion pull runs`\n"

@@ -158,13 +158,17 @@ def _surely(gain: Estimate) -> str:
 def members(found: GatheredEnsemble) -> Section:
     """The runs of the ensemble, with their weights and scores."""
     record = found.record
-    lead = [
-        "The log of its price is the weighted mean of the log prices of these runs. "
-        + ("The weights were fitted to the validation rows. Each of these rows is scored with weights that were fitted "
-           "without it and its near-duplicates." if record.fitted else
-           "Weights that were fitted to the validation rows would not have been better by more than chance, so all "
-           "recipes have the same weight."),
-    ]  # fmt: skip
+    lead = ["The log of its price is the weighted mean of the log prices of these runs."]
+    if record.fitted:
+        lead.append(
+            "The weights were fitted to the validation rows. Each of these rows is scored with weights that were "
+            "fitted without it and its near-duplicates."
+        )
+    elif len(found.recipes) != 1:
+        lead.append(
+            "Weights that were fitted to the validation rows would not have been better by more than chance, so all "
+            "recipes have the same weight."
+        )
     tables = [_recipes_table(found.recipes), _runs_table(record)] if found.recipes else [_runs_table(record)]
     if any(one.n_runs > 1 for one in found.recipes):
         lead.append(

@@ -450,6 +450,7 @@ def test_an_ensemble_of_one_recipe_has_equal_weights(copied: Path, capsys: Captu
     said = json.loads(capsys.readouterr().out)
     assert [member["weight"] for member in said["members"]] == [0.5, 0.5] and not said["fitted"]
     assert said["smape"] == said["equal_smape"] == said["best_member_smape"]
+    assert "so all recipes have the same weight" not in (copied / "runs/folds/model_card.md").read_text()
     assert wrong(copied) == []
 
 

@@ -41,14 +41,6 @@ def results(found: Validated) -> list[tuple[str, str, float]]:
     return [(key, name, float(f"{metrics[key]:.6g}")) for key, name in METRICS.items() if np.isfinite(metrics[key])]
 
 
-def inputs(found: Gathered) -> Table:
-    """The embeddings that the model takes."""
-    bindings = found.config.bindings() if found.config else {}
-    dims = found.facts.dims if found.facts else {}
-    rows = [(role, bindings.get(role, "computed from train.csv"), f"{dim:,}") for role, dim in dims.items()]
-    return Table("Embeddings that it takes", ("role", "source", "dimensions"), rows, frozenset({2}), frozenset({0, 1}))
-
-
 def loading(found: Validated) -> str:
     """The arguments of `fusion.load` that open the model."""
     if found.run.output and found.run.is_in_runs:

@@ -28,6 +28,7 @@ from fusion.report.blocks import (
 )
 from fusion.report.gather import Validated, absolute, coverage, with_smape
 from fusion.report.model_use import command, where_of
+from fusion.report.origin import DIGESTS, again, check, report_again
 from fusion.report.score import Headline, head
 
 MEMBERS = "../*/checkpoints/*/validation.parquet"  # the predictions of the members
@@ -206,20 +207,19 @@ def lineage(found: GatheredEnsemble) -> Section:
         ("made", facts.started or ABSENT if facts else ABSENT, FACTS),
     ]
     table = Table("What the ensemble is made of", ("what", "value", "from"), rows, code=frozenset({1, 2}))
-    lead = ["Digests are sha256. `python -m fusion.verify` recomputes them."]
-    return Section("lineage", "Lineage", lead, [ENSEMBLE, FACTS], tables=[table])
+    return Section("lineage", "Lineage", [DIGESTS], [ENSEMBLE, FACTS], tables=[table])
 
 
 def reproduce(found: GatheredEnsemble) -> Section:
     """Commands to check, repeat and use the ensemble."""
-    where, record = where_of(found), found.record
+    record = found.record
     runs = [one.run.removeprefix("runs/") for one in record.members]
-    name = f"{record.run_id[:57].rstrip('-')}-again"  # a run id has at most 63 characters
-    commands = [Command("Check that nothing has changed", command("python", "-m", "fusion.verify", found.run.url))]
+    commands = [check(found)]
     if found.run.output and found.run.is_in_runs:
-        again = command("python", "-m", "fusion.ensemble", *runs, "--output", found.run.output, "--run-id", name)
-        predict = command("python", "-m", "fusion.ensemble.predict_test", *where)
-        commands += [Command("Make it again, under another name", again), Command("Predict test.csv", predict)]
-    commands.append(Command("Write this page again", command("python", "-m", "fusion.report", *where)))
+        where = ["--output", found.run.output, "--run-id", again(found)]
+        make = command("python", "-m", "fusion.ensemble", *runs, *where)
+        predict = command("python", "-m", "fusion.ensemble.predict_test", *where_of(found))
+        commands += [Command("Make it again, under another name", make), Command("Predict test.csv", predict)]
+    commands.append(report_again(found))
     lead = ["The same members and rows give the same weights. Runs of weight 0 were left out of it."]
     return Section("reproduce", "Reproduce", lead, [ENSEMBLE], commands=commands)

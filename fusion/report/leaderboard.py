@@ -10,9 +10,8 @@ from markupsafe import Markup, escape
 
 from fusion import log, storage
 from fusion.compare.out_of_fold import Scored, same_rows, scored
-from fusion.compare.standard_errors import Estimate, clustered_mean
+from fusion.compare.standard_errors import Estimate
 from fusion.errors import CredentialsError, ExitCode, FusionError, UnreachableError
-from fusion.metrics import row_smape
 from fusion.records import schemas
 from fusion.records.output import OutputFolder
 from fusion.records.run import EXIT, RunFolder
@@ -20,6 +19,7 @@ from fusion.records.schemas import AttemptEnd
 from fusion.report import charts
 from fusion.report.blocks import ABSENT, Chart, Section, Table, between, count, counted, number, percent, shortened
 from fusion.report.charts import Dot
+from fusion.report.gather import with_smape
 from fusion.report.seal import REPORT
 
 MOST_DOTS = 20  # runs in the chart of a leaderboard; the table has all
@@ -56,9 +56,7 @@ def listed_runs(output: OutputFolder) -> list[Listed]:
 def _listed(run: RunFolder) -> Listed:
     facts = run.facts_if_whole()
     one = _scored(run)
-    smape = None
-    if one is not None:
-        smape = clustered_mean(row_smape(one.rows["price"], one.rows["predicted"]), one.rows["group"].to_numpy())
+    smape = None if one is None else with_smape(one)[1]
     variant = one.members[0].variant if one else facts.variant if facts else ABSENT
     has_report = storage.exists(run.at(REPORT))
     return Listed(

@@ -11,11 +11,12 @@ from fusion.command.flags import Setting, settings_of
 from fusion.records.manifests import SPLIT
 from fusion.records.run import CONFIG, FACTS
 from fusion.report.blocks import ABSENT, Command, Section, Table, count, counted, dollars, percent, shortened
-from fusion.report.gather import Attempt, Gathered
+from fusion.report.gather import Attempt, Gathered, Validated
 from fusion.report.model_use import command, where_of
 
 # Settings that say where a run is, not what it computes.
 WHERE = ("output", "run_id")
+DIGESTS = "Digests are sha256. `python -m fusion.verify` recomputes them."
 COMPUTED = "computed from train.csv"
 # Events of the log that say something about the data which the other tables do not, and the words for them.
 EVENTS = {
@@ -49,7 +50,7 @@ def data(found: Gathered) -> Section:
         lead.append(f"The median price is {median}; half of the prices are from {low} to {high}.")
     loaded = [event for event in found.events if event["event"] == "loaded"]
     files = [SPLIT, FACTS, CONFIG, *dict.fromkeys(event["file"] for event in loaded)]
-    tables = [_sides(found), _sources(loaded) if loaded else _dimensions(found), *_remarks(found)]
+    tables = [_sides(found), _sources(loaded) if loaded else dimensions(found), *_remarks(found)]
     return Section("data", "Data", lead, files, tables=tables)
 
 
@@ -79,8 +80,8 @@ def _sides(found: Gathered) -> Table:
     return Table("The split", ("part", "rows", "share", "groups"), rows, frozenset({1, 2, 3}))
 
 
-def _dimensions(found: Gathered) -> Table:
-    """The sources of a run whose log does not say how many vectors are missing: it was killed, or used a --cache."""
+def dimensions(found: Gathered) -> Table:
+    """The sources without the number of missing vectors, which a log lacks after a kill or with a --cache."""
     dims = found.facts.dims if found.facts else {}
     sources = found.config.bindings() if found.config else {}
     rows = [(role, shortened(sources.get(role, COMPUTED), 60), str(dim)) for role, dim in dims.items()]
@@ -161,7 +162,6 @@ def lineage(found: Gathered) -> Section:
     ]
     if found.evaluated is not None:
         rows.append(("evaluation", found.evaluated.manifest_sha256, "sha256 of metrics/MANIFEST.json"))
-    lead = ["Digests are sha256. `python -m fusion.verify` recomputes them."]
     tables = [
         Table("What the run is made of", ("what", "value", "from"), rows, code=frozenset({1, 2})),
         _attempts(found),
@@ -172,7 +172,7 @@ def lineage(found: Gathered) -> Section:
         "attempts/*/start.json",
         "attempts/*/exit.json",
     ]
-    return Section("lineage", "Lineage", lead, files, tables=tables)
+    return Section("lineage", "Lineage", [DIGESTS], files, tables=tables)
 
 
 def _versions(versions: Mapping[str, str] | None) -> str:
@@ -190,10 +190,23 @@ def _attempt(one: Attempt) -> tuple[str, ...]:
     return (str(one.number), start.started if start else ABSENT, *(ended or ("not recorded", ABSENT, ABSENT, "")))
 
 
+def check(found: Validated) -> Command:
+    return Command("Check that nothing has changed", command("python", "-m", "fusion.verify", found.run.url))
+
+
+def report_again(found: Validated) -> Command:
+    return Command("Write this page again", command("python", "-m", "fusion.report", *where_of(found)))
+
+
+def again(found: Validated) -> str:
+    """A name for another run like this one; a run id has at most 63 characters."""
+    return f"{found.run.run_id[:57].rstrip('-')}-again"
+
+
 def reproduce(found: Gathered) -> Section:
     """Commands to check, repeat and use the run."""
     where, made = where_of(found), found.checkpoint.manifest
-    commands = [Command("Check that nothing has changed", command("python", "-m", "fusion.verify", found.run.url))]
+    commands = [check(found)]
     if found.config is not None:
         revision = made.revision.removesuffix("-dirty")
         if revision != "unknown":
@@ -205,7 +218,7 @@ def reproduce(found: Gathered) -> Section:
             Command("Measure its sources", command("python", "-m", "fusion.ablation", *where)),
             Command("Predict test.csv", command("python", "-m", f"{module}.predict_test", *where)),
         ]
-    commands.append(Command("Write this page again", command("python", "-m", "fusion.report", *where)))
+    commands.append(report_again(found))
     lead = [
         "The same code, settings and data on the same kind of machine give the same weights, byte for byte; on another "
         "number of ranks they agree within rounding."
@@ -219,6 +232,5 @@ def _training(found: Gathered) -> str:
     assert found.config is not None, "checked by the caller"
     shown = [one for one in settings_of(found.config) if not one.is_default and one.key not in (*WHERE, "data")]
     words = [word for one in shown for word in one.words]
-    name = f"{found.run.run_id[:57].rstrip('-')}-again"  # a run id has at most 63 characters
-    where = ["--data", str(found.settings["data"]), "--output", found.run.output or "output", "--run-id", name]
+    where = ["--data", str(found.settings["data"]), "--output", found.run.output or "output", "--run-id", again(found)]
     return command("python", "-m", f"fusion.{found.variant}.train", *where, *words)

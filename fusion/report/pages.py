@@ -57,7 +57,7 @@ def run_pages(found: Gathered) -> Pages:
     of_card = {
         "model": card.model(found),
         "dataset": shortened(str(found.settings.get("data", "")), 120),
-        "inputs": card.inputs(found),
+        "inputs": origin.dimensions(found),
     }
     return _both(found, values | of_report, values | of_card, sections)
 

@@ -20,10 +20,9 @@ from fusion.records.schemas import (
     Manifest,
     RunFacts,
 )
-from fusion.report.seal import CARD, REPORT
 from fusion.verify.checkpoint import check_intervals
 from fusion.verify.findings import Report, check_files, check_once, first_line, parsed, read
-from fusion.verify.page import check_page
+from fusion.verify.page import check_run_pages
 
 # Relative. Fitted weights are rounded, so that they add up to 1 only about; sums of float64 depend on their order.
 TOLERANCE = 1e-6
@@ -62,8 +61,7 @@ def check_ensemble(report: Report, folder: RunFolder) -> None:
         _check_validation(report, record, contents[VALIDATION])
     if INTERVALS in contents:
         check_intervals(report, INTERVALS, contents[INTERVALS], contents.get(VALIDATION))
-    for page in (CARD, REPORT):
-        check_page(report, folder.at(page), record.run_id)
+    check_run_pages(report, folder, record.run_id)
 
 
 def _check_member(report: Report, folder: RunFolder, member: EnsembleMember) -> None:

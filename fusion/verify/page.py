@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from fusion import storage
 from fusion.records.output import OutputFolder
-from fusion.report.seal import REPORTS, seal_of
+from fusion.records.run import RunFolder
+from fusion.report.seal import CARD, REPORT, REPORTS, seal_of
 from fusion.verify.findings import Report, read
+
+
+def check_run_pages(report: Report, run: RunFolder, about: str | None, evaluation: bytes | None = None) -> None:
+    """Checks the report and the model card of a run or an ensemble; the arguments are those of `check_page`."""
+    for page in (CARD, REPORT):
+        check_page(report, run.at(page), about, evaluation)
 
 
 def check_page(report: Report, url: str, about: str | None, evaluation: bytes | None = None) -> None:

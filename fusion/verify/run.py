@@ -32,12 +32,11 @@ from fusion.records.schemas import (
     Pulled,
     RunFacts,
 )
-from fusion.report.seal import CARD, REPORT
 from fusion.verify.checkpoint import check_checkpoint
 from fusion.verify.findings import Report, check_beginning, check_content, check_once, first_line, parsed, read, some
 from fusion.verify.memory import check_memory
 from fusion.verify.metrics import check_ablation, check_metrics
-from fusion.verify.page import check_page
+from fusion.verify.page import check_run_pages
 from fusion.verify.segments import check_segments
 
 
@@ -102,8 +101,7 @@ def check_run(report: Report, run: RunFolder) -> CheckedRun:
     _check_history(report, checked)
     check_metrics(report, run, facts, checked.checkpoints, validating)
     check_ablation(report, run, facts, checked.checkpoints)
-    for page in (CARD, REPORT):
-        check_page(report, run.at(page), facts.run_id if facts else None, read(run.metrics.manifest_url))
+    check_run_pages(report, run, facts.run_id if facts else None, read(run.metrics.manifest_url))
     check_segments(report, run)
     return checked
 

@@ -12,6 +12,7 @@ import pytest
 from fusion.ablation import __main__ as ablation
 from fusion.all_embeddings import evaluate_by_groups, train
 from fusion.records.run import RunFolder
+from fusion.report.publish import try_report
 from tests.conftest import SMALL
 from tests.report.browser import Browser, browser, install
 from tests.services import require
@@ -49,6 +50,17 @@ def full_run(hostile_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     assert evaluate_by_groups.main([*where, "--by", "category"]) == 0
     assert ablation.main(where) == 0
     return RunFolder.named(where[1], "full")
+
+
+@pytest.fixture
+def of_another_version(full_run: RunFolder, tmp_path: Path) -> RunFolder:
+    """A copy of the full run with a setting that this version does not know, and its report."""
+    shutil.copytree(full_run.url, tmp_path / "runs" / "full")
+    run = RunFolder.named(str(tmp_path), "full")
+    config = Path(run.at("config.json"))
+    config.write_text(config.read_text().replace('"width": 16', '"breadth": 16'))
+    try_report(run)
+    return run
 
 
 @pytest.fixture

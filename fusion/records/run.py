@@ -48,6 +48,8 @@ LEASE: Final = "lease.json"
 START: Final = "start.json"
 EXIT: Final = "exit.json"
 LOG: Final = "log.txt"
+REPORT: Final = "report.html"
+CARD: Final = "model_card.md"
 
 # The line that a training logs at its start, from which `RunFolder.n_parameters` reads the size of the model.
 _PARAMETERS = re.compile(r"\bevent=start\b.*\bparameters=(\d+)")
@@ -105,7 +107,7 @@ class RunFolder(Folder):
 
     @property
     def report_url(self) -> str:
-        return self.at("report.html")
+        return self.at(REPORT)
 
     def checkpoint(self, name: str) -> Folder:
         return Folder(self.at("checkpoints", name))

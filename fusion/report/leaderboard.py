@@ -14,13 +14,12 @@ from fusion.compare.standard_errors import Estimate
 from fusion.errors import CredentialsError, ExitCode, FusionError, UnreachableError
 from fusion.records import schemas
 from fusion.records.output import OutputFolder
-from fusion.records.run import EXIT, RunFolder
+from fusion.records.run import EXIT, REPORT, RunFolder
 from fusion.records.schemas import AttemptEnd
 from fusion.report import charts
 from fusion.report.blocks import ABSENT, Chart, Section, Table, between, count, counted, number, percent, shortened
 from fusion.report.charts import Dot
 from fusion.report.gather import with_smape
-from fusion.report.seal import REPORT
 
 MOST_DOTS = 20  # runs in the chart of a leaderboard; the table has all
 FILES = ("checkpoints/*/validation.parquet", "split.parquet", "run.json", "attempts/*")

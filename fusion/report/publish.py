@@ -11,8 +11,8 @@ from fusion import log, storage
 from fusion.config import digest
 from fusion.records.manifests import ENSEMBLE
 from fusion.records.output import OutputFolder
-from fusion.records.run import RunFolder
-from fusion.report.seal import CARD, REPORTS
+from fusion.records.run import CARD, RunFolder
+from fusion.report.seal import REPORTS
 
 INDEX: Final = "index.html"
 

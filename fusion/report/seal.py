@@ -11,8 +11,6 @@ from typing import Final
 
 from fusion import storage
 
-REPORT: Final = "report.html"  # in the folder of a run
-CARD: Final = "model_card.md"  # beside it
 REPORTS: Final = "reports"  # folder of an output with pages about several runs
 _SEAL = re.compile(rb"<!-- fusion report of (\S+) sha256 ([0-9a-f]{64}) -->\n\Z")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fusion import storage
 from fusion.records.output import OutputFolder
-from fusion.records.run import RunFolder
-from fusion.report.seal import CARD, REPORT, REPORTS, seal_of
+from fusion.records.run import CARD, REPORT, RunFolder
+from fusion.report.seal import REPORTS, seal_of
 from fusion.verify.findings import Report, read
 
 

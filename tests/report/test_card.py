@@ -12,11 +12,11 @@ import yaml
 from markdown_it import MarkdownIt
 
 import fusion
-from fusion.records.run import RunFolder
+from fusion.records.run import CARD, RunFolder
 from fusion.report import __main__ as report
 from fusion.report.blocks import Table
 from fusion.report.card import MOST_ROWS, sentence, table
-from fusion.report.seal import CARD, seal_of
+from fusion.report.seal import seal_of
 from fusion.verify.__main__ import verify
 from tests.conftest import DIMS
 from tests.report.conftest import Train

@@ -15,11 +15,11 @@ import pytest
 import fusion.report.pages
 from fusion import log, storage
 from fusion.all_embeddings import evaluate_by_groups, train
-from fusion.records.run import RunFolder
+from fusion.records.run import REPORT, RunFolder
 from fusion.report import __main__ as report
 from fusion.report.pages import MAX_BYTES
 from fusion.report.publish import try_report
-from fusion.report.seal import REPORT, seal_of
+from fusion.report.seal import seal_of
 from fusion.verify.__main__ import verify
 from tests.report.browser import Browser
 from tests.report.conftest import TRAINING, Train

@@ -5,10 +5,8 @@ The digest answers whether a night has to be computed again: it changes only if 
 
 from __future__ import annotations
 
-import ast
-import io
+import re
 import subprocess
-import tokenize
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,8 +19,19 @@ PACKAGE = Path(__file__).parents[1]
 ENSEMBLE_CODE = "ensemble/prediction"  # root of the code that decides the price of an ensemble
 # Rooms that show results and decide none: a chart in another colour is no other training.
 SHOWING = ("report", "tracking")
-# Kinds of syntax nodes that can have a docstring.
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# Tokens in which a `#` or a quote can stand, and brackets. Python's own parser would take a second in every command.
+_TOKEN = re.compile(
+    r"""
+    (?P<prefix> [a-zA-Z]{0,2} )
+    (?P<string> \"{3} (?:[^\\]|\\.)*? \"{3} | '{3} (?:[^\\]|\\.)*? '{3}
+        | " (?:[^"\\\n]|\\.)* " | ' (?:[^'\\\n]|\\.)* ' )
+    | (?P<comment> [\ \t]* \# [^\n]* )
+    | (?P<opening> [(\[{] )
+    | (?P<closing> [)\]}] )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_IMPORT = re.compile(r"^[ \t]*from fusion\b\.?([\w.]*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
 
 
 def revision() -> str:
@@ -56,9 +65,9 @@ def code_digest(root: str = "prediction") -> str:
         path = next((path for path in paths if path.exists()), None)
         if name in found or path is None or name.split("/")[0] in SHOWING:
             continue
-        source = path.read_text()
-        found[name] = storage.sha256(code_of(source).encode())
-        waiting += _imports(source)
+        code = code_of(path.read_text())
+        found[name] = storage.sha256(code.encode())
+        waiting += _imports(code)
     return digest(found)
 
 
@@ -68,25 +77,36 @@ def code_of(source: str) -> str:
     >>> code_of('def f() -> int:\\n    \\"\\"\\"Says.\\"\\"\\"\\n\\n    return 1  # one')
     'def f() -> int:\\n    return 1'
     """
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column].rstrip()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
-            text = node.body[0]
-            lines[text.lineno - 1 : text.end_lineno] = [""] * len(lines[text.lineno - 1 : text.end_lineno])
-    return "\n".join(line for line in lines if line.strip())
+    kept, end, depth = [""], 0, 0  # depth: the number of open brackets
+    before = ""  # the last text other than space that was kept
+    for token in _TOKEN.finditer(source):
+        between, end = source[end : token.start()], token.end()
+        before = between.strip() or before
+        opens_block = not depth and before[-1:] in ("", ":")
+        if token["comment"] or (opens_block and _is_docstring(token, source)):
+            kept.append(between)
+        else:
+            kept += between, token[0]
+            before = token[0]
+            depth += bool(token["opening"]) - bool(token["closing"])
+    kept.append(source[end:])
+    return "\n".join(line for line in "".join(kept).splitlines() if line.strip())
 
 
-def _imports(source: str) -> Iterator[str]:
-    """Modules of this package that the source imports anywhere, as paths without ".py".
+def _is_docstring(token: re.Match[str], source: str) -> bool:
+    """Whether a token is a string alone on its lines, as a docstring is; the caller knows what stands before."""
+    line = source[source.rfind("\n", 0, token.start()) + 1 : token.start()]
+    rest = source[token.end() :].partition("\n")[0].partition("#")[0]
+    plain = bool(token["string"]) and token["prefix"].lower() in ("", "r", "u")
+    return plain and not (line + rest).strip()
+
+
+def _imports(code: str) -> Iterator[str]:
+    """Modules of this package that the code imports anywhere, as paths without ".py".
 
     `from fusion.data import tables` gives both "data" and "data/tables", as either may be the module.
     """
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
-            module = (node.module or "").removeprefix(PACKAGE.name).lstrip(".").replace(".", "/")
-            yield module
-            yield from (f"{module}/{alias.name}".lstrip("/") for alias in node.names)
+    for package, names in _IMPORT.findall(code):
+        module = package.replace(".", "/")
+        yield module
+        yield from (f"{module}/{name.split()[0]}".lstrip("/") for name in names.strip("()").split(",") if name.strip())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import shutil
+import tokenize
 from pathlib import Path
 
 import pytest
 
 from fusion.records import provenance
-from fusion.records.provenance import PACKAGE, code_digest
+from fusion.records.provenance import PACKAGE, code_digest, code_of
 
 
 @pytest.fixture
@@ -64,3 +67,54 @@ def test_the_code_of_a_training_counts_for_a_training(package: Path) -> None:
 def test_comments_and_docstrings_do_not_count(package: Path) -> None:
     assert not after(package / "nn/layers.py", "\n\n\nclass ", "\n\n\n# Said.\n\n\nclass ")
     assert not after(package / "nn/layers.py", '"""The building', '"""Some building')
+
+
+def parsed(source: str) -> str:
+    """As `code_of`, by Python's own tokenizer and parser."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            lines[text.lineno - 1 : text.end_lineno] = [""] * len(lines[text.lineno - 1 : text.end_lineno])
+    return "\n".join(line for line in lines if line.strip())
+
+
+UNUSUAL = '''
+class A:
+    r"""Says # more."""
+
+    def f(self, text="# no comment"):  # a comment
+
+        # one more
+        'says "it"'  # and another
+        given = {"a":
+            "one"
+            "two"}
+        return f"{text!r}#{given}", [self,  # "not a string
+            'it''s', "\\"#", b"#"]
+
+    async def g(self):
+        """Says.
+
+        More."""
+        f"no docstring {self}"
+        x = given[1:
+            "a"]
+        if x:
+            return """
+"kept"
+# kept
+"""
+'''
+
+
+def test_the_code_is_that_of_pythons_own_parser() -> None:
+    sources = [path.read_text() for path in [*PACKAGE.rglob("*.py"), *Path(__file__).parents[1].rglob("*.py")]]
+    assert len(sources) > 300
+    for source in [UNUSUAL, *sources]:
+        assert code_of(source) == parsed(source)

@@ -16,6 +16,7 @@ import pytest
 
 from fusion import environment, storage
 from fusion.demo.catalog import generate
+from tests import fork_server
 from tests.s3_server import KEY, SECRET, S3Server
 
 environment.prepare_libraries()  # nothing above loads torch
@@ -54,14 +55,25 @@ class Done:
     err: str
 
 
-def run_command(*arguments: str, env: Mapping[str, str] | None = None, ranks: int = 0) -> Done:
-    """Runs `python -m …` as a user would, or `torchrun … -m …` when `ranks` are given."""
-    launcher = [sys.executable, "-m"]
+def run_command(
+    *arguments: str, env: Mapping[str, str] | None = None, ranks: int = 0, new_python: bool = False
+) -> Done:
+    """Runs `python -m …`, or `torchrun … -m …` when `ranks` are given.
+
+    Args:
+        new_python: starts Python, instead of a process that has loaded libraries before it gets `env`; see
+            `fork_server`. botocore, for example, looks up HOME when it is loaded.
+    """
     if ranks:
-        launcher += ["torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--standalone", "-m"]
+        where = ["--nproc-per-node", str(ranks), "--master-port=0", "--standalone"]
+        arguments = ("torch.distributed.run", *where, "-m", *arguments)
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("FUSION_", "AWS_"))}
     environment = {**clean, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run([*launcher, *arguments], check=False, capture_output=True, text=True, env=environment)
+    if new_python:
+        command = [sys.executable, "-m", *arguments]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    else:
+        done = fork_server.run(*arguments, env=environment)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
@@ -71,6 +83,13 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("catalog")
     generate(folder, n_products=603, dims=DIMS)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unmeasured_commands() -> None:
+    """Lets coverage measure the tests' own processes and not the commands that they run, which it slows by half."""
+    for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

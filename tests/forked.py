@@ -1,4 +1,4 @@
-"""Ranks for tests: one process imports torch and then forks all ranks, so that torch is imported only once.
+"""Ranks for tests: the process of a fork server, which has loaded torch, forks all ranks.
 
     python -m tests.forked RANKS STALL_TIMEOUT MODULE FUNCTION
     python -m tests.forked RANKS '[["fusion.all_embeddings.train", "--data", …], …]'
@@ -23,9 +23,8 @@ from importlib import import_module
 from typing import cast
 
 from fusion.distributed.world import World, join_world
+from tests import fork_server
 from tests.s3_server import _free_ports as free_ports
-
-LOADED_BY_COMMANDS = ("fusion.training.loop", "fusion.evaluation.evaluate", "fusion.submissions.submission")
 
 
 def run_ranks(
@@ -44,8 +43,7 @@ def run_commands(
 
 def _python(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=240, env=environment)
+    return fork_server.run(*arguments, timeout=240, env=environment)
 
 
 def _function(module: str, name: str, stall_timeout: float) -> Callable[[], int]:
@@ -60,8 +58,6 @@ def _function(module: str, name: str, stall_timeout: float) -> Callable[[], int]
 
 
 def _commands(text: str) -> list[Callable[[], int]]:
-    for module in LOADED_BY_COMMANDS:
-        import_module(module)
     commands = [(import_module(module).main, flags) for module, *flags in json.loads(text)]
     return [lambda main=main, flags=flags: cast(int, main(flags)) for main, flags in commands]  # type: ignore[misc]
 

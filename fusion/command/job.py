@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import signal
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,6 +39,7 @@ def run(config_class: type[C], job: Callable[[C], None], argv: Sequence[str] | N
 
     prepare_libraries()
     prepare_threads()
+    atexit.register(gc.freeze)  # spares the end of the process a second, in which it would search torch for garbage
     with unfailing():
         try:
             return guarded(parsed_job)

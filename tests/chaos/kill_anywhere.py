@@ -18,26 +18,21 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, TypeVar, cast
 
 import pandas as pd
 
-# Imported before the ranks are forked, so that each of them starts quickly. Forking is safe, as no thread runs yet.
-import pyarrow.dataset  # noqa: F401
-import s3fs  # noqa: F401
-import torch._dynamo  # noqa: F401
-
-import fusion.ablation.source_worth
-import fusion.training.loop  # noqa: F401
 from fusion import storage
 from fusion.ablation import __main__ as ablation
 from fusion.all_embeddings import evaluate_by_groups, predict_test, train
@@ -48,6 +43,7 @@ from fusion.records.run import RunFolder
 from fusion.verify.__main__ import verify
 from fusion.verify.output import is_output
 from tests.chaos.boundaries import ALL, Boundary, arm
+from tests.fork_server import preload
 
 SMALL = ["--width", "16", "--hidden", "16", "8", "--batch-size", "64", "--lr", "0.01"]
 SMALL += ["--device", "cpu", "--epochs", "4", "--checkpoint-steps", "3", "--run-id", "r"]
@@ -55,6 +51,8 @@ COMPUTED = ["--features", "text", "--columns", "category"]
 GRACE_SECONDS = 15.0  # after the death of a rank, how long the others may run; the launcher gives them some time too
 HANG_SECONDS = 300.0  # an attempt that still runs after this is an error; on an idle machine attempts take seconds
 MAX_WITHOUT_PROGRESS = 5  # after so many runs without a kill at a boundary, the remaining ones are never reached
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -130,7 +128,8 @@ class Attempt:
 
 def main() -> int:
     options = _parse()
-    resumable.PART_ROWS = 16
+    preload()  # each rank then starts quickly; forking is safe, as no thread runs yet
+    resumable.PART_ROWS = 40
     wanted = Counter(dict.fromkeys(options.at or ALL, options.times))
     plan, n_without_progress = Plan(random.Random(options.seed), options.kills, wanted), 0
     expected = _finish(options, f"{options.output}/undisturbed", Plan(random.Random(0), 0, Counter()))
@@ -185,20 +184,45 @@ def _finish(options: argparse.Namespace, output: str, plan: Plan) -> dict[str, s
     for job, flags in jobs:
         while not _try(job, flags, options.ranks, plan):
             pass
-    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in _published(output).items()}
+    return _in_a_child(lambda: _published(output))
 
 
-def _published(output: str) -> dict[str, bytes]:
+def _published(output: str) -> dict[str, str]:
+    """Digests by name."""
     run = RunFolder.named(output, "r")
     current = json.loads(storage.read(f"{output}/pointers/submissions/test/current.json"))["submission"]
     epochs = pd.read_csv(io.BytesIO(storage.read(f"{run}/metrics/epochs.csv"))).drop(columns="seconds")
-    return {
+    published = {
         "model": manifests.read_file(run.best(), manifests.MODEL),
         "epochs": epochs.to_csv().encode(),
         "metrics": storage.read(f"{run}/metrics/{manifests.MANIFEST}"),
         "ablation": storage.read(f"{run}/metrics/{manifests.ABLATION}"),
         "submission": storage.read(f"{output}/submissions/{current}/submission.csv"),
     }
+    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in published.items()}
+
+
+def _in_a_child(function: Callable[[], T]) -> T:
+    """The function's result, computed in a forked process.
+
+    This process must not read from a store itself: its connections would be those of the ranks, too.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with os.fdopen(writing, "wb") as result:
+            try:
+                pickle.dump(function(), result)
+            except BaseException:
+                traceback.print_exc()
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as result:
+        content = result.read()
+    os.waitpid(child, 0)
+    if not content:
+        raise RuntimeError("the output of the attempts cannot be read; see above")
+    return cast(T, pickle.loads(content))
 
 
 def _try(job: Callable[[list[str]], int], flags: list[str], ranks: int, plan: Plan) -> bool:
@@ -217,13 +241,15 @@ def _try(job: Callable[[list[str]], int], flags: list[str], ranks: int, plan: Pl
     return not any(codes)
 
 
+def _damage(output: str) -> list[str]:
+    if not is_output(OutputFolder(output)):
+        return []
+    return [str(finding) for finding in verify(output) if finding.verdict == "BAD"]
+
+
 def _check_undamaged(output: str) -> None:
     """Raises RuntimeError when `fusion.verify` finds damage."""
-    wrong = (
-        [str(finding) for finding in verify(output) if finding.verdict == "BAD"]
-        if is_output(OutputFolder(output))
-        else []
-    )
+    wrong = _in_a_child(lambda: _damage(output))
     if wrong:
         raise RuntimeError(f"fusion.verify finds damage after an attempt: {wrong}")
 

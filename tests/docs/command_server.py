@@ -12,12 +12,10 @@ import os
 import signal
 import socket
 import sys
-from importlib import import_module
 from pathlib import Path
 
-from fusion import environment
+from tests.fork_server import LARGEST, preload
 
-LOADED = ("fusion.training.loop", "fusion.evaluation.evaluate", "fusion.submissions.submission", "fusion.report.pages")
 # Passes arguments, folder, environment and the three standard streams to the server, and waits for the exit code.
 CLIENT = """\
 #!{python} -SE
@@ -29,13 +27,10 @@ request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
 socket.send_fds(server, [request], [0, 1, 2])
 sys.exit(int(server.recv(16) or b"70"))
 """
-LARGEST = 1 << 17  # bytes of a request, most of which are the environment
 
 
 def serve(folder: Path) -> None:
-    environment.prepare_libraries()
-    for name in LOADED:
-        import_module(name)
+    preload()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     address = str(folder / "fusion.socket")
     listener.bind(address)

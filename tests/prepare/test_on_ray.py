@@ -22,6 +22,7 @@ from tests.prepare.test_prepare import IDS, VECTORS, files, folder, loaded, parq
 from tests.prepare.test_prepare import table as table
 from tests.services import require
 
+HANG_SECONDS = 300  # a command that still runs then hangs: alone it takes 20 s, beside other tests 100 s
 # All commands use one cluster, because it takes seconds to start.
 COMMANDS = """
 import sys
@@ -51,7 +52,7 @@ def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
     other = parquet(tmp_path / "other/x.parquet", IDS, VECTORS.astype(np.float64))
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, str(tmp_path), str(other), *flags], capture_output=True, text=True, check=True,
-        env=os.environ | {"RAY_ADDRESS": "local"}, timeout=120,
+        env=os.environ | {"RAY_ADDRESS": "local"}, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert [line for line in done.stdout.splitlines() if line.startswith("code")] == ["code 0", "code 65"], done.stderr
     assert "error: " in done.stderr and "of 6 x float64" in done.stderr and "hint: write all files" in done.stderr
@@ -86,7 +87,12 @@ def test_two_nodes_read_a_bucket_and_write_to_it(
     flags += ["--source", "a=v.npy,i.npy"]
     command = [sys.executable, "-m", "fusion.prepare", *flags, "--to", f"{bucket}/ray", "--engine", "ray"]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"RAY_ADDRESS": address}, timeout=120
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"RAY_ADDRESS": address},
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -196,12 +196,14 @@ def test_a_sign_in_that_is_refused(home: Path, serve: Serve) -> None:
     sign_in(home, SSO)
     service = serve((401, json.dumps({"__type": "UnauthorizedException", "message": "Session token not found"})))
     env = settings_of(home) | {"AWS_PROFILE": "sso", "AWS_ENDPOINT_URL_SSO": service.url}
-    check(run_command("fusion.verify", "s3://bucket/x", env=env), 77, "UnauthorizedSSOTokenError: The SSO session")
+    ended = run_command("fusion.verify", "s3://bucket/x", env=env, new_python=True)
+    check(ended, 77, "UnauthorizedSSOTokenError: The SSO session")
 
 
 def test_a_sign_in_that_has_expired(home: Path) -> None:
     sign_in(home, "s", expiresAt="2026-01-01T00:00:00Z")
-    ended = run_command("fusion.verify", "s3://bucket/x", env=settings_of(home) | {"AWS_PROFILE": "session"})
+    env = settings_of(home) | {"AWS_PROFILE": "session"}
+    ended = run_command("fusion.verify", "s3://bucket/x", env=env, new_python=True)
     check(ended, 77, "TokenRetrievalError: ")
 
 

@@ -26,6 +26,7 @@ from fusion.records.attempts import take_lease
 from fusion.records.run import RunFolder
 from fusion.records.schemas import FileEntry, RunPointer
 from fusion.verify import __main__ as verify
+from tests import fork_server
 from tests.chaos.boundaries import ALL, KINDS, Boundary
 from tests.conftest import SMALL, run_command, upload
 from tests.documents import edit
@@ -469,12 +470,10 @@ def test_killed_anywhere_on_s3(ranks: int, bucket: str, catalog: Path) -> None:
     upload(catalog, f"{bucket}")
     wanted = planned(ranks)
     kills = len(wanted) + 3  # at random moments
-    command = [sys.executable, "-m", "tests.chaos.kill_anywhere", "--data", bucket]
+    command = ["tests.chaos.kill_anywhere", "--data", bucket]
     command += ["--output", f"{bucket}/out", "--kills", str(kills), "--ranks", str(ranks), "--seed", "1"]
     command += ["--times", "1", "--at", *map(str, wanted)]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = fork_server.run(*command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     tally = json.loads(done.stdout.splitlines()[-1])
     assert tally["kills"] >= kills and tally["at random"] >= 3

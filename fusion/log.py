@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Literal, Protocol
 
 from fusion.terminal.spelling import as_typed
-from fusion.terminal.streams import Unfailing, has_colours
+from fusion.terminal.streams import WRITING, Unfailing, has_colours
 
 # Escape sequences of ECMA-48, which all colour terminals support: yellow, red, and reset.
 COLOURS = {"warning": "\x1b[33m", "error": "\x1b[31m"}
@@ -147,10 +147,11 @@ def _emit(level: Level, fields: dict[str, object]) -> None:
     _context.lines.append(line)
     if LEVELS.index(level) < LEVELS.index(_context.least):
         return
-    stream = Unfailing(sys.stderr)
-    shown = _short_line(now, level, fields) if _context.is_short or stream.isatty() else line
-    stream.write(f"{shown}\n")  # one write, unlike print: the ranks of a node share the stream, and lines must not mix
-    stream.flush()
+    with WRITING:
+        stream = Unfailing(sys.stderr)
+        shown = _short_line(now, level, fields) if _context.is_short or stream.isatty() else line
+        stream.write(f"{shown}\n")  # one write, unlike print: the ranks of a node share the stream; lines must not mix
+        stream.flush()
 
 
 def _full_line(now: datetime, level: str, fields: dict[str, object]) -> str:

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from fusion.terminal.streams import Unfailing
+from fusion.terminal.streams import WRITING, Unfailing
 
 Show = Callable[..., None]
 
@@ -52,12 +52,17 @@ def shown(label: str, total: int, *, done: int, kind: str | None, delay: float) 
     console = Console(file=cast(IO[str], Unfailing(sys.stderr)))
     bars = Progress(*_columns(kind), console=console, transient=True, expand=kind is None)
     task = bars.add_task(label, total=total or None, completed=done)
-    appears = threading.Timer(delay, bars.start)
+
+    def start() -> None:
+        with WRITING:
+            bars.start()
+
+    appears = threading.Timer(delay, start)
     appears.daemon = True
     if delay:
         appears.start()
     else:
-        bars.start()
+        start()
 
     def show(done: int, label: str | None = None) -> None:
         bars.update(task, completed=done, description=label)
@@ -68,7 +73,8 @@ def shown(label: str, total: int, *, done: int, kind: str | None, delay: float) 
         appears.cancel()
         if appears.ident is not None:
             appears.join()  # it might be starting the bar just now
-        bars.stop()
+        with WRITING:
+            bars.stop()
 
 
 def _columns(kind: str | None) -> list[ProgressColumn]:

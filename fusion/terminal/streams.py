@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
@@ -16,6 +17,9 @@ from typing import IO
 # Errors of a write that cannot succeed. OSError: no reader, no space, no terminal. ValueError: the stream is closed.
 LOST = (OSError, ValueError)
 STDIN, STDOUT, STDERR = 0, 1, 2
+# Held by the thread that writes a line of the log, or that starts or ends a bar. Otherwise a line that another thread
+# writes as the bar ends would bring the bar back, for good.
+WRITING = threading.RLock()
 
 
 class Unfailing(io.TextIOBase):

@@ -23,12 +23,14 @@ import traceback
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import IO
 
 from fusion import environment
 
 # What most commands load. Loading it starts no threads, which forked processes would lack.
 LOADED = ("fusion.training.loop", "fusion.evaluation.evaluate", "fusion.submissions.submission", "fusion.report.pages")
 LOADED += ("matplotlib.backends.backend_svg", "matplotlib.figure", "s3fs", "pyarrow.dataset", "torch._dynamo")
+ROOT = Path(__file__).parents[1]
 LARGEST = 1 << 17  # bytes of a request, most of which are the variables
 _started: list[tuple[subprocess.Popen[bytes], str]] = []  # the server of this process, and its address
 
@@ -68,9 +70,9 @@ def run(
         return subprocess.CompletedProcess(arguments, code, _content(out).decode(), _content(err).decode())
 
 
-def _content(file: object) -> bytes:
-    file.seek(0)  # type: ignore[attr-defined]
-    return bytes(file.read())  # type: ignore[attr-defined]
+def _content(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
 
 
 def _address() -> str:
@@ -78,7 +80,8 @@ def _address() -> str:
     if not _started:
         folder = tempfile.TemporaryDirectory(prefix="fusion-fork-server-")
         command = [sys.executable, "-m", "tests.fork_server", folder.name]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, env=env, cwd=ROOT)  # a test may be in another folder
         assert server.stdout is not None and server.stdout.readline() == b"ready\n"
         server.stdout.close()
         _started.append((server, str(Path(folder.name, "socket"))))

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import IO
@@ -91,10 +91,11 @@ def _address() -> str:
     return _started[0][1]
 
 
-def serve(folder: Path) -> None:
+def serve(address: Path, attend: Callable[[socket.socket], None]) -> None:
+    """Forks a process for each connection, which attends to it, until the parent of this process has ended."""
     preload()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(folder / "socket"))
+    listener.bind(str(address))
     listener.listen()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets children that have ended
     print("ready", flush=True)
@@ -108,14 +109,14 @@ def serve(folder: Path) -> None:
         if os.fork() == 0:
             listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _attend(connection)
+            connection.settimeout(None)
+            attend(connection)
             os._exit(0)
         connection.close()
 
 
 def _attend(connection: socket.socket) -> None:
     """Runs one command in a process of its own; sends the process's id, and later its exit code."""
-    connection.settimeout(None)
     request, streams, _, _ = socket.recv_fds(connection, LARGEST, 3)
     process = os.fork()
     if process == 0:
@@ -161,4 +162,4 @@ def _code(end: SystemExit) -> int:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1], "socket"), _attend)

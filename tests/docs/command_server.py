@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
 
-from tests.fork_server import LARGEST, preload
+from tests.fork_server import LARGEST, serve
 
 # Passes arguments, folder, environment and the three standard streams to the server, and waits for the exit code.
 CLIENT = """\
@@ -29,34 +28,8 @@ sys.exit(int(server.recv(16) or b"70"))
 """
 
 
-def serve(folder: Path) -> None:
-    preload()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    address = str(folder / "fusion.socket")
-    listener.bind(address)
-    listener.listen()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets children that have ended
-    program = folder / "fusion"
-    program.write_text(CLIENT.format(python=sys.executable, address=address))
-    program.chmod(0o755)
-    listener.settimeout(5.0)
-    print("ready", flush=True)
-    parent = os.getppid()
-    while os.getppid() == parent:  # it ends with the tests, even if they are killed
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            continue
-        connection.settimeout(None)
-        if os.fork() == 0:
-            listener.close()
-            _run(connection)
-        connection.close()
-
-
 def _run(connection: socket.socket) -> None:
     """In a process of its own: runs one command, sends its exit code, and ends."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     code = 70
     try:
         request, streams, _, _ = socket.recv_fds(connection, LARGEST, 3)
@@ -85,5 +58,12 @@ def _command(arguments: list[str]) -> int:
         return int(end.code or 0)
 
 
+def main(folder: Path) -> None:
+    address, program = folder / "fusion.socket", folder / "fusion"
+    program.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    program.chmod(0o755)
+    serve(address, _run)
+
+
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    main(Path(sys.argv[1]))

@@ -118,3 +118,19 @@ def test_the_code_is_that_of_pythons_own_parser() -> None:
     assert len(sources) > 300
     for source in [UNUSUAL, *sources]:
         assert code_of(source) == parsed(source)
+
+
+def test_imports_are_those_of_pythons_own_parser() -> None:
+    n_found = 0
+    for path in PACKAGE.rglob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        wanted = {
+            name
+            for node in nodes
+            if node.module and node.module.split(".")[0] == "fusion"
+            for module in ["/".join(node.module.split(".")[1:])]
+            for name in (module, *(f"{module}/{alias.name}".lstrip("/") for alias in node.names))
+        }
+        assert set(provenance._imports(code_of(path.read_text()))) == wanted, path
+        n_found += len(wanted)
+    assert n_found > 1000

@@ -129,7 +129,7 @@ class Attempt:
 def main() -> int:
     options = _parse()
     preload()  # each rank then starts quickly; forking is safe, as no thread runs yet
-    resumable.PART_ROWS = 40
+    resumable.PART_ROWS = 16
     wanted = Counter(dict.fromkeys(options.at or ALL, options.times))
     plan, n_without_progress = Plan(random.Random(options.seed), options.kills, wanted), 0
     expected = _finish(options, f"{options.output}/undisturbed", Plan(random.Random(0), 0, Counter()))

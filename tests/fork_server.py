@@ -126,17 +126,22 @@ def _attend(connection: socket.socket) -> None:
     connection.send(str(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])).encode())
 
 
+def take_over(streams: list[int], folder: str, variables: dict[str, str]) -> None:
+    """Gives this process the standard streams, the folder and the variables of another."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.path[:0] = [folder, *variables.get("PYTHONPATH", "").split(":")]
+
+
 def _become(streams: list[int], arguments: list[str], folder: str, variables: dict[str, str]) -> None:
     """Runs a module as `python -m` does, and ends this process."""
     code = 1
     try:
-        for number, stream in enumerate(streams):
-            os.dup2(stream, number)
-            os.close(stream)
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(variables)
-        sys.path[:0] = [folder, *variables.get("PYTHONPATH", "").split(":")]
+        take_over(streams, folder, variables)
         import torch
 
         torch.set_num_threads(int(variables.get("OMP_NUM_THREADS", environment.usable_cores())))

@@ -13,7 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
-from tests.fork_server import LARGEST, serve
+from tests.fork_server import LARGEST, serve, take_over
 
 # Passes arguments, folder, environment and the three standard streams to the server, and waits for the exit code.
 CLIENT = """\
@@ -34,12 +34,7 @@ def _run(connection: socket.socket) -> None:
     try:
         request, streams, _, _ = socket.recv_fds(connection, LARGEST, 3)
         arguments, folder, variables = json.loads(request)
-        for number, stream in enumerate(streams):
-            os.dup2(stream, number)
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(variables)
-        sys.path.insert(0, folder)
+        take_over(streams, folder, variables)
         code = _command(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
